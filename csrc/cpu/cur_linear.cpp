@@ -1,0 +1,192 @@
+// tcur::cur_linear, CPU: one or more consecutive slices of W + scale * C*U*R as a linear map.
+//
+// forward    y = x Wᵀ + b + ((x R̂ᵀ) M_lᵀ) Ĉᵀ        x: [..., n2], y: [..., slices*n1]
+// transposed y = x W + Σ_l ((x_l Ĉ) M_l) R̂          x: [..., slices*n1], y: [..., n2]
+//
+// M_l is the core at slice l in the real packed basis: for a bin pair, with
+// A + iB = scale * weight_k * e^{2πikl/n3} Û_k, the block [[A, -B], [-B, -A]]. The base product is
+// the very call that nn.Linear makes, so a core of zeros leaves every bit of the output as it was.
+#include "host.h"
+
+namespace tcur {
+namespace {
+
+// Blocks of M_l, transposed for a forward map: values[in][out] as apply_core wants them.
+template <class T>
+std::vector<T> slice_blocks(
+    const std::vector<CoreBlock>& blocks,
+    const std::vector<T>& core_hat,  // [n3, rank, rank], weighted
+    int64_t n3,
+    int64_t rank,
+    int64_t slice,
+    bool transposed) {
+  const UnitRoots roots(n3);
+  const int64_t square = rank * rank;
+  std::vector<T> values(blocks_size(blocks));
+  for (const CoreBlock& block : blocks) {
+    const int64_t plane = block.offset / rank, w = block.width;
+    const T* re = core_hat.data() + plane * square;
+    T* out = values.data() + block.start;
+    const auto put = [&](int64_t a, int64_t b, T value) {
+      out[transposed ? a * w + b : b * w + a] = value;
+    };
+    if (w == rank) {
+      const T sign = plane > 0 && slice % 2 != 0 ? T(-1) : T(1);
+      for (int64_t a = 0; a < rank; ++a) {
+        for (int64_t b = 0; b < rank; ++b) {
+          put(a, b, sign * re[a * rank + b]);
+        }
+      }
+      continue;
+    }
+    const T* im = re + square;
+    const int64_t k = (plane + 1) / 2;
+    const T c = static_cast<T>(roots.cos(k * slice)), s = static_cast<T>(roots.sin(k * slice));
+    for (int64_t a = 0; a < rank; ++a) {
+      for (int64_t b = 0; b < rank; ++b) {
+        const T x = c * re[a * rank + b] - s * im[a * rank + b];
+        const T y = c * im[a * rank + b] + s * re[a * rank + b];
+        put(a, b, x);
+        put(a, rank + b, -y);
+        put(rank + a, b, -y);
+        put(rank + a, rank + b, -x);
+      }
+    }
+  }
+  return values;
+}
+
+template <class T>
+Tensor update(
+    const Sizes& sizes,
+    const Tensor& x,  // [tokens, n2] or [tokens, slices*n1]
+    const Tensor& lateral_hat,
+    const Tensor& horizontal_hat,
+    const Tensor& core,
+    int64_t slice_index,
+    int64_t slices,
+    double scale,
+    bool transposed) {
+  const int64_t tokens = x.size(0), q = sizes.n3 * sizes.rank;
+  const FoldedDft<T> dft(sizes.n3);
+  const std::vector<T> core_hat =
+      weighted_core_spectrum(dft, core.const_data_ptr<T>(), sizes.rank, scale);
+  const std::vector<CoreBlock> blocks = core_blocks(sizes.n3, sizes.rank);
+  std::vector<std::vector<T>> values;
+  for (int64_t s = 0; s < slices; ++s) {
+    values.push_back(
+        slice_blocks(blocks, core_hat, sizes.n3, sizes.rank, slice_index + s, transposed));
+  }
+  const Tensor in_tensor =
+      transposed ? torch::stable::matmul(
+                       torch::stable::reshape(x, {tokens * slices, sizes.n1}), lateral_hat)
+                 : torch::stable::matmul(x, torch::stable::transpose(horizontal_hat, 0, 1));
+  const int64_t out_slices = transposed ? 1 : slices;
+  Tensor out_tensor = torch::stable::new_empty(in_tensor, {tokens * out_slices, q});
+  const T* in = in_tensor.const_data_ptr<T>();
+  T* out = out_tensor.mutable_data_ptr<T>();
+  const Kernels<T>& k = kernels<T>();
+  const int64_t in_stride = transposed ? slices * q : q;
+  const int64_t out_stride = out_slices * q;
+  torch::stable::parallel_for(0, tokens, 64, [&](int64_t begin, int64_t end) {
+    for (int64_t s = 0; s < slices; ++s) {
+      k.apply_core(
+          blocks.data(),
+          static_cast<int64_t>(blocks.size()),
+          values[s].data(),
+          in + (transposed ? s * q : 0),
+          in_stride,
+          out + (transposed ? 0 : s * q),
+          out_stride,
+          transposed && s > 0,
+          begin,
+          end);
+    }
+  });
+  return transposed
+             ? torch::stable::matmul(out_tensor, horizontal_hat)
+             : torch::stable::matmul(out_tensor, torch::stable::transpose(lateral_hat, 0, 1));
+}
+
+template <class T>
+void add_to(const Tensor& y, const Tensor& delta) {
+  const Kernels<T>& k = kernels<T>();
+  const Element element = element_of(y.scalar_type());
+  const T* values = delta.const_data_ptr<T>();
+  void* target = y.mutable_data_ptr();
+  torch::stable::parallel_for(0, y.numel(), 32768, [&](int64_t begin, int64_t end) {
+    k.add_update(target, element, values, begin, end);
+  });
+}
+
+Tensor cur_linear(
+    Tensor x,
+    std::optional<Tensor> weight,
+    std::optional<Tensor> bias,
+    Tensor lateral_hat,
+    Tensor horizontal_hat,
+    Tensor core,
+    int64_t slice_index,
+    int64_t slices,
+    double scale,
+    bool materialized,
+    bool transposed) {
+  STD_TORCH_CHECK(core.dim() == 3, "tcur: core must be [n3, rank, rank]");
+  const Sizes sizes = check_factors(lateral_hat, horizontal_hat, core.size(0));
+  const ScalarType compute = lateral_hat.scalar_type();
+  check_shape("core", core, {sizes.n3, sizes.rank, sizes.rank});
+  check_dtype("core", core, compute);
+  STD_TORCH_CHECK(
+      slice_index >= 0 && slices >= 1 && slice_index + slices <= sizes.n3,
+      "tcur: slice_index out of range");
+  const int64_t rows = slices * sizes.n1;
+  const int64_t in_features = transposed ? rows : sizes.n2;
+  const int64_t out_features = transposed ? sizes.n2 : rows;
+  STD_TORCH_CHECK(
+      x.dim() >= 1 && x.size(x.dim() - 1) == in_features,
+      "tcur: x has an unexpected last dimension");
+  STD_TORCH_CHECK(element_of(x.scalar_type()) != Element::none, "tcur: x has no known dtype");
+  STD_TORCH_CHECK(weight.has_value() || !materialized, "tcur: materialized needs a weight");
+  STD_TORCH_CHECK(
+      !bias.has_value() || (weight.has_value() && !transposed),
+      "tcur: bias goes with a weight, forwards");
+  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
+  shape.back() = out_features;
+
+  std::optional<Tensor> y;
+  if (weight.has_value()) {
+    check_shape("weight", *weight, {rows, sizes.n2});
+    y = transposed ? torch::stable::matmul(x, *weight) : linear(x, *weight, bias);
+  }
+  if (materialized) {
+    return *y;
+  }
+  const int64_t tokens = in_features == 0 ? 0 : x.numel() / in_features;
+  const Tensor xs =
+      torch::stable::contiguous(torch::stable::reshape(cast(x, compute), {tokens, in_features}));
+  const Tensor l = torch::stable::contiguous(lateral_hat);
+  const Tensor h = torch::stable::contiguous(horizontal_hat);
+  const Tensor c = torch::stable::contiguous(core);
+  const Tensor delta =
+      compute == ScalarType::Double
+          ? update<double>(sizes, xs, l, h, c, slice_index, slices, scale, transposed)
+          : update<float>(sizes, xs, l, h, c, slice_index, slices, scale, transposed);
+  if (!y.has_value()) {
+    return torch::stable::reshape(cast(delta, x.scalar_type()), shape);
+  }
+  const Tensor result = torch::stable::contiguous(*y);
+  if (compute == ScalarType::Double) {
+    add_to<double>(result, delta);
+  } else {
+    add_to<float>(result, delta);
+  }
+  return result;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(tcur, CPU, m) {
+  m.impl("cur_linear", TORCH_BOX(&cur_linear));
+}
+
+}  // namespace tcur

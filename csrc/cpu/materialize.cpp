@@ -1,0 +1,121 @@
+// tcur::materialize, CPU: W_eff [n3, n1, n2] = W + scale * C*U*R.
+#include "host.h"
+
+namespace tcur {
+namespace {
+
+// The base as n3 pointers to [n1, n2], whether it comes as one tensor, as layers, or not at all.
+std::vector<const void*> base_pointers(const std::vector<Tensor>& weights, const Sizes& s) {
+  std::vector<const void*> base;
+  if (weights.size() == 1 && weights[0].dim() == 3) {
+    check_shape("weights", weights[0], {s.n3, s.n1, s.n2});
+    const char* data = static_cast<const char*>(weights[0].const_data_ptr());
+    for (int64_t l = 0; l < s.n3; ++l) {
+      base.push_back(data + l * s.n1 * s.n2 * weights[0].element_size());
+    }
+  } else if (!weights.empty()) {
+    STD_TORCH_CHECK(
+        static_cast<int64_t>(weights.size()) == s.n3, "tcur: weights must be n3 tensors [n1, n2]");
+    for (const Tensor& weight : weights) {
+      check_shape("weights", weight, {s.n1, s.n2});
+      check_dtype("weights", weight, weights[0].scalar_type());
+      base.push_back(weight.const_data_ptr());
+    }
+  }
+  return base;
+}
+
+template <class T>
+void run(
+    const Sizes& sizes,
+    const std::vector<Tensor>& weights,
+    const Tensor& lateral_hat,
+    const Tensor& horizontal_hat,
+    const Tensor& core,
+    double scale,
+    const Tensor& out) {
+  const FoldedDft<T> dft(sizes.n3);
+  const std::vector<const void*> base = base_pointers(weights, sizes);
+  const std::vector<T> core_hat =
+      weighted_core_spectrum(dft, core.const_data_ptr<T>(), sizes.rank, scale);
+  const int64_t row_blocks = (sizes.n1 + kRowBlock - 1) / kRowBlock;
+  const int64_t tile = tile_columns<T>(sizes.n2, sizes.n3);
+  const int64_t tiles = (sizes.n2 + tile - 1) / tile;
+  // Enough tasks to balance the threads; more would form P of a row block again for nothing.
+  const int64_t wanted = 8 * static_cast<int64_t>(torch::stable::get_num_threads());
+  const int64_t chunks = std::min(tiles, (wanted + row_blocks - 1) / row_blocks);
+  const MaterializeArgs<T> args{
+      factors_of(sizes, lateral_hat, horizontal_hat, dft),
+      core_hat.data(),
+      base.data(),
+      base.empty() ? Element::none : element_of(weights[0].scalar_type()),
+      out.mutable_data_ptr(),
+      element_of(out.scalar_type()),
+      tile,
+      chunks};
+  const Kernels<T>& k = kernels<T>();
+  const int64_t scratch_size = k.materialize_scratch(args);
+  torch::stable::parallel_for(0, row_blocks * chunks, 1, [&](int64_t begin, int64_t end) {
+    Scratch<T> scratch(scratch_size);
+    for (int64_t task = begin; task < end; ++task) {
+      k.materialize(args, task, scratch.data());
+    }
+  });
+}
+
+void materialize_out(
+    std::vector<Tensor> weights,
+    Tensor lateral_hat,
+    Tensor horizontal_hat,
+    Tensor core,
+    double scale,
+    Tensor out) {
+  STD_TORCH_CHECK(core.dim() == 3, "tcur: core must be [n3, rank, rank]");
+  const Sizes sizes = check_factors(lateral_hat, horizontal_hat, core.size(0));
+  check_shape("core", core, {sizes.n3, sizes.rank, sizes.rank});
+  check_dtype("core", core, lateral_hat.scalar_type());
+  check_shape("out", out, {sizes.n3, sizes.n1, sizes.n2});
+  STD_TORCH_CHECK(out.is_contiguous(), "tcur: out must be contiguous");
+  STD_TORCH_CHECK(element_of(out.scalar_type()) != Element::none, "tcur: out has no known dtype");
+  for (Tensor& weight : weights) {
+    STD_TORCH_CHECK(
+        element_of(weight.scalar_type()) != Element::none, "tcur: weights have no known dtype");
+    weight = torch::stable::contiguous(weight);
+  }
+  if (out.numel() == 0) {
+    return;
+  }
+  const Tensor l = torch::stable::contiguous(lateral_hat);
+  const Tensor h = torch::stable::contiguous(horizontal_hat);
+  const Tensor c = torch::stable::contiguous(core);
+  if (l.scalar_type() == ScalarType::Double) {
+    run<double>(sizes, weights, l, h, c, scale, out);
+  } else {
+    run<float>(sizes, weights, l, h, c, scale, out);
+  }
+}
+
+Tensor materialize(
+    std::vector<Tensor> weights,
+    Tensor lateral_hat,
+    Tensor horizontal_hat,
+    Tensor core,
+    double scale,
+    ScalarType out_dtype) {
+  STD_TORCH_CHECK(
+      core.dim() == 3 && lateral_hat.dim() == 2 && horizontal_hat.dim() == 2,
+      "tcur: materialize takes packed factors [n1, q], [q, n2] and a core [n3, rank, rank]");
+  Tensor out = torch::stable::new_empty(
+      core, {core.size(0), lateral_hat.size(0), horizontal_hat.size(1)}, out_dtype);
+  materialize_out(std::move(weights), lateral_hat, horizontal_hat, core, scale, out);
+  return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(tcur, CPU, m) {
+  m.impl("materialize", TORCH_BOX(&materialize));
+  m.impl("materialize_out", TORCH_BOX(&materialize_out));
+}
+
+}  // namespace tcur

@@ -1,0 +1,49 @@
+// The Python face of the compiled library: facts about the build, and the choice of the instruction
+// set. No tensor passes here; operators are registered with torch by the files in cpu/.
+#include "cpu/kernels.h"
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <string>
+
+namespace py = pybind11;
+
+namespace {
+
+std::string compiler() {
+#if defined(__clang__)
+  return "clang " + std::to_string(__clang_major__) + "." + std::to_string(__clang_minor__);
+#elif defined(__GNUC__)
+  return "gcc " + std::to_string(__GNUC__) + "." + std::to_string(__GNUC_MINOR__);
+#else
+  return "unknown";
+#endif
+}
+
+std::string torch_target() {
+  constexpr uint64_t version = TORCH_TARGET_VERSION;
+  return std::to_string(version >> 56) + "." + std::to_string((version >> 48) & 0xFF);
+}
+
+void use_isa(const std::string& name) {
+  if (!tcur::use_isa(name.c_str())) {
+    std::string runnable;
+    for (const char* isa : tcur::runnable_isas()) {
+      runnable += runnable.empty() ? isa : std::string(", ") + isa;
+    }
+    throw py::value_error("name: expected one of " + runnable + ", got " + name);
+  }
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu, m) {
+  m.doc() = "CPU kernels of tcur_kernels: build facts and the choice of the instruction set.";
+  m.attr("compiler") = compiler();
+  m.attr("torch_target") = torch_target();
+  m.def("compiled_isas", &tcur::compiled_isas, "Variants compiled into the library, best first.");
+  m.def("runnable_isas", &tcur::runnable_isas, "Those of them that this processor runs.");
+  m.def("chosen_isa", &tcur::chosen_isa, "The variant in use.");
+  m.def("use_isa", &use_isa, py::arg("name"), "Use another variant; for tests and benchmarks.");
+}

@@ -1,0 +1,22 @@
+"""Fused t-products and tensor-CUR low-rank adaptation for PyTorch."""
+
+from .adapters import Adapter as Adapter
+from .adapters import Plan as Plan
+from .adapters import adapt as adapt
+from .adapters import load_adapter as load_adapter
+from .decompose import TensorCUR as TensorCUR
+from .decompose import tensor_cur as tensor_cur
+from .functional import CURFactors as CURFactors
+from .functional import build_info as build_info
+from .functional import cur_linear as cur_linear
+from .functional import cur_product as cur_product
+from .functional import materialize as materialize
+from .nn import TProductLinear as TProductLinear
+from .nn import TProductStack as TProductStack
+from .tubal import t_identity as t_identity
+from .tubal import t_pinv as t_pinv
+from .tubal import t_product as t_product
+from .tubal import t_svd as t_svd
+from .tubal import t_transpose as t_transpose
+
+__version__ = "0.1.0"

@@ -1,0 +1,368 @@
+"""The layer: a stack of equally shaped weights with one trained core, and its linear layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.weak import TensorWeakRef
+
+from . import cost
+from .decompose import Selection, check_rank, select_slices
+from .functional import CURFactors, cur_linear, materialize
+
+
+class TProductStack(nn.Module):
+    """All slices of one shape: owns the trained core, the frozen factors and W_eff.
+
+    The weights stay with their layers; the stack refers to them, never copies or changes them
+    (`merge` apart). With l the position of a layer's weight in the stack, the layer computes with
+    ``W_l + alpha * (C * U * R)_l``; the core U starts at zero.
+
+    Args:
+        linears: layers in the order of their slices, which matters: the t-product is a circular
+            convolution along it. Same in_features, dtype and device; their weights must not
+            require grad. A layer whose out_features is a multiple m of the smallest one takes m
+            consecutive slices (a fused q, k, v projection takes three).
+        rank: r, 1 to min(n1, n2).
+        alpha: scale of the update.
+        selection: rule for the slices, see `tensor_cur`.
+        mode: "auto" (see `cost`), "materialized" or "factored".
+        generator: for rules that draw.
+        n1: rows of a slice, default the smallest out_features.
+
+    Attributes:
+        core: Parameter ``[n3, r, r]``, fp32 (fp64 for fp64 weights), whatever dtype the model is
+            cast to.
+        layers: the `TProductLinear` layers, which share the parameters of ``linears``.
+        rows, columns: the chosen indices I and J.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+    """
+
+    core: nn.Parameter
+    lateral: Tensor
+    horizontal: Tensor
+    lateral_hat: Tensor
+    horizontal_hat: Tensor
+
+    def __init__(
+        self,
+        linears: Sequence[nn.Linear],
+        rank: int = 8,
+        alpha: float = 1.0,
+        selection: Selection = "norm",
+        mode: str = "auto",
+        generator: torch.Generator | None = None,
+        n1: int | None = None,
+    ) -> None:
+        super().__init__()
+        if mode not in cost.MODES:
+            raise ValueError(f"mode: expected one of {', '.join(cost.MODES)}, got {mode!r}")
+        _check_linears(linears)
+        self.n1 = min(linear.out_features for linear in linears) if n1 is None else n1
+        self.n2 = linears[0].in_features
+        blocks = [_row_blocks(linear, self.n1) for linear in linears]
+        slices = [block for weight_blocks in blocks for block in weight_blocks]
+        self.n3, self.rank, self.alpha, self.mode = len(slices), rank, float(alpha), mode
+        check_rank("rank", rank, self.n1, self.n2)
+        if not torch.isfinite(torch.tensor(self.alpha)):
+            raise ValueError(f"alpha: expected a finite number, got {alpha}")
+
+        rows, columns = select_slices(slices, rank, selection, generator)
+        self.rows, self.columns = tuple(rows.tolist()), tuple(columns.tolist())
+        device = slices[0].device
+        factors = CURFactors(
+            torch.stack([w[:, columns.to(device)] for w in slices]),
+            torch.stack([w[rows.to(device)] for w in slices]),
+        )
+        for name in ("lateral", "horizontal", "lateral_hat", "horizontal_hat"):
+            self.register_buffer(name, getattr(factors, name), persistent=False)
+        core = torch.zeros(self.n3, rank, rank, dtype=factors.dtype, device=device)
+        self.core = nn.Parameter(core)
+
+        self.enabled = True
+        self._backup: list[Tensor] | None = None  # base weights while merged
+        self._built: _Effective | None = None
+        self.layers: list[TProductLinear] = []
+        start = 0
+        for linear, weight_blocks in zip(linears, blocks, strict=True):
+            self.layers.append(TProductLinear.from_linear(linear, self, start))
+            start += len(weight_blocks)
+
+    @property
+    def factors(self) -> CURFactors:
+        """The frozen C and R."""
+        return CURFactors.from_packed(
+            self.lateral, self.horizontal, self.lateral_hat, self.horizontal_hat
+        )
+
+    @property
+    def is_merged(self) -> bool:
+        """Whether the layers' weights hold W_eff now."""
+        return self._backup is not None
+
+    def base_slices(self) -> list[Tensor]:
+        """The n3 base slices ``[n1, n2]``, views of the layers' weights (or of their backup)."""
+        weights = self._backup or [layer.weight.detach() for layer in self.layers]
+        return [block for weight in weights for block in weight.split(self.n1)]
+
+    def effective(self, dtype: torch.dtype) -> Tensor:
+        """W_eff ``[n3, n1, n2]`` for the present core, rebuilt only when it changed.
+
+        The buffer is reused from version to version: fresh memory costs more in page faults than
+        the kernel. While a graph still holds a view of it for its backward, the next version goes
+        to a new buffer instead.
+        """
+        if not self._is_built(dtype, self.layers):
+            buffer = None
+            if self._built is not None:
+                buffer = self._built.reclaim(dtype, self.core.device)
+                self._built = None
+            if buffer is None:
+                shape = (self.n3, self.n1, self.n2)
+                buffer = torch.empty(shape, dtype=dtype, device=self.core.device)
+            with torch.no_grad():
+                materialize(self.base_slices(), self.factors, self.core, self.alpha, out=buffer)
+            self._built = _Effective(buffer, self.core, self.layers)
+        assert self._built is not None
+        return self._built.buffer
+
+    def forward_slices(self, x: Tensor, layer: TProductLinear) -> Tensor:
+        """``x`` through one layer of this stack; see `TProductLinear.forward`."""
+        weight, bias = layer.weight, layer.bias
+        dtype = weight.dtype
+        if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+            # What autocast does to a linear layer; the operators themselves are out of its reach.
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x = x.to(dtype)
+            bias = None if bias is None else bias.to(dtype)  # type: ignore[assignment]
+        if not self.enabled or self.is_merged:
+            return F.linear(x, weight.to(dtype), bias)
+        is_built = False
+        if torch.compiler.is_compiling():
+            mode = "factored"  # the kept buffer is state that a traced graph cannot see
+        else:
+            is_built = self._is_built(dtype, [layer])
+            mode = cost.choose_mode(
+                self.mode,
+                tokens=x.numel() // max(1, self.n2),
+                n1=self.n1,
+                n2=self.n2,
+                n3=self.n3,
+                rank=self.rank,
+                weight_dtype=weight.dtype,
+                is_built=is_built,
+            )
+        effective = None
+        if mode == "materialized":
+            if not is_built:
+                self.effective(dtype)
+            assert self._built is not None
+            effective = self._built.view_of(layer)
+        return cur_linear(
+            x,
+            weight.to(dtype),
+            bias,
+            self.factors,
+            self.core,
+            layer.slice_index,
+            self.alpha,
+            effective=effective,
+        )
+
+    def merge(self) -> None:
+        """Writes W_eff into the layers' weights, keeping a copy of the base."""
+        if self.is_merged:
+            raise ValueError("merge: expected an unmerged stack, got one that is merged already")
+        w_eff = self.effective(self.layers[0].weight.dtype)
+        self._backup = [layer.weight.detach().clone() for layer in self.layers]
+        with torch.no_grad():
+            for layer in self.layers:
+                layer.weight.copy_(_slices_of(w_eff, layer))
+        self._built = None
+
+    def unmerge(self) -> None:
+        """Restores the base weights bit for bit from the copy that `merge` kept."""
+        if self._backup is None:
+            raise ValueError("unmerge: expected a merged stack, got one that is not merged")
+        with torch.no_grad():
+            for layer, weight in zip(self.layers, self._backup, strict=True):
+                layer.weight.copy_(weight)
+        self._backup = None
+
+    def extra_repr(self) -> str:
+        """Sizes, for ``print(model)``."""
+        return (
+            f"n3={self.n3}, n1={self.n1}, n2={self.n2}, rank={self.rank}, alpha={self.alpha}, "
+            f"mode={self.mode}"
+        )
+
+    def _is_built(self, dtype: torch.dtype, layers: Sequence[TProductLinear]) -> bool:
+        built = self._built
+        return built is not None and built.is_current(dtype, self.core, layers)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TProductStack:
+        """Moves with the model, but keeps at least fp32 whatever dtype the model is cast to."""
+
+        def keep_precision(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            wide = torch.promote_types(moved.dtype, torch.float32)
+            return moved if moved.dtype == wide else tensor.to(device=moved.device, dtype=wide)
+
+        self._built = None
+        super()._apply(keep_precision, recurse)
+        if self._backup is not None:
+            self._backup = [fn(weight) for weight in self._backup]
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        # W_eff is rebuilt on demand; a copy or a pickle of the stack does without it.
+        return {**self.__dict__, "_built": None}
+
+
+class TProductLinear(nn.Linear):
+    """``nn.Linear`` whose weight is adapted as one or more consecutive slices of a stack.
+
+    A drop-in: same call, same ``weight`` and ``bias`` (the very parameters of the layer it
+    replaces), same ``state_dict``. The core belongs to ``stack``, not to the layer.
+
+    Args:
+        in_features, out_features, bias, device, dtype: as in ``nn.Linear``.
+        stack: the stack this layer belongs to.
+        slice_index: its first slice.
+    """
+
+    stack: TProductStack
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        stack: TProductStack,
+        slice_index: int,
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device, dtype)
+        # Not registered as a submodule: the core must have one name and one owner.
+        object.__setattr__(self, "stack", stack)
+        self.slice_index = slice_index
+        self.slices = out_features // stack.n1
+
+    @classmethod
+    def from_linear(
+        cls, linear: nn.Linear, stack: TProductStack, slice_index: int
+    ) -> TProductLinear:
+        """The layer that takes the place of ``linear`` and shares its parameters."""
+        layer = cls(
+            linear.in_features,
+            linear.out_features,
+            linear.bias is not None,
+            device="meta",
+            dtype=linear.weight.dtype,
+            stack=stack,
+            slice_index=slice_index,
+        )
+        layer.weight = linear.weight
+        layer.bias = linear.bias
+        return layer.train(linear.training)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``input`` [..., in_features] -> [..., out_features], with the stack's update."""
+        return self.stack.forward_slices(input, self)
+
+    def extra_repr(self) -> str:
+        """That of ``nn.Linear``, and the place in the stack."""
+        last = self.slice_index + self.slices - 1
+        where = f"{self.slice_index}" if self.slices == 1 else f"{self.slice_index}-{last}"
+        return f"{super().extra_repr()}, slice={where} of {self.stack.n3}, rank={self.stack.rank}"
+
+
+class _Effective:
+    """W_eff of one core version, and what tells whether it is still that of the present core."""
+
+    def __init__(self, buffer: Tensor, core: Tensor, layers: Sequence[TProductLinear]) -> None:
+        self.buffer = buffer
+        self._views: dict[int, Tensor] = {}
+        self._core = core.detach().clone()
+        self._core_version = _version(core)
+        self._weight_versions = {layer.slice_index: _version(layer.weight) for layer in layers}
+
+    def is_current(
+        self, dtype: torch.dtype, core: Tensor, layers: Sequence[TProductLinear]
+    ) -> bool:
+        """Whether this is W_eff of ``core`` in ``dtype``, as far as ``layers`` are concerned."""
+        if dtype != self.buffer.dtype:
+            return False
+        for layer in layers:
+            if _version(layer.weight) != self._weight_versions[layer.slice_index]:
+                return False
+        if core.device.type == "cpu":
+            # Writes through core.data leave the version as it was. The core is small, and on the
+            # CPU nothing has to wait for a comparison: never train on a stale W_eff.
+            return torch.equal(core, self._core)
+        return _version(core) == self._core_version
+
+    def view_of(self, layer: TProductLinear) -> Tensor:
+        """The slices of one layer, ``[out_features, in_features]``."""
+        if layer.slice_index not in self._views:
+            self._views[layer.slice_index] = _slices_of(self.buffer, layer)
+        return self._views[layer.slice_index]
+
+    def reclaim(self, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+        """The buffer, if it fits and nobody else (a pending backward) holds a view of it."""
+        lent = [TensorWeakRef(view) for view in self._views.values()]
+        self._views.clear()
+        in_use = any(ref() is not None for ref in lent)
+        fits = self.buffer.dtype == dtype and self.buffer.device == device
+        return self.buffer if fits and not in_use else None
+
+
+def _slices_of(w_eff: Tensor, layer: TProductLinear) -> Tensor:
+    block = w_eff[layer.slice_index : layer.slice_index + layer.slices]
+    return block.view(layer.out_features, layer.in_features)
+
+
+def _version(tensor: Tensor) -> tuple[int, int]:
+    """Changes when the tensor is written to in place or given other memory."""
+    return tensor.data_ptr(), tensor._version
+
+
+def _check_linears(linears: Sequence[nn.Linear]) -> None:
+    if not linears:
+        raise ValueError("linears: expected at least one nn.Linear, got none")
+    for linear in linears:
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(f"linears: expected nn.Linear, got {type(linear).__name__}")
+        weight, first = linear.weight, linears[0].weight
+        if not weight.dtype.is_floating_point:
+            raise TypeError(f"linears: expected a floating dtype, got {weight.dtype}")
+        if weight.requires_grad:
+            raise ValueError("linears: expected frozen weights, got one with requires_grad=True")
+        if weight.shape[1] != first.shape[1]:
+            raise ValueError(
+                f"linears: expected {first.shape[1]} in_features as in the first layer, "
+                f"got {weight.shape[1]}"
+            )
+        if (weight.dtype, weight.device) != (first.dtype, first.device):
+            raise ValueError(
+                f"linears: expected {first.dtype} on {first.device} as in the first layer, "
+                f"got {weight.dtype} on {weight.device}"
+            )
+        if not torch.isfinite(weight).all():
+            raise ValueError("linears: expected finite weights, got NaN or Inf")
+
+
+def _row_blocks(linear: nn.Linear, n1: int) -> tuple[Tensor, ...]:
+    if linear.out_features % n1:
+        raise ValueError(
+            f"linears: expected out_features to be a multiple of {n1}, got {linear.out_features}"
+        )
+    return linear.weight.detach().split(n1)

@@ -1,0 +1,377 @@
+"""The operators of namespace ``tcur``: schemas, fakes, derivatives, and the reference kernels.
+
+Every operator exists once per language: ``tcur::name``, whose kernels are compiled and chosen by
+the device of the tensors, and ``tcur::name_reference``, plain torch for any device. The contract is
+stated once and holds for each of them. (Overloads of one name would say it better, but torch 2.13
+aborts at exit when a library that defined several is torn down.)
+
+======================  ==========================================================================
+``materialize``         W_eff = W + scale C*U*R for all slices; no weights: the product alone
+``core_grad_dense``     its adjoint: G -> Cᵀ*G*Rᵀ
+``core_grad_tokens``    the same from tokens of one or more consecutive slices
+``cur_linear``          consecutive slices of W_eff as a linear map, or its transpose
+======================  ==========================================================================
+
+Factors travel as packed half spectra: ``lateral_hat`` [n1, q] and ``horizontal_hat`` [q, n2] with
+q = n3 * rank, column ``plane * rank + a`` (`reference.pack` gives the order of the planes), fp32 or
+fp64; the core has their dtype. Only the core, ``x`` and gradients are differentiable, and the four
+operators are closed under differentiation: the derivative of each is made of the others.
+
+Nothing is imported here but torch and the reference: no Triton, no compiled library.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import reference
+
+_library = torch.library.Library("tcur", "DEF")
+
+#: Suffix of the operators of each language; "" are those whose kernels are compiled.
+LANGUAGES = ("", "reference")
+
+_SCHEMAS = {
+    "materialize": (
+        "(Tensor[] weights, Tensor lateral_hat, Tensor horizontal_hat, Tensor core, float scale,"
+        " ScalarType out_dtype) -> Tensor"
+    ),
+    "core_grad_dense": "(Tensor grad, Tensor lateral_hat, Tensor horizontal_hat) -> Tensor",
+    "core_grad_tokens": (
+        "(Tensor x, Tensor grad_y, Tensor lateral_hat, Tensor horizontal_hat, int n3,"
+        " int slice_index, int slices) -> Tensor"
+    ),
+    "cur_linear": (
+        "(Tensor x, Tensor? weight, Tensor? bias, Tensor lateral_hat, Tensor horizontal_hat,"
+        " Tensor core, int slice_index, int slices, float scale, bool materialized,"
+        " bool transposed) -> Tensor"
+    ),
+}
+_OUT_SCHEMA = (
+    "(Tensor[] weights, Tensor lateral_hat, Tensor horizontal_hat, Tensor core, float scale, *,"
+    " Tensor(a!) out) -> ()"
+)
+
+
+def _full_name(name: str, language: str) -> str:
+    return f"{name}_{language}" if language else name
+
+
+def _qualified(name: str, language: str) -> str:
+    return f"tcur::{_full_name(name, language)}"
+
+
+def operator(name: str, language: str = "") -> torch._ops.OpOverload:
+    """The registered operator ``tcur::name`` in one language."""
+    found: torch._ops.OpOverload = getattr(torch.ops.tcur, _full_name(name, language)).default
+    return found
+
+
+# -- fakes
+
+
+def _materialize_fake(
+    weights: Sequence[Tensor],
+    lateral_hat: Tensor,
+    horizontal_hat: Tensor,
+    core: Tensor,
+    scale: float,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    shape = (core.shape[0], lateral_hat.shape[0], horizontal_hat.shape[1])
+    return core.new_empty(shape, dtype=out_dtype)
+
+
+def _core_grad_dense_fake(grad: Tensor, lateral_hat: Tensor, horizontal_hat: Tensor) -> Tensor:
+    n3 = grad.shape[0]
+    rank = lateral_hat.shape[1] // n3
+    return lateral_hat.new_empty((n3, rank, rank))
+
+
+def _core_grad_tokens_fake(
+    x: Tensor,
+    grad_y: Tensor,
+    lateral_hat: Tensor,
+    horizontal_hat: Tensor,
+    n3: int,
+    slice_index: int,
+    slices: int,
+) -> Tensor:
+    rank = lateral_hat.shape[1] // n3
+    return lateral_hat.new_empty((n3, rank, rank))
+
+
+def _cur_linear_fake(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    lateral_hat: Tensor,
+    horizontal_hat: Tensor,
+    core: Tensor,
+    slice_index: int,
+    slices: int,
+    scale: float,
+    materialized: bool,
+    transposed: bool,
+) -> Tensor:
+    features = horizontal_hat.shape[1] if transposed else slices * lateral_hat.shape[0]
+    return x.new_empty((*x.shape[:-1], features))
+
+
+# -- reference kernels
+
+
+def _spectra(lateral_hat: Tensor, horizontal_hat: Tensor, n3: int) -> tuple[Tensor, Tensor]:
+    """Packed factors -> half spectra [K, n1, r] and [K, r, n2]."""
+    n1, q = lateral_hat.shape
+    lateral = lateral_hat.reshape(n1, n3, q // n3).movedim(0, 1)
+    horizontal = horizontal_hat.reshape(n3, q // n3, horizontal_hat.shape[1])
+    return reference.unpack(lateral), reference.unpack(horizontal)
+
+
+def _stacked(weights: Sequence[Tensor]) -> Tensor | None:
+    if not weights:
+        return None
+    return weights[0] if weights[0].ndim == 3 else torch.stack(list(weights))
+
+
+def _materialize_reference(
+    weights: Sequence[Tensor],
+    lateral_hat: Tensor,
+    horizontal_hat: Tensor,
+    core: Tensor,
+    scale: float,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    spectra = _spectra(lateral_hat, horizontal_hat, core.shape[0])
+    w_eff = reference.materialize(_stacked(weights), *spectra, core, scale)
+    return w_eff.to(out_dtype)
+
+
+def _materialize_reference_out(
+    weights: Sequence[Tensor],
+    lateral_hat: Tensor,
+    horizontal_hat: Tensor,
+    core: Tensor,
+    scale: float,
+    *,
+    out: Tensor,
+) -> None:
+    out.copy_(_materialize_reference(weights, lateral_hat, horizontal_hat, core, scale, out.dtype))
+
+
+def _core_grad_dense_reference(grad: Tensor, lateral_hat: Tensor, horizontal_hat: Tensor) -> Tensor:
+    spectra = _spectra(lateral_hat, horizontal_hat, grad.shape[0])
+    return reference.core_grad_dense(grad.to(lateral_hat.dtype), *spectra)
+
+
+def _core_grad_tokens_reference(
+    x: Tensor,
+    grad_y: Tensor,
+    lateral_hat: Tensor,
+    horizontal_hat: Tensor,
+    n3: int,
+    slice_index: int,
+    slices: int,
+) -> Tensor:
+    spectra = _spectra(lateral_hat, horizontal_hat, n3)
+    return reference.core_grad_tokens(x, grad_y, *spectra, n3, slice_index, slices)
+
+
+def _cur_linear_reference(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    lateral_hat: Tensor,
+    horizontal_hat: Tensor,
+    core: Tensor,
+    slice_index: int,
+    slices: int,
+    scale: float,
+    materialized: bool,
+    transposed: bool,
+) -> Tensor:
+    base: Tensor | None = None
+    if weight is not None:
+        base = x @ weight if transposed else torch.nn.functional.linear(x, weight, bias)
+    if materialized:
+        assert base is not None
+        return base
+    spectra = _spectra(lateral_hat, horizontal_hat, core.shape[0])
+    apply = reference.slice_update_transposed if transposed else reference.slice_update
+    update = apply(x, *spectra, core, slice_index, slices, scale)
+    if base is None:
+        return update.to(x.dtype)
+    return (base.to(update.dtype) + update).to(base.dtype)
+
+
+# -- derivatives
+
+
+def _register_materialize_autograd(language: str) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        weights, lateral_hat, horizontal_hat, _, scale, _ = inputs
+        ctx.save_for_backward(lateral_hat, horizontal_hat)
+        ctx.scale = scale
+        ctx.n_weights = len(weights)
+
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        core_grad = operator("core_grad_dense", language)(grad, *ctx.saved_tensors)
+        return [None] * ctx.n_weights, None, None, ctx.scale * core_grad, None, None
+
+    torch.library.register_autograd(
+        _qualified("materialize", language), backward, setup_context=setup_context, lib=_library
+    )
+
+
+def _register_core_grad_dense_autograd(language: str) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        grad, lateral_hat, horizontal_hat = inputs
+        ctx.save_for_backward(lateral_hat, horizontal_hat)
+        ctx.dtype = grad.dtype
+
+    def backward(ctx: Any, grad_core: Tensor) -> tuple[Any, ...]:
+        product = operator("materialize", language)
+        return product([], *ctx.saved_tensors, grad_core, 1.0, ctx.dtype), None, None
+
+    torch.library.register_autograd(
+        _qualified("core_grad_dense", language),
+        backward,
+        setup_context=setup_context,
+        lib=_library,
+    )
+
+
+def _register_core_grad_tokens_autograd(language: str) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, grad_y, lateral_hat, horizontal_hat, _, slice_index, slices = inputs
+        ctx.save_for_backward(x, grad_y, lateral_hat, horizontal_hat)
+        ctx.where = (slice_index, slices)
+
+    def backward(ctx: Any, grad_core: Tensor) -> tuple[Any, ...]:
+        x, grad_y, lateral_hat, horizontal_hat = ctx.saved_tensors
+        update = operator("cur_linear", language)
+
+        def apply(tokens: Tensor, transposed: bool) -> Tensor:
+            factors = (lateral_hat, horizontal_hat, grad_core)
+            return update(tokens, None, None, *factors, *ctx.where, 1.0, False, transposed)
+
+        grad_x = apply(grad_y, True).to(x.dtype) if ctx.needs_input_grad[0] else None
+        grad_grad_y = apply(x, False).to(grad_y.dtype) if ctx.needs_input_grad[1] else None
+        return grad_x, grad_grad_y, None, None, None, None, None
+
+    torch.library.register_autograd(
+        _qualified("core_grad_tokens", language),
+        backward,
+        setup_context=setup_context,
+        lib=_library,
+    )
+
+
+def _register_cur_linear_autograd(language: str) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, weight, _, lateral_hat, horizontal_hat, core, *rest = inputs
+        # x only serves the gradient of the core, and the core only that of x (by W_eff otherwise).
+        needs_x, needs_core = ctx.needs_input_grad[0], ctx.needs_input_grad[5]
+        ctx.save_for_backward(
+            x if needs_core else None,
+            weight if needs_x else None,
+            lateral_hat,
+            horizontal_hat,
+            core,
+        )
+        ctx.slice_index, ctx.slices, ctx.scale, ctx.materialized, ctx.transposed = rest
+        ctx.n3 = core.shape[0]
+        ctx.dtype = x.dtype
+
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
+        x, weight, lateral_hat, horizontal_hat, core = ctx.saved_tensors
+        grad_x = grad_core = None
+        if ctx.needs_input_grad[0]:
+            grad_x = operator("cur_linear", language)(
+                grad_y,
+                weight,
+                None,
+                lateral_hat,
+                horizontal_hat,
+                core,
+                ctx.slice_index,
+                ctx.slices,
+                ctx.scale,
+                ctx.materialized,
+                not ctx.transposed,
+            ).to(ctx.dtype)
+        if ctx.needs_input_grad[5]:
+            tokens, grads = (grad_y, x) if ctx.transposed else (x, grad_y)
+            grad_core = ctx.scale * operator("core_grad_tokens", language)(
+                tokens, grads, lateral_hat, horizontal_hat, ctx.n3, ctx.slice_index, ctx.slices
+            )
+        return grad_x, None, None, None, None, grad_core, None, None, None, None, None
+
+    torch.library.register_autograd(
+        _qualified("cur_linear", language), backward, setup_context=setup_context, lib=_library
+    )
+
+
+# -- registration
+
+
+def _register_autocast(name: str, language: str) -> None:
+    """An operator decides its own precision: autocast must not reach the products inside it."""
+
+    def outside_autocast(device_type: str) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with torch.autocast(device_type, enabled=False):
+                return operator(name, language)(*args, **kwargs)
+
+        return call
+
+    for device_type, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
+        _library.impl(_full_name(name, language), outside_autocast(device_type), key)
+
+
+def _define(name: str, schema: str, language: str, fake: Callable[..., Any]) -> None:
+    qualified = _qualified(name, language)
+    torch.library.define(qualified, schema, lib=_library)
+    torch.library.register_fake(qualified, fake, lib=_library)
+    _register_autocast(name, language)
+
+
+_FAKES: dict[str, Callable[..., Any]] = {
+    "materialize": _materialize_fake,
+    "core_grad_dense": _core_grad_dense_fake,
+    "core_grad_tokens": _core_grad_tokens_fake,
+    "cur_linear": _cur_linear_fake,
+}
+_REFERENCE: dict[str, Callable[..., Any]] = {
+    "materialize": _materialize_reference,
+    "core_grad_dense": _core_grad_dense_reference,
+    "core_grad_tokens": _core_grad_tokens_reference,
+    "cur_linear": _cur_linear_reference,
+}
+_AUTOGRAD: dict[str, Callable[[str], None]] = {
+    "materialize": _register_materialize_autograd,
+    "core_grad_dense": _register_core_grad_dense_autograd,
+    "core_grad_tokens": _register_core_grad_tokens_autograd,
+    "cur_linear": _register_cur_linear_autograd,
+}
+
+
+def _register_all() -> None:
+    for name, schema in _SCHEMAS.items():
+        for language in LANGUAGES:
+            _define(name, schema, language, _FAKES[name])
+            _AUTOGRAD[name](language)
+        _library.impl(f"{name}_reference", _REFERENCE[name], "CompositeExplicitAutograd")
+    for language in LANGUAGES:
+        _define("materialize_out", _OUT_SCHEMA, language, lambda *args, out: None)
+    _library.impl(
+        "materialize_out_reference", _materialize_reference_out, "CompositeExplicitAutograd"
+    )
+
+
+_register_all()

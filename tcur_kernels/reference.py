@@ -1,0 +1,188 @@
+"""The mathematics in plain torch: what every kernel is checked against.
+
+Slice-first storage: a tensor is ``[n3, n1, n2]``, a batch of frontal slices, and the discrete
+Fourier transform runs along axis 0. A real tensor needs only the half spectrum,
+``K = n3 // 2 + 1`` complex slices; every function here takes the factors C and R in that form
+(`half_spectrum`), so that they are transformed once and used often.
+
+Works for any floating dtype that torch's FFT knows, float64 included, on any device. Imports
+nothing else of this package.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def half_spectrum(a: Tensor) -> Tensor:
+    """DFT along axis 0: ``[n3, n1, n2]`` real -> ``[n3 // 2 + 1, n1, n2]`` complex."""
+    return torch.fft.rfft(a, dim=0)
+
+
+def from_half_spectrum(a_hat: Tensor, n3: int) -> Tensor:
+    """Inverse of `half_spectrum`. ``n3`` is needed: n3 and n3 + 1 have equally long spectra."""
+    # irfft over axis 0 returns permuted strides; everything here is contiguous.
+    return torch.fft.irfft(a_hat, n=n3, dim=0).contiguous()
+
+
+def pack(a_hat: Tensor, n3: int) -> Tensor:
+    """Half spectrum ``[K, ...]`` complex -> ``[n3, ...]`` real planes.
+
+    Plane 0 is bin 0, planes 2k-1 and 2k are Re and Im of bin k, and for even n3 the last plane is
+    bin n3/2: real tubes have exactly n3 real numbers in their half spectrum.
+    """
+    pairs = (n3 - 1) // 2
+    inner = torch.view_as_real(a_hat[1 : pairs + 1]).movedim(-1, 1).flatten(0, 1)
+    ends = [a_hat[:1].real, inner] + ([a_hat[-1:].real] if n3 % 2 == 0 else [])
+    return torch.cat(ends)
+
+
+def unpack(planes: Tensor) -> Tensor:
+    """Inverse of `pack`: ``[n3, ...]`` real planes -> ``[n3 // 2 + 1, ...]`` complex."""
+    n3 = planes.shape[0]
+    pairs = (n3 - 1) // 2
+    inner = planes[1 : 2 * pairs + 1].unflatten(0, (pairs, 2)) if pairs else planes[:0]
+    zero = torch.zeros_like(planes[:1])
+    bins = [torch.complex(planes[:1], zero)]
+    if pairs:
+        bins.append(torch.complex(inner[:, 0].contiguous(), inner[:, 1].contiguous()))
+    if n3 % 2 == 0:
+        bins.append(torch.complex(planes[-1:], zero))
+    return torch.cat(bins)
+
+
+def cur_product(lateral_hat: Tensor, core: Tensor, horizontal_hat: Tensor) -> Tensor:
+    """C * U * R for spectra ``[K, n1, r]``, ``[K, r, n2]`` and a core ``[n3, r, r]``."""
+    product = lateral_hat @ half_spectrum(core) @ horizontal_hat
+    return from_half_spectrum(product, core.shape[0])
+
+
+def materialize(
+    weight: Tensor | None,
+    lateral_hat: Tensor,
+    horizontal_hat: Tensor,
+    core: Tensor,
+    scale: float = 1.0,
+) -> Tensor:
+    """W_eff = W + scale * C * U * R, ``[n3, n1, n2]``, in the dtype of the core."""
+    update = scale * cur_product(lateral_hat, core, horizontal_hat)
+    return update if weight is None else weight.to(update.dtype) + update
+
+
+def core_grad_dense(grad: Tensor, lateral_hat: Tensor, horizontal_hat: Tensor) -> Tensor:
+    """Gradient of the core from G = d loss / d (C * U * R): Cᵀ * G * Rᵀ, ``[n3, r, r]``."""
+    grad_hat = lateral_hat.mH @ half_spectrum(grad) @ horizontal_hat.mH
+    return from_half_spectrum(grad_hat, grad.shape[0])
+
+
+def core_grad_tokens(
+    x: Tensor,
+    grad_y: Tensor,
+    lateral_hat: Tensor,
+    horizontal_hat: Tensor,
+    n3: int,
+    slice_index: int,
+    slices: int = 1,
+) -> Tensor:
+    """Gradient of the core of ``y = x (C*U*R)_lᵀ`` from tokens, without any n1 x n2 gradient.
+
+    ``x``: [..., n2]; ``grad_y``: [..., slices * n1], one block of n1 for each of the ``slices``
+    slices from ``slice_index`` on. With z_k = x R̂_kᴴ and p_k = dy conj(Ĉ_k), slice l adds
+    e^{-2πikl/n3} p_kᵀ z_k to ∂Û_k.
+    """
+    n1 = lateral_hat.shape[1]
+    tokens = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).to(lateral_hat.dtype)
+    grads = grad_y.reshape(tokens.shape[0], slices, n1).to(lateral_hat.dtype)
+    z = tokens @ horizontal_hat.mH  # [K, tokens, r]
+    core_hat = torch.zeros_like(lateral_hat[:, :1, :].mT @ horizontal_hat[:, :, :1].mT)
+    for s in range(slices):
+        p = grads[:, s] @ lateral_hat.conj()
+        core_hat = core_hat + _phases(lateral_hat, n3, -(slice_index + s)) * (p.mT @ z)
+    return from_half_spectrum(core_hat, n3)
+
+
+def cur_linear(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    lateral_hat: Tensor,
+    horizontal_hat: Tensor,
+    core: Tensor,
+    slice_index: int,
+    slices: int = 1,
+    scale: float = 1.0,
+) -> Tensor:
+    """``x (W_l + scale (C*U*R)_l)ᵀ + bias`` through the factors, no W_eff.
+
+    ``weight``: [slices * n1, n2] or None for the update alone; output [..., slices * n1].
+    """
+    update = slice_update(x, lateral_hat, horizontal_hat, core, slice_index, slices, scale)
+    if weight is None:
+        return update.to(x.dtype)
+    base = torch.nn.functional.linear(x, weight, bias)
+    return (base.to(update.dtype) + update).to(base.dtype)
+
+
+def slice_update(
+    x: Tensor,
+    lateral_hat: Tensor,
+    horizontal_hat: Tensor,
+    core: Tensor,
+    slice_index: int,
+    slices: int,
+    scale: float,
+) -> Tensor:
+    """``scale * x (C*U*R)_lᵀ`` for consecutive slices, in the dtype of the core."""
+    n3 = core.shape[0]
+    tokens = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).to(lateral_hat.dtype)
+    core_hat = half_spectrum(core)
+    z = tokens @ horizontal_hat.mT  # [K, tokens, r]
+    weights = scale * _inverse_weights(lateral_hat, n3)
+    blocks = []
+    for s in range(slices):
+        slice_core = weights * _phases(lateral_hat, n3, slice_index + s) * core_hat
+        # Real part of the sum over the half spectrum, each pair counted twice by its weight.
+        blocks.append((z @ slice_core.mT @ lateral_hat.mT).sum(0).real)
+    out = torch.stack(blocks, 1).to(core.dtype)
+    return out.reshape(*x.shape[:-1], slices * lateral_hat.shape[1])
+
+
+def slice_update_transposed(
+    x: Tensor,
+    lateral_hat: Tensor,
+    horizontal_hat: Tensor,
+    core: Tensor,
+    slice_index: int,
+    slices: int,
+    scale: float,
+) -> Tensor:
+    """``scale * Σ_l x_l (C*U*R)_l``: [..., slices * n1] -> [..., n2]."""
+    n3, n1, n2 = core.shape[0], lateral_hat.shape[1], horizontal_hat.shape[2]
+    rows = math.prod(x.shape[:-1])
+    tokens = x.reshape(rows, slices, n1).to(lateral_hat.dtype)
+    core_hat = half_spectrum(core)
+    weights = scale * _inverse_weights(lateral_hat, n3)
+    out = torch.zeros(rows, n2, dtype=core.dtype, device=x.device)
+    for s in range(slices):
+        slice_core = weights * _phases(lateral_hat, n3, slice_index + s) * core_hat
+        out = out + (tokens[:, s] @ lateral_hat @ slice_core @ horizontal_hat).sum(0).real
+    return out.reshape(*x.shape[:-1], n2)
+
+
+def _phases(like: Tensor, n3: int, slice_index: int) -> Tensor:
+    """e^{2πikl/n3} for every bin k, ``[K, 1, 1]``; the angle is reduced exactly, in integers."""
+    turns = torch.arange(like.shape[0], device=like.device) * slice_index % n3
+    angle = turns.to(torch.float64) * (2 * math.pi / n3)
+    return torch.polar(torch.ones_like(angle), angle).to(like.dtype)[:, None, None]
+
+
+def _inverse_weights(like: Tensor, n3: int) -> Tensor:
+    """1/n3 for the real bins and 2/n3 for the pairs, ``[K, 1, 1]``."""
+    weights = torch.full((like.shape[0],), 2.0 / n3, dtype=like.dtype, device=like.device)
+    weights[0] = 1.0 / n3
+    if n3 % 2 == 0:
+        weights[-1] = 1.0 / n3
+    return weights[:, None, None]

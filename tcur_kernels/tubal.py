@@ -1,0 +1,136 @@
+"""Tubal algebra: the t-product and what follows from it, in plain differentiable torch.
+
+Kilmer & Martin, "Factorization strategies for third-order tensors", Linear Algebra and its
+Applications 435 (2011). Storage is slice-first: the literature's n1 x n2 x n3 is ``[n3, n1, n2]``.
+All functions take any device and floating dtype; half precisions are computed in fp32 and returned
+in the dtype that came.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def t_product(a: Tensor, b: Tensor) -> Tensor:
+    """t-product ``a * b``: circular convolution of the frontal slices.
+
+    (a * b)_l = Σ_{i+j ≡ l mod n3} a_i b_j, computed slice by slice in the half spectrum.
+
+    Args:
+        a: ``[n3, n1, p]``, floating.
+        b: ``[n3, p, n2]``, same dtype and device.
+
+    Returns:
+        ``[n3, n1, n2]``, contiguous, in the dtype of ``a``.
+
+    Raises:
+        TypeError: a tensor is not floating, or dtypes differ.
+        ValueError: shapes do not fit, or devices differ.
+    """
+    _check_tensor("a", a)
+    _check_tensor("b", b)
+    if a.dtype != b.dtype:
+        raise TypeError(f"b: expected the dtype of a, {a.dtype}, got {b.dtype}")
+    if a.device != b.device:
+        raise ValueError(f"b: expected the device of a, {a.device}, got {b.device}")
+    if a.shape[0] != b.shape[0] or a.shape[2] != b.shape[1]:
+        raise ValueError(
+            f"b: expected [n3, p, n2] with n3 = {a.shape[0]} and p = {a.shape[2]} as in a, "
+            f"got {list(b.shape)}"
+        )
+    x, y = _computable(a), _computable(b)
+    if a.shape[0] == 1:  # the matrix product, without a transform of length one
+        return (x @ y).to(a.dtype)
+    product = _spectrum(x) @ _spectrum(y)
+    return _from_spectrum(product, a.shape[0]).to(a.dtype)
+
+
+def t_transpose(a: Tensor) -> Tensor:
+    """t-transpose: every frontal slice transposed, slices 1 … n3-1 in reverse order.
+
+    ``[n3, n1, n2]`` -> ``[n3, n2, n1]``; the conjugate transpose of each slice of the spectrum.
+    """
+    _check_tensor("a", a)
+    return torch.cat([a[:1], a[1:].flip(0)]).mT.contiguous()
+
+
+def t_identity(
+    n: int,
+    n3: int,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Identity of the t-product, ``[n3, n, n]``: slice 0 is the unit matrix, the rest zero."""
+    for name, value in (("n", n), ("n3", n3)):
+        if value < 1:
+            raise ValueError(f"{name}: expected a positive integer, got {value}")
+    identity = torch.zeros(n3, n, n, dtype=dtype, device=device)
+    identity[0] = torch.eye(n, dtype=dtype, device=device)
+    return identity
+
+
+def t_pinv(a: Tensor, rtol: float | None = None) -> Tensor:
+    """Moore-Penrose inverse under the t-product: ``[n3, n1, n2]`` -> ``[n3, n2, n1]``.
+
+    Args:
+        a: floating tensor.
+        rtol: singular values of a slice of the spectrum below ``rtol`` times the largest singular
+            value of the whole spectrum count as zero; default ``max(n1, n2) * eps`` of the dtype.
+    """
+    _check_tensor("a", a)
+    x = _computable(a)
+    if rtol is None:
+        rtol = max(a.shape[1], a.shape[2]) * torch.finfo(x.dtype).eps
+    # One threshold for all slices: a slice that is zero up to rounding must not be inverted.
+    spectrum = _spectrum(x)
+    largest = torch.linalg.matrix_norm(spectrum.detach(), ord=2).max()
+    inverse = torch.linalg.pinv(spectrum, atol=rtol * largest, rtol=0.0)
+    return _from_spectrum(inverse, a.shape[0]).to(a.dtype)
+
+
+def t_svd(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """t-SVD, reduced: ``a = u * s * t_transpose(v)``.
+
+    With m = min(n1, n2): ``u`` [n3, n1, m] and ``v`` [n3, n2, m] have orthonormal lateral slices
+    (``t_transpose(u) * u`` is the identity), ``s`` [n3, m, m] has diagonal frontal slices. The
+    number of tubes of ``s`` that are not zero is the tubal rank of ``a``.
+
+    Gradients are those of ``torch.linalg.svd``: defined for functions that do not depend on the
+    signs and phases of the singular vectors, and finite for distinct singular values.
+    """
+    _check_tensor("a", a)
+    n3 = a.shape[0]
+    spectrum = _spectrum(_computable(a))
+    pairs = (n3 - 1) // 2
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    # The real bins are decomposed as real matrices: a complex SVD of them may return any phase, and
+    # then u, s and v would not be the spectra of real tensors.
+    real_bins = [spectrum[:1].real] + ([spectrum[-1:].real] if n3 % 2 == 0 else [])
+    for part in (real_bins[0], spectrum[1 : pairs + 1], *real_bins[1:]):
+        u, s, vh = torch.linalg.svd(part, full_matrices=False)
+        parts.append((u + 0j, torch.diag_embed(s) + 0j, vh.mH + 0j))
+    u, s, v = (_from_spectrum(torch.cat(bins), n3).to(a.dtype) for bins in zip(*parts, strict=True))
+    return u, s, v
+
+
+def _spectrum(a: Tensor) -> Tensor:
+    return torch.fft.rfft(a, dim=0)
+
+
+def _from_spectrum(a_hat: Tensor, n3: int) -> Tensor:
+    return torch.fft.irfft(a_hat, n=n3, dim=0).contiguous()
+
+
+def _computable(a: Tensor) -> Tensor:
+    """fp32 for the half precisions, which neither the FFT nor LAPACK knows for every size."""
+    return a.float() if a.dtype in (torch.float16, torch.bfloat16) else a
+
+
+def _check_tensor(name: str, a: Tensor) -> None:
+    if not isinstance(a, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(a).__name__}")
+    if not a.dtype.is_floating_point:
+        raise TypeError(f"{name}: expected a floating dtype, got {a.dtype}")
+    if a.ndim != 3 or 0 in a.shape:
+        raise ValueError(f"{name}: expected [n3, n1, n2] with no empty axis, got {list(a.shape)}")

@@ -1,0 +1,254 @@
+"""The functional face: what it returns, and what it refuses by name."""
+
+import oracle
+import pytest
+import torch
+from cases import make_case
+from tolerance import assert_close
+
+import tcur_kernels as tcur
+from tcur_kernels import _native
+
+BACKENDS = pytest.mark.parametrize("backend", ["auto", "reference", "cpu"])
+
+
+@pytest.fixture
+def case():
+    return make_case(4, 6, 9, 2)
+
+
+@BACKENDS
+def test_products_and_gradients_against_the_definition(backend):
+    case = make_case(12, 6, 9, 3)
+    double = case.double()
+    core64 = double.core.requires_grad_()
+    core = case.core.requires_grad_()
+    exact = oracle.w_eff(double.weight, double.lateral, core64, double.horizontal, 0.5)
+    weights = list(case.weight)
+    results = {
+        "materialize": (tcur.materialize(weights, case.factors, core, 0.5, backend=backend), exact),
+        "cur_product": (
+            tcur.cur_product(case.factors, core, backend),
+            oracle.cur_product(double.lateral, core64, double.horizontal),
+        ),
+    }
+    x = torch.randn(5, 9)
+    y = tcur.cur_linear(x, weights[3], None, case.factors, core, 3, 0.5, backend)
+    results["cur_linear"] = (y, x.double() @ exact[3].T)
+    for actual, wanted in results.values():
+        grad = torch.randn_like(actual)
+        (gradient,) = torch.autograd.grad(actual, core, grad, retain_graph=True)
+        (exact_gradient,) = torch.autograd.grad(wanted, core64, grad.double(), retain_graph=True)
+        assert_close(actual, wanted.float(), wanted)
+        assert_close(gradient, exact_gradient.float(), exact_gradient)
+
+
+def test_effective_gives_the_same_map(case):
+    """Through the factors or through W_eff: values and gradients of the same function."""
+    x = torch.randn(5, 9)
+    w_eff = tcur.materialize(case.weight, case.factors, case.core)
+
+    def run(linear, x, core):
+        x, core = x.detach().requires_grad_(), core.detach().requires_grad_()
+        y = linear(x, core)
+        return (y, *torch.autograd.grad(y.square().sum(), (x, core)))
+
+    def by_definition(x, core):
+        dtype = x.dtype
+        product = oracle.cur_product(case.lateral, core, case.horizontal).to(dtype)
+        return x @ (case.weight[2].to(dtype) + product[2]).T
+
+    exact = run(by_definition, x.double(), case.core.double())
+    same = run(by_definition, x, case.core)
+    for effective in (None, w_eff[2]):
+
+        def linear(x, core, effective=effective):
+            args = (case.weight[2], None, case.factors, core, 2)
+            return tcur.cur_linear(x, *args, effective=effective)
+
+        for actual, same_dtype, wanted in zip(run(linear, x, case.core), same, exact, strict=True):
+            assert_close(actual, same_dtype, wanted)
+
+
+def test_half_precision_factors_are_computed_in_fp32():
+    case = make_case(4, 6, 9, 2, torch.bfloat16)
+    factors = case.factors
+    assert factors.dtype == torch.float32
+    assert (factors.n3, factors.n1, factors.n2, factors.rank) == (4, 6, 9, 2)
+    assert "n3=4, n1=6, n2=9, rank=2" in repr(factors)
+    moved = factors.to("cpu")
+    assert torch.equal(moved.lateral_hat, factors.lateral_hat)
+
+
+def test_out_is_reused(case):
+    buffer = torch.empty(4, 6, 9)
+    result = tcur.materialize(case.weight, case.factors, case.core, out=buffer)
+    assert result is buffer
+    assert torch.equal(buffer, tcur.materialize(case.weight, case.factors, case.core))
+
+
+def test_build_info():
+    info = tcur.build_info()
+    assert info["version"] == tcur.__version__
+    assert info["backends"] == ["reference", "cpu"]
+    assert info["cuda"] == "not built"
+    assert info["cpu"]["isa_chosen"] in info["cpu"]["isa_runnable"]
+    assert set(info["cpu"]["isa_runnable"]) <= set(info["cpu"]["isa_compiled"])
+    assert "baseline" in info["cpu"]["isa_compiled"]
+    assert info["cpu"]["torch_target"] == "2.10"
+    assert info["cpu"]["compiler"].split()[0] in ("gcc", "clang")
+
+
+def test_without_the_compiled_library(monkeypatch, case):
+    """A tree that was never built runs on the reference, and says how to get more."""
+    monkeypatch.setattr(_native, "_cpu", None)
+    monkeypatch.setattr(_native, "_cpu_error", "No module named 'tcur_kernels._cpu'")
+    assert tcur.build_info()["backends"] == ["reference"]
+    assert tcur.build_info()["cpu"] == {"built": False, "error": _native.cpu_error()}
+    product = tcur.cur_product(case.factors, case.core)
+    assert torch.equal(product, tcur.cur_product(case.factors, case.core, "reference"))
+    with pytest.raises(RuntimeError, match=r"backend: 'cpu' is not built here .*pip install"):
+        tcur.cur_product(case.factors, case.core, "cpu")
+    assert _native._load("no_such_library")[0] is None
+
+
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_absent_backends_are_refused(backend, case):
+    with pytest.raises(RuntimeError, match=f"backend: '{backend}' is not built.*use 'auto'"):
+        tcur.cur_product(case.factors, case.core, backend)
+
+
+def test_backend_for_another_device():
+    from tcur_kernels import functional
+
+    functional.check_backend("reference", torch.device("meta"))
+    functional.check_backend("auto", torch.device("meta"))
+    with pytest.raises(ValueError, match="backend: expected one for tensors on meta, got 'cpu'"):
+        functional.check_backend("cpu", torch.device("meta"))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"lateral": torch.ones(4, 6)}, ValueError, r"lateral: expected \[n3, n1, r\]"),
+        ({"horizontal": torch.ones(4, 2)}, ValueError, r"horizontal: expected \[n3, r, n2\]"),
+        ({"horizontal": torch.ones(4, 3, 9)}, ValueError, r"horizontal: expected \[4, 2, n2\]"),
+        ({"horizontal": torch.ones(3, 2, 9)}, ValueError, r"horizontal: expected \[4, 2, n2\]"),
+        ({"lateral": torch.ones(4, 6, 2).int()}, TypeError, "lateral: expected a floating"),
+        ({"lateral": [1]}, TypeError, "lateral: expected a torch.Tensor, got list"),
+        ({"lateral": torch.full((4, 6, 2), torch.nan)}, ValueError, "lateral: expected finite"),
+        ({"horizontal": torch.full((4, 2, 9), torch.inf)}, ValueError, "horizontal: expected fin"),
+        (
+            {"lateral": torch.ones(4, 6, 2).double()},
+            TypeError,
+            "horizontal: expected torch.float64",
+        ),
+        ({"lateral": torch.ones(4, 1, 2)}, ValueError, "lateral: expected a rank of at most"),
+        (
+            {"lateral": torch.ones(4, 6, 2, requires_grad=True)},
+            ValueError,
+            "lateral: expected a frozen tensor, got requires_grad=True",
+        ),
+        (
+            {"horizontal": torch.ones(4, 2, 9, requires_grad=True)},
+            ValueError,
+            "horizontal: expected a frozen tensor",
+        ),
+        ({"horizontal": torch.ones(4, 2, 9, device="meta")}, ValueError, "horizontal: .* on cpu"),
+    ],
+)
+def test_factors_refuse(change, error, message):
+    arguments = {"lateral": torch.ones(4, 6, 2), "horizontal": torch.ones(4, 2, 9), **change}
+    with pytest.raises(error, match=message):
+        tcur.CURFactors(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"core": torch.ones(4, 3, 3)}, ValueError, r"core: expected \[4, 2, 2\], got \[4, 3, 3\]"),
+        ({"core": torch.ones(4, 2, 2).double()}, TypeError, "core: expected dtype torch.float32"),
+        ({"core": torch.ones(4, 2, 2).int()}, TypeError, "core: expected a floating dtype"),
+        ({"core": torch.ones(4, 2, 2, device="meta")}, ValueError, "core: expected a tensor on"),
+        ({"factors": torch.ones(3)}, TypeError, "factors: expected CURFactors, got Tensor"),
+        ({"weight": torch.ones(4, 9, 6)}, ValueError, r"weight: expected \[4, 6, 9\]"),
+        ({"weight": [torch.ones(6, 9)] * 3}, ValueError, r"weight: expected 4 tensors \[6, 9\]"),
+        ({"weight": [torch.ones(9, 6)] * 4}, ValueError, r"weight: expected \[6, 9\]"),
+        ({"weight": torch.ones(4, 6, 9).int()}, TypeError, "weight: expected a floating dtype"),
+        (
+            {"weight": torch.ones(4, 6, 9).double()},
+            TypeError,
+            "weight: expected at most the precision of fp32",
+        ),
+        (
+            {"weight": torch.ones(4, 6, 9, requires_grad=True)},
+            ValueError,
+            "weight: expected a frozen tensor",
+        ),
+        (
+            {"weight": [torch.ones(6, 9)] * 3 + [torch.ones(6, 9).half()]},
+            TypeError,
+            "weight: expected dtype torch.float32, got torch.float16",
+        ),
+        ({"scale": float("nan")}, ValueError, "scale: expected a finite number, got nan"),
+        ({"out_dtype": torch.int32}, TypeError, "out_dtype: expected a floating dtype"),
+        ({"out": torch.empty(4, 6, 8)}, ValueError, r"out: expected a contiguous \[4, 6, 9\]"),
+        ({"out": torch.empty(4, 9, 6).mT}, ValueError, "out: expected a contiguous"),
+        ({"out": torch.empty(4, 6, 9).int()}, TypeError, "out: expected a floating dtype"),
+        (
+            {"out": torch.empty(4, 6, 9), "out_dtype": torch.half},
+            TypeError,
+            "out: expected dtype torch.float16",
+        ),
+        (
+            {"out": torch.empty(4, 6, 9), "core": torch.ones(4, 2, 2, requires_grad=True)},
+            ValueError,
+            "out: expected None while the core requires grad",
+        ),
+        ({"backend": "gpu"}, ValueError, "backend: expected one of auto.*got 'gpu'"),
+    ],
+)
+def test_materialize_refuses(case, change, error, message):
+    arguments = {"weight": case.weight, "factors": case.factors, "core": case.core, **change}
+    with pytest.raises(error, match=message):
+        tcur.materialize(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"x": torch.ones(3, 8)}, ValueError, r"x: expected \[..., 9\], got \[3, 8\]"),
+        ({"x": torch.tensor(1.0)}, ValueError, "x: expected"),
+        ({"x": torch.ones(3, 9).int()}, TypeError, "x: expected a floating dtype"),
+        ({"x": torch.ones(3, 9).half()}, TypeError, "x: expected dtype torch.float32"),
+        ({"x": torch.ones(3, 9, device="meta")}, ValueError, "x: expected a tensor on cpu"),
+        ({"weight": torch.ones(7, 9)}, ValueError, r"weight: expected \[slices \* 6, 9\]"),
+        ({"weight": torch.ones(6, 8)}, ValueError, "weight: expected"),
+        ({"weight": torch.ones(6, 9, requires_grad=True)}, ValueError, "weight: expected a frozen"),
+        ({"bias": torch.ones(5)}, ValueError, r"bias: expected \[6\], got \[5\]"),
+        ({"bias": torch.ones(6).half()}, TypeError, "bias: expected dtype"),
+        ({"bias": torch.ones(6, requires_grad=True)}, ValueError, "bias: expected a frozen"),
+        ({"slice_index": 4}, ValueError, "slice_index: expected 0 to 3 .* got 4"),
+        ({"slice_index": -1}, ValueError, "slice_index: expected 0 to 3"),
+        ({"slice_index": 1.0}, TypeError, "slice_index: expected an int, got float"),
+        (
+            {"slice_index": 2, "weight": torch.ones(18, 9)},
+            ValueError,
+            "slice_index: expected 0 to 1 for 3 of 4 slices, got 2",
+        ),
+        ({"effective": torch.ones(5, 9)}, ValueError, r"effective: expected \[6, 9\]"),
+        ({"effective": torch.ones(6, 9).half()}, TypeError, "effective: expected dtype"),
+    ],
+)
+def test_cur_linear_refuses(case, change, error, message):
+    arguments = {
+        "x": torch.ones(3, 9),
+        "weight": case.weight[1],
+        "bias": None,
+        "factors": case.factors,
+        "core": case.core,
+        "slice_index": 1,
+        **change,
+    }
+    with pytest.raises(error, match=message):
+        tcur.cur_linear(**arguments)

@@ -1,0 +1,115 @@
+"""Who may import whom, and what an import does not do: each in a process of its own."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import tcur_kernels
+
+PACKAGE = Path(tcur_kernels.__file__).parent
+
+#: Module -> what it may import of ours. Arrows point downwards only.
+MAY_IMPORT = {
+    "reference": set(),
+    "tubal": set(),
+    "_native": set(),
+    "cost": set(),
+    "decompose": {"tubal"},
+    "ops": {"reference"},
+    "functional": {"_native", "ops", "reference"},
+    "nn": {"cost", "decompose", "functional"},
+    "adapters.plan": {"decompose"},
+    "adapters.fingerprint": {"adapters.plan"},
+    "adapters.checkpoint": set(),
+    "adapters.adapt": {
+        "adapters.checkpoint",
+        "adapters.fingerprint",
+        "adapters.plan",
+        "decompose",
+        "nn",
+    },
+    "adapters.load": {
+        "adapters.adapt",
+        "adapters.checkpoint",
+        "adapters.fingerprint",
+        "adapters.plan",
+    },
+    "adapters": {"adapters.adapt", "adapters.load", "adapters.plan"},
+}
+
+
+def run(code):
+    result = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
+def modules():
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+        if name:
+            yield name, path
+
+
+def imports_of(name, path):
+    """Modules of ours that a file imports, by absolute dotted name within the package."""
+    package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            start = package[: len(package) - node.level + 1]
+            if node.module:
+                yield ".".join([*start, node.module])
+            else:
+                yield from (".".join([*start, alias.name]) for alias in node.names)
+
+
+@pytest.mark.parametrize(
+    ("name", "path"), list(modules()), ids=lambda value: str(value).split("/")[-1]
+)
+def test_arrows_point_downwards(name, path):
+    imported = {target for target in imports_of(name, path) if target != "__version__"}
+    assert imported <= MAY_IMPORT[name]
+
+
+def test_an_import_is_quiet_and_light():
+    heavy = ("triton", "monai", "peft", "transformers", "torch._dynamo", "torch._inductor")
+    code = f"""
+import sys, torch
+before = set(sys.modules)
+import tcur_kernels
+new = set(sys.modules) - before
+print([name for name in {heavy!r} if name in new])
+"""
+    assert run(code) == "[]"
+
+
+def test_the_reference_stands_alone():
+    """It runs without the compiled library, loaded as a file of its own."""
+    code = f"""
+import importlib.util, sys, torch
+spec = importlib.util.spec_from_file_location("reference", {str(PACKAGE / "reference.py")!r})
+reference = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(reference)
+assert not any(name.startswith("tcur_kernels") for name in sys.modules)
+c, r, u = torch.randn(4, 3, 2), torch.randn(4, 2, 5), torch.randn(4, 2, 2)
+print(tuple(reference.cur_product(reference.half_spectrum(c), u, reference.half_spectrum(r)).shape))
+"""
+    assert run(code) == "(4, 3, 5)"
+
+
+def test_the_first_call_may_be_a_compiled_one():
+    code = """
+import torch, tcur_kernels as tcur
+factors = tcur.CURFactors(torch.randn(4, 6, 2), torch.randn(4, 2, 5))
+core = torch.randn(4, 2, 2, requires_grad=True)
+f = torch.compile(lambda c: tcur.cur_product(factors, c).sum(), backend="aot_eager", fullgraph=True)
+f(core).backward()
+print(core.grad.abs().max().item() > 0)
+"""
+    assert run(code) == "True"

@@ -1,0 +1,359 @@
+"""Stacks and layers: drop-in behaviour, when W_eff is built, what gradients reach."""
+
+import copy
+import pickle
+
+import oracle
+import pytest
+import torch
+from tolerance import assert_close
+from torch import nn
+from torch.nn import functional as F
+
+import tcur_kernels as tcur
+import tcur_kernels.nn as tcur_nn
+from tcur_kernels import cost
+
+MODES = pytest.mark.parametrize("mode", ["materialized", "factored"])
+
+
+def make_linears(count=3, n1=6, n2=9, fused=True, dtype=torch.float32):
+    """``count`` layers of one slice, and a fused one of three slices in their midst."""
+    linears = [nn.Linear(n2, n1, dtype=dtype) for _ in range(count)]
+    if fused:
+        linears.insert(1, nn.Linear(n2, 3 * n1, bias=False, dtype=dtype))
+    for linear in linears:
+        linear.requires_grad_(False)
+    return linears
+
+
+def make_stack(mode="auto", alpha=0.7, **kwargs):
+    linears = make_linears(**kwargs)
+    return tcur.TProductStack(linears, rank=2, alpha=alpha, mode=mode), linears
+
+
+def randomise(stack):
+    with torch.no_grad():
+        stack.core.normal_()
+
+
+@pytest.fixture
+def builds(monkeypatch):
+    """Counts how often W_eff is built."""
+    calls = []
+
+    def counted(*args, **kwargs):
+        calls.append(kwargs["out"].data_ptr())
+        return materialize(*args, **kwargs)
+
+    materialize = tcur_nn.materialize
+    monkeypatch.setattr(tcur_nn, "materialize", counted)
+    return calls
+
+
+@MODES
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_a_zero_core_changes_no_bit(mode, dtype):
+    stack, linears = make_stack(mode, dtype=dtype)
+    x = torch.randn(4, 5, 9, dtype=dtype)
+    for layer, linear in zip(stack.layers, linears, strict=True):
+        assert torch.equal(layer(x), linear(x))
+
+
+@MODES
+def test_values_and_gradients_against_the_definition(mode):
+    """Every slice, the fused ones too, against float64 autograd through bcirc."""
+    stack, linears = make_stack(mode)
+    randomise(stack)
+    inputs = [torch.randn(4, 9, requires_grad=True) for _ in linears]
+    outputs = [layer(x) for layer, x in zip(stack.layers, inputs, strict=True)]
+    grads = [torch.randn_like(y) for y in outputs]
+    torch.autograd.backward(outputs, grads)
+
+    weight = torch.cat([linear.weight for linear in linears]).view(6, 6, 9).double()
+    lateral = weight[:, :, list(stack.columns)]
+    horizontal = weight[:, list(stack.rows)]
+    core = stack.core.detach().double().requires_grad_()
+    w_eff = weight + 0.7 * oracle.cur_product(lateral, core, horizontal)
+    exact_inputs = [x.detach().double().requires_grad_() for x in inputs]
+    start, exact = 0, []
+    for layer, x in zip(stack.layers, exact_inputs, strict=True):
+        block = w_eff[start : start + layer.slices].reshape(-1, 9)
+        exact.append(F.linear(x, block, None if layer.bias is None else layer.bias.double()))
+        start += layer.slices
+    torch.autograd.backward(exact, [g.double() for g in grads])
+
+    for y, wanted in zip(outputs, exact, strict=True):
+        assert_close(y, wanted.float(), wanted)
+    for x, wanted in zip(inputs, exact_inputs, strict=True):
+        assert_close(x.grad, wanted.grad.float(), wanted.grad)
+    # The gradient of the core is a sum of sums; plain fp32 through the same factors bounds it.
+    same = fp32_core_gradient(stack, linears, inputs, grads)
+    assert_close(stack.core.grad, same, core.grad)
+    assert all(linear.weight.grad is None for linear in linears)
+
+
+def fp32_core_gradient(stack, linears, inputs, grads):
+    core = stack.core.detach().clone().requires_grad_()
+    weight = torch.cat([linear.weight for linear in linears]).view(6, 6, 9)
+    lateral, horizontal = weight[:, :, list(stack.columns)], weight[:, list(stack.rows)]
+    update = tcur.t_product(tcur.t_product(lateral, core), horizontal)
+    start, outputs = 0, []
+    for layer, x in zip(stack.layers, inputs, strict=True):
+        block = (weight + 0.7 * update)[start : start + layer.slices].reshape(-1, 9)
+        outputs.append(F.linear(x.detach(), block))
+        start += layer.slices
+    (grad,) = torch.autograd.grad(outputs, core, grads)
+    return grad
+
+
+@MODES
+def test_gradient_checks_in_float64(mode):
+    stack, _ = make_stack(mode, dtype=torch.float64)
+    randomise(stack)
+    x = torch.randn(3, 9, dtype=torch.float64, requires_grad=True)
+    core = stack.core
+
+    def run(x, core):
+        return stack.layers[1](x)
+
+    assert torch.autograd.gradcheck(run, (x, core))
+
+
+def test_w_eff_is_built_once_per_core_version(builds):
+    stack, _ = make_stack("materialized")
+    x = torch.randn(4, 9)
+    for _ in range(3):  # gradient accumulation: three passes over all layers, one build
+        sum(layer(x).sum() for layer in stack.layers).backward()
+    with torch.no_grad():
+        stack.layers[0](x)
+    assert len(builds) == 1
+    optimizer = torch.optim.Adam([stack.core])
+    optimizer.step()
+    for layer in stack.layers:
+        layer(x)
+    assert len(builds) == 2
+
+
+@pytest.mark.parametrize("write", ["data", "copy", "assign"])
+def test_no_write_to_the_core_goes_unseen(write):
+    """Optimizers of old write through ``.data``, which leaves no trace in the version counter."""
+    stack, _ = make_stack("materialized")
+    x = torch.randn(4, 9)
+    before = stack.layers[0](x)
+    value = torch.randn_like(stack.core)
+    if write == "data":
+        stack.core.data.add_(value)
+    elif write == "copy":
+        with torch.no_grad():
+            stack.core.copy_(value)
+    else:
+        stack.core.data = value
+    assert not torch.equal(stack.layers[0](x), before)
+
+
+def test_new_base_weights_are_seen():
+    stack, linears = make_stack("materialized")
+    x = torch.randn(4, 9)
+    stack.layers[0](x)
+    with torch.no_grad():
+        linears[0].weight.mul_(2)
+    assert torch.equal(stack.layers[0](x), linears[0](x))
+
+
+def test_the_buffer_is_reused_but_never_under_a_pending_backward(builds):
+    stack, _ = make_stack("materialized")
+    x = torch.randn(4, 9, requires_grad=True)
+    stack.layers[0](x).sum().backward()
+    randomise(stack)
+    stack.layers[0](x).sum().backward()
+    assert builds[0] == builds[1]  # the graph of the first step is gone: same memory
+
+    pending = stack.layers[0](x)
+    expected = torch.autograd.grad(stack.layers[0](x).sum(), x)[0]
+    stack.core.data.normal_()  # unseen by autograd, which would refuse the backward below
+    stack.layers[0](x)
+    assert builds[2] != builds[1]  # the pending graph keeps the old one
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+        stack.layers[0](x)  # another dtype in between
+    x.grad = None
+    pending.sum().backward()
+    assert torch.equal(x.grad, expected)
+
+
+@MODES
+def test_a_core_written_before_its_backward_is_refused_as_any_parameter(mode):
+    stack, _ = make_stack(mode)
+    y = stack.layers[0](torch.randn(4, 9, requires_grad=True))
+    randomise(stack)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_modes():
+    sizes = {"n1": 768, "n2": 768, "n3": 48, "rank": 8, "weight_dtype": torch.float32}
+    worth = cost.tokens_worth_materializing(768, 768, 48, 8)
+    assert worth == pytest.approx(53.0)
+
+    def choose(mode="auto", tokens=1, is_built=False, **change):
+        return cost.choose_mode(mode, tokens=tokens, is_built=is_built, **{**sizes, **change})
+
+    assert choose(tokens=10) == "factored"
+    assert choose(tokens=100) == "materialized"
+    assert choose(tokens=10, is_built=True) == "materialized"
+    assert choose(tokens=100, weight_dtype=torch.bfloat16) == "factored"
+    for mode in ("materialized", "factored"):
+        assert choose(mode, weight_dtype=torch.bfloat16) == mode
+
+
+def test_auto_materialises_for_many_tokens_only(builds):
+    stack, _ = make_stack("auto")
+    stack.layers[0](torch.randn(1, 9))
+    assert not builds
+    stack.layers[0](torch.randn(1000, 9))
+    assert len(builds) == 1
+    stack.layers[0](torch.randn(1, 9))  # W_eff is at hand: it is used
+    assert len(builds) == 1
+
+
+@MODES
+def test_autocast_gives_what_a_linear_layer_gives(mode):
+    stack, linears = make_stack(mode)
+    x = torch.randn(40, 9)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for layer, linear in zip(stack.layers, linears, strict=True):
+            y = layer(x)
+            assert y.dtype == torch.bfloat16
+            assert torch.equal(y, linear(x))
+        randomise(stack)
+        stack.layers[1](x).sum().backward()
+    assert stack.core.grad.dtype == torch.float32
+    assert stack.core.grad.isfinite().all()
+
+
+def test_drop_in():
+    stack, linears = make_stack()
+    layer, linear = stack.layers[1], linears[1]
+    assert isinstance(layer, nn.Linear)
+    assert list(layer.state_dict()) == ["weight"]
+    assert list(stack.layers[0].state_dict()) == ["weight", "bias"]
+    assert layer.weight is linear.weight
+    assert [name for name, _ in layer.named_parameters()] == ["weight"]
+    assert list(layer.modules()) == [layer]
+    assert list(stack.state_dict()) == ["core"]
+    expected = "in_features=9, out_features=18, bias=False, slice=1-3 of 6, rank=2"
+    assert layer.extra_repr() == expected
+    assert "slice=0 of 6" in repr(stack.layers[0])
+    assert "n3=6, n1=6, n2=9, rank=2, alpha=0.7, mode=auto" in repr(stack)
+    fresh = tcur.TProductLinear(9, 6, stack=stack, slice_index=0)
+    assert fresh.weight.shape == (6, 9)
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_copies_are_whole_and_independent(clone):
+    stack, _ = make_stack("materialized")
+    randomise(stack)
+    model = nn.Sequential(*stack.layers[:1], nn.ReLU())
+    model.add_module("stack", stack)
+    x = torch.randn(4, 9)
+    y = stack.layers[0](x)
+    twin = clone(model)
+    assert twin[0].stack is twin.stack
+    assert twin.stack.layers[0] is twin[0]
+    assert torch.equal(twin[0](x), y)
+    randomise(twin.stack)
+    assert not torch.equal(twin[0](x), y)
+    assert torch.equal(stack.layers[0](x), y)
+
+
+def test_dtype_moves_keep_core_and_factors_wide():
+    stack, _ = make_stack("materialized")
+    randomise(stack)
+    model = nn.Sequential(*stack.layers)
+    model.add_module("stack", stack)
+    x = torch.randn(4, 9)
+    core = stack.core.detach().clone()
+    model.to(torch.bfloat16)
+    assert stack.layers[0].weight.dtype == torch.bfloat16
+    assert stack.core.dtype == stack.lateral_hat.dtype == torch.float32
+    assert torch.equal(stack.core, core)
+    assert stack.layers[0](x.bfloat16()).dtype == torch.bfloat16
+    model.double()
+    assert stack.core.dtype == stack.horizontal_hat.dtype == torch.float64
+    assert torch.equal(stack.core, core.double())
+    assert stack.layers[0](x.double()).dtype == torch.float64
+    model.to("meta")
+    assert stack.core.device.type == stack.lateral.device.type == "meta"
+
+
+def test_merge_and_unmerge():
+    stack, linears = make_stack("factored")
+    randomise(stack)
+    before = [linear.weight.clone() for linear in linears]
+    x = torch.randn(4, 9)
+    adapted = [layer(x) for layer in stack.layers]
+    stack.merge()
+    assert stack.is_merged
+    for layer, linear, y in zip(stack.layers, linears, adapted, strict=True):
+        assert torch.equal(layer(x), linear(x))  # the plain layer computes the adapted map now
+        assert_close(linear(x), y, y.double())
+    with pytest.raises(ValueError, match="merge: expected an unmerged stack"):
+        stack.merge()
+    stack.unmerge()
+    for linear, weight in zip(linears, before, strict=True):
+        assert torch.equal(linear.weight, weight)
+    with pytest.raises(ValueError, match="unmerge: expected a merged stack"):
+        stack.unmerge()
+
+
+def test_a_weight_that_requires_grad_is_refused_in_forward():
+    stack, linears = make_stack()
+    linears[0].weight.requires_grad_(True)
+    with pytest.raises(ValueError, match="weight: expected a frozen tensor"):
+        stack.layers[0](torch.randn(2, 9))
+
+
+@pytest.mark.parametrize(
+    ("linears", "change", "error", "message"),
+    [
+        ([], {}, ValueError, "linears: expected at least one nn.Linear, got none"),
+        ([nn.ReLU()], {}, TypeError, "linears: expected nn.Linear, got ReLU"),
+        ([nn.Linear(4, 3)], {}, ValueError, "linears: expected frozen weights"),
+        (make_linears(), {"rank": 0}, ValueError, r"rank: expected 1 to min\(n1, n2\) = 6"),
+        (make_linears(), {"rank": 7}, ValueError, "rank: expected 1 to"),
+        (make_linears(), {"mode": "fast"}, ValueError, "mode: expected one of auto, material"),
+        (make_linears(), {"alpha": float("inf")}, ValueError, "alpha: expected a finite number"),
+        (make_linears(), {"selection": "best"}, ValueError, "selection: expected one of"),
+        (make_linears(), {"n1": 4}, ValueError, "expected out_features to be a multiple of 4"),
+        (
+            [*make_linears(), *make_linears(n2=8)],
+            {},
+            ValueError,
+            "linears: expected 9 in_features as in the first layer, got 8",
+        ),
+        (
+            [*make_linears(), *make_linears(dtype=torch.half)],
+            {},
+            ValueError,
+            "linears: expected torch.float32 on cpu .* got torch.float16",
+        ),
+    ],
+)
+def test_stacks_refuse(linears, change, error, message):
+    with pytest.raises(error, match=message):
+        tcur.TProductStack(linears, **{"rank": 2, **change})
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_stacks_refuse_weights_that_are_not_finite(value):
+    linears = make_linears()
+    linears[2].weight[0, 0] = value
+    with pytest.raises(ValueError, match="linears: expected finite weights, got NaN or Inf"):
+        tcur.TProductStack(linears, rank=2)
+
+
+def test_stacks_refuse_integer_weights():
+    linear = nn.Linear(4, 3)
+    linear.weight = nn.Parameter(torch.ones(3, 4, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(TypeError, match=r"linears: expected a floating dtype, got torch\.int8"):
+        tcur.TProductStack([linear], rank=2)

@@ -1,0 +1,345 @@
+"""Every operator in every language: values, gradients, contracts, edges."""
+
+import oracle
+import pytest
+import torch
+from cases import N3, make_case
+from tolerance import PROMISE, assert_close, relative_error
+from torch.autograd import gradcheck, gradgradcheck
+from torch.nn import functional as F
+
+from tcur_kernels import ops, reference
+
+LANGUAGES = pytest.mark.parametrize("language", ops.LANGUAGES, ids=lambda name: name or "compiled")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+#: (n1, n2, rank): one number; fewer rows than a tile and a ragged edge; one full tile; several.
+SHAPES = ((1, 1, 1), (3, 5, 3), (4, 64, 1), (13, 150, 8), (9, 515, 2))
+
+
+def materialize(language, case, scale=0.5, out_dtype=None, layers=False):
+    weights = [w.clone() for w in case.weight] if layers else [case.weight]
+    op = ops.operator("materialize", language)
+    return op(weights, *case.packed, case.core, scale, out_dtype or case.weight.dtype)
+
+
+@LANGUAGES
+@pytest.mark.parametrize("n3", N3)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_materialize_update(language, n3, shape):
+    """The update alone: fp32 against the definition, within the bound and the promise."""
+    case = make_case(n3, *shape)
+    exact = oracle.cur_product(case.lateral, case.core, case.horizontal)
+    product = ops.operator("materialize", language)([], *case.packed, case.core, 1.0, torch.float32)
+    assert product.is_contiguous()
+    assert_close(product, reference.cur_product(case.spectra[0], case.core, case.spectra[1]), exact)
+    assert relative_error(product, exact) <= PROMISE["ieee"]
+
+
+@LANGUAGES
+@pytest.mark.parametrize("layers", [False, True], ids=["stack", "layers"])
+@pytest.mark.parametrize("weight_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("out_dtype", DTYPES, ids=str)
+def test_materialize_dtypes(language, layers, weight_dtype, out_dtype):
+    wide = torch.float64 if torch.float64 in (weight_dtype, out_dtype) else torch.float32
+    case = make_case(12, 6, 70, 3, wide, weight_dtype)
+    double = case.double()
+    exact = oracle.w_eff(double.weight, double.lateral, double.core, double.horizontal, 0.5)
+    torch_same = reference.materialize(case.weight, *case.spectra, case.core, 0.5).to(out_dtype)
+    w_eff = materialize(language, case, out_dtype=out_dtype, layers=layers)
+    assert w_eff.dtype == out_dtype
+    assert_close(w_eff, torch_same, exact)
+
+
+@LANGUAGES
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_zero_core_gives_the_weights_back(language, dtype):
+    wide = torch.promote_types(dtype, torch.float32)
+    case = make_case(7, 5, 37, 3, wide, dtype)
+    case.core.zero_()
+    assert torch.equal(materialize(language, case), case.weight)
+
+
+@LANGUAGES
+def test_special_values_pass_through(language):
+    case = make_case(4, 3, 20, 2, torch.float32, torch.float32)
+    case.core.zero_()
+    case.weight[0, 0, :3] = torch.tensor([float("inf"), float("-inf"), float("nan")])
+    case.weight[1, 0, 0] = 1e-40  # a denormal
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        w_eff = materialize(language, case, out_dtype=dtype)
+        expected = case.weight.to(dtype)
+        assert torch.equal(torch.isnan(w_eff), torch.isnan(expected))
+        assert torch.equal(torch.nan_to_num(w_eff), torch.nan_to_num(expected))
+
+
+@LANGUAGES
+def test_materialize_into_a_buffer(language):
+    case = make_case(5, 6, 40, 2)
+    out = torch.full((5, 6, 40), float("nan"))
+    op = ops.operator("materialize_out", language)
+    assert op([case.weight], *case.packed, case.core, 0.5, out=out) is None
+    assert torch.equal(out, materialize(language, case))
+
+
+@LANGUAGES
+@pytest.mark.parametrize("n3", N3)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_core_grad_dense(language, n3, shape):
+    case = make_case(n3, *shape)
+    grad = torch.randn_like(case.weight)
+    exact = reference.core_grad_dense(grad.double(), *case.double().spectra)
+    torch_same = reference.core_grad_dense(grad, *case.spectra)
+    actual = ops.operator("core_grad_dense", language)(grad, *case.packed)
+    assert actual.is_contiguous()
+    assert_close(actual, torch_same, exact)
+
+
+@LANGUAGES
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_core_grad_dense_dtypes(language, dtype):
+    wide = torch.promote_types(dtype, torch.float32)
+    case = make_case(12, 6, 70, 3, wide)
+    grad = torch.randn(12, 6, 70).to(dtype)
+    exact = reference.core_grad_dense(grad.double(), *case.double().spectra)
+    torch_same = reference.core_grad_dense(grad.to(wide), *case.spectra)
+    actual = ops.operator("core_grad_dense", language)(grad, *case.packed)
+    assert actual.dtype == wide
+    assert_close(actual, torch_same, exact)
+
+
+@LANGUAGES
+@pytest.mark.parametrize("n3", N3)
+@pytest.mark.parametrize(("tokens", "slices"), [((1,), 1), ((3, 5), 3), ((600,), 2), ((0,), 1)])
+def test_core_grad_tokens(language, n3, tokens, slices):
+    slices = min(slices, n3)
+    first = (n3 - slices) // 2
+    case = make_case(n3, 6, 9, 3)
+    x, grad_y = torch.randn(*tokens, 9), torch.randn(*tokens, slices * 6)
+    args = (n3, first, slices)
+    exact = reference.core_grad_tokens(x.double(), grad_y.double(), *case.double().spectra, *args)
+    torch_same = reference.core_grad_tokens(x, grad_y, *case.spectra, *args)
+    actual = ops.operator("core_grad_tokens", language)(x, grad_y, *case.packed, *args)
+    assert actual.is_contiguous()
+    assert_close(actual, torch_same, exact)
+
+
+@LANGUAGES
+@pytest.mark.parametrize("n3", N3)
+@pytest.mark.parametrize("rank", [1, 3, 8])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("slices", [1, 3])
+def test_cur_linear(language, n3, rank, transposed, slices):
+    slices = min(slices, n3)
+    first = n3 - slices
+    case = make_case(n3, 10, 9, rank)
+    double = case.double()
+    w_eff = oracle.w_eff(double.weight, double.lateral, double.core, double.horizontal, 0.5)
+    w_eff = w_eff[first:].reshape(slices * 10, 9)
+    weight = case.weight[first:].reshape(slices * 10, 9)
+    x = torch.randn(2, 70, slices * 10 if transposed else 9)
+    bias = None if transposed else torch.randn(slices * 10)
+    op = ops.operator("cur_linear", language)
+    y = op(x, weight, bias, *case.packed, case.core, first, slices, 0.5, False, transposed)
+    if transposed:
+        exact = x.double() @ w_eff
+        update = reference.slice_update_transposed(x, *case.spectra, case.core, first, slices, 0.5)
+        torch_same = x @ weight + update
+    else:
+        exact = F.linear(x.double(), w_eff, bias.double())
+        torch_same = reference.cur_linear(
+            x, weight, bias, *case.spectra, case.core, first, slices, 0.5
+        )
+    assert y.is_contiguous()
+    assert_close(y, torch_same, exact)
+    alone = op(x, None, None, *case.packed, case.core, first, slices, 0.5, False, transposed)
+    update_exact = exact - (
+        x.double() @ weight.double()
+        if transposed
+        else F.linear(x.double(), weight.double(), bias.double())
+    )
+    args = (*case.spectra, case.core, first, slices, 0.5)
+    same = reference.slice_update_transposed if transposed else reference.slice_update
+    assert_close(alone, same(x, *args), update_exact)
+
+
+@LANGUAGES
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_cur_linear_dtypes(language, dtype):
+    wide = torch.promote_types(dtype, torch.float32)
+    case = make_case(12, 6, 20, 3, wide, dtype)
+    double = case.double()
+    x = torch.randn(40, 20).to(dtype)
+    w_eff = oracle.w_eff(double.weight, double.lateral, double.core, double.horizontal, 0.5)
+    exact = F.linear(x.double(), w_eff[3])
+    op = ops.operator("cur_linear", language)
+    y = op(x, case.weight[3], None, *case.packed, case.core, 3, 1, 0.5, False, False)
+    assert y.dtype == dtype
+    torch_same = reference.cur_linear(x, case.weight[3], None, *case.spectra, case.core, 3, 1, 0.5)
+    assert_close(y, torch_same, exact)
+
+
+@LANGUAGES
+def test_materialized_linear_is_the_plain_one(language):
+    case = make_case(4, 6, 9, 2)
+    x, bias = torch.randn(5, 9), torch.randn(6)
+    op = ops.operator("cur_linear", language)
+    y = op(x, case.weight[1], bias, *case.packed, case.core, 1, 1, 0.5, True, False)
+    assert torch.equal(y, F.linear(x, case.weight[1], bias))
+
+
+@LANGUAGES
+@pytest.mark.parametrize("n3", [1, 2, 5])
+def test_derivatives(language, n3):
+    """First and second derivatives: the four operators are closed under differentiation."""
+    case = make_case(n3, 3, 4, 2, torch.float64)
+    core = case.core.clone().requires_grad_()
+    x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    first, slices = (0, 1) if n3 == 1 else (n3 - 2, 2)
+    weight = case.weight[first:].reshape(slices * 3, 4)
+
+    def w_eff(core):
+        op = ops.operator("materialize", language)
+        return op([case.weight], *case.packed, core, 0.5, torch.float64)
+
+    def linear(x, core):
+        op = ops.operator("cur_linear", language)
+        return op(x, weight, None, *case.packed, core, first, slices, 0.5, False, False)
+
+    def transposed(x, core):
+        op = ops.operator("cur_linear", language)
+        return op(x, None, None, *case.packed, core, first, slices, 0.5, False, True)
+
+    grad_y = torch.randn(3, slices * 3, dtype=torch.float64, requires_grad=True)
+    for function, inputs in ((w_eff, (core,)), (linear, (x, core)), (transposed, (grad_y, core))):
+        assert gradcheck(function, inputs)
+        assert gradgradcheck(function, inputs)
+
+
+@LANGUAGES
+@pytest.mark.parametrize("dense", [False, True], ids=["contiguous", "permuted"])
+def test_opcheck(language, dense):
+    """Schema, fake, autograd registration and traced behaviour, as torch itself checks them."""
+    case = make_case(5, 6, 9, 2)
+
+    def lay_out(tensor):  # the same values with permuted strides
+        return tensor.mT.contiguous().mT if dense else tensor
+
+    lateral_hat, horizontal_hat = (lay_out(t) for t in case.packed)
+    core = lay_out(case.core).requires_grad_()
+    weights = [lay_out(w) for w in case.weight]
+    x, grad_y = lay_out(torch.randn(7, 9)), lay_out(torch.randn(7, 12))
+    factors = (lateral_hat, horizontal_hat)
+
+    def check(name, *args, **kwargs):
+        torch.library.opcheck(ops.operator(name, language), args, kwargs)
+
+    check("materialize", weights, *factors, core, 0.5, torch.float32)
+    check("materialize", [], *factors, core, 0.5, torch.bfloat16)
+    out = torch.zeros(5, 6, 9)
+    check("materialize_out", weights, *factors, core.detach(), 0.5, out=out)
+    grad = lay_out(torch.randn(5, 6, 9)).requires_grad_()
+    check("core_grad_dense", grad, *factors)
+    check("core_grad_tokens", x.requires_grad_(), grad_y.requires_grad_(), *factors, 5, 2, 2)
+    weight = torch.cat(weights[2:4])
+    for materialized in (False, True):
+        check("cur_linear", x, weight, None, *factors, core, 2, 2, 0.5, materialized, False)
+    check("cur_linear", x, weight, torch.randn(12), *factors, core, 2, 2, 0.5, False, False)
+    check("cur_linear", grad_y, weight, None, *factors, core, 2, 2, 0.5, False, True)
+
+
+@LANGUAGES
+def test_inputs_may_be_strided(language):
+    case = make_case(6, 8, 20, 2)
+    wide = torch.randn(6, 8, 40)
+    case.weight = wide[:, :, ::2]
+    strided = materialize(language, case)
+    case.weight = case.weight.contiguous()
+    assert torch.equal(strided, materialize(language, case))
+    x, grad_y = torch.randn(20, 7).T, torch.randn(7, 1).expand(7, 8)
+    exact = reference.core_grad_tokens(x.double(), grad_y.double(), *case.double().spectra, 6, 1)
+    same = reference.core_grad_tokens(x, grad_y, *case.spectra, 6, 1)
+    op = ops.operator("core_grad_tokens", language)
+    assert_close(op(x, grad_y, *case.packed, 6, 1, 1), same, exact)
+    args = (case.core, 1, 1, 0.5)
+    exact = reference.cur_linear(
+        x.double(),
+        case.weight[1].double(),
+        None,
+        *case.double().spectra,
+        case.core.double(),
+        1,
+        1,
+        0.5,
+    )
+    same = reference.cur_linear(x, case.weight[1], None, *case.spectra, *args)
+    op = ops.operator("cur_linear", language)
+    assert_close(op(x, case.weight[1], None, *case.packed, *args, False, False), same, exact)
+
+
+@LANGUAGES
+def test_fullgraph_with_two_shapes_and_one_compilation(language):
+    case = make_case(5, 6, 9, 2)
+    core, packed = case.core.requires_grad_(), case.packed
+
+    def step(x, core):
+        linear = ops.operator("cur_linear", language)
+        y = linear(x, case.weight[1], None, *packed, core, 1, 1, 0.5, False, False)
+        w = ops.operator("materialize", language)([case.weight], *packed, core, 0.5, torch.float32)
+        return y.square().sum() + w.square().sum()
+
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True, dynamic=True)
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for tokens in (7, 11):
+            x = torch.randn(tokens, 9, requires_grad=True)
+            expected = torch.autograd.grad(step(x, core), (x, core))
+            actual = torch.autograd.grad(compiled(x, core), (x, core))
+            for a, b in zip(actual, expected, strict=True):
+                assert_close(a, b, b.double())
+
+
+@LANGUAGES
+def test_autocast_does_not_reach_inside(language):
+    case = make_case(5, 6, 9, 2)
+    core = case.core.requires_grad_()
+    x = torch.randn(7, 9)
+    op = ops.operator("cur_linear", language)
+    args = (case.weight[1], None, *case.packed, core, 1, 1, 0.5, False, False)
+    expected = op(x, *args)
+    (expected_grad,) = torch.autograd.grad(expected.sum(), core)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = op(x, *args)
+        (grad,) = torch.autograd.grad(y.sum(), core)
+    assert torch.equal(y, expected)
+    assert torch.equal(grad, expected_grad)
+
+
+def test_compiled_operators_check_their_shapes():
+    """Called directly, past the Python layer, they refuse instead of reading out of bounds."""
+    case = make_case(4, 6, 9, 2)
+    lateral_hat, horizontal_hat = case.packed
+    calls = {
+        "core": lambda: torch.ops.tcur.materialize(
+            [], lateral_hat, horizontal_hat, case.core[:, :1], 1.0, torch.float32
+        ),
+        "weights": lambda: torch.ops.tcur.materialize(
+            [case.weight[:, :3]], lateral_hat, horizontal_hat, case.core, 1.0, torch.float32
+        ),
+        "must be": lambda: torch.ops.tcur.core_grad_dense(
+            case.weight, lateral_hat, horizontal_hat[:3]
+        ),
+        "slice_index": lambda: torch.ops.tcur.core_grad_tokens(
+            torch.ones(2, 9), torch.ones(2, 6), lateral_hat, horizontal_hat, 4, 4, 1
+        ),
+        "same tokens": lambda: torch.ops.tcur.core_grad_tokens(
+            torch.ones(2, 9), torch.ones(3, 6), lateral_hat, horizontal_hat, 4, 0, 1
+        ),
+        "x has": lambda: torch.ops.tcur.cur_linear(
+            torch.ones(2, 8), None, None, lateral_hat, horizontal_hat, case.core,
+            0, 1, 1.0, False, False,
+        ),
+    }  # fmt: skip
+    for message, call in calls.items():
+        with pytest.raises(RuntimeError, match=message):
+            call()

@@ -1,0 +1,77 @@
+"""The model of the paper, at its size: counts, bits, and every core moving."""
+
+import copy
+
+import pytest
+import torch
+from monai.networks.nets import UNETR
+
+import tcur_kernels as tcur
+
+
+def unetr(img_size, **sizes):
+    torch.manual_seed(0)
+    return UNETR(in_channels=1, out_channels=2, img_size=img_size, **sizes)
+
+
+def test_the_papers_number_of_trainable_parameters():
+    """128³, feature 16, hidden 768, rank 8, decoder trained: 2,678,528 + 72 slices x 64."""
+    model = unetr((128, 128, 128), feature_size=16, hidden_size=768, mlp_dim=3072, num_heads=12)
+    assert sum(p.numel() for p in model.parameters()) == 93_029_602
+    adapter = tcur.adapt(model, rank=8, train_also=("decoder*",))
+    assert adapter.count_parameters() == 2_683_136
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 2_683_136
+    plan = {stack.name: stack.n3 for stack in adapter.plan.stacks}
+    assert plan == {"3072x768": 12, "768x3072": 12, "768x768": 48}
+    attention = next(stack for stack in adapter.plan.stacks if stack.n3 == 48)
+    assert [(m.module, m.slices) for m in attention.members[:2]] == [
+        ("vit.blocks.0.attn.out_proj", 1),
+        ("vit.blocks.0.attn.qkv", 3),
+    ]
+    assert not adapter.plan.left_out
+
+
+@pytest.fixture
+def small():
+    return unetr((32, 32, 32), feature_size=4, hidden_size=48, mlp_dim=96, num_heads=4).eval()
+
+
+@pytest.mark.parametrize("mode", ["materialized", "factored"])
+def test_a_small_unetr_trains_and_comes_back(small, mode, tmp_path):
+    base = copy.deepcopy(small)
+    x = torch.randn(1, 1, 32, 32, 32)
+    adapter = tcur.adapt(small, rank=4, mode=mode, train_also=("decoder*", "out"))
+    with torch.no_grad():
+        assert torch.equal(small(x), base(x))
+    optimizer = torch.optim.Adam(adapter.parameters(), lr=1e-2)
+    for _ in range(2):
+        optimizer.zero_grad()
+        small(x).square().mean().backward()
+        optimizer.step()
+    for name, stack in adapter.stacks.items():
+        assert (stack.core != 0).all(dim=(1, 2)).all(), f"a slice of {name} did not move"
+    adapter.save(tmp_path / "adapter.safetensors")
+    twin = copy.deepcopy(base)
+    loaded = tcur.load_adapter(twin, tmp_path / "adapter.safetensors")
+    with torch.no_grad():
+        y = small(x)
+        assert torch.equal(twin(x), y)
+        loaded.merge()
+        merged = twin(x)
+        loaded.unmerge()
+        assert torch.equal(twin(x), y)
+        exact = copy.deepcopy(small).double()(x.double())
+    error = (merged.double() - exact).norm() / exact.norm()
+    assert error <= 2 * (y.double() - exact).norm() / exact.norm() + 2e-7
+
+
+def test_the_published_way_trains_nothing(small):
+    """What the released script does: a core outside of the model gets no gradient."""
+    stack = torch.stack([block.mlp.linear1.weight.data for block in small.vit.blocks])
+    d = tcur.tensor_cur(stack, 4)
+    core = torch.nn.Parameter(d.core)
+    update = tcur.t_product(tcur.t_product(d.lateral, core), d.horizontal)
+    for block, delta in zip(small.vit.blocks, update, strict=True):
+        block.mlp.linear1.weight.data = block.mlp.linear1.weight.data + delta.detach()
+    small(torch.randn(1, 1, 32, 32, 32)).sum().backward()
+    assert core.grad is None
