@@ -265,11 +265,6 @@ def build_info() -> dict[str, Any]:
     }
 
 
-def check_backend(backend: str, device: torch.device) -> None:
-    """Refuses a backend that is unknown, absent, or not for this device."""
-    _language(backend, device)
-
-
 def _language(backend: str, device: torch.device) -> str:
     """Language of the operators for a backend name; see `ops.LANGUAGES`."""
     if backend == "reference":

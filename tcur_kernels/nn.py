@@ -111,6 +111,8 @@ class TProductStack(nn.Module):
         weights = self._backup or [layer.weight.detach() for layer in self.layers]
         return [block for weight in weights for block in weight.split(self.n1)]
 
+    @torch.inference_mode(False)  # what is kept must also serve a training step
+    @torch.no_grad()
     def effective(self, dtype: torch.dtype) -> Tensor:
         """W_eff ``[n3, n1, n2]`` for the present core, rebuilt only when it changed.
 
@@ -126,8 +128,7 @@ class TProductStack(nn.Module):
             if buffer is None:
                 shape = (self.n3, self.n1, self.n2)
                 buffer = torch.empty(shape, dtype=dtype, device=self.core.device)
-            with torch.no_grad():
-                materialize(self.base_slices(), self.factors, self.core, self.alpha, out=buffer)
+            materialize(self.base_slices(), self.factors, self.core, self.alpha, out=buffer)
             self._built = _Effective(buffer, self.core, self.layers)
         assert self._built is not None
         return self._built.buffer
@@ -310,6 +311,7 @@ class _Effective:
             return torch.equal(core, self._core)
         return _version(core) == self._core_version
 
+    @torch.inference_mode(False)
     def view_of(self, layer: TProductLinear) -> Tensor:
         """The slices of one layer, ``[out_features, in_features]``."""
         if layer.slice_index not in self._views:

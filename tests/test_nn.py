@@ -152,6 +152,19 @@ def test_no_write_to_the_core_goes_unseen(write):
     assert not torch.equal(stack.layers[0](x), before)
 
 
+def test_evaluating_in_inference_mode_leaves_nothing_behind():
+    """W_eff built there must serve a training step after it: no inference tensor may be kept."""
+    stack, _ = make_stack("materialized")
+    randomise(stack)
+    x = torch.randn(4, 9, requires_grad=True)
+    with torch.inference_mode():
+        y = stack.layers[0](x)
+    again = stack.layers[0](x)
+    assert torch.equal(y, again)
+    again.sum().backward()
+    assert stack.core.grad.abs().max() > 0
+
+
 def test_new_base_weights_are_seen():
     stack, linears = make_stack("materialized")
     x = torch.randn(4, 9)
@@ -188,6 +201,17 @@ def test_a_core_written_before_its_backward_is_refused_as_any_parameter(mode):
     randomise(stack)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
+
+
+def test_random_selection_is_reproducible():
+    linears = make_linears(count=2, n1=40, n2=50, fused=False)
+    rows = [
+        tcur.TProductStack(
+            linears, 5, selection="uniform", generator=torch.Generator().manual_seed(seed)
+        ).rows
+        for seed in (1, 1, 2)
+    ]
+    assert rows[0] == rows[1] != rows[2]
 
 
 def test_modes():

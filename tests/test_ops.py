@@ -164,6 +164,21 @@ def test_cur_linear(language, n3, rank, transposed, slices):
 
 
 @LANGUAGES
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("leading", [(), (0,), (2, 0), (1,)], ids=str)
+def test_cur_linear_of_one_token_and_of_none(language, transposed, leading):
+    case = make_case(4, 6, 9, 2)
+    core = case.core.requires_grad_()
+    x = torch.randn(*leading, 6 if transposed else 9, requires_grad=True)
+    op = ops.operator("cur_linear", language)
+    y = op(x, case.weight[1], None, *case.packed, core, 1, 1, 0.5, False, transposed)
+    assert y.shape == (*leading, 9 if transposed else 6)
+    grad_x, grad_core = torch.autograd.grad(y.sum(), (x, core))
+    assert grad_x.shape == x.shape
+    assert (grad_core.abs().max() == 0) == (x.numel() == 0)
+
+
+@LANGUAGES
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_cur_linear_dtypes(language, dtype):
     wide = torch.promote_types(dtype, torch.float32)

@@ -1,0 +1,1 @@
+"""Benchmarks: checked before they are timed, interleaved, in ratios. ``python -m benchmarks``."""

@@ -1,0 +1,65 @@
+"""Result rows: appended, never rewritten, each with what is needed to read it later."""
+
+from __future__ import annotations
+
+import csv
+import platform
+import subprocess
+from dataclasses import asdict
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+
+import tcur_kernels as tcur
+
+from .timing import Timing
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def device_name() -> str:
+    """A name for the processor, fit for a file name."""
+    model = platform.processor() or platform.machine()
+    with open("/proc/cpuinfo", encoding="utf-8") as file:
+        for line in file:
+            if line.startswith("model name"):
+                model = line.partition(":")[2].strip()
+                break
+    return "".join(
+        c if c.isalnum() else "-" for c in f"{model}-{tcur.build_info()['cpu']['isa_chosen']}"
+    )
+
+
+def append(op: str, case: str, shape: tuple[int, ...], timings: dict[str, Timing]) -> Path:
+    """Appends one row per contender and returns the file."""
+    commit = _git("rev-parse", "--short", "HEAD")
+    dirty = bool(_git("status", "--porcelain", "--untracked-files=no"))
+    common = {
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit + ("+dirty" if dirty else ""),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "op": op,
+        "case": case,
+        "shape": "x".join(map(str, shape)),
+    }
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{device_name()}.csv"
+    new = not path.exists()
+    with open(path, "a", newline="", encoding="utf-8") as file:
+        fields = [*common, "contender", *Timing.__dataclass_fields__]
+        writer = csv.DictWriter(file, fields)
+        if new:
+            writer.writeheader()
+        for contender, timing in timings.items():
+            numbers = {name: f"{value:.4g}" for name, value in asdict(timing).items()}
+            writer.writerow({**common, "contender": contender, **numbers})
+    return path
+
+
+def _git(*args: str) -> str:
+    result = subprocess.run(
+        ["git", *args], cwd=RESULTS.parent, capture_output=True, text=True, check=False
+    )
+    return result.stdout.strip()
