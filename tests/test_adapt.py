@@ -5,11 +5,11 @@ import pickle
 
 import pytest
 import torch
-from models import Tiny
-from tolerance import assert_close
 from torch import nn
 
 import tcur_kernels as tcur
+from models import Tiny
+from tolerance import assert_close
 
 MODES = pytest.mark.parametrize("mode", ["auto", "materialized", "factored"])
 

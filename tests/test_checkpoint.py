@@ -4,11 +4,11 @@ import json
 
 import pytest
 import torch
-from models import Tiny
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import tcur_kernels as tcur
+from models import Tiny
 from tcur_kernels.adapters import checkpoint
 from tcur_kernels.adapters.checkpoint import FORMAT, FORMAT_VERSION
 

@@ -1,14 +1,14 @@
 """Tensor CUR: exact recovery, optimality of the projection core, the paper's selection rule."""
 
-import oracle
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tolerance import relative_error
 
+import oracle
 import tcur_kernels as tcur
 from tcur_kernels import decompose
+from tolerance import relative_error
 
 CORES = pytest.mark.parametrize("core", ["intersection", "projection"])
 

@@ -1,13 +1,13 @@
 """The functional face: what it returns, and what it refuses by name."""
 
-import oracle
 import pytest
 import torch
-from cases import make_case
-from tolerance import assert_close
 
+import oracle
 import tcur_kernels as tcur
+from cases import make_case
 from tcur_kernels import _native, functional
+from tolerance import assert_close
 
 BACKENDS = pytest.mark.parametrize("backend", ["auto", "reference", "cpu"])
 

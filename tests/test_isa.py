@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from cases import make_case
-from tolerance import assert_close, bound, relative_error
 
+from cases import make_case
 from tcur_kernels import _cpu, ops, reference
+from tolerance import assert_close, bound, relative_error
 
 #: n3 that meet every branch of the folded DFT: no pair, one line, full blocks of lines and a rest.
 N3 = (1, 2, 3, 5, 8, 13, 48, 97)

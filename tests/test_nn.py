@@ -3,16 +3,16 @@
 import copy
 import pickle
 
-import oracle
 import pytest
 import torch
-from tolerance import assert_close
 from torch import nn
 from torch.nn import functional as F
 
+import oracle
 import tcur_kernels as tcur
 import tcur_kernels.nn as tcur_nn
 from tcur_kernels import cost
+from tolerance import assert_close
 
 MODES = pytest.mark.parametrize("mode", ["materialized", "factored"])
 

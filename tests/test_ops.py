@@ -1,14 +1,14 @@
 """Every operator in every language: values, gradients, contracts, edges."""
 
-import oracle
 import pytest
 import torch
-from cases import N3, make_case
-from tolerance import PROMISE, assert_close, relative_error
 from torch.autograd import gradcheck, gradgradcheck
 from torch.nn import functional as F
 
+import oracle
+from cases import N3, make_case
 from tcur_kernels import ops, reference
+from tolerance import PROMISE, assert_close, relative_error
 
 LANGUAGES = pytest.mark.parametrize("language", ops.LANGUAGES, ids=lambda name: name or "compiled")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

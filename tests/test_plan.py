@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from models import Tiny
 from torch import nn
 
 import tcur_kernels as tcur
+from models import Tiny
 from tcur_kernels.adapters.plan import Member, make_plan
 
 

@@ -4,10 +4,10 @@ import re
 from pathlib import Path
 
 import torch
-from cases import make_case
-from tolerance import assert_close
 
 import tcur_kernels as tcur
+from cases import make_case
+from tolerance import assert_close
 
 BLOCKS = re.findall(
     r"```python\n(.*?)```", (Path(__file__).parent.parent / "README.md").read_text(), re.DOTALL

@@ -1,12 +1,12 @@
 """The specification itself, proved against the block-circulant definition in float64."""
 
-import oracle
 import pytest
 import torch
-from cases import N3, make_case
-from tolerance import relative_error
 
+import oracle
+from cases import N3, make_case
 from tcur_kernels import reference
+from tolerance import relative_error
 
 LIMIT = 1e-12
 

@@ -2,16 +2,16 @@
 
 from itertools import pairwise
 
-import oracle
 import pytest
 import torch
-from cases import N3
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tolerance import assert_close, relative_error
 from torch.autograd import gradcheck, gradgradcheck
 
+import oracle
 import tcur_kernels as tcur
+from cases import N3
+from tolerance import assert_close, relative_error
 
 
 @pytest.mark.parametrize("n3", N3)

@@ -1,0 +1,176 @@
+"""Two small segmentation domains made from one real brain, as 3D NIfTI files on disk.
+
+nilearn carries the MNI152 T1 template with its grey- and white-matter maps, so nothing is
+downloaded. Every subject is an axial slab of that brain after its own random pose, size and smooth
+deformation. A domain says how a scanner shows it (contrast, bias field, noise, voxel size) and what
+structure its readers drew. Structures are cut from the tissue maps by MNI coordinates before the
+deformation, so they follow the anatomy, not the voxel grid. Tissue alone does not tell them: left
+and right, front and back look alike close up.
+
+Run by itself to write both domains, each with a Decathlon-style ``dataset.json``::
+
+    python examples/brain_domains.py --output runs/brains --seed 0
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import nibabel as nib
+import numpy as np
+import torch
+from monai.data import MetaTensor
+from monai.transforms import (
+    CenterSpatialCrop,
+    Rand3DElastic,
+    RandBiasField,
+    Spacing,
+    SpatialPad,
+)
+from nilearn import datasets
+from torch import Tensor
+from tqdm import tqdm
+
+GRID = (2.0, 2.0, 4.0)  # mm, the grid that subjects are made on
+SLAB = (96, 96, 16)  # voxels of it that the scanner covers: 192 x 192 x 64 mm
+LOWEST = -20.0  # mm, MNI z of the first slice of the slab
+
+
+@dataclass(frozen=True)
+class Domain:
+    """What the scanner shows and what the readers drew."""
+
+    name: str
+    contrast: Literal["T1", "T2"]
+    structure: str  # key of `structures`
+    spacing: tuple[float, float, float]  # mm
+    noise: float  # standard deviation, where the brain's intensities are 0 to 1
+    bias: float  # largest coefficient of the bias field
+
+
+SOURCE = Domain("source", "T1", "left frontal grey matter", (2.0, 2.0, 4.0), 0.03, 0.2)
+TARGET = Domain("target", "T2", "right posterior grey matter", (2.5, 2.5, 8.0), 0.08, 0.5)
+
+
+class Anatomy(NamedTuple):
+    """The template on the subjects' grid, with a margin around the slab to deform into."""
+
+    t1: Tensor  # 0 to 1
+    structures: dict[str, Tensor]  # masks
+
+
+@cache
+def load_anatomy() -> Anatomy:
+    """Template and structures from nilearn's maps, at 2 x 2 x 4 mm."""
+    loaders = (
+        datasets.load_mni152_template,
+        datasets.load_mni152_gm_template,
+        datasets.load_mni152_wm_template,
+    )
+    images = [load(resolution=2) for load in loaders]
+    affine = images[0].affine
+    first = round((LOWEST - affine[2, 3]) / affine[2, 2]) - 8  # eight 2 mm slices of margin
+    slices = slice(first, first + 2 * SLAB[2] + 16, 2)
+    t1, grey, white = (torch.tensor(im.get_fdata()[:, :, slices]).float() for im in images)
+    x = (torch.arange(t1.shape[0]) * affine[0, 0] + affine[0, 3])[:, None, None]
+    y = (torch.arange(t1.shape[1]) * affine[1, 1] + affine[1, 3])[:, None]
+    grey, white = (grey > 0.5) & (t1 > 0.05), white > 0.5
+    structures = {
+        "left grey matter": grey & (x < 0),
+        "left frontal grey matter": grey & (x < 0) & (y > 5),
+        "right posterior grey matter": grey & (x > 0) & (y < -40),
+        "right white matter": white & (x > 0),
+    }
+    return Anatomy(t1, structures)
+
+
+def make_subject(domain: Domain, seed: int) -> tuple[MetaTensor, MetaTensor]:
+    """Image and label of one subject, on the domain's voxel grid."""
+    anatomy = load_anatomy()
+    random = np.random.RandomState(seed)
+    shown = anatomy.t1
+    if domain.contrast == "T2":  # dark white matter, brighter grey matter, bright fluid
+        shown = (1.05 - shown).clamp(min=0) ** 0.8 * (shown > 0.05)
+    subject = torch.stack([shown, anatomy.structures[domain.structure].float()])
+
+    deform = Rand3DElastic(
+        sigma_range=(5, 8),
+        magnitude_range=(60, 140),
+        prob=1,
+        rotate_range=(0.08, 0.08, 0.3),
+        translate_range=(8, 8, 2),
+        scale_range=(0.12, 0.12, 0.12),
+        padding_mode="zeros",
+    )
+    deform.set_random_state(int(random.randint(2**31)))
+    bias = RandBiasField(coeff_range=(0, domain.bias), prob=1)
+    bias.set_random_state(int(random.randint(2**31)))
+    room = SpatialPad([n + 8 for n in subject.shape[1:3]] + [subject.shape[3]])
+    subject = CenterSpatialCrop(SLAB)(deform(room(subject))).as_tensor()
+    affine = torch.diag(torch.tensor([*GRID, 1.0], dtype=torch.float64))
+    image = MetaTensor(bias(subject[:1]).as_tensor(), affine=affine)
+    label = MetaTensor((subject[1:] > 0.5).float(), affine=affine)
+    image = Spacing(domain.spacing, mode="bilinear")(image)
+    label = Spacing(domain.spacing, mode="nearest")(label)
+    image += domain.noise * torch.from_numpy(random.standard_normal(image.shape)).float()
+    return image, label
+
+
+def write_domain(folder: Path, domain: Domain, counts: Mapping[str, int], seed: int) -> Path:
+    """Writes ``counts[section]`` subjects per section and the datalist.
+
+    Subjects of different seeds, domains and sections are different.
+
+    Returns:
+        The path of the datalist JSON.
+    """
+    datalist: dict[str, object] = {
+        "name": f"brain slabs, {domain.name} domain",
+        "description": f"{domain.contrast}, {domain.structure}",
+        "modality": {"0": domain.contrast},
+        "labels": {"0": "background", "1": domain.structure},
+    }
+    entropy = [seed, *domain.name.encode()]
+    seeds = iter(np.random.SeedSequence(entropy).generate_state(sum(counts.values())).tolist())
+    with tqdm(total=sum(counts.values()), desc=f"{domain.name + ' volumes':<19}", ncols=100) as bar:
+        for section, count in counts.items():
+            entries = []
+            for number in range(count):
+                entry = {}
+                volumes = zip(("image", "label"), make_subject(domain, next(seeds)), strict=True)
+                for kind, volume in volumes:
+                    file = folder / f"{kind}s" / f"{section}_{number:02d}.nii.gz"
+                    file.parent.mkdir(parents=True, exist_ok=True)
+                    kept = np.float32 if kind == "image" else np.uint8
+                    voxels = volume[0].numpy().astype(kept)
+                    nib.save(nib.Nifti1Image(voxels, volume.affine.numpy()), file)
+                    entry[kind] = str(file.relative_to(folder))
+                entries.append(entry)
+                bar.update()
+            datalist[section] = entries
+    path = folder / "dataset.json"
+    path.write_text(json.dumps(datalist, indent=1))
+    return path
+
+
+def main() -> None:
+    """Writes both domains."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--output", type=Path, default=Path("runs/brains"))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--training", type=int, default=24, help="volumes per domain")
+    parser.add_argument("--validation", type=int, default=8, help="volumes per domain")
+    args = parser.parse_args()
+    for domain in (SOURCE, TARGET):
+        counts = {"training": args.training, "validation": args.validation}
+        print(write_domain(args.output / domain.name, domain, counts, args.seed))
+
+
+if __name__ == "__main__":
+    main()

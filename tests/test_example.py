@@ -1,0 +1,93 @@
+"""The segmentation example: the whole of it on tiny volumes, and what it refuses."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+@pytest.fixture
+def example(monkeypatch):
+    """The script as a module."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import unetr_segmentation
+
+    return unetr_segmentation
+
+
+def test_the_demo_end_to_end(tmp_path):
+    command = [sys.executable, str(EXAMPLES / "unetr_segmentation.py"), "--smoke"]
+    result = subprocess.run(
+        [*command, "--output", str(tmp_path)], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    for text in ("HD95", "||U|| 0 ->", "adapter merged: logits differ by"):
+        assert text in result.stdout
+    results = json.loads((tmp_path / "results.json").read_text())
+    (run,) = results["runs"]
+    reports = run["reports"]
+    assert set(run["scores"]) == {"zero-shot", *reports}
+    pairs = [("tCURLoRA", "decoder-only"), ("core + output layer", "output layer only")]
+    for ours, frozen in pairs:
+        cores = reports[ours]["parameters"] - reports[frozen]["parameters"]
+        assert cores == (48 + 12 + 12) * 8 * 8
+        for stack in ("24x24", "48x24", "24x48"):
+            assert reports[ours]["core_norm"][stack][-1] > 0
+            assert all(norm > 0 for norm in reports[ours]["grad_norm"][stack])
+    assert run["round_trip"]["loaded"] == run["round_trip"]["unmerged"] == 0
+    assert run["round_trip"]["merged"] < 1e-4
+    for picture in ("slices.png", "curves.png"):
+        assert (tmp_path / picture).stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", "x.json"], "--data expects --pretrained beside it"),
+        (["--data", "x.json", "--pretrained", "x.pt"], "--data: expected a file, got x.json"),
+        (["--img-size", "96", "96", "20"], "--img-size: expected multiples of UNETR's patch 16"),
+        (["--num-heads", "5"], "--num-heads: expected a divisor of --hidden-size 192, got 5"),
+        (["--rank", "0"], "--rank: expected more than 0, got 0"),
+    ],
+)
+def test_bad_arguments(example, capsys, arguments, message):
+    with pytest.raises(SystemExit):
+        example.parse_args(arguments)
+    assert message in capsys.readouterr().err
+
+
+def write_volume(path, shape):
+    nib.save(nib.Nifti1Image(np.zeros(shape, np.float32), np.eye(4)), path)
+
+
+def test_bad_files(example, tmp_path):
+    args = example.parse_args(["--img-size", "16", "16", "16"])
+    datalist = tmp_path / "dataset.json"
+
+    def refuses(function, message, *call):
+        with pytest.raises(SystemExit, match=message):
+            function(*call)
+
+    datalist.write_text(json.dumps({"training": [{"image": "a.nii.gz", "label": "b.nii.gz"}]}))
+    refuses(example.read_section, "--data: expected .*'validation'", datalist, "validation")
+    refuses(example.read_section, "--data: expected the NIfTI file", datalist, "training")
+    write_volume(tmp_path / "a.nii.gz", (8, 8, 8))
+    write_volume(tmp_path / "b.nii.gz", (8, 8, 9))
+    refuses(
+        example.read_section,
+        r"--data: expected .* of its image's shape \(8, 8, 8\), got \(8, 8, 9\)",
+        datalist,
+        "training",
+    )
+    checkpoint = tmp_path / "unetr.pt"
+    checkpoint.write_bytes(b"no checkpoint")
+    refuses(example.build_unetr, "--pretrained: expected a state dict", args, checkpoint)
+    torch.save({"out.conv.conv.bias": torch.zeros(7)}, checkpoint)
+    refuses(example.build_unetr, "--pretrained: expected .* of shape .*, got", args, checkpoint)
