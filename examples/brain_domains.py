@@ -138,7 +138,7 @@ def write_domain(folder: Path, domain: Domain, counts: Mapping[str, int], seed: 
     }
     entropy = [seed, *domain.name.encode()]
     seeds = iter(np.random.SeedSequence(entropy).generate_state(sum(counts.values())).tolist())
-    with tqdm(total=sum(counts.values()), desc=f"{domain.name + ' volumes':<19}", ncols=100) as bar:
+    with tqdm(total=sum(counts.values()), desc=f"{domain.name + ' volumes':<23}", ncols=100) as bar:
         for section, count in counts.items():
             entries = []
             for number in range(count):

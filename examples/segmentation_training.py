@@ -28,18 +28,28 @@ from tqdm import tqdm
 import tcur_kernels as tcur
 from segmentation_data import build_unetr, load_volumes
 
-#: What trains, by the name of the method. The first two are compared; the others say why they come
-#: out as they do: how far one gets without the decoder, and with all of the transformer.
+
+@dataclass(frozen=True)
+class Method:
+    """What trains: the parameters whose names begin so, and if asked the cores of an adapter."""
+
+    label: str
+    trains: tuple[str, ...]
+    cores: bool = False
+
+
+DECODER = ("decoder", "out")
+#: The first two are compared. The others say why they come out as they do: how far one gets without
+#: the decoder, and with all of the transformer, which is what no adapter of it can be better than.
 METHODS = {
-    "decoder": "decoder-only",
-    "tcurlora": "tCURLoRA",
-    "head": "output layer only",
-    "core": "core + output layer",
-    "vit": "full ViT + decoder",
-    "full": "full fine-tuning",
+    "decoder": Method("decoder-only", DECODER),
+    "tcurlora": Method("tCURLoRA", DECODER, cores=True),
+    "head": Method("output layer only", ("out",)),
+    "core": Method("core + output layer", ("out",), cores=True),
+    "vit-head": Method("full ViT + output layer", ("out", "vit")),
+    "vit": Method("full ViT + decoder", (*DECODER, "vit")),
+    "full": Method("full fine-tuning", ("",)),
 }
-#: Adapter methods and what trains beside their cores.
-TRAIN_ALSO = {"tcurlora": ("decoder*", "out"), "core": ("out",)}
 PROBE = "probe.safetensors"  # logits of the trained model for one volume, to compare with
 
 
@@ -117,8 +127,15 @@ def trained_groups(
     The decoder has the same learning rate in every method. The cores need one of their own: C and R
     are slices of the weights, of entries about 0.05, so an entry of U moves W by little.
     """
-    if method in TRAIN_ALSO:
-        adapter = tcur.adapt(model, rank=args.rank, alpha=args.alpha, train_also=TRAIN_ALSO[method])
+    chosen = METHODS[method]
+    if chosen.cores:
+        adapter = tcur.adapt(
+            model,
+            rank=args.rank,
+            alpha=args.alpha,
+            selection=args.selection,
+            train_also=[f"{prefix}*" for prefix in chosen.trains],
+        )
         cores = [stack.core for stack in adapter.stacks.values()]
         known = set(map(id, cores))
         decoder = [p for p in adapter.parameters() if id(p) not in known]
@@ -128,12 +145,12 @@ def trained_groups(
         ], adapter
     decoder, rest = [], []
     for name, parameter in model.named_parameters():
-        if name.startswith("out.") or (name.startswith("decoder") and method != "head"):
-            decoder.append(parameter)
-        elif method == "full" or (method == "vit" and name.startswith("vit.")):
-            rest.append(parameter)
-        else:
+        if not name.startswith(chosen.trains):
             parameter.requires_grad_(False)
+        elif name.startswith(DECODER):
+            decoder.append(parameter)
+        else:
+            rest.append(parameter)
     groups = [{"params": decoder, "lr": args.decoder_lr}]
     return groups + ([{"params": rest, "lr": args.vit_lr}] if rest else []), None
 
@@ -167,7 +184,7 @@ def fit(
         DataLoader(volumes, batch_size=1, sampler=order),
         total=steps,
         ncols=100,
-        desc=f"{METHODS.get(job.method, 'pretraining'):<19}",
+        desc=f"{METHODS[job.method].label if job.weights else 'pretraining':<23}",
         mininterval=0.5,
     )
     model.train()

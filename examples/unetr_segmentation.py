@@ -44,7 +44,6 @@ from segmentation_report import draw_curves, draw_slices, table
 from segmentation_training import (
     METHODS,
     PROBE,
-    TRAIN_ALSO,
     Job,
     Report,
     evaluate,
@@ -59,7 +58,7 @@ def main() -> None:
     args = parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
-    print(f"UNETR segmentation: zero-shot, {', '.join(METHODS[m] for m in args.methods)}")
+    print(f"UNETR segmentation: zero-shot, {', '.join(METHODS[m].label for m in args.methods)}")
     print(f"seeds {' '.join(map(str, args.seeds))}, device {args.device}, output {args.output}\n")
     runs = [run_seed(args, seed) for seed in args.seeds]
     seconds = time.perf_counter() - started
@@ -119,8 +118,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     train.add_argument("--steps", type=int, default=120)
     train.add_argument("--decoder-lr", type=float, default=5e-3)
     train.add_argument("--core-lr", type=float, default=3e-3)
-    train.add_argument("--vit-lr", type=float, default=1e-3, help="of the methods vit and full")
+    train.add_argument("--vit-lr", type=float, default=1e-3, help="where the ViT itself trains")
     train.add_argument("--rank", type=int, default=8)
+    train.add_argument("--selection", choices=("norm", "uniform"), default="norm")
     train.add_argument("--alpha", type=float, default=1.0)
     args = parser.parse_args(argv)
 
@@ -178,16 +178,17 @@ def run_seed(args: argparse.Namespace, seed: int) -> dict[str, Any]:
     for method in args.methods:
         file = folder / f"{method}.safetensors"
         job = Job(method, seed, entries, held_out, base, file)
-        reports[METHODS[method]] = in_own_process(args, job)
+        label = METHODS[method].label
+        reports[label] = in_own_process(args, job)
         model = build_unetr(args, base)
-        if method in TRAIN_ALSO:
+        if METHODS[method].cores:
             adapters[method] = tcur.load_adapter(model, file)
         else:
             model.load_state_dict(load_file(file), strict=False)
-        models[METHODS[method]] = model
+        models[label] = model
 
     volumes = load_volumes(args, held_out, augment=False)
-    bar = tqdm(models.items(), desc=f"{'evaluation':<19}", ncols=100)
+    bar = tqdm(models.items(), desc=f"{'evaluation':<23}", ncols=100)
     scores = {name: evaluate(args, model, volumes) for name, model in bar}
     run: dict[str, Any] = {"seed": seed, "scores": scores}
     run["reports"] = {name: asdict(report) for name, report in reports.items()}
