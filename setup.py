@@ -26,6 +26,7 @@ def cpu_extension():
         include_dirs=[pybind11.get_include()],
         extra_compile_args=[
             "-O3",
+            "-g0",
             "-fopenmp-simd",  # vectorise marked loops; threads come from torch
             "-ffp-contract=fast",
             "-fvisibility=hidden",

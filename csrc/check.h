@@ -37,24 +37,47 @@ inline bool is_compute_dtype(ScalarType dtype) {
   return dtype == ScalarType::Float || dtype == ScalarType::Double;
 }
 
+// The dtype that products of factors are summed in.
+inline ScalarType compute_dtype(ScalarType factors) {
+  return factors == ScalarType::BFloat16 ? ScalarType::Float : factors;
+}
+
 // Sizes shared by all operators, read off the packed factors and the number of slices.
 struct Sizes {
   int64_t n1, n2, n3, rank;
 };
 
-// lateral_hat: [n1, n3*rank], horizontal_hat: [n3*rank, n2], both fp32 or both fp64.
-inline Sizes check_factors(const Tensor& lateral_hat, const Tensor& horizontal_hat, int64_t n3) {
+inline Sizes check_packed(
+    const Tensor& lateral_hat, const std::optional<Tensor>& horizontal_hat, int64_t n3) {
   STD_TORCH_CHECK(n3 >= 1, "tcur: n3 must be positive");
   STD_TORCH_CHECK(lateral_hat.dim() == 2, "tcur: lateral_hat must be [n1, n3*rank]");
   const int64_t q = lateral_hat.size(1);
   STD_TORCH_CHECK(q > 0 && q % n3 == 0, "tcur: lateral_hat must be [n1, n3*rank]");
+  if (!horizontal_hat.has_value()) {
+    return {lateral_hat.size(0), q, n3, q / n3};
+  }
   STD_TORCH_CHECK(
-      horizontal_hat.dim() == 2 && horizontal_hat.size(0) == q,
+      horizontal_hat->dim() == 2 && horizontal_hat->size(0) == q,
       "tcur: horizontal_hat must be [n3*rank, n2]");
+  check_dtype("horizontal_hat", *horizontal_hat, lateral_hat.scalar_type());
+  return {lateral_hat.size(0), horizontal_hat->size(1), n3, q / n3};
+}
+
+// lateral_hat: [n1, n3*rank], horizontal_hat: [n3*rank, n2], both fp32 or both fp64.
+inline Sizes check_factors(const Tensor& lateral_hat, const Tensor& horizontal_hat, int64_t n3) {
   STD_TORCH_CHECK(
       is_compute_dtype(lateral_hat.scalar_type()), "tcur: lateral_hat must be fp32 or fp64");
-  check_dtype("horizontal_hat", horizontal_hat, lateral_hat.scalar_type());
-  return {lateral_hat.size(0), horizontal_hat.size(1), n3, q / n3};
+  return check_packed(lateral_hat, horizontal_hat, n3);
+}
+
+// Operators on tokens take factors in bf16 too, for projections in that precision, and may go
+// without R̂ where the tokens are projected already: n2 is then n3*rank.
+inline Sizes check_token_factors(
+    const Tensor& lateral_hat, const std::optional<Tensor>& horizontal_hat, int64_t n3) {
+  STD_TORCH_CHECK(
+      is_compute_dtype(compute_dtype(lateral_hat.scalar_type())),
+      "tcur: lateral_hat must be fp32, fp64 or bf16");
+  return check_packed(lateral_hat, horizontal_hat, n3);
 }
 
 inline Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {

@@ -55,21 +55,64 @@ class UnitRoots {
   std::vector<double> cos_, sin_;
 };
 
-// cos(2πkl/n3) and sin(2πkl/n3) for k, l = 1 … pairs(n3), row-major. Symmetric in k and l, so the
-// forward and the inverse transform share them.
+// One step of the folded transform of a tube of some length. With half = length/2, rounded down,
+// the inverse transform is x_l = E_l - O_l, x_{length-l} = E_l + O_l, where
+//
+//     E_l = Σ_{k=0}^{half} cos(2πkl/length) A_k    O_l = Σ_k sin(2πkl/length) B_k    l = 0 … half
+//
+// and the forward transform is the same two sums over A_l = x_l + x_{length-l}, B_l = x_l -
+// x_{length-l}. For an even length the rows k and half-k have equal cosines at even l and opposite
+// ones at odd l (for sines the other way round), so that sums and differences of the two rows turn
+// the even l into a transform of half the length, and the odd l into products of half the size. A
+// level is what is left to multiply: the odd l of an even length, or all l of an odd one, where the
+// halving ends. All levels together: about n3/6 multiplications per output for a power of two, n3/2
+// for a prime.
+template <class T>
+struct DftLevel {
+  int64_t length, half, step;  // step: distance in l between its outputs' neighbours, 1, 2, 4, …
+  int64_t outputs;             // pairs (l, n3-l); l = step * frequency(i), i = 0 … outputs-1
+  int64_t size;                // rows of A and of B that are multiplied by a table
+  std::vector<T> cos, sin;     // [outputs, size]
+
+  bool is_even() const {
+    return length % 2 == 0;
+  }
+  int64_t frequency(int64_t i) const {
+    return is_even() ? 2 * i + 1 : i + 1;
+  }
+};
+
 template <class T>
 struct FoldedDft {
-  int64_t n3, size;         // size = pairs(n3)
-  std::vector<T> cos, sin;  // [size, size]
+  int64_t n3;
+  std::vector<DftLevel<T>> levels;  // even lengths first, the odd rest last
 
-  explicit FoldedDft(int64_t n3) : n3(n3), size(pairs(n3)), cos(size * size), sin(size * size) {
-    const UnitRoots roots(n3);
-    for (int64_t k = 1; k <= size; ++k) {
-      for (int64_t l = 1; l <= size; ++l) {
-        cos[(k - 1) * size + l - 1] = static_cast<T>(roots.cos(k * l));
-        sin[(k - 1) * size + l - 1] = static_cast<T>(roots.sin(k * l));
+  explicit FoldedDft(int64_t n3) : n3(n3) {
+    for (int64_t length = n3, step = 1;; length /= 2, step *= 2) {
+      levels.push_back(level(length, step));
+      if (length % 2 != 0) {
+        return;
       }
     }
+  }
+
+ private:
+  static DftLevel<T> level(int64_t length, int64_t step) {
+    const int64_t half = length / 2;
+    const bool even = length % 2 == 0;
+    DftLevel<T> made{length, half, step, half, half, {}, {}};
+    if (even) {
+      made.outputs = half / 2;         // odd l < half
+      made.size = (half + 1) / 2 - 1;  // differences of rows k and half-k, but for k = 0
+    }
+    const UnitRoots roots(length);
+    for (int64_t i = 0; i < made.outputs; ++i) {
+      for (int64_t k = 1; k <= made.size; ++k) {
+        made.cos.push_back(static_cast<T>(roots.cos(k * made.frequency(i))));
+        made.sin.push_back(static_cast<T>(roots.sin(k * made.frequency(i))));
+      }
+    }
+    return made;
   }
 };
 

@@ -25,8 +25,11 @@ def table(runs: Sequence[Mapping[str, Any]]) -> str:
     """The final table; mean ± sd over the seeds where there are several."""
 
     def cell(values: Sequence[float], form: str) -> str:
-        text = format(statistics.fmean(values), form)
-        return text if len(values) == 1 else f"{text} ± {statistics.stdev(values):{form}}"
+        finite = [value for value in values if math.isfinite(value)]
+        if not finite:
+            return "-"
+        text = format(statistics.fmean(finite), form)
+        return text if len(finite) == 1 else f"{text} ± {statistics.stdev(finite):{form}}"
 
     rows = [("", "Dice", "HD95 [mm]", "trained", "s/step", "peak MB")]
     notes = []

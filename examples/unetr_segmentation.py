@@ -117,7 +117,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     train.add_argument("--pretrain-lr", type=float, default=2e-3)
     train.add_argument("--steps", type=int, default=120)
     train.add_argument("--decoder-lr", type=float, default=5e-3)
-    train.add_argument("--core-lr", type=float, default=3e-3)
+    train.add_argument("--core-lr", type=float, default=1e-2)
     train.add_argument("--vit-lr", type=float, default=1e-3, help="where the ViT itself trains")
     train.add_argument("--rank", type=int, default=8)
     train.add_argument("--selection", choices=("norm", "uniform"), default="norm")

@@ -6,7 +6,7 @@ from .adapters import adapt as adapt
 from .adapters import load_adapter as load_adapter
 from .decompose import TensorCUR as TensorCUR
 from .decompose import tensor_cur as tensor_cur
-from .functional import CURFactors as CURFactors
+from .factors import CURFactors as CURFactors
 from .functional import build_info as build_info
 from .functional import cur_linear as cur_linear
 from .functional import cur_product as cur_product

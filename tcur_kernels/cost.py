@@ -7,6 +7,11 @@ W_eff, and W_eff costs a pass over n1 * n2 numbers once per core version. Both m
 
 where BALANCE is half of (seconds of `materialize` per weight element) x (operations per second of a
 matrix product): the balance of the machine.
+
+The gradient of the core takes z = x R̂ᵀ and p = dy Ĉ, 2 q (n1 + n2) operations per token, or the
+dense G = dyᵀx, 2 n1 n2 per token, and then 2 q n1 n2 once. Below rho = n1 n2 / (q (n1 + n2)) = 1
+the dense way is the cheaper one for many tokens. By tokens, z can be formed in the forward pass: it
+is the same work, and what is kept for the backward pass is then q numbers per token, not n2.
 """
 
 from __future__ import annotations
@@ -53,3 +58,14 @@ def choose_mode(
     if is_built or tokens >= tokens_worth_materializing(n1, n2, n3, rank):
         return "materialized"
     return "factored"
+
+
+def choose_gradient(tokens: int, n1: int, n2: int, n3: int, rank: int) -> str:
+    """How the gradient of the core is formed: "z", "x" or "dense".
+
+    "z": by tokens, z made and kept in the forward pass. "x": by tokens, x kept. "dense": by dyᵀx.
+    """
+    q = n3 * rank
+    if tokens * (q * (n1 + n2) - n1 * n2) > q * n1 * n2:
+        return "dense"
+    return "z" if q < n2 else "x"

@@ -9,100 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _native, ops, reference
+from . import _native, ops
+from .factors import CURFactors, check_device, check_dtype, check_floating, check_frozen
 
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
-
-
-class CURFactors:
-    """The frozen factors C and R of one stack, with their packed half spectra.
-
-    Args:
-        lateral: C, ``[n3, n1, r]``, floating, finite, without gradient.
-        horizontal: R, ``[n3, r, n2]``, same dtype and device.
-
-    Attributes:
-        lateral_hat: packed spectrum of C, ``[n1, n3 * r]``, fp32 (fp64 for fp64 factors).
-        horizontal_hat: packed spectrum of R, ``[n3 * r, n2]``.
-        n1, n2, n3, rank: sizes.
-
-    Raises:
-        TypeError: no tensors, or dtypes that are not floating or differ.
-        ValueError: shapes that do not fit, numbers that are not finite, devices that differ, or a
-            factor that requires grad: only the core is trained.
-    """
-
-    def __init__(self, lateral: Tensor, horizontal: Tensor) -> None:
-        for name, factor in (("lateral", lateral), ("horizontal", horizontal)):
-            _check_floating(name, factor)
-            if factor.ndim != 3 or 0 in factor.shape:
-                shape = "[n3, n1, r]" if name == "lateral" else "[n3, r, n2]"
-                raise ValueError(f"{name}: expected {shape}, got {list(factor.shape)}")
-            _check_frozen(name, factor)
-        if lateral.dtype != horizontal.dtype:
-            raise TypeError(
-                f"horizontal: expected {lateral.dtype} as lateral, got {horizontal.dtype}"
-            )
-        _check_device("horizontal", horizontal, lateral.device)
-        n3, n1, rank = lateral.shape
-        if horizontal.shape[:2] != (n3, rank):
-            raise ValueError(
-                f"horizontal: expected [{n3}, {rank}, n2] to go with lateral "
-                f"{list(lateral.shape)}, got {list(horizontal.shape)}"
-            )
-        if rank > min(n1, horizontal.shape[2]):
-            raise ValueError(
-                f"lateral: expected a rank of at most min(n1, n2) = "
-                f"{min(n1, horizontal.shape[2])}, got {rank}"
-            )
-        for name, factor in (("lateral", lateral), ("horizontal", horizontal)):
-            if not torch.isfinite(factor).all():
-                raise ValueError(f"{name}: expected finite numbers, got NaN or Inf")
-        dtype = torch.promote_types(lateral.dtype, torch.float32)
-        self.lateral, self.horizontal = lateral.detach(), horizontal.detach()
-        # Transformed in fp64 and rounded once: spectra are made once and used in every step.
-        planes = reference.pack(reference.half_spectrum(self.lateral.double()), n3)
-        self.lateral_hat = planes.movedim(0, 1).reshape(n1, n3 * rank).to(dtype).contiguous()
-        planes = reference.pack(reference.half_spectrum(self.horizontal.double()), n3)
-        self.horizontal_hat = planes.reshape(n3 * rank, -1).to(dtype).contiguous()
-        self.n1, self.n2, self.n3, self.rank = n1, horizontal.shape[2], n3, rank
-
-    @classmethod
-    def from_packed(
-        cls, lateral: Tensor, horizontal: Tensor, lateral_hat: Tensor, horizontal_hat: Tensor
-    ) -> CURFactors:
-        """Factors whose packed spectra are at hand already; nothing is checked or transformed."""
-        self = cls.__new__(cls)
-        self.lateral, self.horizontal = lateral, horizontal
-        self.lateral_hat, self.horizontal_hat = lateral_hat, horizontal_hat
-        self.n3, self.n1, self.rank = lateral.shape
-        self.n2 = horizontal.shape[2]
-        return self
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """dtype of the packed spectra and of the core: fp32 or fp64."""
-        return self.lateral_hat.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the factors."""
-        return self.lateral_hat.device
-
-    def to(self, device: torch.device | str) -> CURFactors:
-        """The same factors on another device."""
-        return CURFactors.from_packed(
-            self.lateral.to(device),
-            self.horizontal.to(device),
-            self.lateral_hat.to(device),
-            self.horizontal_hat.to(device),
-        )
-
-    def __repr__(self) -> str:
-        return (
-            f"CURFactors(n3={self.n3}, n1={self.n1}, n2={self.n2}, rank={self.rank}, "
-            f"dtype={self.dtype}, device='{self.device}')"
-        )
 
 
 def cur_product(factors: CURFactors, core: Tensor, backend: str = "auto") -> Tensor:
@@ -115,7 +25,7 @@ def cur_product(factors: CURFactors, core: Tensor, backend: str = "auto") -> Ten
     """
     _check_core(core, factors)
     op = ops.operator("materialize", _language(backend, factors.device))
-    product: Tensor = op([], *_packed(factors), core, 1.0, core.dtype)
+    product: Tensor = op([], *factors.packed(), core, 1.0, core.dtype)
     return product
 
 
@@ -155,13 +65,13 @@ def materialize(
         if not dtype.is_floating_point:
             raise TypeError(f"out_dtype: expected a floating dtype, got {dtype}")
         op = ops.operator("materialize", language)
-        w_eff: Tensor = op(weights, *_packed(factors), core, scale, dtype)
+        w_eff: Tensor = op(weights, *factors.packed(), core, scale, dtype)
         return w_eff
     _check_out(out, out_dtype, factors)
     if core.requires_grad and torch.is_grad_enabled():
         raise ValueError("out: expected None while the core requires grad; use torch.no_grad()")
     op = ops.operator("materialize_out", language)
-    op(weights, *_packed(factors), core, scale, out=out)
+    op(weights, *factors.packed(), core, scale, out=out)
     return out
 
 
@@ -176,6 +86,9 @@ def cur_linear(
     backend: str = "auto",
     *,
     effective: Tensor | None = None,
+    z: Tensor | None = None,
+    dense_grad: bool = False,
+    precision: str = "ieee",
 ) -> Tensor:
     """A linear layer on slice ``slice_index`` of W + scale * C * U * R.
 
@@ -195,14 +108,19 @@ def cur_linear(
         effective: these slices of W_eff for this very core, ``[slices * n1, n2]``, if they are at
             hand (`materialize`): the product is then one matrix product, and the factors serve the
             gradient of the core alone.
+        z: ``project(x, factors)`` if it is at hand, ``[..., n3 * r]``. It is kept for the gradient
+            of the core instead of ``x``, and layers that share ``x`` (q, k, v) can share it.
+        dense_grad: form the gradient of the core from dyᵀx rather than from tokens (see `cost`);
+            not together with ``z``.
+        precision: of the products of tokens with the factors, "ieee" or "bf16".
 
     Returns:
         ``[..., slices * n1]``, dtype of ``x``.
     """
     _check_core(core, factors)
-    _check_floating("x", x)
-    _check_floating("weight", weight)
-    _check_frozen("weight", weight)
+    check_floating("x", x)
+    check_floating("weight", weight)
+    check_frozen("weight", weight)
     n1, n2 = factors.n1, factors.n2
     if weight.ndim != 2 or weight.shape[1] != n2 or weight.shape[0] % n1 or weight.shape[0] == 0:
         raise ValueError(
@@ -210,40 +128,63 @@ def cur_linear(
         )
     if x.ndim < 1 or x.shape[-1] != n2:
         raise ValueError(f"x: expected [..., {n2}], got {list(x.shape)}")
-    _check_dtype("x", x, weight.dtype)
+    check_dtype("x", x, weight.dtype)
     _check_precision("weight", weight, factors)
     for name, tensor in (("x", x), ("weight", weight)):
-        _check_device(name, tensor, factors.device)
+        check_device(name, tensor, factors.device)
     if bias is not None:
-        _check_frozen("bias", bias)
-        _check_dtype("bias", bias, weight.dtype)
-        _check_device("bias", bias, factors.device)
+        check_frozen("bias", bias)
+        check_dtype("bias", bias, weight.dtype)
+        check_device("bias", bias, factors.device)
         if bias.shape != weight.shape[:1]:
             raise ValueError(f"bias: expected [{weight.shape[0]}], got {list(bias.shape)}")
     slices = weight.shape[0] // n1
     _check_slice(slice_index, slices, factors.n3)
     if effective is not None:
-        _check_frozen("effective", effective)
-        _check_dtype("effective", effective, x.dtype)
+        check_frozen("effective", effective)
+        check_dtype("effective", effective, x.dtype)
         if effective.shape != weight.shape:
             raise ValueError(
                 f"effective: expected {list(weight.shape)}, got {list(effective.shape)}"
             )
         weight = effective
+    if z is not None:
+        check_floating("z", z)
+        if z.shape != (*x.shape[:-1], factors.n3 * factors.rank):
+            raise ValueError(
+                f"z: expected {[*x.shape[:-1], factors.n3 * factors.rank]}, got {list(z.shape)}"
+            )
+        if dense_grad:
+            raise ValueError("dense_grad: expected False where z is given, got True")
     op = ops.operator("cur_linear", _language(backend, factors.device))
     y: Tensor = op(
         x,
         weight,
         bias,
-        *_packed(factors),
+        *factors.packed(precision),
         core,
         slice_index,
         slices,
         float(scale),
         effective is not None,
         False,
+        z,
+        dense_grad,
     )
     return y
+
+
+def project(x: Tensor, factors: CURFactors, precision: str = "ieee") -> Tensor:
+    """z = x R̂ᵀ, ``[..., n3 * r]``: all that the core and its gradient need of ``x`` [..., n2].
+
+    The dtype is that of the factors, bf16 for that precision.
+    """
+    check_floating("x", x)
+    if x.ndim < 1 or x.shape[-1] != factors.n2:
+        raise ValueError(f"x: expected [..., {factors.n2}], got {list(x.shape)}")
+    _, horizontal_hat = factors.packed(precision)
+    with torch.autocast(x.device.type, enabled=False):
+        return x.to(horizontal_hat.dtype) @ horizontal_hat.mT
 
 
 def build_info() -> dict[str, Any]:
@@ -289,34 +230,6 @@ def _language(backend: str, device: torch.device) -> str:
     raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
 
 
-def _packed(factors: CURFactors) -> tuple[Tensor, Tensor]:
-    return factors.lateral_hat, factors.horizontal_hat
-
-
-def _check_floating(name: str, tensor: Tensor) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
-    if not tensor.dtype.is_floating_point:
-        raise TypeError(f"{name}: expected a floating dtype, got {tensor.dtype}")
-
-
-def _check_frozen(name: str, tensor: Tensor) -> None:
-    if tensor.requires_grad:
-        raise ValueError(
-            f"{name}: expected a frozen tensor, got requires_grad=True; only the core is trained"
-        )
-
-
-def _check_dtype(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
-    if tensor.dtype != dtype:
-        raise TypeError(f"{name}: expected dtype {dtype}, got {tensor.dtype}")
-
-
-def _check_device(name: str, tensor: Tensor, device: torch.device) -> None:
-    if tensor.device != device:
-        raise ValueError(f"{name}: expected a tensor on {device}, got one on {tensor.device}")
-
-
 def _check_precision(name: str, weight: Tensor, factors: CURFactors) -> None:
     if weight.dtype == torch.float64 and factors.dtype != torch.float64:
         raise TypeError(
@@ -327,12 +240,12 @@ def _check_precision(name: str, weight: Tensor, factors: CURFactors) -> None:
 def _check_core(core: Tensor, factors: CURFactors) -> None:
     if not isinstance(factors, CURFactors):
         raise TypeError(f"factors: expected CURFactors, got {type(factors).__name__}")
-    _check_floating("core", core)
+    check_floating("core", core)
     shape = (factors.n3, factors.rank, factors.rank)
     if core.shape != shape:
         raise ValueError(f"core: expected {list(shape)}, got {list(core.shape)}")
-    _check_dtype("core", core, factors.dtype)
-    _check_device("core", core, factors.device)
+    check_dtype("core", core, factors.dtype)
+    check_device("core", core, factors.device)
 
 
 def _check_weights(weight: Tensor | Sequence[Tensor], factors: CURFactors) -> list[Tensor]:
@@ -344,24 +257,24 @@ def _check_weights(weight: Tensor | Sequence[Tensor], factors: CURFactors) -> li
         if len(weights) != n3:
             raise ValueError(f"weight: expected {n3} tensors [{n1}, {n2}], got {len(weights)}")
     for tensor in weights:
-        _check_floating("weight", tensor)
-        _check_frozen("weight", tensor)
+        check_floating("weight", tensor)
+        check_frozen("weight", tensor)
         if list(tensor.shape) != shape:
             raise ValueError(f"weight: expected {shape}, got {list(tensor.shape)}")
-        _check_dtype("weight", tensor, weights[0].dtype)
-        _check_device("weight", tensor, factors.device)
+        check_dtype("weight", tensor, weights[0].dtype)
+        check_device("weight", tensor, factors.device)
     _check_precision("weight", weights[0], factors)
     return weights
 
 
 def _check_out(out: Tensor, out_dtype: torch.dtype | None, factors: CURFactors) -> None:
-    _check_floating("out", out)
+    check_floating("out", out)
     shape = (factors.n3, factors.n1, factors.n2)
     if out.shape != shape or not out.is_contiguous():
         raise ValueError(f"out: expected a contiguous {list(shape)}, got {list(out.shape)}")
     if out_dtype is not None:
-        _check_dtype("out", out, out_dtype)
-    _check_device("out", out, factors.device)
+        check_dtype("out", out, out_dtype)
+    check_device("out", out, factors.device)
 
 
 def _check_slice(slice_index: int, slices: int, n3: int) -> None:

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.weak import TensorWeakRef
 
 from . import cost
 from .decompose import Selection, check_rank, select_slices
-from .functional import CURFactors, cur_linear, materialize
+from .factors import PRECISIONS, CURFactors
+from .functional import cur_linear, materialize, project
+from .kept import Effective, Projected, slices_of
 
 
 class TProductStack(nn.Module):
@@ -33,6 +34,8 @@ class TProductStack(nn.Module):
         mode: "auto" (see `cost`), "materialized" or "factored".
         generator: for rules that draw.
         n1: rows of a slice, default the smallest out_features.
+        precision: of the products of tokens with the factors: "ieee", or "bf16" for operands
+            rounded to bf16 (a gradient error of about 4e-3). Under autocast to bf16 it is "bf16".
 
     Attributes:
         core: Parameter ``[n3, r, r]``, fp32 (fp64 for fp64 weights), whatever dtype the model is
@@ -59,8 +62,13 @@ class TProductStack(nn.Module):
         mode: str = "auto",
         generator: torch.Generator | None = None,
         n1: int | None = None,
+        precision: str = "ieee",
     ) -> None:
         super().__init__()
+        if precision not in PRECISIONS:
+            raise ValueError(
+                f"precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}"
+            )
         if mode not in cost.MODES:
             raise ValueError(f"mode: expected one of {', '.join(cost.MODES)}, got {mode!r}")
         _check_linears(linears)
@@ -74,6 +82,7 @@ class TProductStack(nn.Module):
             raise ValueError(f"alpha: expected a finite number, got {alpha}")
 
         rows, columns = select_slices(slices, rank, selection, generator)
+        self.precision = precision
         self.rows, self.columns = tuple(rows.tolist()), tuple(columns.tolist())
         device = slices[0].device
         factors = CURFactors(
@@ -87,7 +96,9 @@ class TProductStack(nn.Module):
 
         self.enabled = True
         self._backup: list[Tensor] | None = None  # base weights while merged
-        self._built: _Effective | None = None
+        self._built: Effective | None = None
+        self._factors: CURFactors | None = None
+        self._projected: Projected | None = None
         self.layers: list[TProductLinear] = []
         start = 0
         for linear, weight_blocks in zip(linears, blocks, strict=True):
@@ -97,6 +108,8 @@ class TProductStack(nn.Module):
     @property
     def factors(self) -> CURFactors:
         """The frozen C and R."""
+        if not torch.compiler.is_compiling() and self._factors is not None:
+            return self._factors
         return CURFactors.from_packed(
             self.lateral, self.horizontal, self.lateral_hat, self.horizontal_hat
         )
@@ -129,52 +142,68 @@ class TProductStack(nn.Module):
                 shape = (self.n3, self.n1, self.n2)
                 buffer = torch.empty(shape, dtype=dtype, device=self.core.device)
             materialize(self.base_slices(), self.factors, self.core, self.alpha, out=buffer)
-            self._built = _Effective(buffer, self.core, self.layers)
+            self._built = Effective(buffer, self.core, self.layers)
         assert self._built is not None
         return self._built.buffer
 
     def forward_slices(self, x: Tensor, layer: TProductLinear) -> Tensor:
         """``x`` through one layer of this stack; see `TProductLinear.forward`."""
-        weight, bias = layer.weight, layer.bias
-        dtype = weight.dtype
+        weight, bias, source = layer.weight, layer.bias, x
+        dtype, precision = weight.dtype, self.precision
         if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
             # What autocast does to a linear layer; the operators themselves are out of its reach.
             dtype = torch.get_autocast_dtype(x.device.type)
             x = x.to(dtype)
             bias = None if bias is None else bias.to(dtype)  # type: ignore[assignment]
+            precision = "bf16" if dtype == torch.bfloat16 else precision
         if not self.enabled or self.is_merged:
             return F.linear(x, weight.to(dtype), bias)
+        if self.core.dtype == torch.float64:
+            precision = "ieee"
+        tokens = x.numel() // max(1, self.n2)
+        sizes = {"n1": self.n1, "n2": self.n2, "n3": self.n3, "rank": self.rank}
         is_built = False
         if torch.compiler.is_compiling():
             mode = "factored"  # the kept buffer is state that a traced graph cannot see
         else:
             is_built = self._is_built(dtype, [layer])
             mode = cost.choose_mode(
-                self.mode,
-                tokens=x.numel() // max(1, self.n2),
-                n1=self.n1,
-                n2=self.n2,
-                n3=self.n3,
-                rank=self.rank,
-                weight_dtype=weight.dtype,
-                is_built=is_built,
+                self.mode, tokens=tokens, weight_dtype=weight.dtype, is_built=is_built, **sizes
             )
-        effective = None
+            self._factors = self.factors
+        effective = z = None
         if mode == "materialized":
             if not is_built:
                 self.effective(dtype)
             assert self._built is not None
             effective = self._built.view_of(layer)
+        gradient = "x"
+        trains = torch.is_grad_enabled() and self.core.requires_grad
+        if trains and not torch.compiler.is_compiling():
+            gradient = cost.choose_gradient(tokens, **sizes)
+            if gradient == "z":
+                z = self._project(source, x, precision)
         return cur_linear(
             x,
-            weight.to(dtype),
+            weight.to(dtype) if effective is None else effective,
             bias,
             self.factors,
             self.core,
             layer.slice_index,
             self.alpha,
             effective=effective,
+            z=z,
+            dense_grad=gradient == "dense",
+            precision=precision,
         )
+
+    def _project(self, source: Tensor, x: Tensor, precision: str) -> Tensor:
+        """z of ``x``; layers that share their input (q, k, v) share z too."""
+        kept = self._projected.z_of(source, precision) if self._projected is not None else None
+        if kept is None:
+            kept = project(x, self.factors, precision)
+            self._projected = Projected(source, kept, precision)
+        return kept
 
     def merge(self) -> None:
         """Writes W_eff into the layers' weights, keeping a copy of the base."""
@@ -184,7 +213,7 @@ class TProductStack(nn.Module):
         self._backup = [layer.weight.detach().clone() for layer in self.layers]
         with torch.no_grad():
             for layer in self.layers:
-                layer.weight.copy_(_slices_of(w_eff, layer))
+                layer.weight.copy_(slices_of(w_eff, layer))
         self._built = None
 
     def unmerge(self) -> None:
@@ -215,7 +244,7 @@ class TProductStack(nn.Module):
             wide = torch.promote_types(moved.dtype, torch.float32)
             return moved if moved.dtype == wide else tensor.to(device=moved.device, dtype=wide)
 
-        self._built = None
+        self._built = self._factors = self._projected = None
         super()._apply(keep_precision, recurse)
         if self._backup is not None:
             self._backup = [fn(weight) for weight in self._backup]
@@ -223,7 +252,7 @@ class TProductStack(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # W_eff is rebuilt on demand; a copy or a pickle of the stack does without it.
-        return {**self.__dict__, "_built": None}
+        return {**self.__dict__, "_built": None, "_factors": None, "_projected": None}
 
 
 class TProductLinear(nn.Linear):
@@ -284,57 +313,6 @@ class TProductLinear(nn.Linear):
         last = self.slice_index + self.slices - 1
         where = f"{self.slice_index}" if self.slices == 1 else f"{self.slice_index}-{last}"
         return f"{super().extra_repr()}, slice={where} of {self.stack.n3}, rank={self.stack.rank}"
-
-
-class _Effective:
-    """W_eff of one core version, and what tells whether it is still that of the present core."""
-
-    def __init__(self, buffer: Tensor, core: Tensor, layers: Sequence[TProductLinear]) -> None:
-        self.buffer = buffer
-        self._views: dict[int, Tensor] = {}
-        self._core = core.detach().clone()
-        self._core_version = _version(core)
-        self._weight_versions = {layer.slice_index: _version(layer.weight) for layer in layers}
-
-    def is_current(
-        self, dtype: torch.dtype, core: Tensor, layers: Sequence[TProductLinear]
-    ) -> bool:
-        """Whether this is W_eff of ``core`` in ``dtype``, as far as ``layers`` are concerned."""
-        if dtype != self.buffer.dtype:
-            return False
-        for layer in layers:
-            if _version(layer.weight) != self._weight_versions[layer.slice_index]:
-                return False
-        if core.device.type == "cpu":
-            # Writes through core.data leave the version as it was. The core is small, and on the
-            # CPU nothing has to wait for a comparison: never train on a stale W_eff.
-            return torch.equal(core, self._core)
-        return _version(core) == self._core_version
-
-    @torch.inference_mode(False)
-    def view_of(self, layer: TProductLinear) -> Tensor:
-        """The slices of one layer, ``[out_features, in_features]``."""
-        if layer.slice_index not in self._views:
-            self._views[layer.slice_index] = _slices_of(self.buffer, layer)
-        return self._views[layer.slice_index]
-
-    def reclaim(self, dtype: torch.dtype, device: torch.device) -> Tensor | None:
-        """The buffer, if it fits and nobody else (a pending backward) holds a view of it."""
-        lent = [TensorWeakRef(view) for view in self._views.values()]
-        self._views.clear()
-        in_use = any(ref() is not None for ref in lent)
-        fits = self.buffer.dtype == dtype and self.buffer.device == device
-        return self.buffer if fits and not in_use else None
-
-
-def _slices_of(w_eff: Tensor, layer: TProductLinear) -> Tensor:
-    block = w_eff[layer.slice_index : layer.slice_index + layer.slices]
-    return block.view(layer.out_features, layer.in_features)
-
-
-def _version(tensor: Tensor) -> tuple[int, int]:
-    """Changes when the tensor is written to in place or given other memory."""
-    return tensor.data_ptr(), tensor._version
 
 
 def _check_linears(linears: Sequence[nn.Linear]) -> None:

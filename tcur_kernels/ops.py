@@ -14,14 +14,22 @@ aborts at exit when a library that defined several is torn down.)
 
 Factors travel as packed half spectra: ``lateral_hat`` [n1, q] and ``horizontal_hat`` [q, n2] with
 q = n3 * rank, column ``plane * rank + a`` (`reference.pack` gives the order of the planes), fp32 or
-fp64; the core has their dtype. Only the core, ``x`` and gradients are differentiable, and the four
-operators are closed under differentiation: the derivative of each is made of the others.
+fp64; the core has their dtype. The operators on tokens take them in bf16 too: the projections
+z = x R̂ᵀ and p = dy Ĉ are then products in that precision, and the core stays fp32. Only the core,
+``x`` and gradients are differentiable, and the four operators are closed under differentiation: the
+derivative of each is made of the others.
+
+``core_grad_tokens`` without ``horizontal_hat`` takes z [..., q] for ``x``; without ``grad_y`` it
+takes one slice of G = dyᵀx, the n1 rows of which are its tokens. ``cur_linear`` takes z where it is
+at hand: a forward map by the factors starts from it, and the gradient of the core needs z alone, so
+``x`` is not kept. ``dense_grad`` says to form that gradient by way of G instead of the tokens.
 
 Nothing is imported here but torch and the reference: no Triton, no compiled library.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -42,13 +50,13 @@ _SCHEMAS = {
     ),
     "core_grad_dense": "(Tensor grad, Tensor lateral_hat, Tensor horizontal_hat) -> Tensor",
     "core_grad_tokens": (
-        "(Tensor x, Tensor grad_y, Tensor lateral_hat, Tensor horizontal_hat, int n3,"
+        "(Tensor x, Tensor? grad_y, Tensor lateral_hat, Tensor? horizontal_hat, int n3,"
         " int slice_index, int slices) -> Tensor"
     ),
     "cur_linear": (
         "(Tensor x, Tensor? weight, Tensor? bias, Tensor lateral_hat, Tensor horizontal_hat,"
         " Tensor core, int slice_index, int slices, float scale, bool materialized,"
-        " bool transposed) -> Tensor"
+        " bool transposed, Tensor? z=None, bool dense_grad=False) -> Tensor"
     ),
 }
 _OUT_SCHEMA = (
@@ -69,6 +77,15 @@ def operator(name: str, language: str = "") -> torch._ops.OpOverload:
     """The registered operator ``tcur::name`` in one language."""
     found: torch._ops.OpOverload = getattr(torch.ops.tcur, _full_name(name, language)).default
     return found
+
+
+def _compute_dtype(factor: Tensor) -> torch.dtype:
+    """dtype of a core and its gradient, which is fp32 for factors in bf16."""
+    return torch.promote_types(factor.dtype, torch.float32)
+
+
+def _identity(size: int, like: Tensor) -> Tensor:
+    return torch.eye(size, dtype=like.dtype, device=like.device)
 
 
 # -- fakes
@@ -94,15 +111,15 @@ def _core_grad_dense_fake(grad: Tensor, lateral_hat: Tensor, horizontal_hat: Ten
 
 def _core_grad_tokens_fake(
     x: Tensor,
-    grad_y: Tensor,
+    grad_y: Tensor | None,
     lateral_hat: Tensor,
-    horizontal_hat: Tensor,
+    horizontal_hat: Tensor | None,
     n3: int,
     slice_index: int,
     slices: int,
 ) -> Tensor:
     rank = lateral_hat.shape[1] // n3
-    return lateral_hat.new_empty((n3, rank, rank))
+    return lateral_hat.new_empty((n3, rank, rank), dtype=_compute_dtype(lateral_hat))
 
 
 def _cur_linear_fake(
@@ -117,6 +134,8 @@ def _cur_linear_fake(
     scale: float,
     materialized: bool,
     transposed: bool,
+    z: Tensor | None = None,
+    dense_grad: bool = False,
 ) -> Tensor:
     features = horizontal_hat.shape[1] if transposed else slices * lateral_hat.shape[0]
     return x.new_empty((*x.shape[:-1], features))
@@ -125,9 +144,13 @@ def _cur_linear_fake(
 # -- reference kernels
 
 
-def _spectra(lateral_hat: Tensor, horizontal_hat: Tensor, n3: int) -> tuple[Tensor, Tensor]:
+def _spectra(lateral_hat: Tensor, horizontal_hat: Tensor | None, n3: int) -> tuple[Tensor, Tensor]:
     """Packed factors -> half spectra [K, n1, r] and [K, r, n2]."""
     n1, q = lateral_hat.shape
+    if horizontal_hat is None:
+        horizontal_hat = _identity(q, lateral_hat)
+    dtype = _compute_dtype(lateral_hat)
+    lateral_hat, horizontal_hat = lateral_hat.to(dtype), horizontal_hat.to(dtype)
     lateral = lateral_hat.reshape(n1, n3, q // n3).movedim(0, 1)
     horizontal = horizontal_hat.reshape(n3, q // n3, horizontal_hat.shape[1])
     return reference.unpack(lateral), reference.unpack(horizontal)
@@ -171,14 +194,16 @@ def _core_grad_dense_reference(grad: Tensor, lateral_hat: Tensor, horizontal_hat
 
 def _core_grad_tokens_reference(
     x: Tensor,
-    grad_y: Tensor,
+    grad_y: Tensor | None,
     lateral_hat: Tensor,
-    horizontal_hat: Tensor,
+    horizontal_hat: Tensor | None,
     n3: int,
     slice_index: int,
     slices: int,
 ) -> Tensor:
     spectra = _spectra(lateral_hat, horizontal_hat, n3)
+    if grad_y is None:
+        grad_y = _identity(lateral_hat.shape[0], x)
     return reference.core_grad_tokens(x, grad_y, *spectra, n3, slice_index, slices)
 
 
@@ -194,6 +219,8 @@ def _cur_linear_reference(
     scale: float,
     materialized: bool,
     transposed: bool,
+    z: Tensor | None = None,
+    dense_grad: bool = False,
 ) -> Tensor:
     base: Tensor | None = None
     if weight is not None:
@@ -251,9 +278,14 @@ def _register_core_grad_tokens_autograd(language: str) -> None:
         x, grad_y, lateral_hat, horizontal_hat, _, slice_index, slices = inputs
         ctx.save_for_backward(x, grad_y, lateral_hat, horizontal_hat)
         ctx.where = (slice_index, slices)
+        ctx.dtype = None if grad_y is None else grad_y.dtype
 
     def backward(ctx: Any, grad_core: Tensor) -> tuple[Any, ...]:
         x, grad_y, lateral_hat, horizontal_hat = ctx.saved_tensors
+        if horizontal_hat is None:
+            horizontal_hat = _identity(lateral_hat.shape[1], lateral_hat)
+        if grad_y is None:
+            grad_y = _identity(lateral_hat.shape[0], x)
         update = operator("cur_linear", language)
 
         def apply(tokens: Tensor, transposed: bool) -> Tensor:
@@ -261,7 +293,7 @@ def _register_core_grad_tokens_autograd(language: str) -> None:
             return update(tokens, None, None, *factors, *ctx.where, 1.0, False, transposed)
 
         grad_x = apply(grad_y, True).to(x.dtype) if ctx.needs_input_grad[0] else None
-        grad_grad_y = apply(x, False).to(grad_y.dtype) if ctx.needs_input_grad[1] else None
+        grad_grad_y = apply(x, False).to(ctx.dtype) if ctx.needs_input_grad[1] else None
         return grad_x, grad_grad_y, None, None, None, None, None
 
     torch.library.register_autograd(
@@ -275,21 +307,40 @@ def _register_core_grad_tokens_autograd(language: str) -> None:
 def _register_cur_linear_autograd(language: str) -> None:
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, weight, _, lateral_hat, horizontal_hat, core, *rest = inputs
+        *rest, z, ctx.dense_grad = rest
         # x only serves the gradient of the core, and the core only that of x (by W_eff otherwise).
         needs_x, needs_core = ctx.needs_input_grad[0], ctx.needs_input_grad[5]
         ctx.save_for_backward(
-            x if needs_core else None,
+            x if needs_core and z is None else None,
+            z if needs_core else None,
             weight if needs_x else None,
             lateral_hat,
             horizontal_hat,
             core,
         )
         ctx.slice_index, ctx.slices, ctx.scale, ctx.materialized, ctx.transposed = rest
-        ctx.n3 = core.shape[0]
         ctx.dtype = x.dtype
 
+    def core_grad(ctx: Any, saved: tuple[Any, ...], grad_y: Tensor) -> Tensor:
+        x, z, _, lateral_hat, horizontal_hat, core = saved
+        op = operator("core_grad_tokens", language)
+        n3, first, slices = core.shape[0], ctx.slice_index, ctx.slices
+        if z is not None:
+            return op(z, grad_y, lateral_hat, None, n3, first, slices)
+        tokens, grads = (grad_y, x) if ctx.transposed else (x, grad_y)
+        if not ctx.dense_grad:
+            return op(tokens, grads, lateral_hat, horizontal_hat, n3, first, slices)
+        count = math.prod(tokens.shape[:-1])
+        tokens, grads = (t.reshape(count, t.shape[-1]) for t in (tokens, grads))
+        dense = (grads.mT @ tokens).unflatten(0, (slices, -1))
+        parts = [
+            op(dense[s], None, lateral_hat, horizontal_hat, n3, first + s, 1) for s in range(slices)
+        ]
+        return torch.stack(parts).sum(0)
+
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
-        x, weight, lateral_hat, horizontal_hat, core = ctx.saved_tensors
+        saved = ctx.saved_tensors  # once: checkpointing allows no second look
+        _, _, weight, lateral_hat, horizontal_hat, core = saved
         grad_x = grad_core = None
         if ctx.needs_input_grad[0]:
             grad_x = operator("cur_linear", language)(
@@ -306,11 +357,8 @@ def _register_cur_linear_autograd(language: str) -> None:
                 not ctx.transposed,
             ).to(ctx.dtype)
         if ctx.needs_input_grad[5]:
-            tokens, grads = (grad_y, x) if ctx.transposed else (x, grad_y)
-            grad_core = ctx.scale * operator("core_grad_tokens", language)(
-                tokens, grads, lateral_hat, horizontal_hat, ctx.n3, ctx.slice_index, ctx.slices
-            )
-        return grad_x, None, None, None, None, grad_core, None, None, None, None, None
+            grad_core = ctx.scale * core_grad(ctx, saved, grad_y)
+        return (grad_x, *[None] * 4, grad_core, *[None] * 7)
 
     torch.library.register_autograd(
         _qualified("cur_linear", language), backward, setup_context=setup_context, lib=_library

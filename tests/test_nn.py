@@ -381,3 +381,80 @@ def test_stacks_refuse_integer_weights():
     linear.weight = nn.Parameter(torch.ones(3, 4, dtype=torch.int8), requires_grad=False)
     with pytest.raises(TypeError, match=r"linears: expected a floating dtype, got torch\.int8"):
         tcur.TProductStack([linear], rank=2)
+
+
+def test_layers_with_one_input_share_z(monkeypatch):
+    calls = []
+
+    def counted(*args):
+        calls.append(args)
+        return project(*args)
+
+    project = tcur_nn.project
+    monkeypatch.setattr(tcur_nn, "project", counted)
+    linears = make_linears(count=3, n1=9, n2=40, fused=False)
+    stack = tcur.TProductStack(linears, rank=2)
+    x = torch.randn(4, 40, requires_grad=True)
+    first, second = stack.layers[0](x), stack.layers[1](x)
+    assert len(calls) == 1
+    (first.sum() + second.sum()).backward()
+    del first, second
+    third = stack.layers[2](x)  # nobody kept z any more
+    assert len(calls) == 2
+    with torch.no_grad():
+        x.mul_(2)
+    stack.layers[0](x)
+    assert len(calls) == 3
+    third.sum().backward()
+    with torch.no_grad():
+        stack.layers[0](x)
+    assert len(calls) == 3
+
+
+@MODES
+@pytest.mark.parametrize("n1", [6, 40])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_bf16_projections_of_a_stack(mode, n1, autocast):
+    linears = make_linears(count=3, n1=n1, n2=40, fused=False)
+    x, grad = torch.randn(300, 40), torch.randn(300, n1)
+    grads = []
+    for precision in ("ieee", "bf16"):
+        stack = tcur.TProductStack(linears, rank=4, mode=mode, precision=precision)
+        torch.manual_seed(0)
+        randomise(stack)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast and precision == "bf16"):
+            y = stack.layers[1](x)
+        y.backward(grad.to(y.dtype))
+        grads.append(stack.core.grad)
+    error = (grads[1] - grads[0]).norm() / grads[0].norm()
+    assert 0 < error < (12e-3 if autocast else 6e-3)
+
+
+def test_gradients_choose_their_way():
+    sizes = {"n1": 768, "n2": 768, "n3": 48, "rank": 8}
+    assert cost.choose_gradient(10**6, **sizes) == "z"  # rho = 1
+    assert cost.choose_gradient(10**6, **{**sizes, "rank": 12}) == "dense"  # rho < 1
+    assert cost.choose_gradient(100, **{**sizes, "rank": 12}) == "z"
+    assert cost.choose_gradient(100, **{**sizes, "rank": 16}) == "x"  # z would be no smaller
+
+
+def test_a_stack_takes_every_way_to_the_gradient():
+    for count, n2 in ((3, 40), (3, 9), (12, 9)):  # z, x, dense
+        linears = make_linears(count=count, n1=9, n2=n2, fused=False)
+        stack = tcur.TProductStack(linears, rank=4)
+        randomise(stack)
+        x = torch.randn(4000, n2)
+        stack.layers[1](x).square().sum().backward()
+        weight = torch.stack([linear.weight for linear in linears]).double()
+        core = stack.core.detach().double().requires_grad_()
+        lateral = weight[:, :, list(stack.columns)]
+        horizontal = weight[:, list(stack.rows)]
+        w_eff = weight + oracle.cur_product(lateral, core, horizontal)
+        F.linear(x.double(), w_eff[1], linears[1].bias.double()).square().sum().backward()
+        same = torch.zeros_like(stack.core) + core.grad.float() * (1 + 1e-6)
+        assert_close(stack.core.grad, same, core.grad)
+
+
+def test_precision_is_checked():
+    with pytest.raises(ValueError, match="precision: expected one of ieee, bf16, got 'fp8'"):
+        tcur.TProductStack(make_linears(), rank=2, precision="fp8")

@@ -125,6 +125,70 @@ def test_core_grad_tokens(language, n3, tokens, slices):
 
 
 @LANGUAGES
+@pytest.mark.parametrize("n3", [1, 2, 7, 12])
+@pytest.mark.parametrize("rank", [1, 3, 8])
+def test_core_grad_tokens_of_projected_tokens_and_of_a_dense_gradient(language, n3, rank):
+    case = make_case(n3, 10, 9, rank)
+    x, grad_y = torch.randn(70, 9), torch.randn(70, 10)
+    args = (n3, n3 - 1, 1)
+    exact = reference.core_grad_tokens(x.double(), grad_y.double(), *case.double().spectra, *args)
+    lateral_hat, horizontal_hat = case.packed
+    op = ops.operator("core_grad_tokens", language)
+    # Plain torch goes the same way: one number of one sum may have no error at all by another.
+    plain = ops.operator("core_grad_tokens", "reference")
+    for inputs in (
+        (x @ horizontal_hat.T, grad_y, lateral_hat, None),
+        (grad_y.T @ x, None, lateral_hat, horizontal_hat),
+    ):
+        same = plain(*inputs, *args)
+        assert_close(op(*inputs, *args), same, exact)
+
+
+@LANGUAGES
+@pytest.mark.parametrize("way", ["z", "dense"])
+@pytest.mark.parametrize("materialized", [False, True])
+@pytest.mark.parametrize("slices", [1, 3])
+def test_every_way_to_the_gradient_of_the_core(language, way, materialized, slices):
+    """Values, first and second derivatives agree with those by way of x, in float64."""
+    case = make_case(5, 4, 6, 2, torch.float64)
+    op = ops.operator("cur_linear", language)
+    packed, horizontal_hat = case.packed, case.packed[1]
+    x = torch.randn(2, 7, 6, dtype=torch.float64, requires_grad=True)
+    core = case.core.requires_grad_()
+    weight = torch.randn(4 * slices, 6, dtype=torch.float64)
+    seed = torch.randn(2, 7, 4 * slices, dtype=torch.float64)
+
+    def results(z, dense):
+        args = (core, 1, slices, 0.5, materialized, False, z, dense)
+        y = op(x, weight, None, *packed, *args)
+        first = torch.autograd.grad(y.sin(), (x, core), seed, create_graph=True)
+        second = torch.autograd.grad(first[1].square().sum(), (x, core), materialize_grads=True)
+        return y, *first, *second
+
+    z = x @ horizontal_hat.T if way == "z" else None
+    for actual, expected in zip(results(z, way == "dense"), results(None, False), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+
+
+@LANGUAGES
+@pytest.mark.parametrize("n3", [1, 12, 47])
+def test_bf16_projections_keep_their_promise(language, n3):
+    case = make_case(n3, 40, 50, 8)
+    x, grad_y = torch.randn(300, 50), torch.randn(300, 40)
+    packed = case.factors.packed("bf16")
+    double = case.double()
+    op = ops.operator("cur_linear", language)
+    y = op(x, None, None, *packed, case.core, n3 - 1, 1, 0.5, False, False)
+    exact = reference.slice_update(x.double(), *double.spectra, double.core, n3 - 1, 1, 0.5)
+    assert y.dtype == torch.float32
+    assert relative_error(y, exact) <= PROMISE["bf16"]
+    grad = ops.operator("core_grad_tokens", language)(x, grad_y, *packed, n3, n3 - 1, 1)
+    exact = reference.core_grad_tokens(x.double(), grad_y.double(), *double.spectra, n3, n3 - 1)
+    assert grad.dtype == torch.float32
+    assert relative_error(grad, exact) <= PROMISE["bf16"]
+
+
+@LANGUAGES
 @pytest.mark.parametrize("n3", N3)
 @pytest.mark.parametrize("rank", [1, 3, 8])
 @pytest.mark.parametrize("transposed", [False, True])
@@ -261,6 +325,10 @@ def test_opcheck(language, dense):
         check("cur_linear", x, weight, None, *factors, core, 2, 2, 0.5, materialized, False)
     check("cur_linear", x, weight, torch.randn(12), *factors, core, 2, 2, 0.5, False, False)
     check("cur_linear", grad_y, weight, None, *factors, core, 2, 2, 0.5, False, True)
+    z = torch.randn(7, factors[0].shape[1])
+    check("cur_linear", x, weight, None, *factors, core, 2, 2, 0.5, True, False, z)
+    check("core_grad_tokens", z, grad_y, factors[0], None, 5, 2, 2)
+    check("core_grad_tokens", torch.randn(6, 9), None, *factors, 5, 2, 1)
 
 
 @LANGUAGES

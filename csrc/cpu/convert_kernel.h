@@ -64,21 +64,86 @@ TCUR_TARGET inline void load_row(const S* source, T* values, int64_t n) {
   }
 }
 
-// target[0 … n) = values[0 … n) + base[0 … n); one pass, one rounding.
-template <class T, class S, class O>
-TCUR_TARGET inline void add_row(const S* base, const T* values, O* target, int64_t n) {
-#pragma omp simd
-  for (int64_t j = 0; j < n; ++j) {
-    target[j] = Narrow<O, T>::from(widen<T>(base[j]) + values[j]);
+// A vector of T from elements of another type, and back to what the other type is in memory.
+template <class T, class S>
+TCUR_TARGET inline Vec<T> load_widened(const S* p) {
+  typename LanesOf<S, T>::Vec v;
+  __builtin_memcpy(&v, p, sizeof(v));
+  return __builtin_convertvector(v, Vec<T>);
+}
+template <class T>
+TCUR_TARGET inline Vec<T> load_widened(const BFloat16* p) {
+  typename LanesOf<uint16_t, T>::Vec v;
+  __builtin_memcpy(&v, p, sizeof(v));
+  const auto bits = __builtin_convertvector(v, typename LanesOf<uint32_t, T>::Vec) << 16;
+  return __builtin_convertvector((typename LanesOf<float, T>::Vec)bits, Vec<T>);
+}
+template <class T>
+TCUR_TARGET inline Vec<T> load_widened(const Half* p) {
+  Vec<T> v;
+  for (int i = 0; i < Simd<T>::lanes; ++i) {
+    v[i] = widen<T>(p[i]);
+  }
+  return v;
+}
+
+template <class O, class T>
+struct NarrowVec {
+  using Vector = typename LanesOf<O, T>::Vec;
+  TCUR_TARGET static inline Vector from(Vec<T> v) {
+    return __builtin_convertvector(v, Vector);
+  }
+};
+template <class T>
+struct NarrowVec<BFloat16, T> {
+  using Vector = typename LanesOf<uint16_t, T>::Vec;
+  TCUR_TARGET static inline Vector from(Vec<T> v) {
+    using Bits = typename LanesOf<uint32_t, T>::Vec;
+    const Bits bits = (Bits) __builtin_convertvector(v, typename LanesOf<float, T>::Vec);
+    const Bits rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+    const Bits quiet = (bits >> 16) | 0x40u;
+    const Bits kept = (bits & 0x7FFFFFFFu) > 0x7F800000u ? quiet : rounded;
+    return __builtin_convertvector(kept, Vector);
+  }
+};
+template <class T>
+struct NarrowVec<Half, T> {
+  using Vector = typename LanesOf<uint16_t, T>::Vec;
+  TCUR_TARGET static inline Vector from(Vec<T> v) {
+    Vector bits;
+    for (int i = 0; i < Simd<T>::lanes; ++i) {
+      bits[i] = Narrow<Half, T>::from(v[i]).x;
+    }
+    return bits;
+  }
+};
+
+// One vector, rounded to O, to memory; STREAM writes past the caches and wants it aligned.
+template <bool STREAM, class O, class T>
+TCUR_TARGET inline void put(O* target, Vec<T> v) {
+  using Vector = typename NarrowVec<O, T>::Vector;
+  const Vector narrow = NarrowVec<O, T>::from(v);
+  if constexpr (STREAM && sizeof(Vector) >= 8 && sizeof(Vector) <= TCUR_VECTOR_BYTES) {
+    stream(target, narrow);
+  } else {
+    __builtin_memcpy(target, &narrow, sizeof(narrow));
   }
 }
 
-// target[0 … n) = values[0 … n)
-template <class T, class O>
-TCUR_TARGET inline void store_row(const T* values, O* target, int64_t n) {
-#pragma omp simd
-  for (int64_t j = 0; j < n; ++j) {
-    target[j] = Narrow<O, T>::from(values[j]);
+// target[0 … n) = values[0 … n) + base[0 … n), or values alone if base is null; one rounding.
+template <class T, class S, class O>
+TCUR_TARGET inline void add_row(const S* base, const T* values, O* target, int64_t n) {
+  constexpr int lanes = Simd<T>::lanes;
+  int64_t j = 0;
+  for (; j + lanes <= n; j += lanes) {
+    Vec<T> v = load(values + j);
+    if (base != nullptr) {
+      v += load_widened<T>(base + j);
+    }
+    put<false, O, T>(target + j, v);
+  }
+  for (; j < n; ++j) {
+    target[j] = Narrow<O, T>::from(base == nullptr ? values[j] : widen<T>(base[j]) + values[j]);
   }
 }
 

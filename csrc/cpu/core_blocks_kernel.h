@@ -1,35 +1,139 @@
-// The core on tokens, in the real packed basis: block-diagonal, one block per bin.
+// The core on tokens, in the real packed basis: block-diagonal, one block per bin. Tokens go in
+// groups, whose part of a block is copied together, widened and padded, while it is used.
 
 namespace tcur::TCUR_ISA {
 
+// group[t][0 … stride) = columns `offset` … offset+width of tokens begin … begin+n, zeros after
+// them.
+template <class T>
+TCUR_TARGET void gather_tokens(
+    const TokenRows& rows, int64_t begin, int64_t n, const CoreBlock& block, T* group) {
+  for (int64_t t = 0; t < n; ++t) {
+    const int64_t at = (begin + t) * rows.stride + block.offset;
+    T* target = group + t * block.stride;
+    switch (rows.element) {
+      case Element::f32:
+        load_row(static_cast<const float*>(rows.data) + at, target, block.width);
+        break;
+      case Element::f64:
+        load_row(static_cast<const double*>(rows.data) + at, target, block.width);
+        break;
+      case Element::bf16:
+        load_row(static_cast<const BFloat16*>(rows.data) + at, target, block.width);
+        break;
+      case Element::f16:
+        load_row(static_cast<const Half*>(rows.data) + at, target, block.width);
+        break;
+      case Element::none:
+        break;
+    }
+    for (int64_t j = block.width; j < block.stride; ++j) {
+      target[j] = T(0);
+    }
+  }
+}
+
+// out[i][:] (+)= Σ_k left[i * left_row + k * left_step] right[k][:] for ROWS rows i and one vector.
+template <class T, int ROWS>
+TCUR_TARGET inline void small_product(
+    const T* left,
+    int64_t left_row,
+    int64_t left_step,
+    const T* right,
+    int64_t right_stride,
+    int64_t inner,
+    T* out,
+    int64_t out_stride,
+    bool accumulate) {
+  Vec<T> acc[ROWS];
+  for (int i = 0; i < ROWS; ++i) {
+    acc[i] = accumulate ? load(out + i * out_stride) : Vec<T>{};
+  }
+  for (int64_t k = 0; k < inner; ++k) {
+    const Vec<T> v = load(right + k * right_stride);
+    for (int i = 0; i < ROWS; ++i) {
+      acc[i] += left[i * left_row + k * left_step] * v;
+    }
+  }
+  for (int i = 0; i < ROWS; ++i) {
+    store(out + i * out_stride, acc[i]);
+  }
+}
+
+// The same for any number of rows and a whole padded width.
+template <class T>
+TCUR_TARGET void block_product(
+    const T* left,
+    int64_t left_row,
+    int64_t left_step,
+    int64_t rows,
+    const T* right,
+    int64_t inner,
+    int64_t stride,
+    T* out,
+    bool accumulate) {
+  constexpr int64_t many = 8;
+  for (int64_t j = 0; j < stride; j += Simd<T>::lanes) {
+    int64_t i = 0;
+    for (; i + many <= rows; i += many) {
+      small_product<T, many>(
+          left + i * left_row,
+          left_row,
+          left_step,
+          right + j,
+          stride,
+          inner,
+          out + i * stride + j,
+          stride,
+          accumulate);
+    }
+    for (; i < rows; ++i) {
+      small_product<T, 1>(
+          left + i * left_row,
+          left_row,
+          left_step,
+          right + j,
+          stride,
+          inner,
+          out + i * stride + j,
+          stride,
+          accumulate);
+    }
+  }
+}
+
 template <class T>
 TCUR_TARGET void apply_core(
-    const CoreBlock* blocks,
-    int64_t n_blocks,
+    const CoreBlocks& blocks,
     const T* values,
-    const T* in,
-    int64_t in_stride,
+    const TokenRows& in,
     T* out,
     int64_t out_stride,
     bool accumulate,
     int64_t begin,
-    int64_t end) {
-  for (int64_t t = begin; t < end; ++t) {
-    for (int64_t k = 0; k < n_blocks; ++k) {
-      const CoreBlock& block = blocks[k];
-      const T* x = in + t * in_stride + block.offset;
-      T* y = out + t * out_stride + block.offset;
-      const T* m = values + block.start;  // [width in, width out]
-      if (!accumulate) {
+    int64_t end,
+    T* scratch) {
+  T* x = scratch;
+  T* y = scratch + kTokenGroup * blocks.widest;
+  for (; begin < end; begin += kTokenGroup) {
+    const int64_t n = end - begin < kTokenGroup ? end - begin : kTokenGroup;
+    for (const CoreBlock& block : blocks.all) {
+      gather_tokens(in, begin, n, block, x);
+      block_product(
+          x,
+          block.stride,
+          int64_t(1),
+          n,
+          values + block.start,
+          block.width,
+          block.stride,
+          y,
+          false);
+      for (int64_t t = 0; t < n; ++t) {
+        T* target = out + (begin + t) * out_stride + block.offset;
+        const T* source = y + t * block.stride;
         for (int64_t j = 0; j < block.width; ++j) {
-          y[j] = T(0);
-        }
-      }
-      for (int64_t i = 0; i < block.width; ++i) {
-        const T xi = x[i];
-#pragma omp simd
-        for (int64_t j = 0; j < block.width; ++j) {
-          y[j] += xi * m[i * block.width + j];
+          target[j] = accumulate ? target[j] + source[j] : source[j];
         }
       }
     }
@@ -38,27 +142,33 @@ TCUR_TARGET void apply_core(
 
 template <class T>
 TCUR_TARGET void core_products(
-    const CoreBlock& block,
-    const T* p,
-    int64_t p_stride,
-    const T* z,
-    int64_t z_stride,
+    const CoreBlocks& blocks,
+    const TokenRows& p,
+    const TokenRows& z,
     int64_t begin,
     int64_t end,
-    T* products) {  // [width, width]
-  const int64_t w = block.width;
-  for (int64_t i = 0; i < w * w; ++i) {
+    T* products,
+    T* scratch) {
+  T* x = scratch;
+  T* y = scratch + kTokenGroup * blocks.widest;
+  for (int64_t i = 0; i < blocks.size; ++i) {
     products[i] = T(0);
   }
-  for (int64_t t = begin; t < end; ++t) {
-    const T* x = p + t * p_stride + block.offset;
-    const T* y = z + t * z_stride + block.offset;
-    for (int64_t i = 0; i < w; ++i) {
-      const T xi = x[i];
-#pragma omp simd
-      for (int64_t j = 0; j < w; ++j) {
-        products[i * w + j] += xi * y[j];
-      }
+  for (; begin < end; begin += kTokenGroup) {
+    const int64_t n = end - begin < kTokenGroup ? end - begin : kTokenGroup;
+    for (const CoreBlock& block : blocks.all) {
+      gather_tokens(p, begin, n, block, x);
+      gather_tokens(z, begin, n, block, y);
+      block_product(
+          x,
+          int64_t(1),
+          block.stride,
+          block.width,
+          y,
+          n,
+          block.stride,
+          products + block.start,
+          true);
     }
   }
 }

@@ -16,14 +16,15 @@ void run(
     const Tensor& horizontal_hat,
     const Tensor& out) {
   const FoldedDft<T> dft(sizes.n3);
+  const PackedFactors<T> factors(sizes, lateral_hat, horizontal_hat, dft);
   const int64_t row_blocks = (sizes.n1 + kRowBlock - 1) / kRowBlock;
   const int64_t per_task = (row_blocks + kMaxTasks - 1) / kMaxTasks;
   const int64_t tasks = (row_blocks + per_task - 1) / per_task;
   const CoreGradDenseArgs<T> args{
-      factors_of(sizes, lateral_hat, horizontal_hat, dft),
+      factors.view(),
       grad.const_data_ptr(),
       element_of(grad.scalar_type()),
-      tile_columns<T>(sizes.n2, sizes.n3),
+      tile_blocks<T>(sizes.n2, sizes.n3),
       per_task};
   const Kernels<T>& k = kernels<T>();
   const int64_t size = sizes.n3 * sizes.rank * sizes.rank;

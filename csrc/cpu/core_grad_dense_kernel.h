@@ -6,52 +6,88 @@
 
 namespace tcur::TCUR_ISA {
 
-// tubes: [n3, kRowBlock, tile] = the tile of G, zeros outside of it.
+// tubes: [n3, kRowBlock, kColumnBlock] = a block of G, zeros outside of it.
 template <class T, class S>
-TCUR_TARGET void gather_tile(
-    const CoreGradDenseArgs<T>& m, int64_t row, int64_t rows, int64_t col, int64_t n, T* tubes) {
+TCUR_TARGET void gather_block(
+    const CoreGradDenseArgs<T>& m,
+    int64_t row,
+    int64_t rows,
+    int64_t col,
+    int64_t n,
+    T* tubes,
+    int64_t tube_stride) {
   const S* grad = static_cast<const S*>(m.grad);
   for (int64_t l = 0; l < m.f.n3; ++l) {
     for (int64_t i = 0; i < kRowBlock; ++i) {
-      T* values = tubes + (l * kRowBlock + i) * m.tile;
-      int64_t valid = 0;
-      if (i < rows) {
-        valid = n;
-        load_row(grad + (l * m.f.n1 + row + i) * m.f.n2 + col, values, n);
-      }
-      for (int64_t j = valid; j < m.tile; ++j) {
+      T* values = tubes + l * tube_stride + i * kColumnBlock;
+      const int64_t valid = i < rows ? n : 0;
+      load_row(grad + (l * m.f.n1 + row + i) * m.f.n2 + col, values, valid);
+      for (int64_t j = valid; j < kColumnBlock; ++j) {
         values[j] = T(0);
       }
     }
   }
 }
 
-// products[plane][b][row] += Σ_j Ĝ[plane][row][j] conj(R̂)[plane][b][j] over one tile.
+template <class T>
+using Gather = void (*)(
+    const CoreGradDenseArgs<T>&,
+    int64_t row,
+    int64_t rows,
+    int64_t col,
+    int64_t n,
+    T* tubes,
+    int64_t tube_stride);
+
+template <class T>
+Gather<T> gather_for(Element grad) {
+  switch (grad) {
+    case Element::f32:
+      return &gather_block<T, float>;
+    case Element::f64:
+      return &gather_block<T, double>;
+    case Element::bf16:
+      return &gather_block<T, BFloat16>;
+    case Element::f16:
+      return &gather_block<T, Half>;
+    case Element::none:
+      break;
+  }
+  return nullptr;
+}
+
+// products[plane][b][row] += Σ_j Ĝ[plane][row][j] conj(R̂)[plane][b][j] over the blocks of a tile.
 template <class T, bool PAIR>
 TCUR_TARGET inline void adjoint_bin(
-    const T* g,  // [1 or 2, kRowBlock, tile]
-    const T* r_hat,
-    int64_t stride,
+    const T* g,  // [1 or 2, blocks, kRowBlock, kColumnBlock], plane_stride apart
+    int64_t plane_stride,
+    const T* r_hat,  // [1 or 2, rank, kColumnBlock] of the first panel, panels panel_size apart
+    int64_t panel_size,
     int64_t rank,
-    int64_t tile,
+    int64_t blocks,
     T* products) {  // [1 or 2, rank, kRowBlock]
   constexpr int lanes = Simd<T>::lanes;
-  const T* g_im = g + kRowBlock * tile;
-  const T* r_im = r_hat + rank * stride;
+  const T* r_im = r_hat + rank * kColumnBlock;
   for (int64_t b = 0; b < rank; ++b) {
-    Vec<T> re[kRowBlock] = {}, im[kRowBlock] = {};
-    for (int64_t j = 0; j < tile; j += lanes) {
-      const Vec<T> x = load(r_hat + b * stride + j);
-      for (int i = 0; i < kRowBlock; ++i) {
-        re[i] += load(g + i * tile + j) * x;
-      }
-      if (PAIR) {
-        const Vec<T> y = load(r_im + b * stride + j);
+    Vec<T> re[kRowBlock], im[kRowBlock];
+    for (int i = 0; i < kRowBlock; ++i) {
+      re[i] = im[i] = Vec<T>{};
+    }
+    for (int64_t block = 0; block < blocks; ++block) {
+      for (int64_t j = 0; j < kColumnBlock; j += lanes) {
+        const T* g_re = g + block * kBlock + j;
+        const Vec<T> x = load(r_hat + block * panel_size + b * kColumnBlock + j);
         for (int i = 0; i < kRowBlock; ++i) {
-          const Vec<T> gi = load(g_im + i * tile + j);
-          re[i] += gi * y;
-          im[i] += gi * x;
-          im[i] -= load(g + i * tile + j) * y;
+          re[i] += load(g_re + i * kColumnBlock) * x;
+        }
+        if (PAIR) {
+          const Vec<T> y = load(r_im + block * panel_size + b * kColumnBlock + j);
+          for (int i = 0; i < kRowBlock; ++i) {
+            const Vec<T> gi = load(g_re + plane_stride + i * kColumnBlock);
+            re[i] += gi * y;
+            im[i] += gi * x;
+            im[i] -= load(g_re + i * kColumnBlock) * y;
+          }
         }
       }
     }
@@ -61,6 +97,30 @@ TCUR_TARGET inline void adjoint_bin(
         products[(rank + b) * kRowBlock + i] += sum<T>(im[i]);
       }
     }
+  }
+}
+
+// The adjoint of a run of blocks, all bins.
+template <class T>
+TCUR_TARGET void adjoint_planes(
+    const Factors<T>& f,
+    const T* planes,
+    int64_t plane_stride,
+    const T* r_hat,
+    int64_t blocks,
+    T* products) {
+  const int64_t panel_size = f.q() * kColumnBlock;
+  for (int64_t plane = 0; plane < f.n3;) {
+    const bool pair = plane > 0 && plane <= 2 * pairs(f.n3);
+    const T* g = planes + plane * plane_stride;
+    const T* x = r_hat + plane * f.rank * kColumnBlock;
+    T* p = products + plane * f.rank * kRowBlock;
+    if (pair) {
+      adjoint_bin<T, true>(g, plane_stride, x, panel_size, f.rank, blocks, p);
+    } else {
+      adjoint_bin<T, false>(g, plane_stride, x, panel_size, f.rank, blocks, p);
+    }
+    plane += pair ? 2 : 1;
   }
 }
 
@@ -96,18 +156,20 @@ TCUR_TARGET void add_core_block(
 
 template <class T>
 TCUR_TARGET int64_t core_grad_dense_scratch(const CoreGradDenseArgs<T>& m) {
-  return 2 * m.f.n3 * kRowBlock * m.tile + m.f.q() * (m.tile + kRowBlock);
+  const int64_t tubes = m.f.n3 * (kBlock + kPad), planes = m.f.n3 * tile_stride(m.tile_blocks);
+  return tubes + planes + m.f.q() * kRowBlock;
 }
 
 template <class T>
 TCUR_TARGET void core_grad_dense(
     const CoreGradDenseArgs<T>& m, int64_t task, T* scratch, T* core_hat) {
   const Factors<T>& f = m.f;
-  const int64_t width = kRowBlock * m.tile;
-  T* planes = scratch;
-  T* tubes = planes + f.n3 * width;
-  T* edge = tubes + f.n3 * width;
-  T* products = edge + f.q() * m.tile;
+  constexpr int64_t tube_stride = kBlock + kPad;
+  const int64_t plane_stride = tile_stride(m.tile_blocks), tile = m.tile_blocks * kColumnBlock;
+  T* tubes = scratch;  // of one block
+  T* planes = tubes + f.n3 * tube_stride;
+  T* products = planes + f.n3 * plane_stride;
+  const Gather<T> gather = gather_for<T>(m.grad_element);
 
   for (int64_t step = 0; step < m.row_blocks_per_task; ++step) {
     const int64_t row = (task * m.row_blocks_per_task + step) * kRowBlock;
@@ -118,44 +180,15 @@ TCUR_TARGET void core_grad_dense(
     for (int64_t k = 0; k < f.q() * kRowBlock; ++k) {
       products[k] = T(0);
     }
-    for (int64_t col = 0; col < f.n2; col += m.tile) {
-      const int64_t n = f.n2 - col < m.tile ? f.n2 - col : m.tile;
-      switch (m.grad_element) {
-        case Element::f32:
-          gather_tile<T, float>(m, row, rows, col, n, tubes);
-          break;
-        case Element::f64:
-          gather_tile<T, double>(m, row, rows, col, n, tubes);
-          break;
-        case Element::bf16:
-          gather_tile<T, BFloat16>(m, row, rows, col, n, tubes);
-          break;
-        case Element::f16:
-          gather_tile<T, Half>(m, row, rows, col, n, tubes);
-          break;
-        case Element::none:
-          break;
+    for (int64_t col = 0; col < f.n2; col += tile) {
+      const int64_t n = f.n2 - col < tile ? f.n2 - col : tile;
+      for (int64_t at = 0, block = 0; at < n; at += kColumnBlock, ++block) {
+        const int64_t width = n - at < kColumnBlock ? n - at : kColumnBlock;
+        gather(m, row, rows, col + at, width, tubes, tube_stride);
+        forward_dft(*f.dft, tubes, tube_stride, planes + block * kBlock, plane_stride, kBlock);
       }
-      forward_dft(*f.dft, tubes, width, planes);
-      const T* r_hat = f.horizontal_hat + col;
-      int64_t stride = f.n2;
-      if (n != m.tile) {
-        pad_columns(f, col, n, m.tile, edge);
-        r_hat = edge;
-        stride = m.tile;
-      }
-      for (int64_t plane = 0; plane < f.n3;) {
-        const bool pair = plane > 0 && plane <= 2 * pairs(f.n3);
-        const T* g = planes + plane * width;
-        const T* x = r_hat + plane * f.rank * stride;
-        T* p = products + plane * f.rank * kRowBlock;
-        if (pair) {
-          adjoint_bin<T, true>(g, x, stride, f.rank, m.tile, p);
-        } else {
-          adjoint_bin<T, false>(g, x, stride, f.rank, m.tile, p);
-        }
-        plane += pair ? 2 : 1;
-      }
+      const int64_t blocks = (n + kColumnBlock - 1) / kColumnBlock;
+      adjoint_planes(f, planes, plane_stride, f.panel(col), blocks, products);
     }
     add_core_block(f, row, rows, products, core_hat);
   }

@@ -14,7 +14,7 @@ namespace {
 // Blocks of M_l, transposed for a forward map: values[in][out] as apply_core wants them.
 template <class T>
 std::vector<T> slice_blocks(
-    const std::vector<CoreBlock>& blocks,
+    const CoreBlocks& blocks,
     const std::vector<T>& core_hat,  // [n3, rank, rank], weighted
     int64_t n3,
     int64_t rank,
@@ -22,15 +22,15 @@ std::vector<T> slice_blocks(
     bool transposed) {
   const UnitRoots roots(n3);
   const int64_t square = rank * rank;
-  std::vector<T> values(blocks_size(blocks));
-  for (const CoreBlock& block : blocks) {
-    const int64_t plane = block.offset / rank, w = block.width;
+  std::vector<T> values(blocks.size, T(0));
+  for (const CoreBlock& block : blocks.all) {
+    const int64_t plane = block.offset / rank;
     const T* re = core_hat.data() + plane * square;
     T* out = values.data() + block.start;
     const auto put = [&](int64_t a, int64_t b, T value) {
-      out[transposed ? a * w + b : b * w + a] = value;
+      out[transposed ? a * block.stride + b : b * block.stride + a] = value;
     };
-    if (w == rank) {
+    if (block.width == rank) {
       const T sign = plane > 0 && slice % 2 != 0 ? T(-1) : T(1);
       for (int64_t a = 0; a < rank; ++a) {
         for (int64_t b = 0; b < rank; ++b) {
@@ -59,7 +59,8 @@ std::vector<T> slice_blocks(
 template <class T>
 Tensor update(
     const Sizes& sizes,
-    const Tensor& x,  // [tokens, n2] or [tokens, slices*n1]
+    const Tensor& x,  // [tokens, n2] or [tokens, slices*n1], in the dtype of the factors
+    const std::optional<Tensor>& z,  // [..., q]: x R̂ᵀ, if it is at hand
     const Tensor& lateral_hat,
     const Tensor& horizontal_hat,
     const Tensor& core,
@@ -68,51 +69,57 @@ Tensor update(
     double scale,
     bool transposed) {
   const int64_t tokens = x.size(0), q = sizes.n3 * sizes.rank;
+  const ScalarType precision = lateral_hat.scalar_type();
   const FoldedDft<T> dft(sizes.n3);
   const std::vector<T> core_hat =
       weighted_core_spectrum(dft, core.const_data_ptr<T>(), sizes.rank, scale);
-  const std::vector<CoreBlock> blocks = core_blocks(sizes.n3, sizes.rank);
+  const Kernels<T>& k = kernels<T>();
+  const CoreBlocks blocks = core_blocks(sizes.n3, sizes.rank, k.lanes);
   std::vector<std::vector<T>> values;
   for (int64_t s = 0; s < slices; ++s) {
     values.push_back(
         slice_blocks(blocks, core_hat, sizes.n3, sizes.rank, slice_index + s, transposed));
   }
-  const Tensor in_tensor =
-      transposed ? torch::stable::matmul(
-                       torch::stable::reshape(x, {tokens * slices, sizes.n1}), lateral_hat)
-                 : torch::stable::matmul(x, torch::stable::transpose(horizontal_hat, 0, 1));
+  Tensor in = x;
+  if (z.has_value()) {
+    in = torch::stable::reshape(*z, {tokens, q});
+  } else if (transposed) {
+    in = torch::stable::matmul(
+        torch::stable::reshape(cast(x, precision), {tokens * slices, sizes.n1}), lateral_hat);
+  } else {
+    in = torch::stable::matmul(cast(x, precision), torch::stable::transpose(horizontal_hat, 0, 1));
+  }
+  in = torch::stable::contiguous(in);
   const int64_t out_slices = transposed ? 1 : slices;
-  Tensor out_tensor = torch::stable::new_empty(in_tensor, {tokens * out_slices, q});
-  const T* in = in_tensor.const_data_ptr<T>();
+  const Tensor out_tensor = torch::stable::new_empty(in, {tokens * out_slices, q}, scalar_type<T>);
   T* out = out_tensor.mutable_data_ptr<T>();
-  const Kernels<T>& k = kernels<T>();
   const int64_t in_stride = transposed ? slices * q : q;
   const int64_t out_stride = out_slices * q;
   torch::stable::parallel_for(0, tokens, 64, [&](int64_t begin, int64_t end) {
+    Scratch<T> scratch(2 * kTokenGroup * blocks.widest);
     for (int64_t s = 0; s < slices; ++s) {
       k.apply_core(
-          blocks.data(),
-          static_cast<int64_t>(blocks.size()),
+          blocks,
           values[s].data(),
-          in + (transposed ? s * q : 0),
-          in_stride,
+          token_rows(in, transposed ? s * q : 0, in_stride),
           out + (transposed ? 0 : s * q),
           out_stride,
           transposed && s > 0,
           begin,
-          end);
+          end,
+          scratch.data());
     }
   });
-  return transposed
-             ? torch::stable::matmul(out_tensor, horizontal_hat)
-             : torch::stable::matmul(out_tensor, torch::stable::transpose(lateral_hat, 0, 1));
+  const Tensor mixed = cast(out_tensor, precision);
+  return transposed ? torch::stable::matmul(mixed, horizontal_hat)
+                    : torch::stable::matmul(mixed, torch::stable::transpose(lateral_hat, 0, 1));
 }
 
 template <class T>
 void add_to(const Tensor& y, const Tensor& delta) {
   const Kernels<T>& k = kernels<T>();
   const Element element = element_of(y.scalar_type());
-  const T* values = delta.const_data_ptr<T>();
+  const T* values = delta.const_data_ptr<T>();  // in the compute dtype
   void* target = y.mutable_data_ptr();
   torch::stable::parallel_for(0, y.numel(), 32768, [&](int64_t begin, int64_t end) {
     k.add_update(target, element, values, begin, end);
@@ -130,10 +137,12 @@ Tensor cur_linear(
     int64_t slices,
     double scale,
     bool materialized,
-    bool transposed) {
+    bool transposed,
+    std::optional<Tensor> z,
+    bool) {  // dense_grad: for the derivative alone
   STD_TORCH_CHECK(core.dim() == 3, "tcur: core must be [n3, rank, rank]");
-  const Sizes sizes = check_factors(lateral_hat, horizontal_hat, core.size(0));
-  const ScalarType compute = lateral_hat.scalar_type();
+  const Sizes sizes = check_token_factors(lateral_hat, horizontal_hat, core.size(0));
+  const ScalarType compute = compute_dtype(lateral_hat.scalar_type());
   check_shape("core", core, {sizes.n3, sizes.rank, sizes.rank});
   check_dtype("core", core, compute);
   STD_TORCH_CHECK(
@@ -161,24 +170,25 @@ Tensor cur_linear(
   if (materialized) {
     return *y;
   }
+  STD_TORCH_CHECK(!z.has_value() || !transposed, "tcur: z goes with a forward map");
   const int64_t tokens = in_features == 0 ? 0 : x.numel() / in_features;
-  const Tensor xs =
-      torch::stable::contiguous(torch::stable::reshape(cast(x, compute), {tokens, in_features}));
+  const Tensor xs = torch::stable::contiguous(torch::stable::reshape(x, {tokens, in_features}));
   const Tensor l = torch::stable::contiguous(lateral_hat);
   const Tensor h = torch::stable::contiguous(horizontal_hat);
   const Tensor c = torch::stable::contiguous(core);
   const Tensor delta =
       compute == ScalarType::Double
-          ? update<double>(sizes, xs, l, h, c, slice_index, slices, scale, transposed)
-          : update<float>(sizes, xs, l, h, c, slice_index, slices, scale, transposed);
+          ? update<double>(sizes, xs, z, l, h, c, slice_index, slices, scale, transposed)
+          : update<float>(sizes, xs, z, l, h, c, slice_index, slices, scale, transposed);
   if (!y.has_value()) {
     return torch::stable::reshape(cast(delta, x.scalar_type()), shape);
   }
   const Tensor result = torch::stable::contiguous(*y);
+  const Tensor added = torch::stable::contiguous(cast(delta, compute));
   if (compute == ScalarType::Double) {
-    add_to<double>(result, delta);
+    add_to<double>(result, added);
   } else {
-    add_to<float>(result, delta);
+    add_to<float>(result, added);
   }
   return result;
 }

@@ -1,149 +1,233 @@
-// Real DFT along tubes, folded: with E_l = Σ_k cos(2πkl/n3) A_k and O_l = Σ_k sin(2πkl/n3) B_k the
-// inverse transform is x_l = E_l - O_l, x_{n3-l} = E_l + O_l, and the forward transform is the same
-// two sums over x_l + x_{n3-l} and x_l - x_{n3-l}. That is n3/2 multiplications per output for any
-// n3, primes included. `width` tubes lie side by side, a multiple of the vector length.
+// Real DFT along tubes by the levels of tubes.h. `width` tubes lie side by side, a multiple of the
+// vector length. They are worked on strip by strip of a few vectors, all levels of a strip while it
+// is in the first-level cache. Both transforms overwrite their input.
 
 namespace tcur::TCUR_ISA {
 
-// Rows A_k = a + (k-1)*a_step and B_k = b + (k-1)*b_step, k = 1 … size.
+// The rows A_k and B_k of one strip.
 template <class T>
 struct FoldedRows {
+  T* first;  // A_0
+  T* a;      // A_k = a + k * a_step, k >= 1
+  T* b;      // B_k = b + k * b_step, k >= 1
+  int64_t a_step, b_step;
+
+  T* row_a(int64_t k) const {
+    return k == 0 ? first : a + k * a_step;
+  }
+  T* row_b(int64_t k) const {
+    return b + k * b_step;
+  }
+};
+
+// Where the outputs of a strip go: tubes x_l (inverse) or packed planes (forward).
+template <class T, bool INVERSE>
+struct DftOutput {
+  T* data;
+  int64_t stride, n3;
+
+  T* single(int64_t l) const {  // l = 0 or n3/2
+    return data + (INVERSE || l == 0 ? l : 2 * l - 1) * stride;
+  }
+  T* low(int64_t l) const {
+    return data + (INVERSE ? l : 2 * l - 1) * stride;
+  }
+  T* high(int64_t l) const {
+    return data + (INVERSE ? n3 - l : 2 * l) * stride;
+  }
+};
+
+// Rows k and half-k become their sum and their difference.
+template <class T, int COLUMNS>
+TCUR_TARGET inline void fold_level(const DftLevel<T>& level, const FoldedRows<T>& rows) {
+  constexpr int lanes = Simd<T>::lanes;
+  for (int64_t k = 0; k < (level.half + 1) / 2; ++k) {
+    T* low = rows.row_a(k);
+    T* high = rows.row_a(level.half - k);
+    for (int v = 0; v < COLUMNS; ++v) {
+      const Vec<T> x = load(low + v * lanes), y = load(high + v * lanes);
+      store(low + v * lanes, Vec<T>(x + y));
+      store(high + v * lanes, Vec<T>(x - y));
+    }
+  }
+  for (int64_t k = 1; k < (level.half + 1) / 2; ++k) {
+    T* low = rows.row_b(k);
+    T* high = rows.row_b(level.half - k);
+    for (int v = 0; v < COLUMNS; ++v) {
+      const Vec<T> x = load(low + v * lanes), y = load(high + v * lanes);
+      store(low + v * lanes, Vec<T>(x - y));
+      store(high + v * lanes, Vec<T>(x + y));
+    }
+  }
+}
+
+// What a level multiplies: A rows `cosine` (that of coefficient 1, then size more), B rows
+// likewise; `sine` is the row of coefficient ±1, null where there is none.
+template <class T>
+struct LevelRows {
+  const T* cosine;
+  const T* sine;
   const T* a;
   const T* b;
   int64_t a_step, b_step;
 };
 
-// LINES outputs l at COLUMNS vectors from column c. Accumulators stay in registers.
+template <class T>
+TCUR_TARGET inline LevelRows<T> rows_of(const DftLevel<T>& level, const FoldedRows<T>& rows) {
+  const int64_t half = level.half;
+  if (!level.is_even()) {
+    return {rows.first, nullptr, rows.row_a(1), rows.row_b(1), rows.a_step, rows.b_step};
+  }
+  return {
+      rows.row_a(half),
+      half % 2 == 0 ? rows.row_b(half / 2) : nullptr,
+      rows.row_a(half - 1),
+      rows.row_b(half - 1),
+      -rows.a_step,
+      -rows.b_step};
+}
+
+// Outputs first … first+LINES of a level. Accumulators stay in registers.
 template <class T, bool INVERSE, int LINES, int COLUMNS>
 TCUR_TARGET inline void dft_lines(
-    const FoldedDft<T>& dft,
-    const FoldedRows<T>& rows,
-    const T* zero,     // the row of l = 0 (forward) or of bin 0 (inverse)
-    const T* nyquist,  // the row of l = n3/2 or of bin n3/2; null if n3 is odd
-    int64_t l,
-    int64_t c,
-    int64_t width,
-    T* out) {
+    const DftLevel<T>& level,
+    const LevelRows<T>& rows,
+    int64_t first,
+    const DftOutput<T, INVERSE>& out) {
   constexpr int lanes = Simd<T>::lanes;
   Vec<T> even[LINES][COLUMNS], odd[LINES][COLUMNS];
-  for (int i = 0; i < LINES; ++i) {
-    const T sign = (l + i) % 2 == 0 ? T(1) : T(-1);
-    for (int v = 0; v < COLUMNS; ++v) {
-      even[i][v] = load(zero + c + v * lanes);
-      if (nyquist != nullptr) {
-        even[i][v] += sign * load(nyquist + c + v * lanes);
-      }
-      odd[i][v] = Vec<T>{};
+  for (int v = 0; v < COLUMNS; ++v) {
+    const Vec<T> start = load(rows.cosine + v * lanes);
+    const Vec<T> turned = rows.sine == nullptr ? Vec<T>{} : load(rows.sine + v * lanes);
+    for (int i = 0; i < LINES; ++i) {
+      even[i][v] = start;
+      odd[i][v] = (first + i) % 2 == 0 ? turned : Vec<T>(-turned);
     }
   }
-  const T* cos = dft.cos.data() + (l - 1) * dft.size;
-  const T* sin = dft.sin.data() + (l - 1) * dft.size;
-  for (int64_t k = 0; k < dft.size; ++k) {
-    const T* a = rows.a + k * rows.a_step + c;
-    const T* b = rows.b + k * rows.b_step + c;
+  const T* cos = level.cos.data() + first * level.size;
+  const T* sin = level.sin.data() + first * level.size;
+  const T* a = rows.a;
+  const T* b = rows.b;
+  for (int64_t k = 0; k < level.size; ++k, a += rows.a_step, b += rows.b_step) {
     for (int v = 0; v < COLUMNS; ++v) {
       const Vec<T> av = load(a + v * lanes), bv = load(b + v * lanes);
       for (int i = 0; i < LINES; ++i) {
-        even[i][v] += cos[i * dft.size + k] * av;
-        odd[i][v] += sin[i * dft.size + k] * bv;
+        even[i][v] += cos[i * level.size + k] * av;
+        odd[i][v] += sin[i * level.size + k] * bv;
       }
     }
   }
   for (int i = 0; i < LINES; ++i) {
-    const int64_t first = INVERSE ? l + i : 2 * (l + i) - 1;
-    const int64_t second = INVERSE ? dft.n3 - l - i : 2 * (l + i);
+    const int64_t l = level.step * level.frequency(first + i);
+    T* low = out.low(l);
+    T* high = out.high(l);
     for (int v = 0; v < COLUMNS; ++v) {
       const Vec<T> e = even[i][v], o = odd[i][v];
-      store(out + first * width + c + v * lanes, INVERSE ? Vec<T>(e - o) : e);
-      store(out + second * width + c + v * lanes, INVERSE ? Vec<T>(e + o) : Vec<T>(-o));
+      store(low + v * lanes, INVERSE ? Vec<T>(e - o) : e);
+      store(high + v * lanes, INVERSE ? Vec<T>(e + o) : Vec<T>(-o));
     }
   }
 }
 
-// The outputs that need no sine: l = 0 and, for even n3, l = n3/2.
-template <class T>
-TCUR_TARGET inline void dft_ends(
-    const FoldedDft<T>& dft,
-    const FoldedRows<T>& rows,
-    const T* zero,
-    const T* nyquist,
-    int64_t c,
-    T* first,
-    T* middle) {
-  const Vec<T> start = load(zero + c);
-  Vec<T> all = start, alternating = start;
-  for (int64_t k = 1; k <= dft.size; ++k) {
-    const Vec<T> a = load(rows.a + (k - 1) * rows.a_step + c);
-    all += a;
-    alternating += k % 2 == 0 ? a : Vec<T>(-a);
+// The one output of a level that needs no sine: l = 0 of an odd length, l = half (of n3: n3/2) of
+// an even length whose half is odd.
+template <class T, int COLUMNS>
+TCUR_TARGET inline void dft_single(const DftLevel<T>& level, const LevelRows<T>& rows, T* out) {
+  constexpr int lanes = Simd<T>::lanes;
+  for (int v = 0; v < COLUMNS; ++v) {
+    Vec<T> total = load(rows.cosine + v * lanes);
+    for (int64_t k = 1; k <= level.size; ++k) {
+      const Vec<T> a = load(rows.a + (k - 1) * rows.a_step + v * lanes);
+      total += level.is_even() && k % 2 != 0 ? Vec<T>(-a) : a;
+    }
+    store(out + v * lanes, total);
   }
-  if (nyquist != nullptr) {
-    const Vec<T> last = load(nyquist + c);
-    all += last;
-    alternating += (dft.n3 / 2) % 2 == 0 ? last : Vec<T>(-last);
-    store(middle + c, alternating);
+}
+
+template <class T, bool INVERSE, int COLUMNS>
+TCUR_TARGET inline void dft_strip(
+    const FoldedDft<T>& dft, const FoldedRows<T>& rows, const DftOutput<T, INVERSE>& out) {
+  // With 32 registers 3 x 4 x 2 accumulators leave room for the operands, with 16 only 2 x 2 x 2.
+  constexpr int lines = TCUR_REGISTERS == 32 ? 3 : 2;
+  for (const DftLevel<T>& level : dft.levels) {
+    if (level.is_even()) {
+      fold_level<T, COLUMNS>(level, rows);
+    }
+    const LevelRows<T> inputs = rows_of(level, rows);
+    int64_t i = 0;
+    for (; i + lines <= level.outputs; i += lines) {
+      dft_lines<T, INVERSE, lines, COLUMNS>(level, inputs, i, out);
+    }
+    for (; i < level.outputs; ++i) {
+      dft_lines<T, INVERSE, 1, COLUMNS>(level, inputs, i, out);
+    }
+    if (!level.is_even()) {
+      dft_single<T, COLUMNS>(level, inputs, out.single(0));
+    } else if (level.half % 2 != 0) {
+      dft_single<T, COLUMNS>(level, inputs, out.single(dft.n3 / 2));
+    }
   }
-  store(first + c, all);
 }
 
 template <class T, bool INVERSE>
-TCUR_TARGET inline void dft_folded(
+TCUR_TARGET inline void dft_strips(
     const FoldedDft<T>& dft,
     const FoldedRows<T>& rows,
-    const T* zero,
-    const T* nyquist,
-    int64_t width,
-    T* out) {
-  // With 32 registers 3 x 4 x 2 accumulators leave room for the operands, with 16 only 2 x 2 x 2.
-  constexpr int lines = TCUR_REGISTERS == 32 ? 3 : 2;
+    const DftOutput<T, INVERSE>& out,
+    int64_t width) {
   constexpr int columns = TCUR_REGISTERS == 32 ? 4 : 2;
   constexpr int lanes = Simd<T>::lanes;
-  const int64_t middle = INVERSE ? dft.n3 / 2 : dft.n3 - 1;
-  for (int64_t c = 0; c < width; c += lanes) {
-    dft_ends(dft, rows, zero, nyquist, c, out, out + middle * width);
+  const auto rows_at = [&](int64_t c) {
+    return FoldedRows<T>{rows.first + c, rows.a + c, rows.b + c, rows.a_step, rows.b_step};
+  };
+  const auto out_at = [&](int64_t c) {
+    return DftOutput<T, INVERSE>{out.data + c, out.stride, out.n3};
+  };
+  int64_t c = 0;
+  for (; c + columns * lanes <= width; c += columns * lanes) {
+    dft_strip<T, INVERSE, columns>(dft, rows_at(c), out_at(c));
   }
-  int64_t l = 1;
-  for (; l + lines <= dft.size + 1; l += lines) {
-    int64_t c = 0;
-    for (; c + columns * lanes <= width; c += columns * lanes) {
-      dft_lines<T, INVERSE, lines, columns>(dft, rows, zero, nyquist, l, c, width, out);
-    }
-    for (; c < width; c += lanes) {
-      dft_lines<T, INVERSE, lines, 1>(dft, rows, zero, nyquist, l, c, width, out);
-    }
-  }
-  for (; l <= dft.size; ++l) {
-    for (int64_t c = 0; c < width; c += lanes) {
-      dft_lines<T, INVERSE, 1, 1>(dft, rows, zero, nyquist, l, c, width, out);
-    }
+  for (; c < width; c += lanes) {
+    dft_strip<T, INVERSE, 1>(dft, rows_at(c), out_at(c));
   }
 }
 
-// planes: [n3, width] packed spectrum -> tubes: [n3, width]; unscaled, the weights 1/n3 and 2/n3
-// are already in the planes.
+// planes: packed spectrum, n3 rows -> tubes: n3 rows. Unscaled: the weights 1/n3 and 2/n3 are in
+// the planes already.
 template <class T>
-TCUR_TARGET void inverse_dft(const FoldedDft<T>& dft, const T* planes, int64_t width, T* tubes) {
-  const T* nyquist = has_nyquist(dft.n3) ? planes + (dft.n3 - 1) * width : nullptr;
-  const FoldedRows<T> rows{planes + width, planes + 2 * width, 2 * width, 2 * width};
-  dft_folded<T, true>(dft, rows, planes, nyquist, width, tubes);
+TCUR_TARGET void inverse_dft(
+    const FoldedDft<T>& dft,
+    T* planes,
+    int64_t plane_stride,
+    T* tubes,
+    int64_t tube_stride,
+    int64_t width) {
+  const int64_t step = 2 * plane_stride;
+  const FoldedRows<T> rows{planes, planes - plane_stride, planes, step, step};
+  dft_strips<T, true>(dft, rows, {tubes, tube_stride, dft.n3}, width);
 }
 
-// tubes: [n3, width] -> planes: [n3, width] packed spectrum. Overwrites tubes.
+// tubes -> planes, as above.
 template <class T>
-TCUR_TARGET void forward_dft(const FoldedDft<T>& dft, T* tubes, int64_t width, T* planes) {
+TCUR_TARGET void forward_dft(
+    const FoldedDft<T>& dft,
+    T* tubes,
+    int64_t tube_stride,
+    T* planes,
+    int64_t plane_stride,
+    int64_t width) {
   constexpr int lanes = Simd<T>::lanes;
-  for (int64_t l = 1; l <= dft.size; ++l) {
-    T* low = tubes + l * width;
-    T* high = tubes + (dft.n3 - l) * width;
+  for (int64_t l = 1; l <= pairs(dft.n3); ++l) {
+    T* low = tubes + l * tube_stride;
+    T* high = tubes + (dft.n3 - l) * tube_stride;
     for (int64_t c = 0; c < width; c += lanes) {
       const Vec<T> a = load(low + c), b = load(high + c);
       store(low + c, Vec<T>(a + b));
       store(high + c, Vec<T>(a - b));
     }
   }
-  const T* nyquist = has_nyquist(dft.n3) ? tubes + dft.n3 / 2 * width : nullptr;
-  const FoldedRows<T> rows{tubes + width, tubes + (dft.n3 - 1) * width, width, -width};
-  dft_folded<T, false>(dft, rows, tubes, nyquist, width, planes);
+  const FoldedRows<T> rows{tubes, tubes, tubes + dft.n3 * tube_stride, tube_stride, -tube_stride};
+  dft_strips<T, false>(dft, rows, {planes, plane_stride, dft.n3}, width);
 }
 
 }  // namespace tcur::TCUR_ISA

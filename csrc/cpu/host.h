@@ -5,6 +5,8 @@
 #include "kernels.h"
 
 #include <algorithm>
+#include <memory>
+#include <new>
 #include <type_traits>
 
 namespace tcur {
@@ -32,49 +34,71 @@ inline int64_t round_up(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }
 
-// A tile of kRowBlock rows for all slices, its spectrum beside it, should fit half of a 512 KiB
-// second-level cache, and wide tiles make long runs for the sweep.
+// A tile of kRowBlock rows for all slices, and the base it is added to, should fit half of a 512
+// KiB second-level cache, and wide tiles make long runs for the sweep.
 template <class T>
-int64_t tile_columns(int64_t n2, int64_t n3) {
-  constexpr int64_t budget = 256 * 1024 / (2 * kRowBlock * sizeof(T));
-  const int64_t step = kernels<T>().tile_step;
-  const int64_t columns = std::min<int64_t>(budget / n3, 256) / step * step;
-  return std::min(std::max(columns, step), round_up(n2, step));
+int64_t tile_blocks(int64_t n2, int64_t n3) {
+  constexpr int64_t budget = 256 * 1024 / (2 * kBlock * sizeof(T)), widest = 16;
+  const int64_t needed = (n2 + kColumnBlock - 1) / kColumnBlock;
+  return std::max<int64_t>(1, std::min({budget / n3, widest, needed}));
 }
 
-// 64-byte aligned memory that lives as long as the operator call.
+// 64-byte aligned memory, not initialised, that lives as long as the operator call.
 template <class T>
 class Scratch {
  public:
-  explicit Scratch(int64_t size) : storage_(size + kAlignment / sizeof(T)) {
-    const auto address = reinterpret_cast<uintptr_t>(storage_.data());
-    data_ = storage_.data() + (kAlignment - address % kAlignment) % kAlignment / sizeof(T);
+  explicit Scratch(int64_t size) : data_(allocate(size)) {
   }
   T* data() {
-    return data_;
+    return data_.get();
   }
 
  private:
-  static constexpr size_t kAlignment = 64;
-  std::vector<T> storage_;
-  T* data_;
+  static constexpr std::align_val_t kAlignment{64};
+  struct Free {
+    void operator()(T* data) const {
+      ::operator delete(data, kAlignment);
+    }
+  };
+  static T* allocate(int64_t size) {
+    return static_cast<T*>(::operator new(size * sizeof(T), kAlignment));
+  }
+  std::unique_ptr<T, Free> data_;
 };
 
+// The factors as kernels take them, and the memory of the panels.
 template <class T>
-Factors<T> factors_of(
-    const Sizes& sizes,
-    const Tensor& lateral_hat,
-    const Tensor& horizontal_hat,
-    const FoldedDft<T>& dft) {
-  return {
-      sizes.n1,
-      sizes.n2,
-      sizes.n3,
-      sizes.rank,
-      lateral_hat.const_data_ptr<T>(),
-      horizontal_hat.const_data_ptr<T>(),
-      &dft};
-}
+class PackedFactors {
+ public:
+  PackedFactors(
+      const Sizes& sizes,
+      const Tensor& lateral_hat,
+      const Tensor& horizontal_hat,
+      const FoldedDft<T>& dft)
+      : panels_(round_up(sizes.n2, kColumnBlock) * sizes.n3 * sizes.rank) {
+    const int64_t q = sizes.n3 * sizes.rank, n2 = sizes.n2;
+    const T* rows = horizontal_hat.const_data_ptr<T>();
+    T* panels = panels_.data();
+    torch::stable::parallel_for(0, q, 16, [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) {
+        for (int64_t col = 0; col < n2; col += kColumnBlock) {
+          T* panel = panels + col * q + row * kColumnBlock;
+          const int64_t n = std::min<int64_t>(kColumnBlock, n2 - col);
+          std::copy_n(rows + row * n2 + col, n, panel);
+          std::fill_n(panel + n, kColumnBlock - n, T(0));
+        }
+      }
+    });
+    view_ = {sizes.n1, n2, sizes.n3, sizes.rank, lateral_hat.const_data_ptr<T>(), panels, &dft};
+  }
+  const Factors<T>& view() const {
+    return view_;
+  }
+
+ private:
+  Scratch<T> panels_;
+  Factors<T> view_;
+};
 
 // Packed spectrum of the core [n3, rank, rank]; plane j multiplied by scale * inverse_weight(j), so
 // that the kernels need no weights.
@@ -83,12 +107,12 @@ std::vector<T> weighted_core_spectrum(
     const FoldedDft<T>& dft, const T* core, int64_t rank, double scale) {
   const Kernels<T>& k = kernels<T>();
   const int64_t square = rank * rank, n3 = dft.n3;
-  const int64_t width = round_up(square, k.tile_step);
+  const int64_t width = round_up(square, k.lanes);
   Scratch<T> tubes(n3 * width), planes(n3 * width);
   for (int64_t l = 0; l < n3; ++l) {
     std::copy_n(core + l * square, square, tubes.data() + l * width);
   }
-  k.forward_dft(dft, tubes.data(), width, planes.data());
+  k.forward_dft(dft, tubes.data(), width, planes.data(), width, width);
   std::vector<T> core_hat(n3 * square);
   for (int64_t plane = 0; plane < n3; ++plane) {
     const T weight = static_cast<T>(scale * inverse_weight(plane, n3));
@@ -104,7 +128,7 @@ template <class T>
 void core_from_spectrum(const FoldedDft<T>& dft, const T* core_hat, int64_t rank, T* core) {
   const Kernels<T>& k = kernels<T>();
   const int64_t square = rank * rank, n3 = dft.n3;
-  const int64_t width = round_up(square, k.tile_step);
+  const int64_t width = round_up(square, k.lanes);
   Scratch<T> tubes(n3 * width), planes(n3 * width);
   for (int64_t plane = 0; plane < n3; ++plane) {
     const T weight = static_cast<T>(inverse_weight(plane, n3));
@@ -112,28 +136,29 @@ void core_from_spectrum(const FoldedDft<T>& dft, const T* core_hat, int64_t rank
       planes.data()[plane * width + i] = weight * core_hat[plane * square + i];
     }
   }
-  k.inverse_dft(dft, planes.data(), width, tubes.data());
+  k.inverse_dft(dft, planes.data(), width, tubes.data(), width, width);
   for (int64_t l = 0; l < n3; ++l) {
     std::copy_n(tubes.data() + l * width, square, core + l * square);
   }
 }
 
 // The diagonal blocks of the core in the packed basis: one per bin.
-inline std::vector<CoreBlock> core_blocks(int64_t n3, int64_t rank) {
-  std::vector<CoreBlock> blocks;
-  int64_t start = 0;
+inline CoreBlocks core_blocks(int64_t n3, int64_t rank, int64_t lanes) {
+  CoreBlocks blocks;
   for (int64_t plane = 0; plane < n3;) {
     const bool pair = plane > 0 && plane <= 2 * pairs(n3);
-    const int64_t width = pair ? 2 * rank : rank;
-    blocks.push_back({plane * rank, width, start});
-    start += width * width;
+    const int64_t width = pair ? 2 * rank : rank, stride = round_up(width, lanes);
+    blocks.all.push_back({plane * rank, width, stride, blocks.size});
+    blocks.size += width * stride;
+    blocks.widest = std::max(blocks.widest, stride);
     plane += pair ? 2 : 1;
   }
   return blocks;
 }
 
-inline int64_t blocks_size(const std::vector<CoreBlock>& blocks) {
-  return blocks.back().start + blocks.back().width * blocks.back().width;
+inline TokenRows token_rows(const Tensor& tokens, int64_t first_column, int64_t stride) {
+  const char* data = static_cast<const char*>(tokens.const_data_ptr());
+  return {data + first_column * tokens.element_size(), element_of(tokens.scalar_type()), stride};
 }
 
 }  // namespace tcur

@@ -9,6 +9,7 @@
 #include <torch/headeronly/util/Half.h>
 
 #include <cstdint>
+#include <vector>
 
 namespace tcur {
 
@@ -18,18 +19,34 @@ using Half = c10::Half;
 // Element type of a tensor in memory.
 enum class Element { none, f32, f64, bf16, f16 };
 
-constexpr int kRowBlock = 4;  // rows of a tile: as many as keep the rank-r products in registers
+constexpr int64_t bytes_of(Element element) {
+  return element == Element::f64 ? 8 : element == Element::f32 ? 4 : 2;
+}
+
+// A block of all slices: as many rows as keep the rank-r products in registers, and as many columns
+// as keep its spectrum in the first-level cache. A tile is some blocks side by side.
+constexpr int kRowBlock = 4;
+constexpr int kColumnBlock = 32;
+constexpr int kBlock = kRowBlock * kColumnBlock;
+// Rows of blocks lie this much further apart than they are long: powers of two would share a few
+// sets of the first-level cache.
+constexpr int kPad = 16;
 
 // Sizes and tables of one call. Spectra are packed as tubes.h says.
 template <class T>
 struct Factors {
   int64_t n1, n2, n3, rank;
-  const T* lateral_hat;     // [n1, n3*rank]
-  const T* horizontal_hat;  // [n3*rank, n2]
+  const T* lateral_hat;  // [n1, n3*rank]
+  // R̂ in panels of one column block, [panels, n3*rank, kColumnBlock], zeros past the last column: a
+  // block reads one run of memory instead of a short piece of each of n3*rank rows.
+  const T* panels;
   const FoldedDft<T>* dft;
 
   int64_t q() const {
     return n3 * rank;
+  }
+  const T* panel(int64_t col) const {
+    return panels + col * q();
   }
 };
 
@@ -41,8 +58,9 @@ struct MaterializeArgs {
   Element base_element;
   void* out;  // [n3, n1, n2]
   Element out_element;
-  int64_t tile;           // columns of a tile, a multiple of tile_step
+  int64_t tile_blocks;    // blocks of a tile
   int64_t column_chunks;  // tasks per row block
+  bool stream;            // write past the caches
 };
 
 template <class T>
@@ -50,24 +68,51 @@ struct CoreGradDenseArgs {
   Factors<T> f;
   const void* grad;  // [n3, n1, n2]
   Element grad_element;
-  int64_t tile;
+  int64_t tile_blocks;
   int64_t row_blocks_per_task;
 };
 
 // One diagonal block of the core in the real packed basis: `width` is rank for a real bin and
-// 2*rank for a pair, `offset` its first column among the n3*rank.
+// 2*rank for a pair, `offset` its first column among the n3*rank. Its values are [width, stride],
+// the stride padded to whole vectors, from `start` on in the array of all blocks.
 struct CoreBlock {
-  int64_t offset, width, start;  // start: of the block's values in the array of all blocks
+  int64_t offset, width, stride, start;
+};
+
+struct CoreBlocks {
+  std::vector<CoreBlock> all;
+  int64_t size = 0, widest = 0;  // of all values together; the largest stride
+};
+
+constexpr int64_t kTokenGroup = 32;  // tokens whose part of a block is worked on together
+
+// Tokens as rows of some element type.
+struct TokenRows {
+  const void* data;
+  Element element;
+  int64_t stride;
 };
 
 template <class T>
 struct Kernels {
   const char* isa;
-  int64_t tile_step;  // tiles and DFT widths are multiples of this
+  int64_t lanes;  // of a vector; DFT widths are multiples of it
 
-  // planes <-> tubes for `width` tubes side by side, width a multiple of tile_step.
-  void (*inverse_dft)(const FoldedDft<T>&, const T* planes, int64_t width, T* tubes);
-  void (*forward_dft)(const FoldedDft<T>&, T* tubes, int64_t width, T* planes);
+  // planes <-> tubes for `width` tubes side by side; the input is overwritten.
+  void (*inverse_dft)(
+      const FoldedDft<T>&,
+      T* planes,
+      int64_t plane_stride,
+      T* tubes,
+      int64_t tube_stride,
+      int64_t width);
+  void (*forward_dft)(
+      const FoldedDft<T>&,
+      T* tubes,
+      int64_t tube_stride,
+      T* planes,
+      int64_t plane_stride,
+      int64_t width);
 
   int64_t (*materialize_scratch)(const MaterializeArgs<T>&);
   void (*materialize)(const MaterializeArgs<T>&, int64_t task, T* scratch);
@@ -76,28 +121,27 @@ struct Kernels {
   // core_hat: [n3, rank, rank], the partial sum of this task
   void (*core_grad_dense)(const CoreGradDenseArgs<T>&, int64_t task, T* scratch, T* core_hat);
 
+  // Both work in scratch of 2 * kTokenGroup * blocks.widest.
   // out[t, block] (+)= values(block)^T applied to in[t, block], tokens begin … end
   void (*apply_core)(
-      const CoreBlock* blocks,
-      int64_t n_blocks,
+      const CoreBlocks& blocks,
       const T* values,
-      const T* in,
-      int64_t in_stride,
+      const TokenRows& in,
       T* out,
       int64_t out_stride,
       bool accumulate,
       int64_t begin,
-      int64_t end);
-  // products(block) = Σ_t p[t, block]^T z[t, block], tokens begin … end
+      int64_t end,
+      T* scratch);
+  // products(block) = Σ_t p[t, block]^T z[t, block], tokens begin … end, for all blocks
   void (*core_products)(
-      const CoreBlock& block,
-      const T* p,
-      int64_t p_stride,
-      const T* z,
-      int64_t z_stride,
+      const CoreBlocks& blocks,
+      const TokenRows& p,
+      const TokenRows& z,
       int64_t begin,
       int64_t end,
-      T* products);
+      T* products,
+      T* scratch);
   // y += delta, elements begin … end
   void (*add_update)(void* y, Element element, const T* delta, int64_t begin, int64_t end);
 };

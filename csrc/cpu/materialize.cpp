@@ -4,6 +4,10 @@
 namespace tcur {
 namespace {
 
+// Results of this size leave no room for themselves in a last-level cache that is shared; smaller
+// ones may still be there when the linear layers read them.
+constexpr int64_t kStreamBytes = 4 << 20;
+
 // The base as n3 pointers to [n1, n2], whether it comes as one tensor, as layers, or not at all.
 std::vector<const void*> base_pointers(const std::vector<Tensor>& weights, const Sizes& s) {
   std::vector<const void*> base;
@@ -35,24 +39,26 @@ void run(
     double scale,
     const Tensor& out) {
   const FoldedDft<T> dft(sizes.n3);
+  const PackedFactors<T> factors(sizes, lateral_hat, horizontal_hat, dft);
   const std::vector<const void*> base = base_pointers(weights, sizes);
   const std::vector<T> core_hat =
       weighted_core_spectrum(dft, core.const_data_ptr<T>(), sizes.rank, scale);
   const int64_t row_blocks = (sizes.n1 + kRowBlock - 1) / kRowBlock;
-  const int64_t tile = tile_columns<T>(sizes.n2, sizes.n3);
-  const int64_t tiles = (sizes.n2 + tile - 1) / tile;
+  const int64_t blocks = tile_blocks<T>(sizes.n2, sizes.n3);
+  const int64_t tiles = (sizes.n2 + blocks * kColumnBlock - 1) / (blocks * kColumnBlock);
   // Enough tasks to balance the threads; more would form P of a row block again for nothing.
   const int64_t wanted = 8 * static_cast<int64_t>(torch::stable::get_num_threads());
   const int64_t chunks = std::min(tiles, (wanted + row_blocks - 1) / row_blocks);
   const MaterializeArgs<T> args{
-      factors_of(sizes, lateral_hat, horizontal_hat, dft),
+      factors.view(),
       core_hat.data(),
       base.data(),
       base.empty() ? Element::none : element_of(weights[0].scalar_type()),
       out.mutable_data_ptr(),
       element_of(out.scalar_type()),
-      tile,
-      chunks};
+      blocks,
+      chunks,
+      out.numel() * static_cast<int64_t>(out.element_size()) >= kStreamBytes};
   const Kernels<T>& k = kernels<T>();
   const int64_t scratch_size = k.materialize_scratch(args);
   torch::stable::parallel_for(0, row_blocks * chunks, 1, [&](int64_t begin, int64_t end) {

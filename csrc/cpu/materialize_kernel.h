@@ -1,9 +1,10 @@
 // W_eff = W + scale * C*U*R, all slices at once.
 //
 // One task makes kRowBlock rows of every slice. P_k = Ĉ_k Û_k is formed once per row block; then,
-// tile by tile of columns, S_k = P_k R̂_k in registers, the inverse DFT of the tile from the packed
-// planes, and a sweep slice by slice that adds the base and rounds. A tile of all slices stays in
-// the second-level cache; nothing the size of W is written but the result.
+// block by block of columns, S_k = P_k R̂_k in registers and the inverse DFT of the packed planes,
+// both in the first-level cache; and, tile by tile, a sweep slice by slice that adds the base,
+// rounds, and writes long runs. A tile is swept while the next one is computed. Tiles of all slices
+// stay in the second-level cache; nothing the size of W is written but the result.
 
 namespace tcur::TCUR_ISA {
 
@@ -59,17 +60,20 @@ TCUR_TARGET void lateral_core_products(
 // S = P R̂ of one real bin at COLUMNS vectors.
 template <class T, int COLUMNS>
 TCUR_TARGET inline void real_bin(
-    const T* p,  // [rank, kRowBlock]
-    const T* r_hat,
-    int64_t stride,
+    const T* p,      // [rank, kRowBlock]
+    const T* r_hat,  // [rank, kColumnBlock]
     int64_t rank,
-    int64_t tile,
-    T* s) {
+    T* s) {  // [kRowBlock, kColumnBlock]
   constexpr int lanes = Simd<T>::lanes;
-  Vec<T> acc[kRowBlock][COLUMNS] = {};
+  Vec<T> acc[kRowBlock][COLUMNS];
+  for (int i = 0; i < kRowBlock; ++i) {
+    for (int v = 0; v < COLUMNS; ++v) {
+      acc[i][v] = Vec<T>{};
+    }
+  }
   for (int64_t b = 0; b < rank; ++b) {
     for (int v = 0; v < COLUMNS; ++v) {
-      const Vec<T> x = load(r_hat + b * stride + v * lanes);
+      const Vec<T> x = load(r_hat + b * kColumnBlock + v * lanes);
       for (int i = 0; i < kRowBlock; ++i) {
         acc[i][v] += p[b * kRowBlock + i] * x;
       }
@@ -77,7 +81,7 @@ TCUR_TARGET inline void real_bin(
   }
   for (int i = 0; i < kRowBlock; ++i) {
     for (int v = 0; v < COLUMNS; ++v) {
-      store(s + i * tile + v * lanes, acc[i][v]);
+      store(s + i * kColumnBlock + v * lanes, acc[i][v]);
     }
   }
 }
@@ -85,20 +89,24 @@ TCUR_TARGET inline void real_bin(
 // S = P R̂ of one complex bin; its two planes follow each other in every array.
 template <class T, int COLUMNS>
 TCUR_TARGET inline void complex_bin(
-    const T* p,  // [2, rank, kRowBlock]
-    const T* r_hat,
-    int64_t stride,
+    const T* p,      // [2, rank, kRowBlock]
+    const T* r_hat,  // [2, rank, kColumnBlock]
     int64_t rank,
-    int64_t tile,
-    T* s) {
+    T* s,
+    int64_t plane_stride) {
   constexpr int lanes = Simd<T>::lanes;
   const T* p_im = p + rank * kRowBlock;
-  const T* r_im = r_hat + rank * stride;
-  Vec<T> re[kRowBlock][COLUMNS] = {}, im[kRowBlock][COLUMNS] = {};
+  const T* r_im = r_hat + rank * kColumnBlock;
+  Vec<T> re[kRowBlock][COLUMNS], im[kRowBlock][COLUMNS];
+  for (int i = 0; i < kRowBlock; ++i) {
+    for (int v = 0; v < COLUMNS; ++v) {
+      re[i][v] = im[i][v] = Vec<T>{};
+    }
+  }
   for (int64_t b = 0; b < rank; ++b) {
     for (int v = 0; v < COLUMNS; ++v) {
-      const Vec<T> x = load(r_hat + b * stride + v * lanes);
-      const Vec<T> y = load(r_im + b * stride + v * lanes);
+      const Vec<T> x = load(r_hat + b * kColumnBlock + v * lanes);
+      const Vec<T> y = load(r_im + b * kColumnBlock + v * lanes);
       for (int i = 0; i < kRowBlock; ++i) {
         const T pr = p[b * kRowBlock + i], pi = p_im[b * kRowBlock + i];
         re[i][v] += pr * x;
@@ -110,126 +118,212 @@ TCUR_TARGET inline void complex_bin(
   }
   for (int i = 0; i < kRowBlock; ++i) {
     for (int v = 0; v < COLUMNS; ++v) {
-      store(s + i * tile + v * lanes, re[i][v]);
-      store(s + kRowBlock * tile + i * tile + v * lanes, im[i][v]);
+      store(s + i * kColumnBlock + v * lanes, re[i][v]);
+      store(s + plane_stride + i * kColumnBlock + v * lanes, im[i][v]);
     }
   }
 }
 
-// planes: [n3, kRowBlock, tile] = P R̂ at the columns r_hat points to.
+// One whole block of a slice, kRowBlock rows row_stride apart; rows must be aligned if STREAM.
+template <bool STREAM, bool BASE, class T, class S, class O>
+TCUR_TARGET inline void sweep_block(const S* base, const T* tubes, O* out, int64_t row_stride) {
+  constexpr int lanes = Simd<T>::lanes;
+  for (int i = 0; i < kRowBlock; ++i) {
+    for (int j = 0; j < kColumnBlock; j += lanes) {
+      Vec<T> v = load(tubes + i * kColumnBlock + j);
+      if (BASE) {
+        v += load_widened<T>(base + i * row_stride + j);
+      }
+      put<STREAM, O, T>(out + i * row_stride + j, v);
+    }
+  }
+}
+
+// A computed tile on its way to memory: rows x n values of every slice from (row, col) on.
+template <class T>
+struct Finished {
+  const T* tubes;
+  int64_t row, rows, col, n;
+};
+
+// One block of one slice of a finished tile.
+template <bool STREAM, class T, class S, class O>
+TCUR_TARGET void sweep(
+    const MaterializeArgs<T>& m, const Finished<T>& tile, int64_t slice, int64_t block) {
+  const int64_t n2 = m.f.n2, at = block * kColumnBlock, width = tile.n - at;
+  const T* values = tile.tubes + slice * tile_stride(m.tile_blocks) + block * kBlock;
+  const int64_t here = tile.row * n2 + tile.col + at;
+  const bool based = m.base_element != Element::none;
+  const S* base = based ? static_cast<const S*>(m.base[slice]) + here : nullptr;
+  O* out = static_cast<O*>(m.out) + slice * m.f.n1 * n2 + here;
+  // Rows of a block are aligned alike where n2 allows it; col is a multiple of the block anyway.
+  const bool aligned = reinterpret_cast<uintptr_t>(out) % 64 == 0 && n2 * sizeof(O) % 64 == 0;
+  if (tile.rows == kRowBlock && width >= kColumnBlock && (aligned || !STREAM)) {
+    if (based) {
+      sweep_block<STREAM, true>(base, values, out, n2);
+    } else {
+      sweep_block<STREAM, false>(base, values, out, n2);
+    }
+    return;
+  }
+  for (int64_t i = 0; i < tile.rows; ++i) {
+    const S* from = based ? base + i * n2 : nullptr;
+    const int64_t count = width < kColumnBlock ? width : kColumnBlock;
+    add_row(from, values + i * kColumnBlock, out + i * n2, count);
+  }
+}
+
+template <class T>
+using Sweep = void (*)(const MaterializeArgs<T>&, const Finished<T>&, int64_t slice, int64_t block);
+
+template <class T, class O>
+Sweep<T> sweep_from(Element base, bool stream) {
+  switch (base) {
+    case Element::none:
+    case Element::f32:
+      return stream ? &sweep<true, T, float, O> : &sweep<false, T, float, O>;
+    case Element::f64:
+      return stream ? &sweep<true, T, double, O> : &sweep<false, T, double, O>;
+    case Element::bf16:
+      return stream ? &sweep<true, T, BFloat16, O> : &sweep<false, T, BFloat16, O>;
+    case Element::f16:
+      return stream ? &sweep<true, T, Half, O> : &sweep<false, T, Half, O>;
+  }
+  return nullptr;
+}
+
+template <class T>
+Sweep<T> sweep_for(Element base, Element out, bool stream) {
+  switch (out) {
+    case Element::f32:
+      return sweep_from<T, float>(base, stream);
+    case Element::f64:
+      return sweep_from<T, double>(base, stream);
+    case Element::bf16:
+      return sweep_from<T, BFloat16>(base, stream);
+    case Element::f16:
+      return sweep_from<T, Half>(base, stream);
+    case Element::none:
+      break;
+  }
+  return nullptr;
+}
+
+// What goes to and from memory while a block is computed: the base weights of the block are
+// fetched, and the tile before is swept, slice by slice in long runs. Memory waits behind
+// arithmetic, a few lines per bin, instead of in a pass of its own.
+template <class T>
+struct Traffic {
+  const MaterializeArgs<T>& m;
+  Sweep<T> sweep;
+  Finished<T> finished{};
+  int64_t swept = 0, blocks = 0;  // blocks: of the finished tile, all slices
+
+  TCUR_TARGET void finish(const Finished<T>& tile) {
+    finished = tile;
+    swept = 0;
+    blocks = (tile.n + kColumnBlock - 1) / kColumnBlock;
+  }
+
+  TCUR_TARGET void sweep_some(int64_t count) {
+    for (; count > 0 && swept < blocks * m.f.n3; --count, ++swept) {
+      sweep(m, finished, swept / blocks, swept % blocks);
+    }
+  }
+
+  TCUR_TARGET void fetch(int64_t slice, int64_t row, int64_t rows, int64_t col, int64_t n) const {
+    if (m.base_element == Element::none) {
+      return;
+    }
+    const int64_t size = bytes_of(m.base_element);
+    const char* start = static_cast<const char*>(m.base[slice]) + (row * m.f.n2 + col) * size;
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t at = 0; at < n * size; at += 64) {
+        prefetch(start + i * m.f.n2 * size + at);
+      }
+    }
+  }
+};
+
+// planes: [n3, kRowBlock, kColumnBlock], plane_stride apart, = P R̂ of one panel; meanwhile some
+// traffic for the block of rows x n at (row, col).
 template <class T>
 TCUR_TARGET void product_planes(
     const Factors<T>& f,
     const T* products,
-    const T* r_hat,
-    int64_t stride,
-    int64_t tile,
-    T* planes) {
-  constexpr int columns = TCUR_REGISTERS == 32 ? 2 : 1;  // 8 accumulators per column vector
-  constexpr int step = columns * Simd<T>::lanes;
-  for (int64_t plane = 0; plane < f.n3;) {
-    const bool pair = plane > 0 && plane <= 2 * pairs(f.n3);
-    const T* p = products + plane * f.rank * kRowBlock;
-    const T* x = r_hat + plane * f.rank * stride;
-    T* s = planes + plane * kRowBlock * tile;
-    for (int64_t c = 0; c < tile; c += step) {
-      if (pair) {
-        complex_bin<T, columns>(p, x + c, stride, f.rank, tile, s + c);
-      } else {
-        real_bin<T, columns>(p, x + c, stride, f.rank, tile, s + c);
-      }
-    }
-    plane += pair ? 2 : 1;
-  }
-}
-
-template <class T, class O>
-TCUR_TARGET inline void write_row(
-    const void* base, Element element, int64_t offset, const T* values, O* target, int64_t n) {
-  switch (element) {
-    case Element::none:
-      return store_row(values, target, n);
-    case Element::f32:
-      return add_row(static_cast<const float*>(base) + offset, values, target, n);
-    case Element::f64:
-      return add_row(static_cast<const double*>(base) + offset, values, target, n);
-    case Element::bf16:
-      return add_row(static_cast<const BFloat16*>(base) + offset, values, target, n);
-    case Element::f16:
-      return add_row(static_cast<const Half*>(base) + offset, values, target, n);
-  }
-}
-
-template <class T, class O>
-TCUR_TARGET void sweep(
-    const MaterializeArgs<T>& m,
-    const T* tubes,
+    Traffic<T>& traffic,
     int64_t row,
     int64_t rows,
     int64_t col,
-    int64_t n) {
-  const int64_t slice_size = m.f.n1 * m.f.n2;
-  for (int64_t l = 0; l < m.f.n3; ++l) {
-    const void* base = m.base_element == Element::none ? nullptr : m.base[l];
-    O* out = static_cast<O*>(m.out) + l * slice_size;
-    for (int64_t i = 0; i < rows; ++i) {
-      const int64_t offset = (row + i) * m.f.n2 + col;
-      const T* values = tubes + (l * kRowBlock + i) * m.tile;
-      write_row(base, m.base_element, offset, values, out + offset, n);
+    int64_t n,
+    T* planes,
+    int64_t plane_stride) {
+  constexpr int columns = TCUR_REGISTERS == 32 ? 2 : 1;  // 8 accumulators per column vector
+  constexpr int step = columns * Simd<T>::lanes;
+  static_assert(kColumnBlock % step == 0);
+  for (int64_t plane = 0; plane < f.n3;) {
+    const bool pair = plane > 0 && plane <= 2 * pairs(f.n3);
+    const T* p = products + plane * f.rank * kRowBlock;
+    const T* x = f.panel(col) + plane * f.rank * kColumnBlock;
+    T* s = planes + plane * plane_stride;
+    const int64_t next = plane + (pair ? 2 : 1);
+    for (; plane < next; ++plane) {
+      traffic.fetch(plane, row, rows, col, n);
+      traffic.sweep_some(1);
+    }
+    for (int64_t c = 0; c < kColumnBlock; c += step) {
+      if (pair) {
+        complex_bin<T, columns>(p, x + c, f.rank, s + c, plane_stride);
+      } else {
+        real_bin<T, columns>(p, x + c, f.rank, s + c);
+      }
     }
   }
 }
 
 template <class T>
 TCUR_TARGET int64_t materialize_scratch(const MaterializeArgs<T>& m) {
-  const int64_t tiles = 2 * m.f.n3 * kRowBlock * m.tile;
-  return m.f.q() * kRowBlock + 2 * m.f.rank + tiles + m.f.q() * m.tile;
+  const int64_t planes = m.f.n3 * (kBlock + kPad), tubes = m.f.n3 * tile_stride(m.tile_blocks);
+  return planes + 2 * tubes + m.f.q() * kRowBlock + 2 * m.f.rank;
 }
 
 template <class T>
 TCUR_TARGET void materialize(const MaterializeArgs<T>& m, int64_t task, T* scratch) {
   const Factors<T>& f = m.f;
-  const int64_t width = kRowBlock * m.tile;
-  T* planes = scratch;
-  T* tubes = planes + f.n3 * width;
-  T* edge = tubes + f.n3 * width;  // [q, tile]: the last columns of R̂, padded with zeros
-  T* products = edge + f.q() * m.tile;
+  constexpr int64_t plane_stride = kBlock + kPad;
+  const int64_t tube_stride = tile_stride(m.tile_blocks), tile = m.tile_blocks * kColumnBlock;
+  T* planes = scratch;  // of one block
+  T* tubes = planes + f.n3 * plane_stride;
+  T* other_tubes = tubes + f.n3 * tube_stride;  // the tile before, on its way to memory
+  T* products = other_tubes + f.n3 * tube_stride;
   T* line = products + f.q() * kRowBlock;
 
   const int64_t row = task / m.column_chunks * kRowBlock;
   const int64_t rows = f.n1 - row < kRowBlock ? f.n1 - row : kRowBlock;
-  const int64_t tiles = (f.n2 + m.tile - 1) / m.tile;
+  const int64_t tiles = (f.n2 + tile - 1) / tile;
   const int64_t chunk = task % m.column_chunks;
   const int64_t first = tiles * chunk / m.column_chunks;
   const int64_t last = tiles * (chunk + 1) / m.column_chunks;
+  Traffic<T> traffic{m, sweep_for<T>(m.base_element, m.out_element, m.stream)};
 
   lateral_core_products(f, m.core_hat, row, rows, products, line);
   for (int64_t t = first; t < last; ++t) {
-    const int64_t col = t * m.tile;
-    const int64_t n = f.n2 - col < m.tile ? f.n2 - col : m.tile;
-    if (n == m.tile) {
-      product_planes(f, products, f.horizontal_hat + col, f.n2, m.tile, planes);
-    } else {
-      pad_columns(f, col, n, m.tile, edge);
-      product_planes(f, products, edge, m.tile, m.tile, planes);
+    const int64_t col = t * tile;
+    const int64_t n = f.n2 - col < tile ? f.n2 - col : tile;
+    for (int64_t at = 0, block = 0; at < n; at += kColumnBlock, ++block) {
+      const int64_t width = n - at < kColumnBlock ? n - at : kColumnBlock;
+      product_planes(f, products, traffic, row, rows, col + at, width, planes, plane_stride);
+      inverse_dft(*f.dft, planes, plane_stride, tubes + block * kBlock, tube_stride, kBlock);
     }
-    inverse_dft(*f.dft, planes, width, tubes);
-    switch (m.out_element) {
-      case Element::f32:
-        sweep<T, float>(m, tubes, row, rows, col, n);
-        break;
-      case Element::f64:
-        sweep<T, double>(m, tubes, row, rows, col, n);
-        break;
-      case Element::bf16:
-        sweep<T, BFloat16>(m, tubes, row, rows, col, n);
-        break;
-      case Element::f16:
-        sweep<T, Half>(m, tubes, row, rows, col, n);
-        break;
-      case Element::none:
-        break;
-    }
+    traffic.sweep_some(f.n3 * m.tile_blocks);  // whatever a narrower tile has left
+    traffic.finish({tubes, row, rows, col, n});
+    T* swap = tubes;
+    tubes = other_tubes;
+    other_tubes = swap;
+  }
+  traffic.sweep_some(f.n3 * m.tile_blocks);
+  if (m.stream) {
+    stream_fence();
   }
 }
 

@@ -3,6 +3,9 @@
 // TCUR_REGISTERS; so this header and the *_kernel.h beside it have no include guard. Everything in
 // them lives in that namespace: the same inline function compiled for two instruction sets under
 // one name would let the linker keep the wrong one.
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 namespace tcur::TCUR_ISA {
 
@@ -14,6 +17,12 @@ struct Simd {
 template <class T>
 using Vec = typename Simd<T>::Vec;
 
+// As many elements E as a vector of T has lanes.
+template <class E, class T>
+struct LanesOf {
+  typedef E Vec __attribute__((vector_size(sizeof(E) * Simd<T>::lanes)));
+};
+
 template <class T>
 TCUR_TARGET inline Vec<T> load(const T* p) {
   Vec<T> v;
@@ -24,6 +33,40 @@ TCUR_TARGET inline Vec<T> load(const T* p) {
 template <class T>
 TCUR_TARGET inline void store(T* p, Vec<T> v) {
   __builtin_memcpy(p, &v, sizeof(v));
+}
+
+// A store that goes past the caches: nobody reads the line soon, and a cached store would first
+// fetch what it is about to overwrite. p must be aligned to the size of the vector.
+template <class V>
+TCUR_TARGET inline void stream(void* p, V v) {
+#if defined(__x86_64__)
+  if constexpr (sizeof(V) == 64) {
+    _mm512_stream_si512(static_cast<__m512i*>(p), (__m512i)v);
+  } else if constexpr (sizeof(V) == 32) {
+    _mm256_stream_si256(static_cast<__m256i*>(p), (__m256i)v);
+  } else if constexpr (sizeof(V) == 16) {
+    _mm_stream_si128(static_cast<__m128i*>(p), (__m128i)v);
+  } else {
+    static_assert(sizeof(V) == 8);
+    long long bits;
+    __builtin_memcpy(&bits, &v, sizeof(bits));
+    _mm_stream_si64(static_cast<long long*>(p), bits);
+  }
+#else
+  __builtin_memcpy(p, &v, sizeof(v));
+#endif
+}
+
+// Orders streamed stores before what follows.
+TCUR_TARGET inline void stream_fence() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
+// Fetches a line into the second-level cache.
+TCUR_TARGET inline void prefetch(const void* p) {
+  __builtin_prefetch(p, 0, 2);
 }
 
 template <class T>

@@ -1,15 +1,12 @@
-// The last tile of columns, which is narrower than the others.
+// Tiles: blocks of kRowBlock rows and kColumnBlock columns, side by side.
+//
+// In a tile a row of a slice, or of a plane, is [tile_blocks, kRowBlock, kColumnBlock], and rows
+// are tile_stride apart.
 
 namespace tcur::TCUR_ISA {
 
-// edge: [q, tile] = columns col … col+n of R̂, zeros after them.
-template <class T>
-TCUR_TARGET void pad_columns(const Factors<T>& f, int64_t col, int64_t n, int64_t tile, T* edge) {
-  for (int64_t row = 0; row < f.q(); ++row) {
-    for (int64_t j = 0; j < tile; ++j) {
-      edge[row * tile + j] = j < n ? f.horizontal_hat[row * f.n2 + col + j] : T(0);
-    }
-  }
+TCUR_TARGET inline int64_t tile_stride(int64_t tile_blocks) {
+  return tile_blocks * kBlock + kPad;
 }
 
 }  // namespace tcur::TCUR_ISA

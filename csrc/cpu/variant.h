@@ -16,7 +16,7 @@ template <class T>
 constexpr Kernels<T> table(const char* isa) {
   return {
       isa,
-      4 * Simd<T>::lanes,
+      Simd<T>::lanes,
       &inverse_dft<T>,
       &forward_dft<T>,
       &materialize_scratch<T>,

@@ -99,6 +99,7 @@ class Adapter:
                     "rank": stack.rank,
                     "alpha": stack.alpha,
                     "mode": stack.mode,
+                    "precision": stack.precision,
                     "members": [[member.module, member.slices] for member in plan.members],
                     "base_sha256": digest(stack.base_slices()),
                 }
@@ -184,6 +185,7 @@ def adapt(
     selection: Selection = "norm",
     mode: str = "auto",
     train_also: str | Sequence[str] = (),
+    precision: str = "ieee",
 ) -> Adapter:
     """Adapts ``model`` in place by tCURLoRA: only cores, and what ``train_also`` names, train.
 
@@ -202,6 +204,8 @@ def adapt(
         mode: "auto", "materialized" (W_eff once per step) or "factored" (through the factors).
         train_also: names or patterns of parameters or modules to train beside the cores, matched
             against whole names: ``"out"`` is the module called ``out`` and no other.
+        precision: of the products of tokens with the factors, "ieee" or "bf16" (operands rounded:
+            faster, at an error of the gradient of about 4e-3); see `TProductStack`.
 
     Returns:
         The `Adapter`: plan, parameters, save, merge, unmerge, disable.
@@ -220,7 +224,8 @@ def adapt(
     trained = trained_names(model, patterns)
     plan = make_plan(model, targets, rank, trained)
     stacks = {
-        stack.name: build_stack(model, stack, rank, alpha, selection, mode) for stack in plan.stacks
+        stack.name: build_stack(model, stack, rank, alpha, selection, mode, precision)
+        for stack in plan.stacks
     }
     return install(model, plan, stacks, patterns)
 
@@ -232,11 +237,12 @@ def build_stack(
     alpha: float,
     selection: Selection,
     mode: str,
+    precision: str,
 ) -> TProductStack:
     """The stack of one plan entry; the model is not changed."""
     linears = [_frozen_view(model.get_submodule(member.module)) for member in plan.members]
     try:
-        return TProductStack(linears, rank, alpha, selection, mode, n1=plan.n1)
+        return TProductStack(linears, rank, alpha, selection, mode, n1=plan.n1, precision=precision)
     except ValueError as error:
         raise ValueError(f"stack {plan.name}: {error}") from error
 

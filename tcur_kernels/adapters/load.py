@@ -58,9 +58,8 @@ def load_adapter(model: nn.Module, path: str | Path, strict: bool = True) -> Ada
     for stack_plan, stored in zip(plan.stacks, header["stacks"], strict=True):
         name = stack_plan.name
         indices = (tensors[f"rows.{name}"], tensors[f"columns.{name}"])
-        stack = build_stack(
-            model, stack_plan, stored["rank"], stored["alpha"], indices, stored["mode"]
-        )
+        settings = (stored["rank"], stored["alpha"], indices, stored["mode"], stored["precision"])
+        stack = build_stack(model, stack_plan, *settings)
         with torch.no_grad():
             stack.core.copy_(tensors[f"core.{name}"])
         stacks[name] = stack

@@ -1,0 +1,147 @@
+"""The frozen factors C and R of a stack, and the checks that every argument goes through."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import reference
+
+#: Of the products of tokens with the factors: as the dtypes say, or operands rounded to bf16 and
+#: summed in fp32.
+PRECISIONS = ("ieee", "bf16")
+
+
+class CURFactors:
+    """The frozen factors C and R of one stack, with their packed half spectra.
+
+    Args:
+        lateral: C, ``[n3, n1, r]``, floating, finite, without gradient.
+        horizontal: R, ``[n3, r, n2]``, same dtype and device.
+
+    Attributes:
+        lateral_hat: packed spectrum of C, ``[n1, n3 * r]``, fp32 (fp64 for fp64 factors).
+        horizontal_hat: packed spectrum of R, ``[n3 * r, n2]``.
+        n1, n2, n3, rank: sizes.
+
+    Raises:
+        TypeError: no tensors, or dtypes that are not floating or differ.
+        ValueError: shapes that do not fit, numbers that are not finite, devices that differ, or a
+            factor that requires grad: only the core is trained.
+    """
+
+    def __init__(self, lateral: Tensor, horizontal: Tensor) -> None:
+        for name, factor in (("lateral", lateral), ("horizontal", horizontal)):
+            check_floating(name, factor)
+            if factor.ndim != 3 or 0 in factor.shape:
+                shape = "[n3, n1, r]" if name == "lateral" else "[n3, r, n2]"
+                raise ValueError(f"{name}: expected {shape}, got {list(factor.shape)}")
+            check_frozen(name, factor)
+        if lateral.dtype != horizontal.dtype:
+            raise TypeError(
+                f"horizontal: expected {lateral.dtype} as lateral, got {horizontal.dtype}"
+            )
+        check_device("horizontal", horizontal, lateral.device)
+        n3, n1, rank = lateral.shape
+        if horizontal.shape[:2] != (n3, rank):
+            raise ValueError(
+                f"horizontal: expected [{n3}, {rank}, n2] to go with lateral "
+                f"{list(lateral.shape)}, got {list(horizontal.shape)}"
+            )
+        if rank > min(n1, horizontal.shape[2]):
+            raise ValueError(
+                f"lateral: expected a rank of at most min(n1, n2) = "
+                f"{min(n1, horizontal.shape[2])}, got {rank}"
+            )
+        for name, factor in (("lateral", lateral), ("horizontal", horizontal)):
+            if not torch.isfinite(factor).all():
+                raise ValueError(f"{name}: expected finite numbers, got NaN or Inf")
+        dtype = torch.promote_types(lateral.dtype, torch.float32)
+        self.lateral, self.horizontal = lateral.detach(), horizontal.detach()
+        # Transformed in fp64 and rounded once: spectra are made once and used in every step.
+        planes = reference.pack(reference.half_spectrum(self.lateral.double()), n3)
+        self.lateral_hat = planes.movedim(0, 1).reshape(n1, n3 * rank).to(dtype).contiguous()
+        planes = reference.pack(reference.half_spectrum(self.horizontal.double()), n3)
+        self.horizontal_hat = planes.reshape(n3 * rank, -1).to(dtype).contiguous()
+        self.n1, self.n2, self.n3, self.rank = n1, horizontal.shape[2], n3, rank
+        self._narrow: tuple[Tensor, Tensor] | None = None
+
+    @classmethod
+    def from_packed(
+        cls, lateral: Tensor, horizontal: Tensor, lateral_hat: Tensor, horizontal_hat: Tensor
+    ) -> CURFactors:
+        """Factors whose packed spectra are at hand already; nothing is checked or transformed."""
+        self = cls.__new__(cls)
+        self.lateral, self.horizontal = lateral, horizontal
+        self.lateral_hat, self.horizontal_hat = lateral_hat, horizontal_hat
+        self.n3, self.n1, self.rank = lateral.shape
+        self.n2 = horizontal.shape[2]
+        self._narrow = None
+        return self
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """dtype of the packed spectra and of the core: fp32 or fp64."""
+        return self.lateral_hat.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the factors."""
+        return self.lateral_hat.device
+
+    def to(self, device: torch.device | str) -> CURFactors:
+        """The same factors on another device."""
+        return CURFactors.from_packed(
+            self.lateral.to(device),
+            self.horizontal.to(device),
+            self.lateral_hat.to(device),
+            self.horizontal_hat.to(device),
+        )
+
+    def packed(self, precision: str = "ieee") -> tuple[Tensor, Tensor]:
+        """The packed spectra as operands of products: as they are, or rounded to bf16."""
+        if precision == "ieee":
+            return self.lateral_hat, self.horizontal_hat
+        if precision != "bf16":
+            raise ValueError(
+                f"precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}"
+            )
+        if self._narrow is None:
+            with torch.inference_mode(False):  # what is kept must also serve a training step
+                narrow = torch.bfloat16
+                self._narrow = (self.lateral_hat.to(narrow), self.horizontal_hat.to(narrow))
+        return self._narrow
+
+    def __repr__(self) -> str:
+        return (
+            f"CURFactors(n3={self.n3}, n1={self.n1}, n2={self.n2}, rank={self.rank}, "
+            f"dtype={self.dtype}, device='{self.device}')"
+        )
+
+
+def check_floating(name: str, tensor: Tensor) -> None:
+    """Refuses what is no tensor of a floating dtype."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
+    if not tensor.dtype.is_floating_point:
+        raise TypeError(f"{name}: expected a floating dtype, got {tensor.dtype}")
+
+
+def check_frozen(name: str, tensor: Tensor) -> None:
+    """Refuses a tensor that requires grad."""
+    if tensor.requires_grad:
+        raise ValueError(
+            f"{name}: expected a frozen tensor, got requires_grad=True; only the core is trained"
+        )
+
+
+def check_dtype(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
+    """Refuses another dtype."""
+    if tensor.dtype != dtype:
+        raise TypeError(f"{name}: expected dtype {dtype}, got {tensor.dtype}")
+
+
+def check_device(name: str, tensor: Tensor, device: torch.device) -> None:
+    """Refuses another device."""
+    if tensor.device != device:
+        raise ValueError(f"{name}: expected a tensor on {device}, got one on {tensor.device}")
