@@ -12,12 +12,17 @@ from tcur_kernels import reference
 from .baselines import S1, S2, eager
 from .timing import Timing, interleave
 
-#: name -> (n3, n1, n2, rank): the stacks of a ViT-B (MONAI's UNETR), and a small one.
+#: name -> (n3, n1, n2, rank): the stacks of a ViT-B (MONAI's UNETR), a small one,
+#: lengths without and with many factors, a high rank.
 CASES = {
     "vit_b_attention": (48, 768, 768, 8),
     "vit_b_mlp_up": (12, 3072, 768, 8),
     "vit_b_mlp_down": (12, 768, 3072, 8),
     "vit_tiny_attention": (48, 192, 192, 4),
+    "prime_47": (47, 768, 768, 8),
+    "length_96": (96, 768, 768, 8),
+    "prime_127": (127, 768, 768, 8),
+    "rank_32": (12, 3072, 768, 32),
 }
 YARDSTICK = "stream"
 
@@ -42,11 +47,14 @@ def measure(case: str, rounds: int) -> dict[str, Timing]:
     spectra = reference.half_spectrum(lateral), reference.half_spectrum(horizontal)
     out, copy = torch.empty_like(weight), torch.empty_like(weight)
     s1, s2 = S1(weight, *spectra), S2(weight, *spectra)
+    torch._dynamo.reset()
+    compiled = torch.compile(eager)
     contenders: dict[str, Callable[[], torch.Tensor]] = {
         "materialize": lambda: tcur.materialize(weight, factors, core, out=out),
         "S1": lambda: s1(core),
         "S2": lambda: s2(core),
         "eager": lambda: eager(weight, *spectra, core),
+        "compile": lambda: compiled(weight, *spectra, core),
     }
     _check(contenders, weight, lateral, core, horizontal)
     stream = {YARDSTICK: lambda: torch.add(weight, weight, out=copy)}

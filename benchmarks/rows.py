@@ -31,7 +31,7 @@ def device_name() -> str:
     )
 
 
-def append(op: str, case: str, shape: tuple[int, ...], timings: dict[str, Timing]) -> Path:
+def append(op: str, case: str, shape: tuple[int | bool, ...], timings: dict[str, Timing]) -> Path:
     """Appends one row per contender and returns the file."""
     commit = _git("rev-parse", "--short", "HEAD")
     dirty = bool(_git("status", "--porcelain", "--untracked-files=no"))
