@@ -34,7 +34,8 @@ def device_name() -> str:
 def append(op: str, case: str, shape: tuple[int | bool, ...], timings: dict[str, Timing]) -> Path:
     """Appends one row per contender and returns the file."""
     commit = _git("rev-parse", "--short", "HEAD")
-    dirty = bool(_git("status", "--porcelain", "--untracked-files=no"))
+    code = ("csrc", "tcur_kernels", "benchmarks/*.py", "setup.py")
+    dirty = bool(_git("-C", "..", "status", "--porcelain", "--untracked-files=no", "--", *code))
     common = {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": commit + ("+dirty" if dirty else ""),
@@ -56,6 +57,15 @@ def append(op: str, case: str, shape: tuple[int | bool, ...], timings: dict[str,
             numbers = {name: f"{value:.4g}" for name, value in asdict(timing).items()}
             writer.writerow({**common, "contender": contender, **numbers})
     return path
+
+
+def read() -> list[dict[str, str]]:
+    """All rows of all devices, with ``device`` beside what was written, oldest first."""
+    found = []
+    for path in sorted(RESULTS.glob("*.csv")):
+        with open(path, newline="", encoding="utf-8") as file:
+            found += [{"device": path.stem, **row} for row in csv.DictReader(file)]
+    return sorted(found, key=lambda row: row["time"])
 
 
 def _git(*args: str) -> str:
