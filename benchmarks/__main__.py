@@ -7,9 +7,9 @@ import warnings
 
 import torch
 
-from . import materialize, report, rows, step
+from . import cost_rule, materialize, report, rows, step
 
-OPERATIONS = {"materialize": materialize, "step": step}
+OPERATIONS = {"materialize": materialize, "step": step, "cost_rule": cost_rule}
 
 
 def main() -> None:
@@ -43,10 +43,10 @@ def measure(args: argparse.Namespace) -> None:
                 continue
             timings = module.measure(case, 2 if args.quick else args.rounds)
             print(f"\n{op} {case} {description}, {args.threads} threads")
-            print(f"{'':14}{'median ms':>10}{'p20 .. p80':>18}{'/ ' + module.YARDSTICK:>10}")
+            print(f"{'':22}{'median ms':>10}{'p20 .. p80':>18}{'/ ' + module.YARDSTICK:>10}")
             for name, t in timings.items():
                 spread = f"{t.p20_ms:.2f} .. {t.p80_ms:.2f}"
-                print(f"{name:14}{t.median_ms:10.2f}{spread:>18}{t.ratio:10.2f}")
+                print(f"{name:22}{t.median_ms:10.2f}{spread:>18}{t.ratio:10.2f}")
             if not args.quick:
                 print(f"row appended to {rows.append(op, case, description, timings).name}")
 

@@ -25,6 +25,15 @@ LAYOUT = {
         ("tcur", "lora"),
         ("tcur_bf16", "lora"),
     ),
+    "cost_rule": (
+        ("auto", "auto"),
+        ("materialized_z", "auto"),
+        ("materialized_x", "auto"),
+        ("materialized_dense", "auto"),
+        ("factored_z", "auto"),
+        ("factored_x", "auto"),
+        ("factored_dense", "auto"),
+    ),
 }
 
 
@@ -37,6 +46,7 @@ def table(op: str, recorded: Sequence[dict[str, str]]) -> str:
         if row["op"] == op:
             case = newest.setdefault((row["device"], row["case"]), {})
             case[row["contender"]] = float(row["median_ms"])
+    columns = [pair for pair in columns if pair[0] != pair[1]]
     heads = ["device", "case", f"{ours}, ms", *(f"{top} / {bottom}" for top, bottom in columns)]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for (device, case), ms in newest.items():

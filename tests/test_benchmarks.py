@@ -49,6 +49,15 @@ def test_a_step_checks_its_gradients(benchmarks, monkeypatch):
         step.measure("small", 2)
 
 
+def test_the_cost_rule_is_measured(benchmarks, monkeypatch):
+    import benchmarks.cost_rule as cost_rule
+
+    monkeypatch.setitem(cost_rule.CASES, "small", (3, 6, 40, 2, 20))
+    timings = cost_rule.measure("small", 2)
+    ways = ("materialized_z", "materialized_dense", "factored_z", "factored_dense")
+    assert set(timings) == {"auto", *ways}
+
+
 def test_rows_and_tables(benchmarks, monkeypatch, tmp_path):
     Timing = benchmarks.rows.Timing
     monkeypatch.setattr(benchmarks.rows, "RESULTS", tmp_path / "results")
