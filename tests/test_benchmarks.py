@@ -72,7 +72,8 @@ def test_rows_and_tables(benchmarks, monkeypatch, tmp_path):
     with pytest.raises(ValueError, match="expected the marks <!-- begin step -->"):
         benchmarks.report.write()
     with document.open("a") as file:
-        file.write("<!-- begin step -->\n<!-- end step -->\n")
+        for op in ("step", "cost_rule"):
+            file.write(f"<!-- begin {op} -->\n<!-- end {op} -->\n")
     benchmarks.report.write()
     text = document.read_text()
     assert "| some | 2 | 2.00 | – | – | – | – |" in text
