@@ -16,7 +16,7 @@ def main() -> None:
     """Reads the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("report", help="write the tables of docs/performance.md from the rows")
+    commands.add_parser("report", help="write the tables of the documents from the rows")
     run = commands.add_parser("run", help="time the chosen cases and append the rows")
     run.add_argument("--op", choices=OPERATIONS, action="append", help="default: all")
     known = [case for module in OPERATIONS.values() for case in module.CASES]
@@ -26,7 +26,7 @@ def main() -> None:
     run.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     if args.command == "report":
-        print(report.write())
+        print(*report.write(), sep="\n")
     else:
         measure(args)
 

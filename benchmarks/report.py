@@ -7,7 +7,8 @@ from pathlib import Path
 
 from . import rows
 
-DOCUMENT = Path(__file__).parent.parent / "docs" / "performance.md"
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = (ROOT / "docs" / "performance.md", ROOT / "README.md")
 BEGIN, END = "<!-- begin {op} -->\n", "<!-- end {op} -->\n"
 #: op -> columns, each a ratio of two contenders' medians; the first numerator is ours.
 LAYOUT = {
@@ -61,21 +62,23 @@ def _ratio(numerator: float | None, denominator: float | None) -> str:
     return f"{numerator / denominator:.2f}"
 
 
-def write() -> Path:
-    """Puts the tables between their marks in the document and returns its path.
+def write() -> list[Path]:
+    """Puts the tables between their marks in the documents that have them; returns the documents.
 
     Raises:
-        ValueError: the document has no marks for an operator.
+        ValueError: no document has marks for an operator.
     """
-    text = DOCUMENT.read_text(encoding="utf-8")
     recorded = rows.read()
+    texts = {path: path.read_text(encoding="utf-8") for path in DOCUMENTS}
     for op in LAYOUT:
         begin, end = BEGIN.format(op=op), END.format(op=op)
-        if begin not in text or end not in text:
-            raise ValueError(
-                f"{DOCUMENT.name}: expected the marks {begin.strip()} and {end.strip()}"
-            )
-        head, rest = text.split(begin)
-        text = head + begin + table(op, recorded) + end + rest.split(end)[1]
-    DOCUMENT.write_text(text, encoding="utf-8")
-    return DOCUMENT
+        holders = [path for path, text in texts.items() if begin in text and end in text]
+        if not holders:
+            names = " or ".join(path.name for path in DOCUMENTS)
+            raise ValueError(f"{names}: expected the marks {begin.strip()} and {end.strip()}")
+        for path in holders:
+            head, rest = texts[path].split(begin)
+            texts[path] = head + begin + table(op, recorded) + end + rest.split(end)[1]
+    for path, text in texts.items():
+        path.write_text(text, encoding="utf-8")
+    return list(texts)

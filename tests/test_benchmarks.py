@@ -63,7 +63,7 @@ def test_rows_and_tables(benchmarks, monkeypatch, tmp_path):
     monkeypatch.setattr(benchmarks.rows, "RESULTS", tmp_path / "results")
     document = tmp_path / "performance.md"
     document.write_text("a\n<!-- begin materialize -->\nold\n<!-- end materialize -->\nb\n")
-    monkeypatch.setattr(benchmarks.report, "DOCUMENT", document)
+    monkeypatch.setattr(benchmarks.report, "DOCUMENTS", (document,))
     for ms in (9.0, 2.0):
         timings = {"stream": Timing(1, 1, 1, 1), "materialize": Timing(ms, ms, ms, ms)}
         benchmarks.rows.append("materialize", "some", (4, 6, 7, 2), timings)
