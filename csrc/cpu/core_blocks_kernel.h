@@ -33,71 +33,48 @@ TCUR_TARGET void gather_tokens(
   }
 }
 
-// out[i][:] (+)= Σ_k left[i * left_row + k * left_step] right[k][:] for ROWS rows i and one vector.
+// out[i][:] (+)= Σ_k left[i * left_row + k * left_step] right[k][:], right and out `stride` wide.
+template <class T>
+struct BlockProduct {
+  const T* left;
+  int64_t left_row, left_step;
+  const T* right;
+  T* out;
+  int64_t rows, inner, stride;
+  bool accumulate;
+};
+
+// ROWS rows from `row` on, one vector from `column` on.
 template <class T, int ROWS>
-TCUR_TARGET inline void small_product(
-    const T* left,
-    int64_t left_row,
-    int64_t left_step,
-    const T* right,
-    int64_t right_stride,
-    int64_t inner,
-    T* out,
-    int64_t out_stride,
-    bool accumulate) {
+TCUR_TARGET inline void product_rows(const BlockProduct<T>& p, int64_t row, int64_t column) {
+  const T* left = p.left + row * p.left_row;
+  const T* right = p.right + column;
+  T* out = p.out + row * p.stride + column;
   Vec<T> acc[ROWS];
   for (int i = 0; i < ROWS; ++i) {
-    acc[i] = accumulate ? load(out + i * out_stride) : Vec<T>{};
+    acc[i] = p.accumulate ? load(out + i * p.stride) : Vec<T>{};
   }
-  for (int64_t k = 0; k < inner; ++k) {
-    const Vec<T> v = load(right + k * right_stride);
+  for (int64_t k = 0; k < p.inner; ++k) {
+    const Vec<T> v = load(right + k * p.stride);
     for (int i = 0; i < ROWS; ++i) {
-      acc[i] += left[i * left_row + k * left_step] * v;
+      acc[i] += left[i * p.left_row + k * p.left_step] * v;
     }
   }
   for (int i = 0; i < ROWS; ++i) {
-    store(out + i * out_stride, acc[i]);
+    store(out + i * p.stride, acc[i]);
   }
 }
 
-// The same for any number of rows and a whole padded width.
 template <class T>
-TCUR_TARGET void block_product(
-    const T* left,
-    int64_t left_row,
-    int64_t left_step,
-    int64_t rows,
-    const T* right,
-    int64_t inner,
-    int64_t stride,
-    T* out,
-    bool accumulate) {
+TCUR_TARGET void block_product(const BlockProduct<T>& p) {
   constexpr int64_t many = 8;
-  for (int64_t j = 0; j < stride; j += Simd<T>::lanes) {
-    int64_t i = 0;
-    for (; i + many <= rows; i += many) {
-      small_product<T, many>(
-          left + i * left_row,
-          left_row,
-          left_step,
-          right + j,
-          stride,
-          inner,
-          out + i * stride + j,
-          stride,
-          accumulate);
+  for (int64_t column = 0; column < p.stride; column += Simd<T>::lanes) {
+    int64_t row = 0;
+    for (; row + many <= p.rows; row += many) {
+      product_rows<T, many>(p, row, column);
     }
-    for (; i < rows; ++i) {
-      small_product<T, 1>(
-          left + i * left_row,
-          left_row,
-          left_step,
-          right + j,
-          stride,
-          inner,
-          out + i * stride + j,
-          stride,
-          accumulate);
+    for (; row < p.rows; ++row) {
+      product_rows<T, 1>(p, row, column);
     }
   }
 }
@@ -119,16 +96,8 @@ TCUR_TARGET void apply_core(
     const int64_t n = end - begin < kTokenGroup ? end - begin : kTokenGroup;
     for (const CoreBlock& block : blocks.all) {
       gather_tokens(in, begin, n, block, x);
-      block_product(
-          x,
-          block.stride,
-          int64_t(1),
-          n,
-          values + block.start,
-          block.width,
-          block.stride,
-          y,
-          false);
+      block_product<T>(
+          {x, block.stride, 1, values + block.start, y, n, block.width, block.stride, false});
       for (int64_t t = 0; t < n; ++t) {
         T* target = out + (begin + t) * out_stride + block.offset;
         const T* source = y + t * block.stride;
@@ -159,16 +128,8 @@ TCUR_TARGET void core_products(
     for (const CoreBlock& block : blocks.all) {
       gather_tokens(p, begin, n, block, x);
       gather_tokens(z, begin, n, block, y);
-      block_product(
-          x,
-          int64_t(1),
-          block.stride,
-          block.width,
-          y,
-          n,
-          block.stride,
-          products + block.start,
-          true);
+      block_product<T>(
+          {x, 1, block.stride, y, products + block.start, block.width, n, block.stride, true});
     }
   }
 }

@@ -18,6 +18,9 @@ struct FoldedRows {
   T* row_b(int64_t k) const {
     return b + k * b_step;
   }
+  FoldedRows from(int64_t column) const {
+    return {first + column, a + column, b + column, a_step, b_step};
+  }
 };
 
 // Where the outputs of a strip go: tubes x_l (inverse) or packed planes (forward).
@@ -34,6 +37,9 @@ struct DftOutput {
   }
   T* high(int64_t l) const {
     return data + (INVERSE ? n3 - l : 2 * l) * stride;
+  }
+  DftOutput from(int64_t column) const {
+    return {data + column, stride, n3};
   }
 };
 
@@ -177,18 +183,12 @@ TCUR_TARGET inline void dft_strips(
     int64_t width) {
   constexpr int columns = TCUR_REGISTERS == 32 ? 4 : 2;
   constexpr int lanes = Simd<T>::lanes;
-  const auto rows_at = [&](int64_t c) {
-    return FoldedRows<T>{rows.first + c, rows.a + c, rows.b + c, rows.a_step, rows.b_step};
-  };
-  const auto out_at = [&](int64_t c) {
-    return DftOutput<T, INVERSE>{out.data + c, out.stride, out.n3};
-  };
   int64_t c = 0;
   for (; c + columns * lanes <= width; c += columns * lanes) {
-    dft_strip<T, INVERSE, columns>(dft, rows_at(c), out_at(c));
+    dft_strip<T, INVERSE, columns>(dft, rows.from(c), out.from(c));
   }
   for (; c < width; c += lanes) {
-    dft_strip<T, INVERSE, 1>(dft, rows_at(c), out_at(c));
+    dft_strip<T, INVERSE, 1>(dft, rows.from(c), out.from(c));
   }
 }
 
