@@ -89,6 +89,7 @@ def cur_linear(
     z: Tensor | None = None,
     dense_grad: bool = False,
     precision: str = "ieee",
+    adapter_ids: Tensor | None = None,
 ) -> Tensor:
     """A linear layer on slice ``slice_index`` of W + scale * C * U * R.
 
@@ -101,7 +102,7 @@ def cur_linear(
             on (a fused q, k, v projection is three). Frozen.
         bias: ``[slices * n1]`` or None. Frozen.
         factors: frozen C and R.
-        core: U, ``[n3, r, r]``.
+        core: U, ``[n3, r, r]``; several, ``[A, n3, r, r]``, with ``adapter_ids``.
         slice_index: first slice, 0 … n3 - slices.
         scale: alpha.
         backend: "auto", "reference", "cpu", "triton" or "cuda".
@@ -113,11 +114,17 @@ def cur_linear(
         dense_grad: form the gradient of the core from dyᵀx rather than from tokens (see `cost`);
             not together with ``z``.
         precision: of the products of tokens with the factors, "ieee" or "bf16".
+        adapter_ids: int64 ``[B]``: a core for each row of the batch. The tokens of ``x`` are B rows
+            of equal length, and row b goes by ``core[adapter_ids[b]]``; not together with
+            ``effective`` or ``dense_grad``.
 
     Returns:
         ``[..., slices * n1]``, dtype of ``x``.
     """
-    _check_core(core, factors)
+    if adapter_ids is None:
+        _check_core(core, factors)
+    else:
+        _check_cores(core, factors, adapter_ids, x)
     check_floating("x", x)
     check_floating("weight", weight)
     check_frozen("weight", weight)
@@ -156,6 +163,10 @@ def cur_linear(
             )
         if dense_grad:
             raise ValueError("dense_grad: expected False where z is given, got True")
+    if adapter_ids is not None and (effective is not None or dense_grad):
+        raise ValueError(
+            "adapter_ids: expected None with effective or dense_grad, which have one core, got ids"
+        )
     op = ops.operator("cur_linear", _language(backend, factors.device))
     y: Tensor = op(
         x,
@@ -170,6 +181,7 @@ def cur_linear(
         False,
         z,
         dense_grad,
+        adapter_ids,
     )
     return y
 
@@ -246,6 +258,44 @@ def _check_core(core: Tensor, factors: CURFactors) -> None:
         raise ValueError(f"core: expected {list(shape)}, got {list(core.shape)}")
     check_dtype("core", core, factors.dtype)
     check_device("core", core, factors.device)
+
+
+def _check_cores(cores: Tensor, factors: CURFactors, adapter_ids: Tensor, x: Tensor) -> None:
+    """A core for each row of the batch."""
+    if not isinstance(factors, CURFactors):
+        raise TypeError(f"factors: expected CURFactors, got {type(factors).__name__}")
+    check_floating("core", cores)
+    shape = [factors.n3, factors.rank, factors.rank]
+    if cores.ndim != 4 or list(cores.shape[1:]) != shape:
+        expected = ", ".join(map(str, ["adapters", *shape]))
+        raise ValueError(f"core: expected [{expected}], got {list(cores.shape)}")
+    check_dtype("core", cores, factors.dtype)
+    check_device("core", cores, factors.device)
+    check_adapter_ids(adapter_ids, cores.shape[0], factors.device)
+    if isinstance(x, Tensor) and x.ndim:
+        rows, tokens = adapter_ids.shape[0], math.prod(x.shape[:-1])
+        if tokens % rows if rows else tokens:
+            raise ValueError(
+                f"adapter_ids: expected as many as x {list(x.shape)} has rows, got {rows}"
+            )
+
+
+def check_adapter_ids(adapter_ids: Tensor, adapters: int, device: torch.device) -> None:
+    """Refuses anything but int64 [B] on that device, each 0 to adapters - 1."""
+    if not isinstance(adapter_ids, Tensor):
+        raise TypeError(f"adapter_ids: expected a torch.Tensor, got {type(adapter_ids).__name__}")
+    check_dtype("adapter_ids", adapter_ids, torch.int64)
+    if adapter_ids.ndim != 1:
+        raise ValueError(f"adapter_ids: expected [B], got {list(adapter_ids.shape)}")
+    check_device("adapter_ids", adapter_ids, device)
+    # Elsewhere a look at the values would wait for the device.
+    if adapter_ids.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    if adapter_ids.numel() and not 0 <= adapter_ids.min() <= adapter_ids.max() < adapters:
+        raise ValueError(
+            f"adapter_ids: expected 0 to {adapters - 1} for {adapters} cores, got "
+            f"{adapter_ids.min()} to {adapter_ids.max()}"
+        )
 
 
 def _check_weights(weight: Tensor | Sequence[Tensor], factors: CURFactors) -> list[Tensor]:

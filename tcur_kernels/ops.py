@@ -24,6 +24,12 @@ takes one slice of G = dyᵀx, the n1 rows of which are its tokens. ``cur_linear
 at hand: a forward map by the factors starts from it, and the gradient of the core needs z alone, so
 ``x`` is not kept. ``dense_grad`` says to form that gradient by way of G instead of the tokens.
 
+With ``adapter_ids``, int64 [B], ``cur_linear`` has a core per token: ``core`` is [A, n3, r, r], the
+flattened tokens of ``x`` are B rows of equal length, and token t goes by core
+``adapter_ids[t // (tokens / B)]``. ``core_grad_tokens`` returns [adapters, n3, r, r], each core
+the sum over its own tokens, in an order that ids and sizes alone determine. That is the factored
+way; ``materialized`` and ``dense_grad`` are refused with it.
+
 Nothing is imported here but torch and the reference: no Triton, no compiled library.
 """
 
@@ -51,12 +57,13 @@ _SCHEMAS = {
     "core_grad_dense": "(Tensor grad, Tensor lateral_hat, Tensor horizontal_hat) -> Tensor",
     "core_grad_tokens": (
         "(Tensor x, Tensor? grad_y, Tensor lateral_hat, Tensor? horizontal_hat, int n3,"
-        " int slice_index, int slices) -> Tensor"
+        " int slice_index, int slices, Tensor? adapter_ids=None, SymInt adapters=1) -> Tensor"
     ),
     "cur_linear": (
         "(Tensor x, Tensor? weight, Tensor? bias, Tensor lateral_hat, Tensor horizontal_hat,"
         " Tensor core, int slice_index, int slices, float scale, bool materialized,"
-        " bool transposed, Tensor? z=None, bool dense_grad=False) -> Tensor"
+        " bool transposed, Tensor? z=None, bool dense_grad=False, Tensor? adapter_ids=None)"
+        " -> Tensor"
     ),
 }
 _OUT_SCHEMA = (
@@ -117,9 +124,12 @@ def _core_grad_tokens_fake(
     n3: int,
     slice_index: int,
     slices: int,
+    adapter_ids: Tensor | None = None,
+    adapters: int = 1,
 ) -> Tensor:
     rank = lateral_hat.shape[1] // n3
-    return lateral_hat.new_empty((n3, rank, rank), dtype=_compute_dtype(lateral_hat))
+    shape = (n3, rank, rank) if adapter_ids is None else (adapters, n3, rank, rank)
+    return lateral_hat.new_empty(shape, dtype=_compute_dtype(lateral_hat))
 
 
 def _cur_linear_fake(
@@ -136,12 +146,18 @@ def _cur_linear_fake(
     transposed: bool,
     z: Tensor | None = None,
     dense_grad: bool = False,
+    adapter_ids: Tensor | None = None,
 ) -> Tensor:
     features = horizontal_hat.shape[1] if transposed else slices * lateral_hat.shape[0]
     return x.new_empty((*x.shape[:-1], features))
 
 
 # -- reference kernels
+
+
+def _refuse_with_ids(adapter_ids: Tensor | None, what: str) -> None:
+    if adapter_ids is not None:
+        raise RuntimeError(f"tcur: adapter_ids goes by the factors, without {what}")
 
 
 def _spectra(lateral_hat: Tensor, horizontal_hat: Tensor | None, n3: int) -> tuple[Tensor, Tensor]:
@@ -200,11 +216,15 @@ def _core_grad_tokens_reference(
     n3: int,
     slice_index: int,
     slices: int,
+    adapter_ids: Tensor | None = None,
+    adapters: int = 1,
 ) -> Tensor:
     spectra = _spectra(lateral_hat, horizontal_hat, n3)
     if grad_y is None:
+        _refuse_with_ids(adapter_ids, "a dense gradient")
         grad_y = _identity(lateral_hat.shape[0], x)
-    return reference.core_grad_tokens(x, grad_y, *spectra, n3, slice_index, slices)
+    where = (n3, slice_index, slices)
+    return reference.core_grad_tokens(x, grad_y, *spectra, *where, adapter_ids, adapters)
 
 
 def _cur_linear_reference(
@@ -221,16 +241,19 @@ def _cur_linear_reference(
     transposed: bool,
     z: Tensor | None = None,
     dense_grad: bool = False,
+    adapter_ids: Tensor | None = None,
 ) -> Tensor:
     base: Tensor | None = None
     if weight is not None:
         base = x @ weight if transposed else torch.nn.functional.linear(x, weight, bias)
+    if materialized or dense_grad:
+        _refuse_with_ids(adapter_ids, "W_eff or a dense gradient")
     if materialized:
         assert base is not None
         return base
-    spectra = _spectra(lateral_hat, horizontal_hat, core.shape[0])
+    spectra = _spectra(lateral_hat, horizontal_hat, core.shape[-3])
     apply = reference.slice_update_transposed if transposed else reference.slice_update
-    update = apply(x, *spectra, core, slice_index, slices, scale)
+    update = apply(x, *spectra, core, slice_index, slices, scale, adapter_ids)
     if base is None:
         return update.to(x.dtype)
     return (base.to(update.dtype) + update).to(base.dtype)
@@ -275,13 +298,13 @@ def _register_core_grad_dense_autograd(language: str) -> None:
 
 def _register_core_grad_tokens_autograd(language: str) -> None:
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, grad_y, lateral_hat, horizontal_hat, _, slice_index, slices = inputs
-        ctx.save_for_backward(x, grad_y, lateral_hat, horizontal_hat)
+        x, grad_y, lateral_hat, horizontal_hat, _, slice_index, slices, adapter_ids, _ = inputs
+        ctx.save_for_backward(x, grad_y, lateral_hat, horizontal_hat, adapter_ids)
         ctx.where = (slice_index, slices)
         ctx.dtype = None if grad_y is None else grad_y.dtype
 
     def backward(ctx: Any, grad_core: Tensor) -> tuple[Any, ...]:
-        x, grad_y, lateral_hat, horizontal_hat = ctx.saved_tensors
+        x, grad_y, lateral_hat, horizontal_hat, adapter_ids = ctx.saved_tensors
         if horizontal_hat is None:
             horizontal_hat = _identity(lateral_hat.shape[1], lateral_hat)
         if grad_y is None:
@@ -290,11 +313,12 @@ def _register_core_grad_tokens_autograd(language: str) -> None:
 
         def apply(tokens: Tensor, transposed: bool) -> Tensor:
             factors = (lateral_hat, horizontal_hat, grad_core)
-            return update(tokens, None, None, *factors, *ctx.where, 1.0, False, transposed)
+            how = (*ctx.where, 1.0, False, transposed, None, False, adapter_ids)
+            return update(tokens, None, None, *factors, *how)
 
         grad_x = apply(grad_y, True).to(x.dtype) if ctx.needs_input_grad[0] else None
         grad_grad_y = apply(x, False).to(ctx.dtype) if ctx.needs_input_grad[1] else None
-        return grad_x, grad_grad_y, None, None, None, None, None
+        return (grad_x, grad_grad_y, *[None] * 7)
 
     torch.library.register_autograd(
         _qualified("core_grad_tokens", language),
@@ -307,7 +331,7 @@ def _register_core_grad_tokens_autograd(language: str) -> None:
 def _register_cur_linear_autograd(language: str) -> None:
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, weight, _, lateral_hat, horizontal_hat, core, *rest = inputs
-        *rest, z, ctx.dense_grad = rest
+        *rest, z, ctx.dense_grad, adapter_ids = rest
         # x only serves the gradient of the core, and the core only that of x (by W_eff otherwise).
         needs_x, needs_core = ctx.needs_input_grad[0], ctx.needs_input_grad[5]
         ctx.save_for_backward(
@@ -317,19 +341,21 @@ def _register_cur_linear_autograd(language: str) -> None:
             lateral_hat,
             horizontal_hat,
             core,
+            adapter_ids,
         )
         ctx.slice_index, ctx.slices, ctx.scale, ctx.materialized, ctx.transposed = rest
         ctx.dtype = x.dtype
 
     def core_grad(ctx: Any, saved: tuple[Any, ...], grad_y: Tensor) -> Tensor:
-        x, z, _, lateral_hat, horizontal_hat, core = saved
+        x, z, _, lateral_hat, horizontal_hat, core, adapter_ids = saved
         op = operator("core_grad_tokens", language)
-        n3, first, slices = core.shape[0], ctx.slice_index, ctx.slices
+        n3, first, slices = core.shape[-3], ctx.slice_index, ctx.slices
+        ids = (adapter_ids, 1 if adapter_ids is None else core.shape[0])
         if z is not None:
-            return op(z, grad_y, lateral_hat, None, n3, first, slices)
+            return op(z, grad_y, lateral_hat, None, n3, first, slices, *ids)
         tokens, grads = (grad_y, x) if ctx.transposed else (x, grad_y)
         if not ctx.dense_grad:
-            return op(tokens, grads, lateral_hat, horizontal_hat, n3, first, slices)
+            return op(tokens, grads, lateral_hat, horizontal_hat, n3, first, slices, *ids)
         count = math.prod(tokens.shape[:-1])
         tokens, grads = (t.reshape(count, t.shape[-1]) for t in (tokens, grads))
         dense = (grads.mT @ tokens).unflatten(0, (slices, -1))
@@ -340,7 +366,7 @@ def _register_cur_linear_autograd(language: str) -> None:
 
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
         saved = ctx.saved_tensors  # once: checkpointing allows no second look
-        _, _, weight, lateral_hat, horizontal_hat, core = saved
+        _, _, weight, lateral_hat, horizontal_hat, core, adapter_ids = saved
         grad_x = grad_core = None
         if ctx.needs_input_grad[0]:
             grad_x = operator("cur_linear", language)(
@@ -355,10 +381,13 @@ def _register_cur_linear_autograd(language: str) -> None:
                 ctx.scale,
                 ctx.materialized,
                 not ctx.transposed,
+                None,
+                False,
+                adapter_ids,
             ).to(ctx.dtype)
         if ctx.needs_input_grad[5]:
             grad_core = ctx.scale * core_grad(ctx, saved, grad_y)
-        return (grad_x, *[None] * 4, grad_core, *[None] * 7)
+        return (grad_x, *[None] * 4, grad_core, *[None] * 8)
 
     torch.library.register_autograd(
         _qualified("cur_linear", language), backward, setup_context=setup_context, lib=_library

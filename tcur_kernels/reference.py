@@ -86,22 +86,29 @@ def core_grad_tokens(
     n3: int,
     slice_index: int,
     slices: int = 1,
+    adapter_ids: Tensor | None = None,
+    adapters: int = 1,
 ) -> Tensor:
     """Gradient of the core of ``y = x (C*U*R)_lᵀ`` from tokens, without any n1 x n2 gradient.
 
     ``x``: [..., n2]; ``grad_y``: [..., slices * n1], one block of n1 for each of the ``slices``
     slices from ``slice_index`` on. With z_k = x R̂_kᴴ and p_k = dy conj(Ĉ_k), slice l adds
-    e^{-2πikl/n3} p_kᵀ z_k to ∂Û_k.
+    e^{-2πikl/n3} p_kᵀ z_k to ∂Û_k. With ``adapter_ids`` (see `slice_update`) each of the
+    ``adapters`` cores gets the sum over its own tokens: [adapters, n3, r, r].
     """
     n1 = lateral_hat.shape[1]
     tokens = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).to(lateral_hat.dtype)
     grads = grad_y.reshape(tokens.shape[0], slices, n1).to(lateral_hat.dtype)
-    z = tokens @ horizontal_hat.mH  # [K, tokens, r]
-    core_hat = torch.zeros_like(lateral_hat[:, :1, :].mT @ horizontal_hat[:, :, :1].mT)
+    z = _rows(tokens @ horizontal_hat.mH, adapter_ids)  # [K, B, tokens / B, r]
+    core_hat = torch.zeros_like(z[:, :, :0].mT @ z[:, :, :0])
     for s in range(slices):
-        p = grads[:, s] @ lateral_hat.conj()
+        p = _rows(grads[:, s] @ lateral_hat.conj(), adapter_ids)
         core_hat = core_hat + _phases(lateral_hat, n3, -(slice_index + s)) * (p.mT @ z)
-    return from_half_spectrum(core_hat, n3)
+    if adapter_ids is None:
+        return from_half_spectrum(core_hat[:, 0], n3)
+    own = core_hat.new_zeros(core_hat.shape[0], adapters, *core_hat.shape[2:])
+    own = own.index_add(1, adapter_ids, core_hat)
+    return from_half_spectrum(own, n3).movedim(1, 0).contiguous()
 
 
 def cur_linear(
@@ -134,18 +141,23 @@ def slice_update(
     slice_index: int,
     slices: int,
     scale: float,
+    adapter_ids: Tensor | None = None,
 ) -> Tensor:
-    """``scale * x (C*U*R)_lᵀ`` for consecutive slices, in the dtype of the core."""
-    n3 = core.shape[0]
+    """``scale * x (C*U*R)_lᵀ`` for consecutive slices, in the dtype of the core.
+
+    With ``adapter_ids``, int64 [B], there are several cores [A, n3, r, r]: the tokens of x are B
+    rows of equal length, one after the other, and row b goes by core ``adapter_ids[b]``.
+    """
+    n3 = core.shape[-3]
     tokens = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).to(lateral_hat.dtype)
-    core_hat = half_spectrum(core)
-    z = tokens @ horizontal_hat.mT  # [K, tokens, r]
+    core_hat = _core_of_rows(core, adapter_ids)
+    z = _rows(tokens @ horizontal_hat.mT, adapter_ids)
     weights = scale * _inverse_weights(lateral_hat, n3)
     blocks = []
     for s in range(slices):
         slice_core = weights * _phases(lateral_hat, n3, slice_index + s) * core_hat
         # Real part of the sum over the half spectrum, each pair counted twice by its weight.
-        blocks.append((z @ slice_core.mT @ lateral_hat.mT).sum(0).real)
+        blocks.append(((z @ slice_core.mT).flatten(1, 2) @ lateral_hat.mT).sum(0).real)
     out = torch.stack(blocks, 1).to(core.dtype)
     return out.reshape(*x.shape[:-1], slices * lateral_hat.shape[1])
 
@@ -158,31 +170,46 @@ def slice_update_transposed(
     slice_index: int,
     slices: int,
     scale: float,
+    adapter_ids: Tensor | None = None,
 ) -> Tensor:
     """``scale * Σ_l x_l (C*U*R)_l``: [..., slices * n1] -> [..., n2]."""
-    n3, n1, n2 = core.shape[0], lateral_hat.shape[1], horizontal_hat.shape[2]
-    rows = math.prod(x.shape[:-1])
-    tokens = x.reshape(rows, slices, n1).to(lateral_hat.dtype)
-    core_hat = half_spectrum(core)
+    n3, n1, n2 = core.shape[-3], lateral_hat.shape[1], horizontal_hat.shape[2]
+    count = math.prod(x.shape[:-1])
+    tokens = x.reshape(count, slices, n1).to(lateral_hat.dtype)
+    core_hat = _core_of_rows(core, adapter_ids)
     weights = scale * _inverse_weights(lateral_hat, n3)
-    out = torch.zeros(rows, n2, dtype=core.dtype, device=x.device)
+    out = torch.zeros(count, n2, dtype=core.dtype, device=x.device)
     for s in range(slices):
         slice_core = weights * _phases(lateral_hat, n3, slice_index + s) * core_hat
-        out = out + (tokens[:, s] @ lateral_hat @ slice_core @ horizontal_hat).sum(0).real
+        p = _rows(tokens[:, s] @ lateral_hat, adapter_ids)
+        out = out + ((p @ slice_core).flatten(1, 2) @ horizontal_hat).sum(0).real
     return out.reshape(*x.shape[:-1], n2)
 
 
+def _rows(projected: Tensor, adapter_ids: Tensor | None) -> Tensor:
+    """[K, tokens, r] -> [K, B, tokens / B, r]: the tokens of one adapter each; one row of all."""
+    rows = 1 if adapter_ids is None else adapter_ids.shape[0]
+    return projected.unflatten(1, (rows, projected.shape[1] // max(1, rows)))
+
+
+def _core_of_rows(core: Tensor, adapter_ids: Tensor | None) -> Tensor:
+    """Half spectrum of the core of each row, [K, B, r, r]."""
+    if adapter_ids is None:
+        return half_spectrum(core)[:, None]
+    return half_spectrum(core.movedim(0, 1)).index_select(1, adapter_ids)
+
+
 def _phases(like: Tensor, n3: int, slice_index: int) -> Tensor:
-    """e^{2πikl/n3} for every bin k, ``[K, 1, 1]``; the angle is reduced exactly, in integers."""
+    """e^{2πikl/n3} for every bin k, ``[K, 1, 1, 1]``; the angle is reduced exactly, in integers."""
     turns = torch.arange(like.shape[0], device=like.device) * slice_index % n3
     angle = turns.to(torch.float64) * (2 * math.pi / n3)
-    return torch.polar(torch.ones_like(angle), angle).to(like.dtype)[:, None, None]
+    return torch.polar(torch.ones_like(angle), angle).to(like.dtype)[:, None, None, None]
 
 
 def _inverse_weights(like: Tensor, n3: int) -> Tensor:
-    """1/n3 for the real bins and 2/n3 for the pairs, ``[K, 1, 1]``."""
+    """1/n3 for the real bins and 2/n3 for the pairs, ``[K, 1, 1, 1]``."""
     weights = torch.full((like.shape[0],), 2.0 / n3, dtype=like.dtype, device=like.device)
     weights[0] = 1.0 / n3
     if n3 % 2 == 0:
         weights[-1] = 1.0 / n3
-    return weights[:, None, None]
+    return weights[:, None, None, None]

@@ -120,9 +120,6 @@ TCUR_TARGET void core_products(
     T* scratch) {
   T* x = scratch;
   T* y = scratch + kTokenGroup * blocks.widest;
-  for (int64_t i = 0; i < blocks.size; ++i) {
-    products[i] = T(0);
-  }
   for (; begin < end; begin += kTokenGroup) {
     const int64_t n = end - begin < kTokenGroup ? end - begin : kTokenGroup;
     for (const CoreBlock& block : blocks.all) {

@@ -3,8 +3,9 @@
 // With p = dy Ĉ and z = x R̂ᵀ in the real packed basis only the diagonal blocks of pᵀz are needed.
 // No R̂: x is z already. No dy: the tokens are the rows of G = dyᵀx, and p = Ĉ.
 // For a pair of planes the block is [[rr, ri], [ir, ii]], and slice l adds
-// e^{-2πikl/n3} ((rr - ii) - i (ri + ir)) to ∂Û_k.
-#include "host.h"
+// e^{-2πikl/n3} ((rr - ii) - i (ri + ir)) to ∂Û_k. With adapter_ids the tokens of each core are
+// summed for themselves.
+#include "token_cores.h"
 
 namespace tcur {
 namespace {
@@ -52,53 +53,63 @@ void run(
     const Sizes& sizes,
     const Tensor& p,  // [tokens, slices * q]
     const Tensor& z,  // [tokens, q]
+    const TokenCores& cores,
     int64_t slice_index,
     int64_t slices,
-    const Tensor& out) {
-  const int64_t tokens = z.size(0), q = sizes.n3 * sizes.rank, square = sizes.rank * sizes.rank;
+    const Tensor& out) {  // [..., n3, rank, rank]
+  const int64_t q = sizes.n3 * sizes.rank, core_size = q * sizes.rank;
   const Kernels<T>& k = kernels<T>();
   const CoreBlocks blocks = core_blocks(sizes.n3, sizes.rank, k.lanes);
-  const int64_t chunks = std::max<int64_t>(1, (tokens + kTokenChunk - 1) / kTokenChunk);
+  const std::vector<TokenCores::Chunk> chunks = cores.chunks(kTokenChunk);
+  const int64_t count = static_cast<int64_t>(chunks.size());
   const TokenRows z_rows = token_rows(z, 0, q);
-  std::vector<T> partial(chunks * slices * blocks.size);
-  torch::stable::parallel_for(0, chunks * slices, 1, [&](int64_t begin, int64_t end) {
+  std::vector<T> partial(count * slices * blocks.size);
+  torch::stable::parallel_for(0, count * slices, 1, [&](int64_t begin, int64_t end) {
     Scratch<T> scratch(2 * kTokenGroup * blocks.widest);
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t slice = task % slices, first = task / slices * kTokenChunk;
-      k.core_products(
-          blocks,
-          token_rows(p, slice * q, slices * q),
-          z_rows,
-          first,
-          std::min(first + kTokenChunk, tokens),
-          partial.data() + task * blocks.size,
-          scratch.data());
+      const TokenRows p_rows = token_rows(p, task % slices * q, slices * q);
+      const TokenCores::Chunk& chunk = chunks[task / slices];
+      T* products = partial.data() + task * blocks.size;
+      cores.visit(chunk.begin, chunk.end, [&](int64_t, int64_t first, int64_t last) {
+        k.core_products(blocks, p_rows, z_rows, first, last, products, scratch.data());
+      });
     }
   });
 
-  const UnitRoots roots(sizes.n3);
-  std::vector<T> core_hat(sizes.n3 * square, T(0));
-  for (int64_t slice = 0; slice < slices; ++slice) {
-    T* total = partial.data() + slice * blocks.size;
-    for (int64_t chunk = 1; chunk < chunks; ++chunk) {
-      const T* part = partial.data() + (chunk * slices + slice) * blocks.size;
-      for (int64_t i = 0; i < blocks.size; ++i) {
-        total[i] += part[i];
-      }
-    }
-    for (const CoreBlock& block : blocks.all) {
-      add_block(
-          block,
-          roots,
-          sizes.n3,
-          sizes.rank,
-          slice_index + slice,
-          total + block.start,
-          core_hat.data());
+  std::vector<int64_t> starts;  // of the chunks of one core
+  for (int64_t chunk = 0; chunk < count; ++chunk) {
+    if (chunk == 0 || chunks[chunk].core != chunks[chunk - 1].core) {
+      starts.push_back(chunk);
     }
   }
-  core_from_spectrum(
-      FoldedDft<T>(sizes.n3), core_hat.data(), sizes.rank, out.mutable_data_ptr<T>());
+  starts.push_back(count);
+  T* grads = out.mutable_data_ptr<T>();
+  std::fill_n(grads, out.numel(), T(0));  // a core without tokens has no other
+  const FoldedDft<T> dft(sizes.n3);
+  const UnitRoots roots(sizes.n3);
+  const int64_t used = static_cast<int64_t>(starts.size()) - 1;
+  torch::stable::parallel_for(0, used, 1, [&](int64_t begin, int64_t end) {
+    std::vector<T> core_hat(core_size);
+    for (int64_t i = begin; i < end; ++i) {
+      std::fill(core_hat.begin(), core_hat.end(), T(0));
+      for (int64_t slice = 0; slice < slices; ++slice) {
+        T* total = partial.data() + (starts[i] * slices + slice) * blocks.size;
+        for (int64_t chunk = starts[i] + 1; chunk < starts[i + 1]; ++chunk) {
+          const T* part = partial.data() + (chunk * slices + slice) * blocks.size;
+          for (int64_t j = 0; j < blocks.size; ++j) {
+            total[j] += part[j];
+          }
+        }
+        for (const CoreBlock& block : blocks.all) {
+          const T* products = total + block.start;
+          const int64_t at = slice_index + slice;
+          add_block(block, roots, sizes.n3, sizes.rank, at, products, core_hat.data());
+        }
+      }
+      T* grad = grads + chunks[starts[i]].core * core_size;
+      core_from_spectrum(dft, core_hat.data(), sizes.rank, grad);
+    }
+  });
 }
 
 Tensor core_grad_tokens(
@@ -108,7 +119,9 @@ Tensor core_grad_tokens(
     std::optional<Tensor> horizontal_hat,
     int64_t n3,
     int64_t slice_index,
-    int64_t slices) {
+    int64_t slices,
+    std::optional<Tensor> adapter_ids,
+    int64_t adapters) {
   const Sizes sizes = check_token_factors(lateral_hat, horizontal_hat, n3);
   STD_TORCH_CHECK(
       slice_index >= 0 && slices >= 1 && slice_index + slices <= n3,
@@ -137,13 +150,21 @@ Tensor core_grad_tokens(
   } else {
     STD_TORCH_CHECK(
         slices == 1 && tokens == sizes.n1, "tcur: without grad_y, x must be one slice of G");
+    STD_TORCH_CHECK(!adapter_ids.has_value(), "tcur: adapter_ids goes without a dense gradient");
   }
+  const bool many = adapter_ids.has_value();
+  STD_TORCH_CHECK(adapters >= 0, "tcur: adapters must not be negative");
+  const TokenCores cores(tokens, adapter_ids, many ? adapters : 1);
   const ScalarType compute = compute_dtype(precision);
-  Tensor out = torch::stable::new_empty(lateral_hat, {n3, sizes.rank, sizes.rank}, compute);
+  std::vector<int64_t> shape{n3, sizes.rank, sizes.rank};
+  if (many) {
+    shape.insert(shape.begin(), adapters);
+  }
+  Tensor out = torch::stable::new_empty(lateral_hat, shape, compute);
   if (compute == ScalarType::Double) {
-    run<double>(sizes, p, z, slice_index, slices, out);
+    run<double>(sizes, p, z, cores, slice_index, slices, out);
   } else {
-    run<float>(sizes, p, z, slice_index, slices, out);
+    run<float>(sizes, p, z, cores, slice_index, slices, out);
   }
   return out;
 }

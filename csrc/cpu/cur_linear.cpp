@@ -6,27 +6,28 @@
 // M_l is the core at slice l in the real packed basis: for a bin pair, with
 // A + iB = scale * weight_k * e^{2πikl/n3} Û_k, the block [[A, -B], [-B, -A]]. The base product is
 // the very call that nn.Linear makes, so a core of zeros leaves every bit of the output as it was.
-#include "host.h"
+// With adapter_ids every row of tokens has the M_l of its own core between the two products.
+#include "token_cores.h"
 
 namespace tcur {
 namespace {
 
-// Blocks of M_l, transposed for a forward map: values[in][out] as apply_core wants them.
+// Blocks of M_l, transposed for a forward map: values[in][out] as apply_core wants them. What is
+// not written here is padding and zero from the start.
 template <class T>
-std::vector<T> slice_blocks(
+void slice_blocks(
     const CoreBlocks& blocks,
+    const UnitRoots& roots,
     const std::vector<T>& core_hat,  // [n3, rank, rank], weighted
-    int64_t n3,
     int64_t rank,
     int64_t slice,
-    bool transposed) {
-  const UnitRoots roots(n3);
+    bool transposed,
+    T* values) {  // [blocks.size]
   const int64_t square = rank * rank;
-  std::vector<T> values(blocks.size, T(0));
   for (const CoreBlock& block : blocks.all) {
     const int64_t plane = block.offset / rank;
     const T* re = core_hat.data() + plane * square;
-    T* out = values.data() + block.start;
+    T* out = values + block.start;
     const auto put = [&](int64_t a, int64_t b, T value) {
       out[transposed ? a * block.stride + b : b * block.stride + a] = value;
     };
@@ -53,7 +54,6 @@ std::vector<T> slice_blocks(
       }
     }
   }
-  return values;
 }
 
 template <class T>
@@ -63,23 +63,20 @@ Tensor update(
     const std::optional<Tensor>& z,  // [..., q]: x R̂ᵀ, if it is at hand
     const Tensor& lateral_hat,
     const Tensor& horizontal_hat,
-    const Tensor& core,
+    const Tensor& core,  // [..., n3, rank, rank]
+    const TokenCores& cores,
     int64_t slice_index,
     int64_t slices,
     double scale,
     bool transposed) {
   const int64_t tokens = x.size(0), q = sizes.n3 * sizes.rank;
+  const int64_t core_size = q * sizes.rank;
   const ScalarType precision = lateral_hat.scalar_type();
   const FoldedDft<T> dft(sizes.n3);
-  const std::vector<T> core_hat =
-      weighted_core_spectrum(dft, core.const_data_ptr<T>(), sizes.rank, scale);
+  const UnitRoots roots(sizes.n3);
+  const T* core_values = core.const_data_ptr<T>();
   const Kernels<T>& k = kernels<T>();
   const CoreBlocks blocks = core_blocks(sizes.n3, sizes.rank, k.lanes);
-  std::vector<std::vector<T>> values;
-  for (int64_t s = 0; s < slices; ++s) {
-    values.push_back(
-        slice_blocks(blocks, core_hat, sizes.n3, sizes.rank, slice_index + s, transposed));
-  }
   Tensor in = x;
   if (z.has_value()) {
     in = torch::stable::reshape(*z, {tokens, q});
@@ -97,18 +94,31 @@ Tensor update(
   const int64_t out_stride = out_slices * q;
   torch::stable::parallel_for(0, tokens, 64, [&](int64_t begin, int64_t end) {
     Scratch<T> scratch(2 * kTokenGroup * blocks.widest);
-    for (int64_t s = 0; s < slices; ++s) {
-      k.apply_core(
-          blocks,
-          values[s].data(),
-          token_rows(in, transposed ? s * q : 0, in_stride),
-          out + (transposed ? 0 : s * q),
-          out_stride,
-          transposed && s > 0,
-          begin,
-          end,
-          scratch.data());
-    }
+    std::vector<T> values(slices * blocks.size, T(0));
+    int64_t ready = -1;
+    cores.visit(begin, end, [&](int64_t index, int64_t first, int64_t last) {
+      if (index != ready) {
+        const std::vector<T> core_hat =
+            weighted_core_spectrum(dft, core_values + index * core_size, sizes.rank, scale);
+        for (int64_t s = 0; s < slices; ++s) {
+          T* target = values.data() + s * blocks.size;
+          slice_blocks(blocks, roots, core_hat, sizes.rank, slice_index + s, transposed, target);
+        }
+        ready = index;
+      }
+      for (int64_t s = 0; s < slices; ++s) {
+        k.apply_core(
+            blocks,
+            values.data() + s * blocks.size,
+            token_rows(in, transposed ? s * q : 0, in_stride),
+            out + (transposed ? 0 : s * q),
+            out_stride,
+            transposed && s > 0,
+            first,
+            last,
+            scratch.data());
+      }
+    });
   });
   const Tensor mixed = cast(out_tensor, precision);
   return transposed ? torch::stable::matmul(mixed, horizontal_hat)
@@ -139,11 +149,20 @@ Tensor cur_linear(
     bool materialized,
     bool transposed,
     std::optional<Tensor> z,
-    bool) {  // dense_grad: for the derivative alone
-  STD_TORCH_CHECK(core.dim() == 3, "tcur: core must be [n3, rank, rank]");
-  const Sizes sizes = check_token_factors(lateral_hat, horizontal_hat, core.size(0));
+    bool dense_grad,  // for the derivative alone
+    std::optional<Tensor> adapter_ids) {
+  const bool many = adapter_ids.has_value();
+  STD_TORCH_CHECK(
+      core.dim() == (many ? 4 : 3),
+      "tcur: core must be [n3, rank, rank], and [adapters, n3, rank, rank] with adapter_ids");
+  STD_TORCH_CHECK(
+      !many || !(materialized || dense_grad),
+      "tcur: adapter_ids goes by the factors, without W_eff or a dense gradient");
+  const Sizes sizes = check_token_factors(lateral_hat, horizontal_hat, core.size(core.dim() - 3));
   const ScalarType compute = compute_dtype(lateral_hat.scalar_type());
-  check_shape("core", core, {sizes.n3, sizes.rank, sizes.rank});
+  STD_TORCH_CHECK(
+      core.size(core.dim() - 2) == sizes.rank && core.size(core.dim() - 1) == sizes.rank,
+      "tcur: core has an unexpected shape");
   check_dtype("core", core, compute);
   STD_TORCH_CHECK(
       slice_index >= 0 && slices >= 1 && slice_index + slices <= sizes.n3,
@@ -176,10 +195,11 @@ Tensor cur_linear(
   const Tensor l = torch::stable::contiguous(lateral_hat);
   const Tensor h = torch::stable::contiguous(horizontal_hat);
   const Tensor c = torch::stable::contiguous(core);
+  const TokenCores cores(tokens, adapter_ids, many ? core.size(0) : 1);
   const Tensor delta =
       compute == ScalarType::Double
-          ? update<double>(sizes, xs, z, l, h, c, slice_index, slices, scale, transposed)
-          : update<float>(sizes, xs, z, l, h, c, slice_index, slices, scale, transposed);
+          ? update<double>(sizes, xs, z, l, h, c, cores, slice_index, slices, scale, transposed)
+          : update<float>(sizes, xs, z, l, h, c, cores, slice_index, slices, scale, transposed);
   if (!y.has_value()) {
     return torch::stable::reshape(cast(delta, x.scalar_type()), shape);
   }

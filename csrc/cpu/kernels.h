@@ -133,7 +133,7 @@ struct Kernels {
       int64_t begin,
       int64_t end,
       T* scratch);
-  // products(block) = Σ_t p[t, block]^T z[t, block], tokens begin … end, for all blocks
+  // products(block) += Σ_t p[t, block]^T z[t, block], tokens begin … end, for all blocks
   void (*core_products)(
       const CoreBlocks& blocks,
       const TokenRows& p,

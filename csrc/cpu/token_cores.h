@@ -1,0 +1,78 @@
+// Which core each token goes by: one for all, or those that adapter_ids names, row by row.
+#pragma once
+
+#include "host.h"
+
+#include <numeric>
+
+namespace tcur {
+
+// Positions count the tokens with those of one core side by side, so that whoever works along them
+// makes a core ready once. Their order, and with it every sum over them, depends on the ids alone.
+class TokenCores {
+ public:
+  // adapter_ids: int64 [rows], or none for one core
+  TokenCores(int64_t tokens, const std::optional<Tensor>& adapter_ids, int64_t cores)
+      : ids_(1, 0), row_length_(tokens) {
+    if (adapter_ids.has_value()) {
+      STD_TORCH_CHECK(
+          adapter_ids->dim() == 1 && adapter_ids->scalar_type() == ScalarType::Long,
+          "tcur: adapter_ids must be int64 [rows]");
+      const Tensor contiguous = torch::stable::contiguous(*adapter_ids);
+      const int64_t rows = contiguous.numel();
+      const int64_t* ids = contiguous.const_data_ptr<int64_t>();
+      ids_.assign(ids, ids + rows);
+      STD_TORCH_CHECK(
+          rows == 0 ? tokens == 0 : tokens % rows == 0,
+          "tcur: adapter_ids must have one entry for each of the rows that the tokens divide into");
+      row_length_ = rows == 0 ? 0 : tokens / rows;
+      for (const int64_t id : ids_) {
+        STD_TORCH_CHECK(id >= 0 && id < cores, "tcur: adapter_ids out of range");
+      }
+    }
+    order_.resize(ids_.size());
+    std::iota(order_.begin(), order_.end(), int64_t(0));
+    std::stable_sort(
+        order_.begin(), order_.end(), [&](int64_t a, int64_t b) { return ids_[a] < ids_[b]; });
+  }
+
+  // run(core, first token, token after the last) for positions begin … end.
+  template <class Run>
+  void visit(int64_t begin, int64_t end, const Run& run) const {
+    while (begin < end) {
+      const int64_t row = order_[begin / row_length_], offset = begin % row_length_;
+      const int64_t count = std::min(row_length_ - offset, end - begin);
+      const int64_t first = row * row_length_ + offset;
+      run(ids_[row], first, first + count);
+      begin += count;
+    }
+  }
+
+  struct Chunk {
+    int64_t core, begin, end;  // positions
+  };
+
+  // Positions cut into runs of at most `longest` that share a core, in the order of the cores.
+  std::vector<Chunk> chunks(int64_t longest) const {
+    std::vector<Chunk> all;
+    for (int64_t row = 0, next; row < static_cast<int64_t>(order_.size()); row = next) {
+      const int64_t core = ids_[order_[row]];
+      for (next = row; next < static_cast<int64_t>(order_.size()); ++next) {
+        if (ids_[order_[next]] != core) {
+          break;
+        }
+      }
+      const int64_t last = next * row_length_;
+      for (int64_t begin = row * row_length_; begin < last; begin += longest) {
+        all.push_back({core, begin, std::min(begin + longest, last)});
+      }
+    }
+    return all;
+  }
+
+ private:
+  std::vector<int64_t> ids_, order_;  // of rows
+  int64_t row_length_;
+};
+
+}  // namespace tcur
