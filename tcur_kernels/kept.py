@@ -11,9 +11,16 @@ from torch.utils.weak import TensorWeakRef
 
 
 class Layer(Protocol):
-    """What is asked of a layer here."""
+    """What a stack asks of its layers: a weight [out_features, in_features], and which slices."""
 
-    weight: Tensor
+    @property
+    def weight(self) -> Tensor:
+        """``[out_features, in_features]``, a view where it is stored otherwise."""
+
+    @property
+    def bias(self) -> Tensor | None:
+        """``[out_features]`` or None."""
+
     slice_index: int
     slices: int
     in_features: int

@@ -13,7 +13,7 @@ from . import cost
 from .decompose import Selection, check_rank, select_slices
 from .factors import PRECISIONS, CURFactors
 from .functional import cur_linear, materialize, project
-from .kept import Effective, Projected, slices_of
+from .kept import Effective, Layer, Projected, slices_of
 
 
 class TProductStack(nn.Module):
@@ -40,7 +40,8 @@ class TProductStack(nn.Module):
     Attributes:
         core: Parameter ``[n3, r, r]``, fp32 (fp64 for fp64 weights), whatever dtype the model is
             cast to.
-        layers: the `TProductLinear` layers, which share the parameters of ``linears``.
+        layers: the `TProductLinear` layers, which share the parameters of ``linears``; or whatever
+            else holds the weights, see `kept.Layer`.
         rows, columns: the chosen indices I and J.
 
     Raises:
@@ -99,7 +100,7 @@ class TProductStack(nn.Module):
         self._built: Effective | None = None
         self._factors: CURFactors | None = None
         self._projected: Projected | None = None
-        self.layers: list[TProductLinear] = []
+        self.layers: list[Layer] = []
         start = 0
         for linear, weight_blocks in zip(linears, blocks, strict=True):
             self.layers.append(TProductLinear.from_linear(linear, self, start))
@@ -146,7 +147,7 @@ class TProductStack(nn.Module):
         assert self._built is not None
         return self._built.buffer
 
-    def forward_slices(self, x: Tensor, layer: TProductLinear) -> Tensor:
+    def forward_slices(self, x: Tensor, layer: Layer) -> Tensor:
         """``x`` through one layer of this stack; see `TProductLinear.forward`."""
         weight, bias, source = layer.weight, layer.bias, x
         dtype, precision = weight.dtype, self.precision
@@ -154,7 +155,7 @@ class TProductStack(nn.Module):
             # What autocast does to a linear layer; the operators themselves are out of its reach.
             dtype = torch.get_autocast_dtype(x.device.type)
             x = x.to(dtype)
-            bias = None if bias is None else bias.to(dtype)  # type: ignore[assignment]
+            bias = None if bias is None else bias.to(dtype)
             precision = "bf16" if dtype == torch.bfloat16 else precision
         if not self.enabled or self.is_merged:
             return F.linear(x, weight.to(dtype), bias)
@@ -232,7 +233,7 @@ class TProductStack(nn.Module):
             f"mode={self.mode}"
         )
 
-    def _is_built(self, dtype: torch.dtype, layers: Sequence[TProductLinear]) -> bool:
+    def _is_built(self, dtype: torch.dtype, layers: Sequence[Layer]) -> bool:
         built = self._built
         return built is not None and built.is_current(dtype, self.core, layers)
 

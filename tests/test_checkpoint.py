@@ -143,11 +143,11 @@ def test_strictness(adapter, path):
 
 def test_other_architectures_are_refused(adapter, path):
     adapter.save(path)
-    refuses(path, r"nn.Linear blocks.2.attn.out_proj .* got no such module", Tiny(blocks=2))
-    refuses(path, r"weight of shape \[8, 8\], got \[4, 4\]", Tiny(width=4))
+    refuses(path, r"linear layer blocks.2.attn.out_proj .* got no such module", Tiny(blocks=2))
+    refuses(path, r"out_proj of shape \[8, 8\] \(out, in\), got \[4, 4\]", Tiny(width=4))
     model = base_model()
     model.blocks[0].mlp[0] = torch.nn.Identity()
-    refuses(path, "expected an nn.Linear blocks.0.mlp.0 .* got Identity", model)
+    refuses(path, "expected a linear layer blocks.0.mlp.0 .* got Identity", model)
 
 
 def test_torn_foreign_and_newer_files_are_refused(adapter, path, tmp_path):

@@ -70,13 +70,17 @@ def test_by_mapping():
 def test_reasons():
     model = Tiny()
     model.blocks[2].mlp[0].weight = model.blocks[1].mlp[0].weight
-    model.extra = nn.MultiheadAttention(8, 2)
+    model.extra = Odd(8, 8)
+    model.table = nn.Embedding(8, 8)
+    model.sub = OddAttention(8, 2)
     plan = make_plan(model, None, 7, trained=["blocks.0.mlp.2.bias"])
     reasons = {item.module: item.reason for item in plan.left_out}
     tied = "its weight is tied: blocks.1.mlp.0.weight, blocks.2.mlp.0.weight"
     assert reasons["blocks.1.mlp.0"] == tied
     assert reasons["blocks.0.mlp.2"] == "trained directly (train_also)"
-    assert "is not a plain nn.Linear" in reasons["extra.out_proj"]
+    assert reasons["extra"] == "Odd is not a plain nn.Linear"
+    assert reasons["sub"] == "OddAttention is not a plain nn.MultiheadAttention"
+    assert reasons["table"] == "Embedding is not a linear layer"
     wide = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(9, 9), nn.Linear(9, 9))
     plan = make_plan(wide, None, 4)
     assert [stack.name for stack in plan.stacks] == ["9x9"]
@@ -100,6 +104,10 @@ def test_integer_weights_are_left_out():
 
 class Odd(nn.Linear):
     """A subclass, which may not use its own forward."""
+
+
+class OddAttention(nn.MultiheadAttention):
+    """A subclass, which may not use what it inherits."""
 
 
 @pytest.mark.parametrize(

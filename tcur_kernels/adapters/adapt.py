@@ -5,17 +5,22 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from fnmatch import fnmatchcase
+from math import ceil
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from .. import cost
 from ..decompose import Selection
 from ..nn import TProductStack
 from .checkpoint import write_adapter_file
 from .fingerprint import STACKS, digest, frozen_digest, persistent_buffers
-from .plan import Plan, StackPlan, Targets, make_plan
+from .install import put_in_place, take_out
+from .plan import Plan, StackPlan, Targets, check_setting, make_plan, setting
+from .weights import find_weights, stand_in
 
 
 class Stacks(nn.ModuleDict):
@@ -134,14 +139,11 @@ class Adapter:
                 stack.merge()
             return self.model
         merged = copy.deepcopy(self.model)
-        copies = merged.get_submodule(STACKS)
-        for plan in self.plan.stacks:
-            twin = copies.get_submodule(plan.name)
+        for twin in merged.get_submodule(STACKS).children():
             assert isinstance(twin, TProductStack)
             twin.merge()
-            for layer, member in zip(twin.layers, plan.members, strict=True):
-                _replace(merged, member.module, _plain_linear(layer))
         delattr(merged, STACKS)
+        take_out(merged)
         return merged
 
     def unmerge(self) -> None:
@@ -180,25 +182,28 @@ class Adapter:
 def adapt(
     model: nn.Module,
     targets: Targets = None,
-    rank: int = 8,
-    alpha: float = 1.0,
-    selection: Selection = "norm",
+    rank: int | Mapping[str, int] = 8,
+    alpha: float | Mapping[str, float] = 1.0,
+    selection: Selection | Mapping[str, Selection] = "norm",
     mode: str = "auto",
     train_also: str | Sequence[str] = (),
     precision: str = "ieee",
+    stacks: str = "shape",
 ) -> Adapter:
     """Adapts ``model`` in place by tCURLoRA: only cores, and what ``train_also`` names, train.
 
     Linear layers of one shape form a stack; C and R are slices of the stacked base weights, and the
-    core of each stack starts at zero, so the model computes exactly what it did. The base weights
+    core of each stack starts at zero, so the model computes exactly what it did (an adapted
+    ``nn.MultiheadAttention`` groups its products in another way: up to rounding). The base weights
     are never written. The cores are parameters of the model (``model.parameters()`` has them, under
     ``tcur.<stack>.core``); everything else is frozen.
 
     Args:
-        model: any module that holds ``nn.Linear`` layers.
-        targets: None, all of them by shape; names or patterns of layers; or
-            ``{stack name: [names or patterns]}``. See `adapters.plan.make_plan`.
-        rank: tubal rank r of C, U and R.
+        model: any module that holds ``nn.Linear``, GPT-2's ``Conv1D`` or ``nn.MultiheadAttention``.
+        targets: None, all of them by shape; names or patterns of layers; a function of name and
+            module; or ``{stack name: [names or patterns]}``. See `adapters.plan.make_plan`.
+        rank: tubal rank r of C, U and R. Like ``alpha`` and ``selection`` one for all stacks, or
+            ``{stack name or pattern: value}``.
         alpha: scale of the update.
         selection: rule for the slices, see `tensor_cur`.
         mode: "auto", "materialized" (W_eff once per step) or "factored" (through the factors).
@@ -206,6 +211,8 @@ def adapt(
             against whole names: ``"out"`` is the module called ``out`` and no other.
         precision: of the products of tokens with the factors, "ieee" or "bf16" (operands rounded:
             faster, at an error of the gradient of about 4e-3); see `TProductStack`.
+        stacks: "shape", or "layer": every layer is a stack by itself. The t-product of one slice is
+            the matrix product, so ``stacks="layer", selection="inverse"`` is CURLoRA.
 
     Returns:
         The `Adapter`: plan, parameters, save, merge, unmerge, disable.
@@ -218,16 +225,27 @@ def adapt(
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
     if hasattr(model, STACKS):
         raise ValueError("model: expected a base model, got one that is adapted already")
-    if not isinstance(mode, str) or isinstance(rank, bool) or not isinstance(rank, int):
+    ranks = list(rank.values()) if isinstance(rank, Mapping) else [rank]
+    if not isinstance(mode, str) or not all(type(one) is int for one in ranks):
         raise TypeError(f"rank, mode: expected an int and a str, got {rank!r} and {mode!r}")
     patterns = (train_also,) if isinstance(train_also, str) else tuple(train_also)
     trained = trained_names(model, patterns)
-    plan = make_plan(model, targets, rank, trained)
-    stacks = {
-        stack.name: build_stack(model, stack, rank, alpha, selection, mode, precision)
-        for stack in plan.stacks
-    }
-    return install(model, plan, stacks, patterns)
+    plan = make_plan(model, targets, rank, trained, stacks)
+    for argument, value in (("alpha", alpha), ("selection", selection)):
+        check_setting(argument, value, plan.stacks)
+    built = {}
+    for stack in plan.stacks:
+        rule: Selection = setting("selection", selection, stack.name)  # type: ignore[assignment]
+        built[stack.name] = build_stack(
+            model,
+            stack,
+            setting("rank", rank, stack.name),
+            setting("alpha", alpha, stack.name),
+            rule,
+            mode,
+            precision,
+        )
+    return install(model, plan, built, patterns)
 
 
 def build_stack(
@@ -240,7 +258,8 @@ def build_stack(
     precision: str,
 ) -> TProductStack:
     """The stack of one plan entry; the model is not changed."""
-    linears = [_frozen_view(model.get_submodule(member.module)) for member in plan.members]
+    weights = find_weights(model)
+    linears = [stand_in(weights[member.module]) for member in plan.members]
     try:
         return TProductStack(linears, rank, alpha, selection, mode, n1=plan.n1, precision=precision)
     except ValueError as error:
@@ -255,16 +274,34 @@ def install(
     buffers = {name: digest([buffer]) for name, buffer in persistent_buffers(model)}
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trained)
-    for stack_plan in plan.stacks:
-        stack = stacks[stack_plan.name]
-        for layer, member in zip(stack.layers, stack_plan.members, strict=True):
-            linear = model.get_submodule(member.module)
-            assert isinstance(linear, nn.Linear)
-            # Building worked on frozen stand-ins; the layer takes the model's own parameters.
-            layer.weight, layer.bias = linear.weight, linear.bias
-            _replace(model, member.module, layer)
+    put_in_place(model, plan, stacks)
     model.add_module(STACKS, Stacks(stacks))
-    return Adapter(model, plan, stacks, train_also, buffers)
+    noted = [replace(stack, note=_note(stacks[stack.name])) for stack in plan.stacks]
+    return Adapter(model, replace(plan, stacks=tuple(noted)), stacks, train_also, buffers)
+
+
+def _note(stack: TProductStack) -> str:
+    """How the layers of a stack run, and why, for the plan."""
+    n1, n2, n3, rank = stack.n1, stack.n2, stack.n3, stack.rank
+    head = f"rank {rank}"
+    if stack.mode != "auto":
+        return f"{head}, {stack.mode} as asked for"
+    dtype = stack.layers[0].weight.dtype
+    worth = cost.tokens_worth_materializing(n1, n2, n3, rank)
+    best = cost.choose_mode(
+        "auto",
+        tokens=ceil(worth),
+        n1=n1,
+        n2=n2,
+        n3=n3,
+        rank=rank,
+        weight_dtype=dtype,
+        is_built=False,
+    )
+    if best == "factored":
+        why = "W_eff rounded to it would swallow small updates"
+        return f"{head}, factored: the base is {dtype}, and {why}"
+    return f"{head}, W_eff from {ceil(worth)} tokens per step on, through the factors below"
 
 
 def trained_names(model: nn.Module, patterns: Sequence[str]) -> list[str]:
@@ -285,24 +322,3 @@ def _matches_whole(parameter: str, pattern: str) -> bool:
     """Whether the pattern is the name of the parameter or of a module that holds it."""
     parts = parameter.split(".")
     return any(fnmatchcase(".".join(parts[:i]), pattern) for i in range(1, len(parts) + 1))
-
-
-def _frozen_view(module: nn.Module) -> nn.Linear:
-    """A stand-in with the module's tensors, frozen: planning must not freeze the model itself."""
-    assert isinstance(module, nn.Linear)
-    linear = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
-    linear.weight = nn.Parameter(module.weight.detach(), requires_grad=False)
-    if module.bias is not None:
-        linear.bias = nn.Parameter(module.bias.detach(), requires_grad=False)
-    return linear.train(module.training)
-
-
-def _plain_linear(layer: nn.Linear) -> nn.Linear:
-    linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-    linear.weight, linear.bias = layer.weight, layer.bias
-    return linear.train(layer.training)
-
-
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .plan import Plan
+from .weights import find_weights
 
 #: Name under which a model holds its stacks: cores are ``tcur.<stack>.core`` in its state_dict.
 STACKS = "tcur"
@@ -26,12 +27,22 @@ def digest(tensors: Iterable[Tensor]) -> str:
 
 def frozen_digest(model: nn.Module, plan: Plan, trained: Iterable[str]) -> str:
     """Fingerprint of every parameter that is neither trained nor in a stack, by name."""
+    members = {m.module for stack in plan.stacks for m in stack.members}
+    weights = find_weights(model)
     apart = set(trained)
-    apart |= {f"{m.module}.weight" for stack in plan.stacks for m in stack.members}
-    state = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters(), key=lambda item: item[0]):
+    frozen: dict[str, Tensor] = {}
+    for name, weight in weights.items():
+        held, _ = weight.parameter_names()
+        if name not in members and held not in apart:
+            frozen[f"{name}.weight"] = weight.tensor
+    # Linear maps one by one: of in_proj_weight some blocks may be in a stack and others not.
+    apart |= {weight.parameter_names()[0] for weight in weights.values()}
+    for name, parameter in model.named_parameters():
         if name not in apart and not name.startswith(f"{STACKS}."):
-            state.update(f"{name} {digest([parameter])};".encode())
+            frozen[name] = parameter
+    state = hashlib.sha256()
+    for name, tensor in sorted(frozen.items()):
+        state.update(f"{name} {digest([tensor])};".encode())
     return state.hexdigest()
 
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from .adapt import Adapter, build_stack, install, trained_names
 from .checkpoint import read_adapter_file
 from .fingerprint import STACKS, digest, frozen_digest, persistent_buffers
-from .plan import Member, Plan, StackPlan, is_plain_linear
+from .plan import Member, Plan, StackPlan
+from .weights import find_weights
 
 
 def load_adapter(model: nn.Module, path: str | Path, strict: bool = True) -> Adapter:
@@ -73,21 +74,21 @@ def load_adapter(model: nn.Module, path: str | Path, strict: bool = True) -> Ada
 
 def _check_stacks(model: nn.Module, plan: Plan, header: dict[str, Any]) -> None:
     """Refuses a model without the plan's layers, or with other weights in them."""
-    modules = dict(model.named_modules())
+    modules, weights = dict(model.named_modules()), find_weights(model)
     for stack, stored in zip(plan.stacks, header["stacks"], strict=True):
         slices: list[Tensor] = []
         for member in stack.members:
-            linear = modules.get(member.module)
-            expected = (member.slices * stack.n1, stack.n2)
-            if linear is None or not is_plain_linear(linear):
-                kind = "no such module" if linear is None else type(linear).__name__
+            if member.module not in weights:
+                module = modules.get(member.module)
+                kind = "no such module" if module is None else type(module).__name__
                 raise ValueError(
-                    f"model: expected an nn.Linear {member.module} as in the adapter, got {kind}"
+                    f"model: expected a linear layer {member.module} as in the adapter, got {kind}"
                 )
-            weight = linear.get_parameter("weight")
+            weight = weights[member.module].tensor
+            expected = (member.slices * stack.n1, stack.n2)
             if weight.shape != expected:
                 raise ValueError(
-                    f"model: expected {member.module}.weight of shape {list(expected)}, got "
+                    f"model: expected {member.module} of shape {list(expected)} (out, in), got "
                     f"{list(weight.shape)}"
                 )
             slices += weight.detach().split(stack.n1)

@@ -3,21 +3,38 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..decompose import check_rank
+from .weights import Weight, find_weights, reasons_to_leave_out
 
-#: None (all, grouped by shape), names or patterns, or {stack name: names or patterns}.
-Targets = None | str | Sequence[str] | Mapping[str, str | Sequence[str]]
+#: None (all, grouped by shape), names or patterns, {stack name: names or patterns}, or a function
+#: of a name and a module that says yes, no, or in which stack.
+Targets = (
+    None
+    | str
+    | Sequence[str]
+    | Mapping[str, str | Sequence[str]]
+    | Callable[[str, nn.Module], bool | str | None]
+)
+
+#: How layers without a named stack are put together.
+STACKS_BY = ("shape", "layer")
 
 #: Last components of the names that projections of q, k and v in one matrix go by. Only a name can
 #: tell: a projection to three times the width is no reason to cut it.
 _FUSED_QKV = ("qkv", "qkv_proj", "Wqkv", "in_proj", "query_key_value", "c_attn")
+
+#: Of one reason, more modules than these are counted rather than listed when a plan is printed.
+_LISTED = 3
+
+_Value = TypeVar("_Value")
 
 
 @dataclass(frozen=True)
@@ -30,12 +47,16 @@ class Member:
 
 @dataclass(frozen=True)
 class StackPlan:
-    """One stack: its name, the size of its slices, and its layers in the order of the slices."""
+    """One stack: its name, the size of its slices, and its layers in the order of the slices.
+
+    ``note`` says how its layers run, and why; it is for the reader of the plan.
+    """
 
     name: str
     n1: int
     n2: int
     members: tuple[Member, ...]
+    note: str = ""
 
     @property
     def n3(self) -> int:
@@ -62,7 +83,7 @@ class Plan:
         lines = []
         for stack in self.stacks:
             head = f"stack {stack.name}: {stack.n3} slices of {stack.n1} x {stack.n2}"
-            lines.append(head)
+            lines.append(f"{head}, {stack.note}" if stack.note else head)
             index = 0
             for member in stack.members:
                 last = index + member.slices - 1
@@ -71,131 +92,137 @@ class Plan:
                 index += member.slices
         if self.left_out:
             lines.append("left out:")
-            lines += [f"  {item.module}: {item.reason}" for item in self.left_out]
+            lines += [f"  {line}" for line in self._left_out_lines()]
         return "\n".join(lines)
 
+    def _left_out_lines(self) -> list[str]:
+        by_reason: dict[str, list[str]] = defaultdict(list)
+        for item in self.left_out:
+            by_reason[item.reason].append(item.module)
+        lines = []
+        for reason, names in by_reason.items():
+            if len(names) <= _LISTED:
+                lines += [f"{name}: {reason}" for name in names]
+            else:
+                lines.append(f"{names[0]}, {names[1]} and {len(names) - 2} more: {reason}")
+        return lines
 
-def make_plan(model: nn.Module, targets: Targets, rank: int, trained: Iterable[str] = ()) -> Plan:
+
+def make_plan(
+    model: nn.Module,
+    targets: Targets,
+    rank: int | Mapping[str, int],
+    trained: Iterable[str] = (),
+    stacks: str = "shape",
+) -> Plan:
     """Groups the linear layers of ``model`` into stacks.
 
-    Without ``targets`` every plain ``nn.Linear`` is taken, fused q, k, v projections are cut into
-    three slices, and layers of one slice shape, dtype and device form a stack in the order in which
-    the model registers them. ``targets`` restricts the layers by name; as a mapping it also says
-    which of them share a stack, and in which order.
+    Linear layers are plain ``nn.Linear``, GPT-2's ``Conv1D`` (by its type), and the projections of
+    ``nn.MultiheadAttention``, which go by the names ``q_proj``, ``k_proj``, ``v_proj`` and
+    ``out_proj`` after that of the attention. Without ``targets`` all of them are taken, fused q, k,
+    v projections are cut into three slices, and layers of one slice shape, dtype and device form a
+    stack in the order in which the model registers them. ``targets`` restricts the layers by name;
+    as a mapping it also says which of them share a stack, and in which order.
 
     Args:
         model: any module.
         targets: see above. A name matches a module by its whole dotted name, by the end of it
-            after a dot (``"attn.qkv"``), or as a pattern of either (``"vit.*.mlp.linear?"``).
-        rank: checked against every stack.
+            after a dot (``"attn.qkv"``), or as a pattern of either (``"vit.*.mlp.linear?"``). A
+            function is called with the name and the module of each linear layer and returns
+            whether to adapt it, or the name of the stack to put it in.
+        rank: checked against every stack; or ``{stack name or pattern: rank}``.
         trained: names of parameters that are trained directly; their layers are left out.
+        stacks: "shape", or "layer": each layer is a stack by itself, uncut (matrix CUR).
 
     Raises:
-        TypeError: a target that is no ``nn.Linear``.
+        TypeError: a target that is no linear layer.
         ValueError: a target that matches nothing, or in no stack, or no layer left to adapt.
     """
-    modules = {name: module for name, module in model.named_modules() if name}
-    reasons = _reasons_to_leave_out(model, modules, set(trained))
-    linears = {name: m for name, m in modules.items() if is_plain_linear(m)}
-    if isinstance(targets, Mapping):
-        groups, considered = _groups_by_mapping(modules, targets, reasons)
+    if stacks not in STACKS_BY:
+        raise ValueError(f"stacks: expected one of {', '.join(STACKS_BY)}, got {stacks!r}")
+    weights = find_weights(model)
+    reasons = reasons_to_leave_out(model, weights, set(trained))
+    explicit = targets is not None
+    chosen = _choose(model, weights, targets)
+    if isinstance(chosen, dict):
+        if stacks == "layer":
+            raise ValueError("stacks: expected 'shape' where targets name the stacks, got 'layer'")
+        groups = _named_groups(chosen, weights, reasons)
+        considered = {name for names in chosen.values() for name in names}
     else:
-        chosen = list(linears) if targets is None else _match("targets", modules, targets)
-        groups = _groups_by_shape({name: linears[name] for name in chosen}, reasons)
-        considered = set(reasons) if targets is None else set(chosen)
+        taken = {name: weights[name].tensor for name in chosen if name not in reasons}
+        groups = groups_by_shape(taken) if stacks == "shape" else groups_by_layer(taken)
+        considered = set(chosen) if explicit else set(reasons)
 
-    stacks, left_out = [], []
+    planned, left_out = [], []
     for key, (n1, n2), members in groups:
-        alone = sum(member.slices for member in members) == 1
-        too_small = not 1 <= rank <= min(n1, n2)
-        if targets is None and (alone or too_small):
-            reason = (
-                "the only slice of its shape" if alone else f"rank {rank} exceeds min({n1}, {n2})"
-            )
+        alone = stacks == "shape" and sum(member.slices for member in members) == 1
+        if not explicit and alone:
+            left_out += [LeftOut(m.module, "the only slice of its shape") for m in members]
+            continue
+        own = setting("rank", rank, key)
+        if not explicit and not 1 <= own <= min(n1, n2):
+            reason = f"rank {own} exceeds min({n1}, {n2})"
             left_out += [LeftOut(member.module, reason) for member in members]
             continue
-        check_rank("rank", rank, n1, n2)
-        stacks.append(StackPlan(key, n1, n2, tuple(members)))
+        check_rank("rank", own, n1, n2)
+        planned.append(StackPlan(key, n1, n2, tuple(members)))
     left_out += [LeftOut(n, reason) for n, reason in reasons.items() if n in considered]
-    if not stacks:
+    if not planned:
         why = "; ".join(f"{item.module}: {item.reason}" for item in left_out[:5])
         raise ValueError(
             "targets: expected at least one nn.Linear that can be adapted, got none"
             + (f" ({why})" if why else "")
         )
-    order = {name: index for index, name in enumerate(modules)}
-    return Plan(tuple(stacks), tuple(sorted(left_out, key=lambda item: order[item.module])))
+    check_setting("rank", rank, planned)
+    order = {name: index for index, (name, _) in enumerate(model.named_modules())}
+
+    def registered(item: LeftOut) -> int:
+        weight = weights.get(item.module)
+        return order[item.module if weight is None else weight.owner]
+
+    return Plan(tuple(planned), tuple(sorted(left_out, key=registered)))
 
 
-def is_plain_linear(module: nn.Module) -> bool:
-    """Whether the module is an ``nn.Linear`` and no subclass of it."""
-    # By exact type: subclasses (the output projection of nn.MultiheadAttention, quantised layers)
-    # are often used without their forward.
-    return type(module) is nn.Linear
+def setting(argument: str, value: _Value | Mapping[str, _Value], stack: str) -> _Value:
+    """The value for one stack of an argument that may be ``{stack name or pattern: value}``.
+
+    Raises:
+        ValueError: a mapping without that stack.
+    """
+    if not isinstance(value, Mapping):
+        return value
+    if stack in value:
+        return value[stack]
+    for pattern, own in value.items():
+        if fnmatchcase(stack, pattern):
+            return own
+    raise ValueError(f"{argument}: expected a value for stack {stack!r}, got {list(value)}")
 
 
-def _reasons_to_leave_out(
-    model: nn.Module, modules: dict[str, nn.Module], trained: set[str]
-) -> dict[str, str]:
-    """Linear layers that no stack can take, with the reason."""
-    owners: dict[int, list[str]] = defaultdict(list)
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners[id(parameter)].append(name)
-    reasons = {}
-    for name, module in modules.items():
-        if not isinstance(module, nn.Linear):
-            continue
-        weight = module.weight
-        if not is_plain_linear(module):
-            reasons[name] = f"{type(module).__name__} is not a plain nn.Linear"
-        elif len(owners[id(weight)]) > 1:
-            reasons[name] = f"its weight is tied: {', '.join(owners[id(weight)])}"
-        elif {f"{name}.weight", f"{name}.bias"} & trained:
-            reasons[name] = "trained directly (train_also)"
-        elif not weight.dtype.is_floating_point:
-            reasons[name] = f"its weight is {weight.dtype}"
-    return reasons
-
-
-def _match(argument: str, modules: dict[str, nn.Module], targets: str | Sequence[str]) -> list[str]:
-    """Names of the linear layers that the targets match, each target at least one."""
-    chosen: dict[str, None] = {}
-    for target in [targets] if isinstance(targets, str) else targets:
-        if not isinstance(target, str):
-            raise TypeError(f"{argument}: expected names or patterns, got {type(target).__name__}")
-        found = [n for n in modules if fnmatchcase(n, target) or fnmatchcase(n, f"*.{target}")]
-        if not found:
-            raise ValueError(f"{argument}: expected a module that matches {target!r}, got none")
-        linear = [name for name in found if isinstance(modules[name], nn.Linear)]
-        if not linear:
-            kinds = ", ".join(sorted({type(modules[name]).__name__ for name in found}))
-            raise TypeError(f"{argument}: expected {target!r} to match nn.Linear, got {kinds}")
-        unsupported = [name for name in linear if not is_plain_linear(modules[name])]
-        if len(unsupported) == len(linear):
-            kinds = ", ".join(sorted({type(modules[name]).__name__ for name in unsupported}))
-            raise TypeError(
-                f"{argument}: expected {target!r} to match a plain nn.Linear, got {kinds}"
+def check_setting(argument: str, value: Any, stacks: Iterable[StackPlan]) -> None:
+    """Refuses a mapping with names that match no stack."""
+    if not isinstance(value, Mapping):
+        return
+    names = [stack.name for stack in stacks]
+    for pattern in value:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ValueError(
+                f"{argument}: expected names or patterns of stacks ({', '.join(names)}), got "
+                f"{pattern!r}"
             )
-        chosen.update(dict.fromkeys(name for name in linear if is_plain_linear(modules[name])))
-    return [name for name in modules if name in chosen]
-
-
-def _slices_of(name: str, linear: nn.Linear) -> int:
-    fused = name.rpartition(".")[2] in _FUSED_QKV and linear.out_features == 3 * linear.in_features
-    return 3 if fused else 1
 
 
 _Group = tuple[str, tuple[int, int], list[Member]]
 
 
-def _groups_by_shape(linears: dict[str, nn.Linear], reasons: dict[str, str]) -> list[_Group]:
+def groups_by_shape(weights: Mapping[str, Tensor]) -> list[_Group]:
+    """Weights [out, in] of one slice shape, dtype and device together, in their order."""
     groups: dict[tuple[int, int, torch.dtype, torch.device], list[Member]] = defaultdict(list)
-    for name, linear in linears.items():
-        if name not in reasons:
-            slices = _slices_of(name, linear)
-            weight = linear.weight
-            n1, n2 = linear.out_features // slices, linear.in_features
-            groups[n1, n2, weight.dtype, weight.device].append(Member(name, slices))
+    for name, weight in weights.items():
+        slices = _slices_of(name, weight)
+        n1, n2 = weight.shape[0] // slices, weight.shape[1]
+        groups[n1, n2, weight.dtype, weight.device].append(Member(name, slices))
     named: list[_Group] = []
     for (n1, n2, _, _), members in groups.items():
         name = f"{n1}x{n2}"
@@ -204,20 +231,114 @@ def _groups_by_shape(linears: dict[str, nn.Linear], reasons: dict[str, str]) -> 
     return named
 
 
-def _groups_by_mapping(
-    modules: dict[str, nn.Module],
-    targets: Mapping[str, str | Sequence[str]],
-    reasons: dict[str, str],
-) -> tuple[list[_Group], set[str]]:
-    """The groups, and the names of all layers that the mapping matches."""
+def groups_by_layer(weights: Mapping[str, Tensor]) -> list[_Group]:
+    """Every weight [out, in] as a stack of one slice, named after its layer."""
+    named: list[_Group] = []
+    taken: set[str] = set()
+    for name, weight in weights.items():
+        key = name.replace(".", "_")
+        while key in taken or hasattr(nn.ModuleDict, key):
+            key += "_"
+        taken.add(key)
+        named.append((key, (weight.shape[0], weight.shape[1]), [Member(name, 1)]))
+    return named
+
+
+def _slices_of(name: str, weight: Tensor) -> int:
+    fused = name.rpartition(".")[2] in _FUSED_QKV and weight.shape[0] == 3 * weight.shape[1]
+    return 3 if fused else 1
+
+
+def _choose(
+    model: nn.Module, weights: Mapping[str, Weight], targets: Targets
+) -> list[str] | dict[str, list[str]]:
+    """Names of the layers that the targets choose, in the model's order; or such names by stack."""
+    if targets is None:
+        return list(weights)
+    if isinstance(targets, Mapping):
+        for stack in targets:
+            _check_stack_name(stack)
+        return {
+            stack: _match(f"targets[{stack!r}]", model, weights, patterns)
+            for stack, patterns in targets.items()
+        }
+    if callable(targets):
+        return _called(targets, weights)
+    return _match("targets", model, weights, targets)
+
+
+def _check_stack_name(stack: Any) -> None:
+    if not isinstance(stack, str) or not stack.isidentifier():
+        raise ValueError(f"targets: expected identifiers as stack names, got {stack!r}")
+    if hasattr(nn.ModuleDict, stack):
+        raise ValueError(f"targets: expected a stack name that is free, got {stack!r}")
+
+
+def _match(
+    argument: str,
+    model: nn.Module,
+    weights: Mapping[str, Weight],
+    targets: str | Sequence[str],
+) -> list[str]:
+    """Names of the linear layers that the targets match, each target at least one."""
+    modules = {name: module for name, module in model.named_modules() if name}
+    chosen: dict[str, None] = {}
+    for target in [targets] if isinstance(targets, str) else targets:
+        if not isinstance(target, str):
+            raise TypeError(f"{argument}: expected names or patterns, got {type(target).__name__}")
+        found = [n for n in {**modules, **weights} if _matches(n, target)]
+        if not found:
+            raise ValueError(f"{argument}: expected a module that matches {target!r}, got none")
+        # An attention stands for its projections.
+        linear = [n for n, weight in weights.items() if {n, weight.owner} & set(found)]
+        if not linear:
+            kinds = {type(modules[name]).__name__ for name in found}
+            several = any(isinstance(modules[name], nn.Linear) for name in found)
+            expected = "a plain nn.Linear" if several else "nn.Linear"
+            raise TypeError(
+                f"{argument}: expected {target!r} to match {expected}, got "
+                f"{', '.join(sorted(kinds))}"
+            )
+        chosen.update(dict.fromkeys(linear))
+    return [name for name in weights if name in chosen]
+
+
+def _matches(name: str, target: str) -> bool:
+    return fnmatchcase(name, target) or fnmatchcase(name, f"*.{target}")
+
+
+def _called(
+    choose: Callable[[str, nn.Module], bool | str | None], weights: Mapping[str, Weight]
+) -> list[str] | dict[str, list[str]]:
+    """What a function chose: names, or names by stack."""
+    chosen: list[str] = []
+    by_stack: dict[str, list[str]] = defaultdict(list)
+    for name, weight in weights.items():
+        answer = choose(name, weight.module)
+        if isinstance(answer, str):
+            _check_stack_name(answer)
+            by_stack[answer].append(name)
+        elif answer is True:
+            chosen.append(name)
+        elif answer is not None and answer is not False:
+            raise TypeError(
+                f"targets: expected the function to return a bool, a stack name or None, got "
+                f"{type(answer).__name__} for {name}"
+            )
+    if by_stack and chosen:
+        raise ValueError(
+            f"targets: expected the function to name a stack for all layers or for none, got none "
+            f"for {chosen[0]}"
+        )
+    return dict(by_stack) if by_stack else chosen
+
+
+def _named_groups(
+    chosen: Mapping[str, list[str]], weights: Mapping[str, Weight], reasons: Mapping[str, str]
+) -> list[_Group]:
     groups: list[_Group] = []
     taken: dict[str, str] = {}
-    for stack, patterns in targets.items():
-        if not isinstance(stack, str) or not stack.isidentifier():
-            raise ValueError(f"targets: expected identifiers as stack names, got {stack!r}")
-        if hasattr(nn.ModuleDict, stack):
-            raise ValueError(f"targets: expected a stack name that is free, got {stack!r}")
-        names = _match(f"targets[{stack!r}]", modules, patterns)
+    for stack, names in chosen.items():
         for name in names:
             if name in taken:
                 raise ValueError(
@@ -225,30 +346,29 @@ def _groups_by_mapping(
                     f"{taken[name]!r} and {stack!r}"
                 )
             taken[name] = stack
-        linears = {n: modules[n] for n in names if n not in reasons}
-        if not linears:
+        own = {n: weights[n].tensor for n in names if n not in reasons}
+        if not own:
             raise ValueError(
                 f"targets[{stack!r}]: expected a layer that can be adapted, got none ("
                 + "; ".join(f"{n}: {reasons[n]}" for n in names)
                 + ")"
             )
-        groups.append(_one_group(stack, linears))
-    return groups, set(taken)
+        groups.append(_one_group(stack, own))
+    return groups
 
 
-def _one_group(stack: str, linears: dict[str, nn.Module]) -> _Group:
+def _one_group(stack: str, weights: Mapping[str, Tensor]) -> _Group:
     """One stack of layers named together: cut to the smallest slice among them."""
-    layers = {name: module for name, module in linears.items() if isinstance(module, nn.Linear)}
-    n1 = min(layer.out_features // _slices_of(name, layer) for name, layer in layers.items())
-    n2 = next(iter(layers.values())).in_features
-    kinds = {(layer.weight.dtype, layer.weight.device) for layer in layers.values()}
+    n1 = min(weight.shape[0] // _slices_of(name, weight) for name, weight in weights.items())
+    n2 = next(iter(weights.values())).shape[1]
+    kinds = {(weight.dtype, weight.device) for weight in weights.values()}
     if len(kinds) > 1:
         raise ValueError(f"targets[{stack!r}]: expected one dtype and device, got {kinds}")
-    for name, layer in layers.items():
-        if layer.in_features != n2 or layer.out_features % n1:
+    for name, weight in weights.items():
+        if weight.shape[1] != n2 or weight.shape[0] % n1:
             raise ValueError(
                 f"targets[{stack!r}]: expected layers made of {n1} x {n2} slices, got {name} "
-                f"of {layer.out_features} x {layer.in_features}"
+                f"of {weight.shape[0]} x {weight.shape[1]}"
             )
-    members = [Member(name, layer.out_features // n1) for name, layer in layers.items()]
+    members = [Member(name, weight.shape[0] // n1) for name, weight in weights.items()]
     return stack, (n1, n2), members
