@@ -394,7 +394,7 @@ def test_settings_per_stack():
             ValueError,
             "stacks: expected 'shape' where targets name the stacks, got 'layer'",
         ),
-        ({"targets": lambda name, module: 1}, TypeError, "targets: expected the function to return"),
+        ({"targets": lambda name, module: 1}, TypeError, "expected the function to return a bool"),
         ({"targets": lambda name, module: False}, ValueError, "targets: expected at least one"),
         (
             {"targets": lambda name, module: "a" if name == "0" else True},

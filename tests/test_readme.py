@@ -20,7 +20,7 @@ def test_the_ten_lines(tmp_path, monkeypatch, capsys):
     output = capsys.readouterr().out.splitlines()
     assert 0.5 < float(output[0]) < 1.1
     assert output[1] == str(6 * 4 * 4)
-    assert output[2] == "stack 64x64: 6 slices of 64 x 64"
+    assert output[2].startswith("stack 64x64: 6 slices of 64 x 64, rank 4, ")
     assert (tmp_path / "adapter.safetensors").is_file()
 
 

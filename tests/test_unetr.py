@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from monai.networks.nets import UNETR
+from torch import nn
 
 import tcur_kernels as tcur
 
@@ -28,7 +29,10 @@ def test_the_papers_number_of_trainable_parameters():
         ("vit.blocks.0.attn.out_proj", 1),
         ("vit.blocks.0.attn.qkv", 3),
     ]
-    assert not adapter.plan.left_out
+    left_out = {item.module: item.reason for item in adapter.plan.left_out}
+    assert left_out["out.conv.conv"] == "Conv3d is not a linear layer"
+    assert left_out["decoder2.conv_block.conv1.conv"] == "trained directly (train_also)"
+    assert not any(type(model.get_submodule(name)) is nn.Linear for name in left_out)
 
 
 @pytest.fixture

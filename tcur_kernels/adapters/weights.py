@@ -22,6 +22,8 @@ _OTHER_KINDS = (
     nn.modules.conv._ConvNd,
 )
 
+_TRAINED = "trained directly (train_also)"
+
 
 @dataclass(frozen=True)
 class Weight:
@@ -85,7 +87,8 @@ def reasons_to_leave_out(
         elif isinstance(module, nn.MultiheadAttention) and not is_attention(module):
             reasons[name] = f"{type(module).__name__} is not a plain nn.MultiheadAttention"
         elif isinstance(module, _OTHER_KINDS):
-            reasons[name] = f"{type(module).__name__} is not a linear layer"
+            direct = any(f"{name}.{key}" in trained for key, _ in module.named_parameters())
+            reasons[name] = _TRAINED if direct else f"{type(module).__name__} is not a linear layer"
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for name, weight in weights.items():
         held, bias = weight.parameter_names()
@@ -93,7 +96,7 @@ def reasons_to_leave_out(
         if len(tied) > 1:
             reasons[name] = f"its weight is tied: {', '.join(tied.values())}"
         elif {held, bias} & trained:
-            reasons[name] = "trained directly (train_also)"
+            reasons[name] = _TRAINED
         elif not weight.tensor.dtype.is_floating_point:
             reasons[name] = f"its weight is {weight.tensor.dtype}"
         elif weight.tensor.is_meta:
