@@ -1,22 +1,32 @@
-"""``python -m benchmarks run``: time named cases, append rows. ``report``: write the tables."""
+"""``python -m benchmarks run``: measure named cases, append rows. ``report``: tables and plots."""
 
 from __future__ import annotations
 
 import argparse
 import warnings
+from collections.abc import Mapping
 
 import torch
 
-from . import cost_rule, materialize, report, rows, step
+from . import cast, cost_rule, materialize, memory, report, rows, scaling, step
+from .memory import Peak
+from .timing import Timing
 
-OPERATIONS = {"materialize": materialize, "step": step, "cost_rule": cost_rule}
+OPERATIONS = {
+    "materialize": materialize,
+    "scaling": scaling,
+    "cast": cast,
+    "step": step,
+    "memory": memory,
+    "cost_rule": cost_rule,
+}
 
 
 def main() -> None:
     """Reads the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("report", help="write the tables of the documents from the rows")
+    commands.add_parser("report", help="write tables and plots from the rows")
     run = commands.add_parser("run", help="time the chosen cases and append the rows")
     run.add_argument("--op", choices=OPERATIONS, action="append", help="default: all")
     known = [case for module in OPERATIONS.values() for case in module.CASES]
@@ -41,14 +51,25 @@ def measure(args: argparse.Namespace) -> None:
         for case, description in module.CASES.items():
             if args.case and case not in args.case:
                 continue
-            timings = module.measure(case, 2 if args.quick else args.rounds)
+            measured = module.measure(case, 2 if args.quick else args.rounds)
             print(f"\n{op} {case} {description}, {args.threads} threads")
-            print(f"{'':22}{'median ms':>10}{'p20 .. p80':>18}{'/ ' + module.YARDSTICK:>10}")
-            for name, t in timings.items():
-                spread = f"{t.p20_ms:.2f} .. {t.p80_ms:.2f}"
-                print(f"{name:22}{t.median_ms:10.2f}{spread:>18}{t.ratio:10.2f}")
+            show(measured, module.YARDSTICK)
             if not args.quick:
-                print(f"row appended to {rows.append(op, case, description, timings).name}")
+                print(f"rows appended to {rows.append(op, case, description, measured).name}")
+
+
+def show(measured: Mapping[str, Timing | Peak], yardstick: str) -> None:
+    """Prints one case."""
+    print(f"{'':22}{'':>10}{'p20 .. p80':>18}{'/ ' + yardstick:>10}")
+    for name, result in measured.items():
+        if isinstance(result, Timing):
+            value, spread = (
+                f"{result.median_ms:.2f} ms",
+                f"{result.p20_ms:.2f} .. {result.p80_ms:.2f}",
+            )
+        else:
+            value, spread = f"{result.peak_mb:.0f} MB", ""
+        print(f"{name:20}{value:>12}{spread:>18}{result.ratio:10.2f}")
 
 
 main()

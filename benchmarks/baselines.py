@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tcur_kernels import reference
 
@@ -76,19 +76,3 @@ class S2:
         left = self.lateral @ mixing
         right = self.horizontal.expand(n3, *self.horizontal.shape)
         return torch.baddbmm(self.weight, left, right, out=self.out)
-
-
-class LoRALinear(nn.Module):
-    """``base(x) + B(A(x)) * scale``, as peft computes it (dropout 0): B starts at zero."""
-
-    def __init__(self, base: nn.Linear, rank: int) -> None:
-        super().__init__()
-        self.base = base
-        self.lora_a = nn.Linear(base.in_features, rank, bias=False)
-        self.lora_b = nn.Linear(rank, base.out_features, bias=False)
-        nn.init.zeros_(self.lora_b.weight)
-        self.scale = 2.0
-
-    def forward(self, x: Tensor) -> Tensor:
-        """As the base, plus the update."""
-        return self.base(x) + self.lora_b(self.lora_a(x)) * self.scale

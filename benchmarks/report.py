@@ -1,16 +1,23 @@
-"""Tables of the documents, made from the newest row of every device, case and contender."""
+"""Tables and plots of the documents, from the newest row of every device, case and contender."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
+import matplotlib
+from matplotlib import pyplot
+from matplotlib.figure import Figure
+
 from . import rows
 
+matplotlib.use("Agg")
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = (ROOT / "docs" / "performance.md", ROOT / "README.md")
 BEGIN, END = "<!-- begin {op} -->\n", "<!-- end {op} -->\n"
-#: op -> columns, each a ratio of two contenders' medians; the first numerator is ours.
+PLOTS = ROOT / "docs" / "plots"
+#: op -> columns, each a ratio of two contenders' values; the first numerator is ours.
 LAYOUT = {
     "materialize": (
         ("materialize", "stream"),
@@ -19,13 +26,17 @@ LAYOUT = {
         ("eager", "materialize"),
         ("compile", "materialize"),
     ),
+    "cast": (("materialize", "autocast"), ("materialize", "copy")),
     "step": (
         ("tcur", "frozen"),
         ("tcur_bf16", "frozen"),
         ("lora", "frozen"),
+        ("fourierft", "frozen"),
+        ("full", "frozen"),
         ("tcur", "lora"),
         ("tcur_bf16", "lora"),
     ),
+    "memory": (("tcur", "lora"), ("fourierft", "lora"), ("full", "lora"), ("frozen", "lora")),
     "cost_rule": (
         ("auto", "auto"),
         ("materialized_z", "auto"),
@@ -42,18 +53,24 @@ def table(op: str, recorded: Sequence[dict[str, str]]) -> str:
     """Markdown of one operator: ratios of medians of the newest rows."""
     columns = LAYOUT[op]
     ours = columns[0][0]
-    newest: dict[tuple[str, str], dict[str, float]] = {}
+    unit = "MB" if op == "memory" else "ms"
+    columns = [pair for pair in columns if pair[0] != pair[1]]
+    heads = ["device", "case", f"{ours}, {unit}", *(f"{top} / {bottom}" for top, bottom in columns)]
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    for (device, case), value in newest(op, recorded).items():
+        ratios = [_ratio(value.get(top), value.get(bottom)) for top, bottom in columns]
+        lines.append("| " + " | ".join([device, case, f"{value[ours]:.4g}", *ratios]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def newest(op: str, recorded: Sequence[dict[str, str]]) -> dict[tuple[str, str], dict[str, float]]:
+    """(device, case) -> contender -> value, of the newest rows of one operation."""
+    found: dict[tuple[str, str], dict[str, float]] = {}
     for row in recorded:
         if row["op"] == op:
-            case = newest.setdefault((row["device"], row["case"]), {})
-            case[row["contender"]] = float(row["median_ms"])
-    columns = [pair for pair in columns if pair[0] != pair[1]]
-    heads = ["device", "case", f"{ours}, ms", *(f"{top} / {bottom}" for top, bottom in columns)]
-    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
-    for (device, case), ms in newest.items():
-        ratios = [_ratio(ms.get(top), ms.get(bottom)) for top, bottom in columns]
-        lines.append("| " + " | ".join([device, case, f"{ms[ours]:.4g}", *ratios]) + " |")
-    return "\n".join(lines) + "\n"
+            case = found.setdefault((row["device"], row["case"]), {})
+            case[row["contender"]] = float(row["value"])
+    return found
 
 
 def _ratio(numerator: float | None, denominator: float | None) -> str:
@@ -63,7 +80,10 @@ def _ratio(numerator: float | None, denominator: float | None) -> str:
 
 
 def write() -> list[Path]:
-    """Puts the tables between their marks in the documents that have them; returns the documents.
+    """Puts the tables between their marks in the documents that have them, and draws the plots.
+
+    Returns:
+        What was written.
 
     Raises:
         ValueError: no document has marks for an operator.
@@ -81,4 +101,57 @@ def write() -> list[Path]:
             texts[path] = head + begin + table(op, recorded) + end + rest.split(end)[1]
     for path, text in texts.items():
         path.write_text(text, encoding="utf-8")
-    return list(texts)
+    return [*texts, *plot(recorded)]
+
+
+def plot(recorded: Sequence[dict[str, str]]) -> list[Path]:
+    """Per cent of streaming over n3 and over the rank; step time and memory over tokens."""
+    PLOTS.mkdir(exist_ok=True)
+    scaling, step, memory = (newest(op, recorded) for op in ("scaling", "step", "memory"))
+    paths = []
+    for device in sorted({row["device"] for row in recorded}):
+        figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+        for axis, prefix, label in zip(axes, ("n3", "rank"), ("n3", "rank (n3 = 12)"), strict=True):
+            for suffix, threads in (("", "all threads"), ("_1", "one thread")):
+                points = {
+                    x: 100 * value["stream" + suffix] / value["materialize" + suffix]
+                    for x, value in _over(scaling, device, rf"{prefix}_(\d+)")
+                }
+                axis.plot(points.keys(), points.values(), "o-", label=threads)
+            axis.set(xlabel=label, ylabel="% of streaming", xscale="log", ylim=0)
+            axis.legend()
+        paths.append(_save(figure, f"{device}-streaming.png"))
+        figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+        for axis, found, pattern, label in (
+            (axes[0], step, r"vit_b_(\d+)_tokens", "step, ms"),
+            (axes[1], memory, r"vit_b_mlp_(\d+)_tokens", "peak memory, MB"),
+        ):
+            series: dict[str, dict[int, float]] = {}
+            for tokens, value in _over(found, device, pattern):
+                for method, number in value.items():
+                    series.setdefault(method, {})[tokens] = number
+            for method, points in series.items():
+                axis.plot(points.keys(), points.values(), "o-", label=method)
+            axis.set(xlabel="tokens", ylabel=label, xscale="log", yscale="log")
+            if series:
+                axis.legend()
+        paths.append(_save(figure, f"{device}-step.png"))
+    return paths
+
+
+def _over(
+    found: dict[tuple[str, str], dict[str, float]], device: str, pattern: str
+) -> list[tuple[int, dict[str, float]]]:
+    """The cases of a device whose names match, by the number in the name."""
+    matches = [(re.fullmatch(pattern, case), where, case) for where, case in found]
+    return sorted(
+        ((int(m[1]), found[where, case]) for m, where, case in matches if m and where == device),
+        key=lambda point: point[0],
+    )
+
+
+def _save(figure: Figure, name: str) -> Path:
+    path = PLOTS / name
+    figure.savefig(path, dpi=100, metadata={"Software": None})  # no version: the same bytes again
+    pyplot.close(figure)
+    return path

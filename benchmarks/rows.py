@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import platform
 import subprocess
+from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
@@ -13,9 +14,11 @@ import torch
 
 import tcur_kernels as tcur
 
+from .memory import Peak
 from .timing import Timing
 
 RESULTS = Path(__file__).parent / "results"
+MEMORY = "-memory"  # ends the names of files whose rows are of memory
 
 
 def device_name() -> str:
@@ -31,8 +34,13 @@ def device_name() -> str:
     )
 
 
-def append(op: str, case: str, shape: tuple[int | bool, ...], timings: dict[str, Timing]) -> Path:
-    """Appends one row per contender and returns the file."""
+def append(
+    op: str,
+    case: str,
+    shape: tuple[int | bool, ...],
+    measured: Mapping[str, Timing | Peak],
+) -> Path:
+    """Appends one row per contender and returns the file: one for times, one for memory."""
     commit = _git("rev-parse", "--short", "HEAD")
     code = ("csrc", "tcur_kernels", "benchmarks/*.py", "setup.py")
     dirty = bool(_git("-C", "..", "status", "--porcelain", "--untracked-files=no", "--", *code))
@@ -46,25 +54,32 @@ def append(op: str, case: str, shape: tuple[int | bool, ...], timings: dict[str,
         "shape": "x".join(map(str, shape)),
     }
     RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{device_name()}.csv"
+    (kind,) = {type(numbers) for numbers in measured.values()}
+    path = RESULTS / f"{device_name()}{MEMORY if kind is Peak else ''}.csv"
     new = not path.exists()
     with open(path, "a", newline="", encoding="utf-8") as file:
-        fields = [*common, "contender", *Timing.__dataclass_fields__]
+        fields = [*common, "contender", *kind.__dataclass_fields__]
         writer = csv.DictWriter(file, fields)
         if new:
             writer.writeheader()
-        for contender, timing in timings.items():
-            numbers = {name: f"{value:.4g}" for name, value in asdict(timing).items()}
+        for contender, result in measured.items():
+            numbers = {name: f"{value:.4g}" for name, value in asdict(result).items()}
             writer.writerow({**common, "contender": contender, **numbers})
     return path
 
 
 def read() -> list[dict[str, str]]:
-    """All rows of all devices, with ``device`` beside what was written, oldest first."""
+    """All rows of all devices, oldest first.
+
+    Beside what was written: ``device``, and ``value``, milliseconds or megabytes.
+    """
     found = []
     for path in sorted(RESULTS.glob("*.csv")):
         with open(path, newline="", encoding="utf-8") as file:
-            found += [{"device": path.stem, **row} for row in csv.DictReader(file)]
+            device = path.stem.removesuffix(MEMORY)
+            for row in csv.DictReader(file):
+                value = row["peak_mb" if path.stem.endswith(MEMORY) else "median_ms"]
+                found.append({"device": device, "value": value, **row})
     return sorted(found, key=lambda row: row["time"])
 
 

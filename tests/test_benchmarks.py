@@ -13,9 +13,13 @@ ROOT = Path(__file__).parent.parent
 @pytest.fixture
 def benchmarks(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT))
+    import benchmarks.cast
     import benchmarks.materialize
+    import benchmarks.memory
+    import benchmarks.methods
     import benchmarks.report
     import benchmarks.rows
+    import benchmarks.scaling
     import benchmarks.step
 
     return benchmarks
@@ -41,9 +45,12 @@ def test_a_wrong_contender_is_not_timed(benchmarks, monkeypatch):
 
 def test_a_step_checks_its_gradients(benchmarks, monkeypatch):
     step = benchmarks.step
-    monkeypatch.setattr(step, "WIDTH", 16)
+    monkeypatch.setattr(benchmarks.methods, "WIDTH", 32)
     monkeypatch.setitem(step.CASES, "small", (20, False))
-    assert set(step.measure("small", 2)) == {"frozen", "tcur", "tcur_bf16", "lora"}
+    methods = {"frozen", "tcur", "tcur_bf16", "lora", "fourierft", "full"}
+    assert set(step.measure("small", 2)) == methods
+    monkeypatch.setitem(step.CASES, "small_autocast", (20, True))
+    assert set(step.measure("small_autocast", 2)) == methods - {"tcur_bf16"}
     monkeypatch.setattr(step, "LIMIT", 1e-9)
     with pytest.raises(RuntimeError, match=r"tcur: gradient of .* is off by"):
         step.measure("small", 2)
@@ -58,24 +65,60 @@ def test_the_cost_rule_is_measured(benchmarks, monkeypatch):
     assert set(timings) == {"auto", *ways}
 
 
+def test_scaling_and_cast(benchmarks, monkeypatch):
+    threads = torch.get_num_threads()
+    monkeypatch.setitem(benchmarks.scaling.CASES, "small", (4, 6, 9, 2))
+    contenders = {"stream", "materialize", "stream_1", "materialize_1"}
+    assert set(benchmarks.scaling.measure("small", 2)) == contenders
+    assert torch.get_num_threads() == threads
+    monkeypatch.setitem(benchmarks.cast.CASES, "small", (4, 6, 9, 2))
+    assert set(benchmarks.cast.measure("small", 2)) == {"autocast", "copy", "materialize"}
+    right = benchmarks.cast.tcur.materialize
+
+    def wrong(*args, out=None):
+        return right(*args) if out is None else 1.1 * right(*args, out=out)
+
+    monkeypatch.setattr(benchmarks.cast.tcur, "materialize", wrong)
+    with pytest.raises(RuntimeError, match="materialize to bf16 is wrong"):
+        benchmarks.cast.measure("small", 2)
+
+
+def test_memory_is_measured_in_children(benchmarks, monkeypatch):
+    memory = benchmarks.memory
+    monkeypatch.setitem(memory.CASES, "small", (64,))
+    monkeypatch.setattr(memory, "CONTENDERS", ("lora", "tcur"))
+    peaks = memory.measure("small", 1)
+    assert peaks["lora"].ratio == 1
+    assert 0 < peaks["tcur"].ratio < 1
+    monkeypatch.setattr(memory, "CONTENDERS", ("lora", "nothing"))
+    with pytest.raises(RuntimeError, match="nothing: the child process failed"):
+        memory.measure("small", 1)
+
+
 def test_rows_and_tables(benchmarks, monkeypatch, tmp_path):
     Timing = benchmarks.rows.Timing
     monkeypatch.setattr(benchmarks.rows, "RESULTS", tmp_path / "results")
     document = tmp_path / "performance.md"
     document.write_text("a\n<!-- begin materialize -->\nold\n<!-- end materialize -->\nb\n")
     monkeypatch.setattr(benchmarks.report, "DOCUMENTS", (document,))
+    monkeypatch.setattr(benchmarks.report, "PLOTS", tmp_path)
     for ms in (9.0, 2.0):
         timings = {"stream": Timing(1, 1, 1, 1), "materialize": Timing(ms, ms, ms, ms)}
         benchmarks.rows.append("materialize", "some", (4, 6, 7, 2), timings)
     (row, *_) = benchmarks.rows.read()
     assert (row["op"], row["shape"], row["torch"]) == ("materialize", "4x6x7x2", torch.__version__)
-    with pytest.raises(ValueError, match="expected the marks <!-- begin step -->"):
+    peaks = {"lora": benchmarks.memory.Peak(2, 1), "tcur": benchmarks.memory.Peak(1, 0.5)}
+    path = benchmarks.rows.append("memory", "vit_b_mlp_9_tokens", (9,), peaks)
+    assert path.stem.endswith("-memory")
+    with pytest.raises(ValueError, match="expected the marks <!-- begin cast -->"):
         benchmarks.report.write()
     with document.open("a") as file:
-        for op in ("step", "cost_rule"):
+        for op in ("cast", "step", "memory", "cost_rule"):
             file.write(f"<!-- begin {op} -->\n<!-- end {op} -->\n")
-    benchmarks.report.write()
+    written = benchmarks.report.write()
+    assert [path.name.rsplit("-", 1)[1] for path in written[1:]] == ["streaming.png", "step.png"]
     text = document.read_text()
+    assert "| vit_b_mlp_9_tokens | 1 | 0.50 | – | – | – |" in text
     assert "| some | 2 | 2.00 | – | – | – | – |" in text
     assert "old" not in text
     benchmarks.report.write()
