@@ -2,6 +2,7 @@
 
 from .adapters import Adapter as Adapter
 from .adapters import Plan as Plan
+from .adapters import StackedCores as StackedCores
 from .adapters import adapt as adapt
 from .adapters import load_adapter as load_adapter
 from .decompose import TensorCUR as TensorCUR

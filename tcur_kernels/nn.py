@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -36,10 +37,13 @@ class TProductStack(nn.Module):
         n1: rows of a slice, default the smallest out_features.
         precision: of the products of tokens with the factors: "ieee", or "bf16" for operands
             rounded to bf16 (a gradient error of about 4e-3). Under autocast to bf16 it is "bf16".
+        factors: C and R where they are not to be slices of these weights (a base in another dtype);
+            the selection then only says which slices they were.
 
     Attributes:
         core: Parameter ``[n3, r, r]``, fp32 (fp64 for fp64 weights), whatever dtype the model is
-            cast to.
+            cast to. Of several cores (`add_core`) the active one; the others are frozen parameters
+            ``core_<name>``.
         layers: the `TProductLinear` layers, which share the parameters of ``linears``; or whatever
             else holds the weights, see `kept.Layer`.
         rows, columns: the chosen indices I and J.
@@ -64,6 +68,7 @@ class TProductStack(nn.Module):
         generator: torch.Generator | None = None,
         n1: int | None = None,
         precision: str = "ieee",
+        factors: CURFactors | None = None,
     ) -> None:
         super().__init__()
         if precision not in PRECISIONS:
@@ -86,10 +91,22 @@ class TProductStack(nn.Module):
         self.precision = precision
         self.rows, self.columns = tuple(rows.tolist()), tuple(columns.tolist())
         device = slices[0].device
-        factors = CURFactors(
-            torch.stack([w[:, columns.to(device)] for w in slices]),
-            torch.stack([w[rows.to(device)] for w in slices]),
-        )
+        if factors is None:
+            factors = CURFactors(
+                torch.stack([w[:, columns.to(device)] for w in slices]),
+                torch.stack([w[rows.to(device)] for w in slices]),
+            )
+        elif (factors.n3, factors.n1, factors.n2, factors.rank) != (
+            self.n3,
+            self.n1,
+            self.n2,
+            rank,
+        ):
+            raise ValueError(
+                f"factors: expected n3, n1, n2, rank {self.n3}, {self.n1}, {self.n2}, {rank}, got "
+                f"{factors}"
+            )
+        factors = factors.to(device)
         for name in ("lateral", "horizontal", "lateral_hat", "horizontal_hat"):
             self.register_buffer(name, getattr(factors, name), persistent=False)
         core = torch.zeros(self.n3, rank, rank, dtype=factors.dtype, device=device)
@@ -97,6 +114,7 @@ class TProductStack(nn.Module):
 
         self.enabled = True
         self._backup: list[Tensor] | None = None  # base weights while merged
+        self._batch: tuple[Tensor, Tensor] | None = None  # cores and adapter_ids of the batch
         self._built: Effective | None = None
         self._factors: CURFactors | None = None
         self._projected: Projected | None = None
@@ -161,16 +179,23 @@ class TProductStack(nn.Module):
             return F.linear(x, weight.to(dtype), bias)
         if self.core.dtype == torch.float64:
             precision = "ieee"
+        core, adapter_ids = (self.core, None) if self._batch is None else self._batch
+        if adapter_ids is not None and x.shape[0] % max(1, adapter_ids.shape[0]):
+            raise ValueError(
+                f"x: expected {adapter_ids.shape[0]} rows, one for each of adapter_ids, as first "
+                f"axis, got {list(x.shape)}"
+            )
         tokens = x.numel() // max(1, self.n2)
         sizes = {"n1": self.n1, "n2": self.n2, "n3": self.n3, "rank": self.rank}
         is_built = False
-        if torch.compiler.is_compiling():
-            mode = "factored"  # the kept buffer is state that a traced graph cannot see
+        if torch.compiler.is_compiling() or adapter_ids is not None:
+            mode = "factored"  # a traced graph cannot see the kept buffer, and that has one core
         else:
             is_built = self._is_built(dtype, [layer])
             mode = cost.choose_mode(
                 self.mode, tokens=tokens, weight_dtype=weight.dtype, is_built=is_built, **sizes
             )
+        if not torch.compiler.is_compiling():
             self._factors = self.factors
         effective = z = None
         if mode == "materialized":
@@ -179,9 +204,11 @@ class TProductStack(nn.Module):
             assert self._built is not None
             effective = self._built.view_of(layer)
         gradient = "x"
-        trains = torch.is_grad_enabled() and self.core.requires_grad
+        trains = torch.is_grad_enabled() and core.requires_grad
         if trains and not torch.compiler.is_compiling():
             gradient = cost.choose_gradient(tokens, **sizes)
+            if gradient == "dense" and adapter_ids is not None:
+                gradient = "x"  # dyᵀx would mix the tokens of all cores
             if gradient == "z":
                 z = self._project(source, x, precision)
         return cur_linear(
@@ -189,13 +216,14 @@ class TProductStack(nn.Module):
             weight.to(dtype) if effective is None else effective,
             bias,
             self.factors,
-            self.core,
+            core,
             layer.slice_index,
             self.alpha,
             effective=effective,
             z=z,
             dense_grad=gradient == "dense",
             precision=precision,
+            adapter_ids=adapter_ids,
         )
 
     def _project(self, source: Tensor, x: Tensor, precision: str) -> Tensor:
@@ -205,6 +233,46 @@ class TProductStack(nn.Module):
             kept = project(x, self.factors, precision)
             self._projected = Projected(source, kept, precision)
         return kept
+
+    def core_of(self, name: str | None) -> nn.Parameter:
+        """The core of that name among those of `add_core`; None: the active one."""
+        return self.core if name is None else self.get_parameter(f"core_{name}")
+
+    def add_core(self, name: str) -> None:
+        """Another core, of zeros, beside the active one; frozen until it is active itself."""
+        core = nn.Parameter(torch.zeros_like(self.core), requires_grad=False)
+        self.register_parameter(f"core_{name}", core)
+
+    def remove_core(self, name: str) -> None:
+        """Drops a core that is not active."""
+        delattr(self, f"core_{name}")
+
+    def activate_core(self, name: str, former: str) -> None:
+        """Makes the core of that name the active one, which goes on under the name ``former``.
+
+        Parameters change places, not values: what an optimizer holds stays what it was, and a
+        compiled graph, which takes ``core`` as an input, stays valid.
+        """
+        core, trained = self.core_of(name), self.core
+        core.requires_grad_(trained.requires_grad)
+        trained.requires_grad_(False)
+        delattr(self, f"core_{name}")
+        self.core = core
+        self.register_parameter(f"core_{former}", trained)
+
+    @contextmanager
+    def batch(self, cores: Tensor, adapter_ids: Tensor) -> Iterator[None]:
+        """Context in which row b of a batch goes by ``cores[adapter_ids[b]]``.
+
+        Args:
+            cores: ``[A, n3, r, r]``, dtype and device of ``core``; the gradient reaches them.
+            adapter_ids: int64 ``[B]``. Batches come first among the axes of every input.
+        """
+        before, self._batch = self._batch, (cores, adapter_ids)
+        try:
+            yield
+        finally:
+            self._batch = before
 
     def merge(self) -> None:
         """Writes W_eff into the layers' weights, keeping a copy of the base."""

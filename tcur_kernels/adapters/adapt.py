@@ -1,25 +1,22 @@
-"""One line to adapt a model, and the adapter that comes of it."""
+"""One line to adapt a model."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from fnmatch import fnmatchcase
 from math import ceil
-from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from .. import cost
 from ..decompose import Selection
+from ..factors import CURFactors
 from ..nn import TProductStack
-from .checkpoint import write_adapter_file
-from .fingerprint import STACKS, digest, frozen_digest, persistent_buffers
-from .install import put_in_place, take_out
+from .adapter import Adapter
+from .fingerprint import STACKS, persistent_buffers
+from .install import put_in_place
 from .plan import Plan, StackPlan, Targets, check_setting, make_plan, setting
+from .trained import trained_names
 from .weights import find_weights, stand_in
 
 
@@ -33,150 +30,6 @@ class Stacks(nn.ModuleDict):
     def forward(self, input: Tensor) -> Tensor:
         """``input``, as it came."""
         return input
-
-
-class Adapter:
-    """The handle of an adapted model; made by `adapt` and `load_adapter`.
-
-    Attributes:
-        model: the adapted model, trained and called as before.
-        plan: ordered stacks, slices, shapes, and what was left out and why.
-        stacks: stack name -> `TProductStack`; ``stacks[name].core`` is the trained core.
-        train_also: patterns of what is trained beside the cores.
-        skipped: what `load_adapter` with strict=False found in the file and not in the model.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        plan: Plan,
-        stacks: Mapping[str, TProductStack],
-        train_also: tuple[str, ...],
-        buffer_digests: Mapping[str, str],
-    ) -> None:
-        self.model = model
-        self.plan = plan
-        self.stacks = dict(stacks)
-        self.train_also = train_also
-        self.skipped: tuple[str, ...] = ()
-        self._buffer_digests = dict(buffer_digests)
-
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Name in the model and parameter, for everything the adapter trains: cores first."""
-        for name, stack in self.stacks.items():
-            yield f"{STACKS}.{name}.core", stack.core
-        parameters = dict(self.model.named_parameters())
-        for name in trained_names(self.model, self.train_also):
-            yield name, parameters[name]
-
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """Everything the adapter trains: the cores, then what ``train_also`` names."""
-        for _, parameter in self.named_parameters():
-            yield parameter
-
-    def count_parameters(self) -> int:
-        """Number of trained numbers."""
-        return sum(parameter.numel() for parameter in self.parameters())
-
-    def save(self, path: str | Path) -> None:
-        """Writes cores, indices, plan, trained parameters and the base's fingerprint to ``path``.
-
-        safetensors; atomic: a save that fails leaves the file that was there as it was.
-        """
-        trained = trained_names(self.model, self.train_also)
-        parameters = dict(self.model.named_parameters())
-        tensors: dict[str, Tensor] = {f"trained.{name}": parameters[name] for name in trained}
-        # Statistics that training moved (of batch norms, say) belong to what was learned.
-        for name, buffer in persistent_buffers(self.model):
-            if digest([buffer]) != self._buffer_digests[name]:
-                tensors[f"buffer.{name}"] = buffer
-        entries = []
-        for plan in self.plan.stacks:
-            stack = self.stacks[plan.name]
-            tensors[f"core.{plan.name}"] = stack.core
-            tensors[f"rows.{plan.name}"] = torch.tensor(stack.rows)
-            tensors[f"columns.{plan.name}"] = torch.tensor(stack.columns)
-            entries.append(
-                {
-                    "name": plan.name,
-                    "n1": plan.n1,
-                    "n2": plan.n2,
-                    "rank": stack.rank,
-                    "alpha": stack.alpha,
-                    "mode": stack.mode,
-                    "precision": stack.precision,
-                    "members": [[member.module, member.slices] for member in plan.members],
-                    "base_sha256": digest(stack.base_slices()),
-                }
-            )
-        header = {
-            "stacks": entries,
-            "train_also": list(self.train_also),
-            "frozen_sha256": frozen_digest(self.model, self.plan, trained),
-        }
-        write_adapter_file(Path(path), header, tensors)
-
-    @property
-    def is_merged(self) -> bool:
-        """Whether the base weights hold W_eff now."""
-        return any(stack.is_merged for stack in self.stacks.values())
-
-    def merge(self, inplace: bool = True) -> nn.Module:
-        """Folds the update into the weights, one rounding; `unmerge` takes it back bit for bit.
-
-        Args:
-            inplace: True writes into the model's own weights and keeps a copy of the base. False
-                returns a merged copy that needs this package no more: its layers are plain
-                ``nn.Linear`` again, and this model stays as it is.
-
-        Raises:
-            ValueError: the model is merged already.
-        """
-        if self.is_merged:
-            raise ValueError("merge: expected an unmerged adapter, got one that is merged already")
-        if inplace:
-            for stack in self.stacks.values():
-                stack.merge()
-            return self.model
-        merged = copy.deepcopy(self.model)
-        for twin in merged.get_submodule(STACKS).children():
-            assert isinstance(twin, TProductStack)
-            twin.merge()
-        delattr(merged, STACKS)
-        take_out(merged)
-        return merged
-
-    def unmerge(self) -> None:
-        """Restores the base weights bit for bit.
-
-        Raises:
-            ValueError: the model is not merged.
-        """
-        if not self.is_merged:
-            raise ValueError("unmerge: expected a merged adapter, got one that is not merged")
-        for stack in self.stacks.values():
-            stack.unmerge()
-
-    @contextmanager
-    def disable(self) -> Iterator[None]:
-        """Context in which the model computes with its base weights (trained parts stay trained).
-
-        Raises:
-            ValueError: the model is merged; its weights are not the base's.
-        """
-        if self.is_merged:
-            raise ValueError("disable: expected an unmerged adapter, got one that is merged")
-        before = {name: stack.enabled for name, stack in self.stacks.items()}
-        for stack in self.stacks.values():
-            stack.enabled = False
-        try:
-            yield
-        finally:
-            for name, stack in self.stacks.items():
-                stack.enabled = before[name]
-
-    def __repr__(self) -> str:
-        return f"Adapter({self.count_parameters():,} parameters)\n{self.plan}"
 
 
 def adapt(
@@ -256,12 +109,22 @@ def build_stack(
     selection: Selection,
     mode: str,
     precision: str,
+    factors: CURFactors | None = None,
 ) -> TProductStack:
     """The stack of one plan entry; the model is not changed."""
     weights = find_weights(model)
     linears = [stand_in(weights[member.module]) for member in plan.members]
     try:
-        return TProductStack(linears, rank, alpha, selection, mode, n1=plan.n1, precision=precision)
+        return TProductStack(
+            linears,
+            rank,
+            alpha,
+            selection,
+            mode,
+            n1=plan.n1,
+            precision=precision,
+            factors=factors,
+        )
     except ValueError as error:
         raise ValueError(f"stack {plan.name}: {error}") from error
 
@@ -271,7 +134,7 @@ def install(
 ) -> Adapter:
     """Freezes the base and puts the layers of the stacks in the place of the linear ones."""
     trained = set(trained_names(model, train_also))
-    buffers = {name: digest([buffer]) for name, buffer in persistent_buffers(model)}
+    buffers = {name: buffer.detach().clone() for name, buffer in persistent_buffers(model)}
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trained)
     put_in_place(model, plan, stacks)
@@ -302,23 +165,3 @@ def _note(stack: TProductStack) -> str:
         why = "W_eff rounded to it would swallow small updates"
         return f"{head}, factored: the base is {dtype}, and {why}"
     return f"{head}, W_eff from {ceil(worth)} tokens per step on, through the factors below"
-
-
-def trained_names(model: nn.Module, patterns: Sequence[str]) -> list[str]:
-    """Parameters that ``train_also`` names, in the model's order; each pattern matches some."""
-    names = [n for n, _ in model.named_parameters() if not n.startswith(f"{STACKS}.")]
-    chosen: set[str] = set()
-    for pattern in patterns:
-        if not isinstance(pattern, str):
-            raise TypeError(f"train_also: expected names, got {type(pattern).__name__}")
-        found = {name for name in names if _matches_whole(name, pattern)}
-        if not found:
-            raise ValueError(f"train_also: expected parameters that match {pattern!r}, got none")
-        chosen |= found
-    return [name for name in names if name in chosen]
-
-
-def _matches_whole(parameter: str, pattern: str) -> bool:
-    """Whether the pattern is the name of the parameter or of a module that holds it."""
-    parts = parameter.split(".")
-    return any(fnmatchcase(".".join(parts[:i]), pattern) for i in range(1, len(parts) + 1))

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .adapt import Adapter, build_stack, install, trained_names
-from .checkpoint import read_adapter_file
+from .adapt import build_stack, install
+from .adapter import Adapter
+from .contents import Contents, StoredStack, read_contents
 from .fingerprint import STACKS, digest, frozen_digest, persistent_buffers
-from .plan import Member, Plan, StackPlan
+from .trained import matches_any, trained_names
 from .weights import find_weights
 
 
@@ -22,8 +22,10 @@ def load_adapter(model: nn.Module, path: str | Path, strict: bool = True) -> Ada
         model: a base model that is not adapted.
         path: file written by `Adapter.save`.
         strict: True refuses a model that differs anywhere in its frozen parameters. False compares
-            the stacks' weights only, which C and R are made of, and loads those trained parameters
-            and buffers that the model has; `Adapter.skipped` names the others.
+            the stacks' weights only, which C and R are made of (not even those if the file holds
+            C and R itself), and loads those trained parameters and buffers that the model has;
+            `Adapter.skipped` names what is in the file alone, `Adapter.missing` what the model
+            alone has of the parts that are trained.
 
     Raises:
         FileNotFoundError: no such file.
@@ -34,80 +36,81 @@ def load_adapter(model: nn.Module, path: str | Path, strict: bool = True) -> Ada
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
     if hasattr(model, STACKS):
         raise ValueError("model: expected a base model, got one that is adapted already")
-    header, tensors = read_adapter_file(Path(path))
-    plan = Plan(
-        tuple(
-            StackPlan(s["name"], s["n1"], s["n2"], tuple(Member(m, k) for m, k in s["members"]))
-            for s in header["stacks"]
-        )
-    )
-    _check_stacks(model, plan, header)
+    contents = read_contents(Path(path))
+    own_base = [_check_stack(model, stored, strict) for stored in contents.stacks]
     state = {**dict(model.named_parameters()), **dict(persistent_buffers(model))}
-    learned, skipped = _learned(tensors, state, strict)
-    train_also = tuple(header["train_also"])
+    learned, skipped = _learned(contents, state, strict)
+    train_also = tuple(p for p in contents.train_also if strict or matches_any(model, p))
+    trained = trained_names(model, train_also)
+    missing = tuple(name for name in trained if ("trained", name) not in learned)
     if strict:
-        trained = [name for kind, name in learned if kind == "trained"]
-        if frozen_digest(model, plan, trained) != header["frozen_sha256"]:
+        if missing:
+            raise ValueError(
+                f"path: expected values of all that {', '.join(train_also)} names in the model, "
+                f"got none of {', '.join(missing)} (strict=False loads all the same)"
+            )
+        if frozen_digest(model, contents.plan, trained) != contents.frozen_sha256:
             raise ValueError(
                 "model: expected the base that the adapter was made for, got one whose frozen "
                 "parameters outside of the stacks differ (strict=False loads all the same)"
             )
-    else:
-        train_also = tuple(p for p in train_also if _matches_any(model, p))
 
     stacks = {}
-    for stack_plan, stored in zip(plan.stacks, header["stacks"], strict=True):
-        name = stack_plan.name
-        indices = (tensors[f"rows.{name}"], tensors[f"columns.{name}"])
-        settings = (stored["rank"], stored["alpha"], indices, stored["mode"], stored["precision"])
-        stack = build_stack(model, stack_plan, *settings)
+    for stored, is_own in zip(contents.stacks, own_base, strict=True):
+        settings = (stored.rank, stored.alpha, stored.indices, stored.mode, stored.precision)
+        factors = None if is_own else stored.factors
+        stack = build_stack(model, stored.plan, *settings, factors)
         with torch.no_grad():
-            stack.core.copy_(tensors[f"core.{name}"])
-        stacks[name] = stack
-    adapter = install(model, plan, stacks, train_also)
-    adapter.skipped = skipped
+            stack.core.copy_(stored.core)
+        stacks[stored.plan.name] = stack
+    adapter = install(model, contents.plan, stacks, train_also)
+    adapter.skipped, adapter.missing = skipped, missing
     with torch.no_grad():
         for (_, name), tensor in learned.items():
             state[name].copy_(tensor)
     return adapter
 
 
-def _check_stacks(model: nn.Module, plan: Plan, header: dict[str, Any]) -> None:
-    """Refuses a model without the plan's layers, or with other weights in them."""
+def _check_stack(model: nn.Module, stored: StoredStack, strict: bool) -> bool:
+    """Refuses a model without the layers of a stack; whether it has the base that C and R are of.
+
+    Another base will do where the file has C and R itself, and nobody insists.
+    """
     modules, weights = dict(model.named_modules()), find_weights(model)
-    for stack, stored in zip(plan.stacks, header["stacks"], strict=True):
-        slices: list[Tensor] = []
-        for member in stack.members:
-            if member.module not in weights:
-                module = modules.get(member.module)
-                kind = "no such module" if module is None else type(module).__name__
-                raise ValueError(
-                    f"model: expected a linear layer {member.module} as in the adapter, got {kind}"
-                )
-            weight = weights[member.module].tensor
-            expected = (member.slices * stack.n1, stack.n2)
-            if weight.shape != expected:
-                raise ValueError(
-                    f"model: expected {member.module} of shape {list(expected)} (out, in), got "
-                    f"{list(weight.shape)}"
-                )
-            slices += weight.detach().split(stack.n1)
-        if digest(slices) != stored["base_sha256"]:
+    slices: list[Tensor] = []
+    for member in stored.plan.members:
+        if member.module not in weights:
+            module = modules.get(member.module)
+            kind = "no such module" if module is None else type(module).__name__
             raise ValueError(
-                f"model: expected the base that the adapter was made for, got other weights in "
-                f"stack {stack.name} ({slices[0].dtype}; the fingerprint covers the dtype too)"
+                f"model: expected a linear layer {member.module} as in the adapter, got {kind}"
             )
+        weight = weights[member.module].tensor
+        expected = (member.slices * stored.plan.n1, stored.plan.n2)
+        if weight.shape != expected:
+            raise ValueError(
+                f"model: expected {member.module} of shape {list(expected)} (out, in), got "
+                f"{list(weight.shape)}"
+            )
+        slices += weight.detach().split(stored.plan.n1)
+    if digest(slices) == stored.base_sha256:
+        return True
+    if strict or stored.factors is None:
+        hint = "" if stored.factors is None else "; strict=False loads it with the C and R it holds"
+        raise ValueError(
+            f"model: expected the base that the adapter was made for, got other weights in "
+            f"stack {stored.plan.name} ({slices[0].dtype}; the fingerprint covers the dtype too"
+            f"{hint})"
+        )
+    return False
 
 
 def _learned(
-    tensors: dict[str, Tensor], state: dict[str, Tensor], strict: bool
+    contents: Contents, state: dict[str, Tensor], strict: bool
 ) -> tuple[dict[tuple[str, str], Tensor], tuple[str, ...]]:
     """What the file has learned and the model can take; and the names of what it cannot."""
     learned, skipped = {}, []
-    for key, tensor in tensors.items():
-        kind, _, name = key.partition(".")
-        if kind not in ("trained", "buffer"):
-            continue
+    for (kind, name), tensor in contents.learned.items():
         fits = name in state and state[name].shape == tensor.shape
         if fits:
             learned[(kind, name)] = tensor
@@ -117,10 +120,3 @@ def _learned(
         else:
             skipped.append(name)
     return learned, tuple(sorted(skipped))
-
-
-def _matches_any(model: nn.Module, pattern: str) -> bool:
-    try:
-        return bool(trained_names(model, [pattern]))
-    except ValueError:
-        return False

@@ -1,0 +1,105 @@
+"""Cores of many adapters side by side, one of which each row of a batch goes by."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..functional import check_adapter_ids
+from ..nn import TProductStack
+
+
+class StackedCores(Mapping[str, Tensor]):
+    """Stack name -> cores ``[A, n3, r, r]`` of A adapters; made by `Adapter.stack_cores`.
+
+    Attributes:
+        adapters: A.
+        nbytes: memory of all cores together.
+    """
+
+    def __init__(self, cores: Mapping[str, Tensor]) -> None:
+        self._cores = dict(cores)
+
+    @classmethod
+    def of(
+        cls, stacks: Mapping[str, TProductStack], adapters: Sequence[Mapping[str, Tensor]]
+    ) -> StackedCores:
+        """Puts the cores of adapters side by side, on the device of the stacks' own.
+
+        Raises:
+            TypeError, ValueError: no adapters, a stack that is missing, or a core of another shape.
+        """
+        if not adapters:
+            raise ValueError("adapters: expected at least one, got none")
+        stacked = {}
+        for name, stack in stacks.items():
+            # Filled one by one: a thousand adapters are never held twice.
+            cores = stack.core.new_empty(len(adapters), *stack.core.shape)
+            for index, adapter in enumerate(adapters):
+                cores[index] = _checked(adapter, name, stack, index)
+            stacked[name] = cores.detach()
+        return cls(stacked)
+
+    @property
+    def adapters(self) -> int:
+        """How many."""
+        return next(iter(self._cores.values())).shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all cores."""
+        return sum(cores.nbytes for cores in self._cores.values())
+
+    def check(self, stacks: Mapping[str, TProductStack], adapter_ids: Tensor) -> None:
+        """Refuses ids that are out of range, and cores of other stacks or on another device."""
+        if self._cores.keys() != stacks.keys():
+            raise ValueError(
+                f"cores: expected those of stacks {', '.join(stacks)}, got {', '.join(self)}"
+            )
+        for name, stack in stacks.items():
+            core, cores = stack.core, self._cores[name]
+            if cores.device != core.device or cores.shape[1:] != core.shape:
+                raise ValueError(
+                    f"cores: expected [A, {', '.join(map(str, core.shape))}] on {core.device} in "
+                    f"stack {name}, got {list(cores.shape)} on {cores.device}"
+                )
+        check_adapter_ids(adapter_ids, self.adapters, next(iter(self._cores.values())).device)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._cores[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._cores)
+
+    def __len__(self) -> int:
+        return len(self._cores)
+
+
+def check_batch_first(model: nn.Module) -> None:
+    """Refuses a model with an attention whose batch is its second axis.
+
+    Raises:
+        ValueError: naming it.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, nn.MultiheadAttention) and not module.batch_first:
+            raise ValueError(
+                f"model: expected the batch as first axis, got batch_first=False in {name}"
+            )
+
+
+def _checked(adapter: Mapping[str, Tensor], name: str, stack: TProductStack, index: int) -> Tensor:
+    core = adapter.get(name)
+    if not isinstance(core, Tensor):
+        kind = "none" if core is None else type(core).__name__
+        raise TypeError(f"adapters[{index}]: expected a core for stack {name}, got {kind}")
+    if core.shape != stack.core.shape:
+        raise ValueError(
+            f"adapters[{index}]: expected a core {list(stack.core.shape)} for stack {name}, got "
+            f"{list(core.shape)}"
+        )
+    if not torch.isfinite(core).all():
+        raise ValueError(f"adapters[{index}]: expected finite numbers in stack {name}, got others")
+    return core.detach()

@@ -1,0 +1,38 @@
+"""What is trained beside the cores: by whole names, and its values."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from .fingerprint import STACKS
+
+
+def trained_names(model: nn.Module, patterns: Sequence[str]) -> list[str]:
+    """Parameters that ``train_also`` names, in the model's order; each pattern matches some."""
+    names = [n for n, _ in model.named_parameters() if not n.startswith(f"{STACKS}.")]
+    chosen: set[str] = set()
+    for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise TypeError(f"train_also: expected names, got {type(pattern).__name__}")
+        found = {name for name in names if _matches_whole(name, pattern)}
+        if not found:
+            raise ValueError(f"train_also: expected parameters that match {pattern!r}, got none")
+        chosen |= found
+    return [name for name in names if name in chosen]
+
+
+def matches_any(model: nn.Module, pattern: str) -> bool:
+    """Whether a pattern of ``train_also`` names any parameter of the model."""
+    try:
+        return bool(trained_names(model, [pattern]))
+    except ValueError:
+        return False
+
+
+def _matches_whole(parameter: str, pattern: str) -> bool:
+    """Whether the pattern is the name of the parameter or of a module that holds it."""
+    parts = parameter.split(".")
+    return any(fnmatchcase(".".join(parts[:i]), pattern) for i in range(1, len(parts) + 1))

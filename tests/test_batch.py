@@ -1,0 +1,245 @@
+"""Many adapters in one batch: every row as if its adapter were the only one."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import tcur_kernels as tcur
+from models import Tiny
+from tolerance import assert_close
+
+ADAPTERS = 4
+
+
+def adapted(**kwargs):
+    torch.manual_seed(0)
+    return tcur.adapt(Tiny().eval(), rank=2, **kwargs)
+
+
+def some_cores(adapter, count=ADAPTERS):
+    return [
+        {name: torch.randn_like(stack.core) * 0.3 for name, stack in adapter.stacks.items()}
+        for _ in range(count)
+    ]
+
+
+def row_by_row(adapter, cores, ids, x):
+    """Each row with its adapter alone, by the factors, in fp32 and in float64."""
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        model = copy.deepcopy(adapter.model).to(dtype)
+        rows = []
+        for row, index in zip(x.to(dtype), ids.tolist(), strict=True):
+            with torch.no_grad():
+                for name, core in cores[index].items():
+                    model.get_submodule(f"tcur.{name}").core.copy_(core)
+            rows.append(model(row[None]))
+        results.append(torch.cat(rows))
+    return results
+
+
+@pytest.mark.parametrize("ids", [[3, 0, 3, 1, 0], [2], [1, 1, 1], [0, 1, 2, 3]], ids=str)
+@pytest.mark.parametrize("mode", ["auto", "materialized", "factored"])
+def test_rows_are_those_of_each_adapter_alone(ids, mode):
+    adapter, ids = adapted(mode=mode), torch.tensor(ids)
+    cores, x = some_cores(adapter), torch.randn(len(ids), 7, 6)
+    plain = adapter.model(x)
+    with adapter.batch(adapter.stack_cores(cores), ids):
+        y = adapter.model(x)
+    same, exact = row_by_row(adapter, cores, ids, x)
+    assert_close(y, same, exact)
+    assert torch.equal(adapter.model(x), plain)
+
+
+def test_names_and_files_and_tensors_mix(tmp_path):
+    adapter = adapted()
+    cores = some_cores(adapter, 3)
+    with torch.no_grad():
+        for name, stack in adapter.stacks.items():
+            stack.core.copy_(cores[0][name])
+        adapter.add("b")
+        for name, stack in adapter.stacks.items():
+            stack.core_b.copy_(cores[1][name])
+    adapter.save(tmp_path / "a", "b")
+    stacked = adapter.stack_cores(["default", "b", cores[2], tmp_path / "a"])
+    assert stacked.adapters == 4
+    assert len(stacked) == 3
+    for name in adapter.stacks:
+        wanted = torch.stack([c[name] for c in (*cores, cores[1])])
+        assert torch.equal(stacked[name], wanted)
+    assert stacked.nbytes == sum(4 * stacked[name].numel() for name in stacked)
+
+
+def test_gradients_reach_each_core_by_its_own_rows():
+    adapter, ids = adapted(), torch.tensor([2, 0, 2])
+    cores, x = some_cores(adapter, 3), torch.randn(3, 7, 6)
+    stacked = adapter.stack_cores(cores)
+    for name in stacked:
+        stacked[name].requires_grad_()
+    with adapter.batch(stacked, ids):
+        adapter.model(x).square().sum().backward()
+    for index in range(3):
+        single = copy.deepcopy(adapter)
+        with torch.no_grad():
+            for name, stack in single.stacks.items():
+                stack.core.copy_(cores[index][name])
+        rows = x[ids == index]
+        if len(rows):
+            single.model(rows).square().sum().backward()
+        for name, stack in single.stacks.items():
+            own = stacked[name].grad[index]
+            wanted = torch.zeros_like(own) if stack.core.grad is None else stack.core.grad
+            torch.testing.assert_close(own, wanted, rtol=1e-4, atol=1e-4)
+    assert all(stack.core.grad is None for stack in adapter.stacks.values())
+
+
+def test_a_dense_gradient_is_not_formed_of_mixed_rows(monkeypatch):
+    from tcur_kernels import cost
+
+    monkeypatch.setattr(cost, "choose_gradient", lambda *args, **kwargs: "dense")
+    test_gradients_reach_each_core_by_its_own_rows()
+
+
+def test_autocast_and_half_precision():
+    adapter, ids = adapted(), torch.tensor([0, 1, 1])
+    cores, x = some_cores(adapter), torch.randn(3, 7, 6)
+    _, exact = row_by_row(adapter, cores, ids, x)
+    stacked = adapter.stack_cores(cores)
+    with adapter.batch(stacked, ids), torch.autocast("cpu", torch.bfloat16):
+        y = adapter.model(x)
+    assert (y.double() - exact).norm() < 0.1 * exact.norm()
+    adapter.model.bfloat16()
+    with adapter.batch(stacked, ids):
+        low = adapter.model(x.bfloat16())
+    assert low.dtype == torch.bfloat16
+    assert (low.double() - exact).norm() < 0.1 * exact.norm()
+
+
+def test_batches_compile_whole_and_once():
+    adapter = adapted()
+    stacked = adapter.stack_cores(some_cores(adapter))
+    torch._dynamo.reset()
+    compiled = torch.compile(adapter.model, backend="aot_eager", fullgraph=True)
+    x = torch.randn(3, 7, 6)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for ids in ([0, 1, 2], [3, 3, 0]):
+            with adapter.batch(stacked, torch.tensor(ids)):
+                y, wanted = compiled(x), adapter.model(x)
+            assert_close(y, wanted, wanted.double())
+
+
+def test_disable_within_a_batch():
+    adapter = adapted()
+    x = torch.randn(3, 7, 6)
+    base = adapter.model(x)
+    stacked = adapter.stack_cores(some_cores(adapter))
+    with adapter.batch(stacked, torch.tensor([0, 1, 2])):
+        with adapter.disable():
+            assert torch.equal(adapter.model(x), base)
+        assert not torch.equal(adapter.model(x), base)
+
+
+class Windows(nn.Module):
+    """Cuts each row to windows before its layers, as Swin does: still rows one after the other."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x):
+        return self.second(self.first(x.view(-1, 2, 6)).view(*x.shape)).mean(1)
+
+
+def test_rows_may_be_cut_to_windows():
+    torch.manual_seed(0)
+    adapter = tcur.adapt(Windows(), rank=2)
+    cores, x, ids = some_cores(adapter), torch.randn(3, 8, 6), torch.tensor([1, 0, 3])
+    with adapter.batch(adapter.stack_cores(cores), ids):
+        y = adapter.model(x)
+    same, exact = row_by_row(adapter, cores, ids, x)
+    assert_close(y, same, exact)
+
+
+def test_a_thousand_vit_b_adapters_take_less_than_20_mb():
+    """72 slices of rank 8: 18 KB per adapter, whatever the base."""
+    layers = {
+        "attention": [nn.Linear(768, 768, device="meta") for _ in range(48)],
+        "up": [nn.Linear(768, 3072, device="meta") for _ in range(12)],
+        "down": [nn.Linear(3072, 768, device="meta") for _ in range(12)],
+    }
+    floats = sum(len(stack) * 8 * 8 for stack in layers.values())
+    assert 1000 * floats * torch.float32.itemsize < 20e6
+
+
+@pytest.mark.parametrize(
+    ("entries", "error", "message"),
+    [
+        ([], ValueError, "adapters: expected at least one, got none"),
+        (["nobody"], ValueError, "adapters: expected one of default, got 'nobody'"),
+        ([{}], TypeError, r"adapters\[0\]: expected a core for stack 8x8, got none"),
+        ([{"8x8": 3}], TypeError, r"adapters\[0\]: expected a core for stack 8x8, got int"),
+        (
+            ["default", {"8x8": torch.ones(2, 2)}],
+            ValueError,
+            r"adapters\[1\]: expected a core \[12, 2, 2\] for stack 8x8, got \[2, 2\]",
+        ),
+        (
+            [{"8x8": torch.full((12, 2, 2), torch.nan)}],
+            ValueError,
+            r"adapters\[0\]: expected finite numbers in stack 8x8",
+        ),
+    ],
+)
+def test_bad_entries(entries, error, message):
+    with pytest.raises(error, match=message):
+        adapted().stack_cores(entries)
+
+
+def enter(adapter, cores, ids):
+    adapter.batch(cores, ids).__enter__()
+
+
+def test_bad_batches():
+    adapter = adapted()
+    cores = adapter.stack_cores(some_cores(adapter))
+    with pytest.raises(TypeError, match=r"adapter_ids: expected a torch.Tensor, got list"):
+        enter(adapter, cores, [0])
+    with pytest.raises(ValueError, match="adapter_ids: expected 0 to 3 for 4 cores, got 0 to 4"):
+        enter(adapter, cores, torch.tensor([0, 4]))
+    other = tcur.adapt(Tiny(), "mlp.0", rank=2)
+    with pytest.raises(ValueError, match="cores: expected those of stacks 32x8, got 8x8, 32x8, 8"):
+        enter(other, cores, torch.tensor([0]))
+    away = tcur.StackedCores({name: core.to("meta") for name, core in cores.items()})
+    with pytest.raises(ValueError, match=r"on cpu in stack 8x8, got \[4, 12, 2, 2\] on meta"):
+        enter(adapter, away, torch.tensor([0]))
+    with (
+        adapter.batch(cores, torch.tensor([0, 1])),
+        pytest.raises(ValueError, match=r"x: expected 2 rows, one for each .*, got \[3, 7, 8\]"),
+    ):
+        adapter.model(torch.randn(3, 7, 6))
+    adapter.merge()
+    with pytest.raises(ValueError, match="batch: expected an unmerged adapter, got one that is"):
+        enter(adapter, cores, torch.tensor([0]))
+    more = adapted(train_also="head")
+    with pytest.raises(ValueError, match="stack_cores: expected adapters of cores alone"):
+        more.stack_cores(["default"])
+
+
+def test_attentions_with_the_batch_second_are_refused():
+    for batch_first in (False, True):
+        model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=batch_first)
+        adapter = tcur.adapt(model, ["self_attn", "linear1"], rank=2)
+        cores = some_cores(adapter)
+        stacked = adapter.stack_cores(cores)
+        ids, x = torch.tensor([0, 1]), torch.randn(2, 5, 8)
+        if batch_first:
+            with adapter.batch(stacked, ids):
+                y = adapter.model.eval()(x)
+            same, exact = row_by_row(adapter, cores, ids, x)
+            assert_close(y, same, exact)
+        else:
+            message = "batch as first axis, got batch_first=False in self_attn"
+            with pytest.raises(ValueError, match=message):
+                enter(adapter, stacked, ids)
