@@ -186,6 +186,28 @@ def cur_linear(
     return y
 
 
+def slice_update(
+    factors: CURFactors,
+    core: Tensor,
+    slice_index: int,
+    slices: int = 1,
+    scale: float = 1.0,
+    backend: str = "auto",
+) -> Tensor:
+    """scale * C * U * R at consecutive slices alone, ``[slices * n1, n2]``, dtype of the core.
+
+    For one layer's update where building all slices would take too much memory. The gradient
+    reaches ``core``. Arguments as for `cur_linear`.
+    """
+    _check_core(core, factors)
+    _check_slice(slice_index, slices, factors.n3)
+    rows = torch.eye(slices * factors.n1, dtype=core.dtype, device=core.device)
+    op = ops.operator("cur_linear", _language(backend, factors.device))
+    where = (slice_index, slices, float(scale), False, True)
+    update: Tensor = op(rows, None, None, *factors.packed(), core, *where)
+    return update
+
+
 def project(x: Tensor, factors: CURFactors, precision: str = "ieee") -> Tensor:
     """z = x R̂ᵀ, ``[..., n3 * r]``: all that the core and its gradient need of ``x`` [..., n2].
 

@@ -85,6 +85,11 @@ class Place:
         return "bias" if self.projection is None else "in_proj_bias"
 
     @property
+    def first_row(self) -> int:
+        """Row of the parameter with which the weight begins."""
+        return self._rows.start if self._is_block else 0
+
+    @property
     def _is_block(self) -> bool:
         return self.projection is not None and self.module.in_proj_weight is not None
 

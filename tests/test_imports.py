@@ -41,6 +41,7 @@ MAY_IMPORT = {
         "adapters.install",
         "adapters.plan",
         "adapters.trained",
+        "adapters.weights",
         "nn",
     },
     "adapters.adapt": {
@@ -63,6 +64,20 @@ MAY_IMPORT = {
         "adapters.trained",
         "adapters.weights",
     },
+    "adapters.directory": {
+        "adapters.contents",
+        "adapters.fingerprint",
+        "factors",
+        "functional",
+    },
+    "cli": {
+        "adapters.contents",
+        "adapters.directory",
+        "adapters.plan",
+        "factors",
+        "functional",
+    },
+    "__main__": {"cli"},
     "adapters": {
         "adapters.adapt",
         "adapters.adapter",

@@ -19,6 +19,7 @@ from .fingerprint import STACKS, digest, frozen_digest, persistent_buffers
 from .install import take_out
 from .plan import Plan
 from .trained import trained_names
+from .weights import find_weights
 
 
 class Adapter:
@@ -209,7 +210,7 @@ class Adapter:
         for key, before in self._base_buffers.items():
             if not torch.equal(learned[key], before.to(learned[key])):
                 tensors[f"buffer.{key}"] = learned[key]
-        entries = []
+        entries, weights = [], find_weights(self.model)
         for plan in self.plan.stacks:
             stack = self.stacks[plan.name]
             tensors[f"core.{plan.name}"] = stack.core_of(self._key(name))
@@ -228,6 +229,7 @@ class Adapter:
                     "mode": stack.mode,
                     "precision": stack.precision,
                     "members": [[member.module, member.slices] for member in plan.members],
+                    "stored": [weights[member.module].stored() for member in plan.members],
                     "base_sha256": digest(stack.base_slices()),
                 }
             )

@@ -20,10 +20,12 @@ from .plan import Member, Plan, StackPlan
 class StoredStack:
     """One stack of a file: its plan, settings, indices and core, and C and R if the file has them.
 
-    ``base_sha256`` is the fingerprint of the base slices.
+    ``base_sha256`` is the fingerprint of the base slices; ``stored`` says of each member in which
+    parameter its weight is, whether transposed, and from which row on.
     """
 
     plan: StackPlan
+    stored: tuple[tuple[str, bool, int], ...]
     rank: int
     alpha: float
     mode: str
@@ -123,8 +125,10 @@ def _stored(entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> StoredSt
     factors = None
     if f"lateral.{name}" in tensors:
         factors = CURFactors(tensors[f"lateral.{name}"], tensors[f"horizontal.{name}"])
+    stored = tuple((parameter, bool(t), int(row)) for parameter, t, row in entry["stored"])
     return StoredStack(
         plan,
+        stored,
         rank,
         entry["alpha"],
         entry["mode"],

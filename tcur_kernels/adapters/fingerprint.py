@@ -19,10 +19,15 @@ def digest(tensors: Iterable[Tensor]) -> str:
     """SHA-256 of dtypes, shapes and bits of the tensors, in order."""
     state = hashlib.sha256()
     for tensor in tensors:
-        state.update(f"{tensor.dtype} {list(tensor.shape)};".encode())
-        data = tensor.detach().cpu().contiguous().flatten()
-        state.update(data.view(torch.uint8).numpy().data)
+        update_digest(state, tensor)
     return state.hexdigest()
+
+
+def update_digest(state: hashlib._Hash, tensor: Tensor) -> None:
+    """Adds dtype, shape and bits of one tensor."""
+    state.update(f"{tensor.dtype} {list(tensor.shape)};".encode())
+    data = tensor.detach().cpu().contiguous().flatten()
+    state.update(data.view(torch.uint8).numpy().data)
 
 
 def frozen_digest(model: nn.Module, plan: Plan, trained: Iterable[str]) -> str:

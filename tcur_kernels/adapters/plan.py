@@ -114,6 +114,7 @@ def make_plan(
     rank: int | Mapping[str, int],
     trained: Iterable[str] = (),
     stacks: str = "shape",
+    loaded: bool = True,
 ) -> Plan:
     """Groups the linear layers of ``model`` into stacks.
 
@@ -133,6 +134,7 @@ def make_plan(
         rank: checked against every stack; or ``{stack name or pattern: rank}``.
         trained: names of parameters that are trained directly; their layers are left out.
         stacks: "shape", or "layer": each layer is a stack by itself, uncut (matrix CUR).
+        loaded: False plans for weights that are not there yet, on the meta device.
 
     Raises:
         TypeError: a target that is no linear layer.
@@ -141,7 +143,7 @@ def make_plan(
     if stacks not in STACKS_BY:
         raise ValueError(f"stacks: expected one of {', '.join(STACKS_BY)}, got {stacks!r}")
     weights = find_weights(model)
-    reasons = reasons_to_leave_out(model, weights, set(trained))
+    reasons = reasons_to_leave_out(model, weights, set(trained), loaded)
     explicit = targets is not None
     chosen = _choose(model, weights, targets)
     if isinstance(chosen, dict):

@@ -49,6 +49,10 @@ class Weight:
         holder = self.name if self.place.projection is None else self.owner
         return f"{holder}.{self.place.parameter}", f"{holder}.{self.place.bias_parameter}"
 
+    def stored(self) -> tuple[str, bool, int]:
+        """Name of the parameter, whether it is stored (in, out), and the first of its rows."""
+        return self.parameter_names()[0], self.place.transposed, self.place.first_row
+
 
 def find_weights(model: nn.Module) -> dict[str, Weight]:
     """All linear maps of a model that a stack may take, or has taken, by name, as registered."""
@@ -71,7 +75,7 @@ def find_weights(model: nn.Module) -> dict[str, Weight]:
 
 
 def reasons_to_leave_out(
-    model: nn.Module, weights: Mapping[str, Weight], trained: set[str]
+    model: nn.Module, weights: Mapping[str, Weight], trained: set[str], loaded: bool = True
 ) -> dict[str, str]:
     """Modules and linear maps that no stack can take, with the reason."""
     owners: dict[int, dict[tuple[int, str], str]] = defaultdict(dict)
@@ -99,7 +103,7 @@ def reasons_to_leave_out(
             reasons[name] = _TRAINED
         elif not weight.tensor.dtype.is_floating_point:
             reasons[name] = f"its weight is {weight.tensor.dtype}"
-        elif weight.tensor.is_meta:
+        elif loaded and weight.tensor.is_meta:
             reasons[name] = "its weight is on the meta device: C and R are slices of loaded weights"
     return reasons
 

@@ -1,0 +1,192 @@
+"""``python -m tcur_kernels``: what is built, plans of models, adapter files, merging, timing.
+
+Model directories are those of Hugging Face: config.json and safetensors shards.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import torch
+
+from .adapters.contents import read_contents
+from .adapters.directory import ModelDirectory, merge_directory
+from .adapters.plan import STACKS_BY, make_plan
+from .factors import CURFactors
+from .functional import build_info, cur_linear, materialize
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit status: 0, or 2 after a message about bad input."""
+    args = build_parser().parse_args(arguments)
+    try:
+        args.run(args)
+    except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m tcur_kernels", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    command = commands.add_parser("info", help="what was compiled, and what of it runs here")
+    command.set_defaults(run=show_info)
+
+    command = commands.add_parser("plan", help="which layers of a model would be adapted, and how")
+    command.add_argument("model_dir", type=Path)
+    command.add_argument("--targets", nargs="+", help="names or patterns; default: all by shape")
+    command.add_argument("--rank", type=int, default=8)
+    command.add_argument("--stacks", choices=STACKS_BY, default="shape")
+    command.set_defaults(run=show_plan)
+
+    command = commands.add_parser("inspect", help="what an adapter file holds")
+    command.add_argument("adapter", type=Path)
+    command.set_defaults(run=inspect)
+
+    command = commands.add_parser("merge", help="a model directory with an adapter folded in")
+    command.add_argument("model_dir", type=Path)
+    command.add_argument("adapter", type=Path)
+    command.add_argument("-o", "--out", type=Path, required=True, help="a new directory")
+    command.set_defaults(run=merge)
+
+    command = commands.add_parser("bench", help="times the operators on one shape, here")
+    for name, value in (("n3", 48), ("n1", 768), ("n2", 768), ("rank", 8), ("tokens", 864)):
+        command.add_argument(f"--{name}", type=int, default=value)
+    command.add_argument("--rounds", type=int, default=7)
+    command.add_argument("--device", default="cpu")
+    command.set_defaults(run=bench)
+    return parser
+
+
+def show_info(args: argparse.Namespace) -> None:
+    """Prints `build_info`."""
+    for key, value in build_info().items():
+        if isinstance(value, dict):
+            print(f"{key}:")
+            for inner, fact in value.items():
+                print(f"  {inner}: {_listed(fact)}")
+        else:
+            print(f"{key}: {_listed(value)}")
+
+
+def show_plan(args: argparse.Namespace) -> None:
+    """Prints the plan of a model, whose weights are not read."""
+    model = ModelDirectory(args.model_dir).skeleton()
+    plan = make_plan(model, args.targets, args.rank, stacks=args.stacks, loaded=False)
+    print(plan)
+    cores = sum(stack.n3 * args.rank**2 for stack in plan.stacks)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    print(f"rank {args.rank}: {cores:,} trained numbers, {cores / total:.2e} of {total:,}")
+
+
+def inspect(args: argparse.Namespace) -> None:
+    """Prints what a file holds."""
+    contents = read_contents(args.adapter)
+    size = args.adapter.stat().st_size
+    print(f"{args.adapter}: {size:,} bytes, {len(contents.stacks)} stacks")
+    for stored in contents.stacks:
+        plan = stored.plan
+        names = [member.module for member in plan.members]
+        print(
+            f"stack {plan.name}: {plan.n3} slices of {plan.n1} x {plan.n2}, rank {stored.rank}, "
+            f"alpha {stored.alpha:g}, mode {stored.mode}, precision {stored.precision}"
+        )
+        print(f"  core: norm {stored.core.norm():.4g}, largest {stored.core.abs().max():.4g}")
+        print(f"  layers: {names[0]}" + (f" … {names[-1]} ({len(names)})" if names[1:] else ""))
+        print(f"  rows {stored.rows.tolist()}, columns {stored.columns.tolist()}")
+        print(f"  C and R: {'in the file' if stored.factors else 'slices of the base'}")
+        print(f"  base: sha256 {stored.base_sha256}")
+    for kind, title in (("trained", "trained beside the cores"), ("buffer", "buffers")):
+        held = {name: value for (k, name), value in contents.learned.items() if k == kind}
+        if held:
+            numbers = sum(value.numel() for value in held.values())
+            print(f"{title}: {len(held)} tensors, {numbers:,} numbers")
+            print(
+                "".join(f"  {name} {list(value.shape)}\n" for name, value in held.items()), end=""
+            )
+
+
+def merge(args: argparse.Namespace) -> None:
+    """Writes the merged directory, with a progress bar over the shards."""
+    try:
+        from tqdm import tqdm  # type: ignore[import-untyped]
+    except ImportError as error:
+        raise ModuleNotFoundError(
+            "tqdm is needed for the progress bar: pip install 'tcur_kernels[cli]'"
+        ) from error
+    directory = ModelDirectory(args.model_dir)
+    contents = read_contents(args.adapter)
+
+    def progress(files: Iterable[Path]) -> Iterable[Path]:
+        bar: Iterable[Path] = tqdm(files, desc="merging", unit="shard")
+        return bar
+
+    merge_directory(directory, contents, args.out, progress)
+    print(f"written: {args.out}")
+
+
+def bench(args: argparse.Namespace) -> None:
+    """Times the operators on random data, after a check against plain torch in float64."""
+    torch.manual_seed(0)
+    device = torch.device(args.device)
+    sizes = (args.n3, args.n1, args.n2)
+    weight = torch.randn(sizes, device=device) / args.n2**0.5
+    factors = CURFactors(weight[:, :, : args.rank].clone(), weight[:, : args.rank].clone())
+    core = torch.randn(args.n3, args.rank, args.rank, device=device)
+    out = torch.empty_like(weight)
+    x = torch.randn(args.tokens, args.n2, device=device)
+    last = args.n3 - 1
+
+    def eager() -> torch.Tensor:
+        parts = (torch.fft.rfft(t, dim=0) for t in (factors.lateral, core, factors.horizontal))
+        c, u, r = parts
+        return weight + torch.fft.irfft(c @ u @ r, n=args.n3, dim=0)
+
+    def exact() -> torch.Tensor:
+        c, u, r = (
+            torch.fft.rfft(t.double(), dim=0) for t in (factors.lateral, core, factors.horizontal)
+        )
+        return torch.fft.irfft(c @ u @ r, n=args.n3, dim=0)
+
+    contenders: dict[str, Callable[[], torch.Tensor]] = {
+        "stream (W + W, same bytes)": lambda: torch.add(weight, weight, out=out),
+        "materialize": lambda: materialize(weight, factors, core, out=out),
+        "the same by torch.fft": eager,
+        "nn.Linear, one slice": lambda: x @ weight[last].T,
+        "cur_linear, one slice": lambda: cur_linear(x, weight[last], None, factors, core, last),
+    }
+    wanted = exact()
+    error = (materialize(weight, factors, core).double() - weight.double() - wanted).norm()
+    print(f"{json.dumps(build_info()['backends'])}, {torch.get_num_threads()} threads, {device}")
+    print(f"n3 n1 n2 {sizes}, rank {args.rank}, {args.tokens} tokens, fp32, {args.rounds} rounds")
+    print(f"materialize: relative error of the update {error / wanted.norm():.1e}")
+    for run in contenders.values():
+        run()
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(args.rounds):  # in turn: what disturbs a round disturbs all
+        for name, run in contenders.items():
+            _wait(device)
+            start = time.perf_counter()
+            run()
+            _wait(device)
+            seconds[name].append(time.perf_counter() - start)
+    for name, values in seconds.items():
+        print(f"  {name:28} {1e3 * statistics.median(values):9.3f} ms")
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _listed(fact: object) -> str:
+    return ", ".join(map(str, fact)) if isinstance(fact, list | tuple) else str(fact)

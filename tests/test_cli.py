@@ -1,0 +1,313 @@
+"""The command line, on model directories as Hugging Face writes them."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import tcur_kernels as tcur
+from models import Tiny
+from tcur_kernels import cli
+from tolerance import assert_close
+
+
+@pytest.fixture
+def run(capsys):
+    """Runs a command in this process: exit status, output, errors."""
+
+    def call(*arguments):
+        status = cli.main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return call
+
+
+def write_directory(path, model, shards=2):
+    """Shards of neighbouring tensors, an index, and what else such a directory holds."""
+    path.mkdir()
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    names = list(state)
+    index = {}
+    for i in range(shards):
+        own = names[i * len(names) // shards : (i + 1) * len(names) // shards]
+        file = f"model-{i + 1:05}-of-{shards:05}.safetensors"
+        save_file({n: state[n] for n in own}, path / file, metadata={"format": "pt"})
+        index.update(dict.fromkeys(own, file))
+    content = {"metadata": {}, "weight_map": index}
+    (path / "model.safetensors.index.json").write_text(json.dumps(content))
+    (path / "config.json").write_text('{"model_type": "none of transformers\'"}')
+    return path
+
+
+def tiny():
+    torch.manual_seed(0)
+    return Tiny().eval()
+
+
+@pytest.fixture
+def adapter():
+    """A trained adapter of the tiny model, batch-norm statistics moved."""
+    adapter = tcur.adapt(tiny(), rank=2, alpha=0.5, train_also=("head", "blocks.?.norm"))
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.3)
+    adapter.model.train()(torch.randn(4, 7, 6))
+    adapter.model.eval()
+    return adapter
+
+
+def directory_state(path):
+    return {
+        name: value
+        for file in path.glob("*.safetensors")
+        for name, value in load_file(file).items()
+    }
+
+
+def test_info(run):
+    status, out, _ = run("info")
+    assert status == 0
+    assert f"version: {tcur.__version__}" in out
+    assert "backends: reference, cpu" in out
+    assert "isa_chosen" in out
+
+
+def test_as_a_module():
+    command = [sys.executable, "-W", "error", "-m", "tcur_kernels", "inspect", "nowhere"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == "error: path: expected an adapter file, got none at nowhere\n"
+
+
+def test_inspect(run, adapter, tmp_path):
+    adapter.save(tmp_path / "a")
+    status, out, _ = run("inspect", tmp_path / "a")
+    assert status == 0
+    assert "stack 8x8: 12 slices of 8 x 8, rank 2, alpha 0.5, mode auto, precision ieee" in out
+    assert "layers: blocks.0.attn.out_proj … blocks.2.attn.qkv (6)" in out
+    assert "C and R: slices of the base" in out
+    assert "trained beside the cores: 8 tensors" in out
+    assert "  head.weight [5, 8]" in out
+    assert "buffers: 9 tensors" in out
+    adapter.save(tmp_path / "b", factors=True)
+    assert "C and R: in the file" in run("inspect", tmp_path / "b")[1]
+
+
+def test_merge(run, adapter, tmp_path):
+    base = write_directory(tmp_path / "base", tiny())
+    adapter.save(tmp_path / "a")
+    before = directory_state(base)
+    status, out, err = run("merge", base, tmp_path / "a", "-o", tmp_path / "out")
+    assert status == 0
+    assert "written: " in out
+    assert "merging: 100%" in err
+    merged = directory_state(tmp_path / "out")
+    wanted = adapter.merge(inplace=False).state_dict()
+    exact = tcur.load_adapter(tiny(), tmp_path / "a").model.double()
+    exact_adapter = next(iter(exact.tcur.children()))
+    assert exact_adapter.core.dtype == torch.float64
+    assert merged.keys() == wanted.keys()
+    for name, value in wanted.items():
+        if value.dtype.is_floating_point:
+            torch.testing.assert_close(merged[name], value, rtol=1e-6, atol=1e-7)
+        else:
+            assert torch.equal(merged[name], value)
+    x = torch.randn(4, 7, 6)
+    plain = tiny()
+    plain.load_state_dict(merged)
+    assert_close(plain(x), adapter.model(x), exact(x.double()))
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {f.name for f in base.iterdir()}
+    with safe_open(next((tmp_path / "out").glob("*1-of*")), "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+    after = directory_state(base)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_merge_rounds_once(run, tmp_path):
+    """A bf16 base: the sum in fp32, then one rounding."""
+    base = tiny().bfloat16()
+    write_directory(tmp_path / "base", base)
+    adapter = tcur.adapt(base, rank=2)
+    with torch.no_grad():
+        for stack in adapter.stacks.values():
+            stack.core.normal_()
+    adapter.save(tmp_path / "a")
+    assert run("merge", tmp_path / "base", tmp_path / "a", "-o", tmp_path / "out")[0] == 0
+    merged = directory_state(tmp_path / "out")
+    stack = adapter.stacks["32x8"]
+    w_eff = tcur.materialize(
+        torch.stack(stack.base_slices()), stack.factors, stack.core, out_dtype=torch.float32
+    )
+    for member, slice_ in zip(adapter.plan.stacks[1].members, w_eff, strict=True):
+        rounded = merged[f"{member.module}.weight"]
+        assert rounded.dtype == torch.bfloat16
+        # The two ways to the update differ by 1e-7: where they straddle a rounding edge, by an ulp.
+        assert (rounded != slice_.bfloat16()).float().mean() < 0.02
+
+
+@pytest.fixture(scope="module")
+def transformers():
+    try:
+        import transformers
+    except Exception as error:
+        pytest.skip(f"transformers: {error}")
+    return transformers
+
+
+def gpt2_directory(transformers, path):
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(n_embd=8, n_layer=2, n_head=2, n_positions=16, vocab_size=11)
+    model = transformers.GPT2LMHeadModel(config).eval()
+    model.save_pretrained(path, max_shard_size="6KB")
+    assert len(list(path.glob("*.safetensors"))) > 1
+    return model
+
+
+def test_plan_and_merge_of_gpt2(run, transformers, tmp_path):
+    model = gpt2_directory(transformers, tmp_path / "base")
+    status, out, _ = run("plan", tmp_path / "base", "--rank", "2")
+    assert status == 0
+    assert "stack 8x8: 8 slices of 8 x 8" in out
+    assert "transformer.h.1.attn.c_attn" in out
+    assert "rank 2: 48 trained numbers" in out
+    assert "lm_head: its weight is tied" in out
+    status, out, _ = run("plan", tmp_path / "base", "--targets", "mlp.c_fc", "--stacks", "layer")
+    assert status == 0
+    assert "stack transformer_h_0_mlp_c_fc: 1 slices of 32 x 8" in out
+
+    adapter = tcur.adapt(model, rank=2)
+    with torch.no_grad():
+        for stack in adapter.stacks.values():
+            stack.core.normal_(std=0.3)
+    adapter.save(tmp_path / "a")
+    assert run("merge", tmp_path / "base", tmp_path / "a", "-o", tmp_path / "out")[0] == 0
+    merged = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "out").eval()
+    ids = torch.randint(11, (2, 6))
+    exact = adapter.model.double()(ids).logits
+    assert_close(merged(ids).logits, adapter.model.float()(ids).logits, exact)
+
+    # Files of the bare model go without the prefix that its head adds.
+    model.transformer.save_pretrained(tmp_path / "bare")
+    bare = tmp_path / "bare"
+    stored = {
+        k.removeprefix("transformer."): v for k, v in directory_state(tmp_path / "base").items()
+    }
+    for file in bare.glob("*.safetensors"):
+        file.unlink()
+    save_file(stored, bare / "model.safetensors", metadata={"format": "pt"})
+    assert run("merge", bare, tmp_path / "a", "-o", tmp_path / "out2")[0] == 0
+    with_prefix = directory_state(tmp_path / "out")
+    for name, value in directory_state(tmp_path / "out2").items():
+        assert torch.equal(value, with_prefix[f"transformer.{name}"])
+
+
+def test_merge_of_an_attention(run, tmp_path):
+    """Blocks of in_proj_weight are found by their rows."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.MultiheadAttention(8, 2), torch.nn.Linear(8, 8))
+    write_directory(tmp_path / "base", model)
+    adapter = tcur.adapt(model, ["q_proj", "v_proj", "1"], rank=2)
+    with torch.no_grad():
+        adapter.stacks["8x8"].core.normal_()
+    adapter.save(tmp_path / "a")
+    assert run("merge", tmp_path / "base", tmp_path / "a", "-o", tmp_path / "out")[0] == 0
+    wanted = adapter.merge(inplace=False).state_dict()
+    for name, value in directory_state(tmp_path / "out").items():
+        torch.testing.assert_close(value, wanted[name], rtol=1e-6, atol=1e-6)
+
+
+def test_bench(run):
+    status, out, _ = run(
+        "bench", "--n3", 4, "--n1", 16, "--n2", 24, "--rank", 2, "--tokens", 5, "--rounds", 2
+    )
+    assert status == 0
+    assert "relative error of the update" in out
+    assert "cur_linear, one slice" in out
+
+
+def test_bad_input_is_named_and_nothing_is_written(run, adapter, tmp_path, monkeypatch):
+    base = write_directory(tmp_path / "base", tiny())
+    good = tmp_path / "a"
+    adapter.save(good)
+    out = tmp_path / "out"
+
+    def refused(message, model=base, file=good, to=out):
+        before = sorted(tmp_path.rglob("*"))
+        status, printed, err = run("merge", model, file, "-o", to)
+        assert status == 2
+        assert not printed
+        assert message in err
+        assert sorted(tmp_path.rglob("*")) == before
+
+    refused("model_dir: expected a directory, got none", tmp_path / "nowhere")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    refused("model_dir: expected *.safetensors", empty)
+    refused("path: expected an adapter file, got none", file=tmp_path / "nowhere")
+    refused("out: expected a directory that is new or empty", to=base)
+    refused("out: expected a directory that is new or empty", to=good)
+
+    torch.manual_seed(1)
+    other = write_directory(tmp_path / "other", Tiny())
+    refused("expected the base that the adapter was made for, got other weights in stack", other)
+    wide = write_directory(tmp_path / "wide", Tiny(width=16))
+    refused("model_dir: expected blocks.0.attn.out_proj.weight with [8, 8]", wide)
+    short = write_directory(tmp_path / "short", Tiny(blocks=2))
+    refused("model_dir: expected a tensor blocks.2.attn", short)
+    torch.manual_seed(0)
+    headless = tiny()
+    headless.head = torch.nn.Linear(8, 3)
+    refused("model_dir: expected head.", write_directory(tmp_path / "headless", headless))
+
+    lost = write_directory(tmp_path / "lost", tiny())
+    next(lost.glob("*2-of*")).unlink()
+    refused("model_dir: expected all shards of model.safetensors.index.json", lost)
+    torn = write_directory(tmp_path / "torn", tiny())
+    file = next(torn.glob("*1-of*"))
+    file.write_bytes(file.read_bytes()[:-4])
+    refused("model_dir: expected whole safetensors files, got a torn one", torn)
+    twice = write_directory(tmp_path / "twice", tiny())
+    save_file({"head.bias": torch.ones(5)}, twice / "more.safetensors")
+    refused("model_dir: expected each tensor once, got head.bias in", twice)
+
+    def full(*args, **kwargs):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("tcur_kernels.adapters.directory.save_file", full)
+    refused("no space left on device")
+
+
+def test_what_a_plan_needs_is_said(run, tmp_path, monkeypatch):
+    base = write_directory(tmp_path / "base", tiny())
+    pytest.importorskip("transformers")
+    status, _, err = run("plan", base)
+    assert status == 2
+    assert "model_dir: expected a model that transformers knows" in err
+    (base / "config.json").unlink()
+    assert "model_dir: expected config.json, got none" in run("plan", base)[2]
+    (base / "config.json").write_text("{}")
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert "pip install 'tcur_kernels[peft]'" in run("plan", base)[2]
+
+
+def test_merging_says_what_it_needs(run, adapter, tmp_path, monkeypatch):
+    base = write_directory(tmp_path / "base", tiny())
+    adapter.save(tmp_path / "a")
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    status, _, err = run("merge", base, tmp_path / "a", "-o", tmp_path / "out")
+    assert status == 2
+    assert "pip install 'tcur_kernels[cli]'" in err
+
+
+def test_a_tensor_that_could_be_two_is_not_guessed(run, adapter, tmp_path):
+    model = torch.nn.ModuleDict({"a": tiny(), "b": tiny()})
+    base = write_directory(tmp_path / "base", model)
+    adapter.save(tmp_path / "f")
+    status, _, err = run("merge", base, tmp_path / "f", "-o", tmp_path / "out")
+    assert status == 2
+    assert "got a.blocks.0.attn.out_proj.weight, b.blocks.0.attn.out_proj.weight" in err
