@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 import torch
 
-from . import cast, cost_rule, materialize, memory, report, rows, scaling, step
+from . import cast, cost_rule, materialize, memory, report, rows, scaling, serving, step
 from .memory import Peak
 from .timing import Timing
 
@@ -18,6 +18,7 @@ OPERATIONS = {
     "cast": cast,
     "step": step,
     "memory": memory,
+    "serving": serving,
     "cost_rule": cost_rule,
 }
 

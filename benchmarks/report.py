@@ -37,6 +37,12 @@ LAYOUT = {
         ("tcur_bf16", "lora"),
     ),
     "memory": (("tcur", "lora"), ("fourierft", "lora"), ("full", "lora"), ("frozen", "lora")),
+    "serving": (
+        ("thousand", "one"),
+        ("one_by_factors", "one"),
+        ("thousand", "one_by_factors"),
+        ("thousand", "frozen"),
+    ),
     "cost_rule": (
         ("auto", "auto"),
         ("materialized_z", "auto"),

@@ -76,6 +76,8 @@ class Projected:
 
     def z_of(self, x: Tensor, precision: str) -> Tensor | None:
         """z, if ``x`` is that very tensor, unchanged, and z is still around."""
+        if x.is_inference():  # counts no versions: written to in place, it would look the same
+            return None
         if self._x() is not x or version_of(x) != self._version or precision != self._precision:
             return None
         if self._grad != x.requires_grad:
@@ -91,5 +93,8 @@ def slices_of(w_eff: Tensor, layer: Layer) -> Tensor:
 
 
 def version_of(tensor: Tensor) -> tuple[int, int]:
-    """Changes when the tensor is written to in place or given other memory."""
-    return tensor.data_ptr(), tensor._version
+    """Changes when the tensor is written to in place or given other memory.
+
+    Inference tensors count no versions; of those only other memory is seen.
+    """
+    return tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version

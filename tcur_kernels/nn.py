@@ -115,6 +115,7 @@ class TProductStack(nn.Module):
         self.enabled = True
         self._backup: list[Tensor] | None = None  # base weights while merged
         self._batch: tuple[Tensor, Tensor] | None = None  # cores and adapter_ids of the batch
+        self._held: Tensor | None = None  # z of the latest input, within a batch
         self._built: Effective | None = None
         self._factors: CURFactors | None = None
         self._projected: Projected | None = None
@@ -204,11 +205,11 @@ class TProductStack(nn.Module):
             assert self._built is not None
             effective = self._built.view_of(layer)
         gradient = "x"
-        trains = torch.is_grad_enabled() and core.requires_grad
-        if trains and not torch.compiler.is_compiling():
-            gradient = cost.choose_gradient(tokens, **sizes)
-            if gradient == "dense" and adapter_ids is not None:
-                gradient = "x"  # dyᵀx would mix the tokens of all cores
+        if not torch.compiler.is_compiling():
+            if adapter_ids is not None:
+                gradient = "z"  # which q, k, v share; dyᵀx would mix the tokens of all cores
+            elif torch.is_grad_enabled() and core.requires_grad:
+                gradient = cost.choose_gradient(tokens, **sizes)
             if gradient == "z":
                 z = self._project(source, x, precision)
         return cur_linear(
@@ -232,6 +233,8 @@ class TProductStack(nn.Module):
         if kept is None:
             kept = project(x, self.factors, precision)
             self._projected = Projected(source, kept, precision)
+            # In training the graph keeps z for the next layer, in serving nobody would.
+            self._held = kept if self._batch is not None else None
         return kept
 
     def core_of(self, name: str | None) -> nn.Parameter:
@@ -272,7 +275,7 @@ class TProductStack(nn.Module):
         try:
             yield
         finally:
-            self._batch = before
+            self._batch, self._held = before, None
 
     def merge(self) -> None:
         """Writes W_eff into the layers' weights, keeping a copy of the base."""
@@ -321,7 +324,8 @@ class TProductStack(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # W_eff is rebuilt on demand; a copy or a pickle of the stack does without it.
-        return {**self.__dict__, "_built": None, "_factors": None, "_projected": None}
+        kept = dict.fromkeys(("_built", "_factors", "_projected", "_held"))
+        return {**self.__dict__, **kept}
 
 
 class TProductLinear(nn.Linear):

@@ -95,11 +95,27 @@ def test_gradients_reach_each_core_by_its_own_rows():
     assert all(stack.core.grad is None for stack in adapter.stacks.values())
 
 
-def test_a_dense_gradient_is_not_formed_of_mixed_rows(monkeypatch):
-    from tcur_kernels import cost
+def test_layers_with_one_input_share_z_in_a_batch(monkeypatch):
+    import tcur_kernels.nn as tcur_nn
 
-    monkeypatch.setattr(cost, "choose_gradient", lambda *args, **kwargs: "dense")
-    test_gradients_reach_each_core_by_its_own_rows()
+    calls, project = [], tcur_nn.project
+    monkeypatch.setattr(tcur_nn, "project", lambda *args: calls.append(0) or project(*args))
+    model = nn.ModuleList(nn.Linear(6, 6) for _ in range(3))
+    adapter = tcur.adapt(model, rank=2)
+    stacked, x = adapter.stack_cores(some_cores(adapter)), torch.randn(2, 5, 6)
+    with torch.no_grad(), adapter.batch(stacked, torch.tensor([0, 3])):
+        for layer in model:
+            layer(x)
+        assert len(calls) == 1
+    with torch.inference_mode(), adapter.batch(stacked, torch.tensor([0, 3])):
+        x = torch.randn(2, 5, 6)
+        before = model[0](x)
+        x.mul_(2)  # leaves no trace in inference mode: z must not be shared there
+        after = model[0](x)
+    assert_close(
+        after - model[0].bias, 2 * (before - model[0].bias), 2.0 * (before - model[0].bias)
+    )
+    assert adapter.stacks["6x6"]._held is None
 
 
 def test_autocast_and_half_precision():

@@ -95,6 +95,18 @@ def test_memory_is_measured_in_children(benchmarks, monkeypatch):
         memory.measure("small", 1)
 
 
+def test_serving_is_measured_and_checked(benchmarks, monkeypatch):
+    import benchmarks.serving as serving
+
+    monkeypatch.setattr(benchmarks.methods, "WIDTH", 16)
+    monkeypatch.setitem(serving.CASES, "small", (5, 4, 3))
+    timings = serving.measure("small", 2)
+    assert set(timings) == {"one", "one_by_factors", "thousand", "frozen"}
+    monkeypatch.setattr(serving, "LIMIT", 1e-12)
+    with pytest.raises(RuntimeError, match="row 0 is off by"):
+        serving.measure("small", 2)
+
+
 def test_rows_and_tables(benchmarks, monkeypatch, tmp_path):
     Timing = benchmarks.rows.Timing
     monkeypatch.setattr(benchmarks.rows, "RESULTS", tmp_path / "results")
@@ -113,7 +125,7 @@ def test_rows_and_tables(benchmarks, monkeypatch, tmp_path):
     with pytest.raises(ValueError, match="expected the marks <!-- begin cast -->"):
         benchmarks.report.write()
     with document.open("a") as file:
-        for op in ("cast", "step", "memory", "cost_rule"):
+        for op in ("cast", "step", "memory", "serving", "cost_rule"):
             file.write(f"<!-- begin {op} -->\n<!-- end {op} -->\n")
     written = benchmarks.report.write()
     assert [path.name.rsplit("-", 1)[1] for path in written[1:]] == ["streaming.png", "step.png"]
