@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from torch.utils.cpp_extension import include_paths
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -25,3 +27,28 @@ def test_no_compiler_is_one_clear_sentence(tmp_path):
         "install g++ or clang (C++17), or name one by CXX."
     )
     assert not list(tmp_path.iterdir())
+
+
+def test_other_processors_get_plain_cpp(tmp_path):
+    """Off x86-64 the baseline is the one variant, and nothing of x86 is left in it."""
+    program = tmp_path / "elsewhere.cpp"
+    program.write_text(f"""
+        #include "{ROOT}/csrc/cpu/kernels.h"
+        #include <atomic>
+        #include <cstring>
+        #undef __x86_64__  // the system's headers are this machine's, ours are another's
+        #include "{ROOT}/csrc/cpu/isa.cpp"
+        #include "{ROOT}/csrc/cpu/isa_avx2.cpp"
+        #include "{ROOT}/csrc/cpu/isa_avx512.cpp"
+        #include "{ROOT}/csrc/cpu/isa_baseline.cpp"
+        int main() {{
+          const bool alone = tcur::compiled_isas().size() == 1;
+          return alone && std::strcmp(tcur::kernels<float>().isa, "baseline") == 0 ? 0 : 1;
+        }}
+    """)
+    includes = [f"-I{path}" for path in include_paths()]
+    target = ["-o", str(tmp_path / "elsewhere"), str(program)]
+    options = ["-std=c++17", "-Wno-psabi", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    compiler = os.environ.get("CXX", "c++").split()[0]
+    subprocess.run([compiler, *options, *includes, *target], check=True)
+    subprocess.run([tmp_path / "elsewhere"], check=True)
