@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from . import cost
 from .decompose import Selection, check_rank, select_slices
+from .distributed import ReentrantGuard, is_sharded, whole
 from .factors import PRECISIONS, CURFactors
 from .functional import cur_linear, materialize, project
 from .kept import Effective, Layer, Projected, slices_of
@@ -115,6 +116,7 @@ class TProductStack(nn.Module):
         self.enabled = True
         self._backup: list[Tensor] | None = None  # base weights while merged
         self._batch: tuple[Tensor, Tensor] | None = None  # cores and adapter_ids of the batch
+        self._guard = ReentrantGuard()
         self._held: Tensor | None = None  # z of the latest input, within a batch
         self._built: Effective | None = None
         self._factors: CURFactors | None = None
@@ -141,8 +143,13 @@ class TProductStack(nn.Module):
 
     def base_slices(self) -> list[Tensor]:
         """The n3 base slices ``[n1, n2]``, views of the layers' weights (or of their backup)."""
-        weights = self._backup or [layer.weight.detach() for layer in self.layers]
-        return [block for weight in weights for block in weight.split(self.n1)]
+        return list(self.each_base_slice())
+
+    def each_base_slice(self) -> Iterator[Tensor]:
+        """Those slices one after the other; sharded weights are gathered one at a time."""
+        weights = self._backup or [layer.weight for layer in self.layers]
+        for weight in weights:
+            yield from whole(weight.detach()).split(self.n1)
 
     @torch.inference_mode(False)  # what is kept must also serve a training step
     @torch.no_grad()
@@ -181,6 +188,7 @@ class TProductStack(nn.Module):
         if self.core.dtype == torch.float64:
             precision = "ieee"
         core, adapter_ids = (self.core, None) if self._batch is None else self._batch
+        core = core.to(self.lateral_hat.dtype)  # FSDP2 may have cast it as it casts weights
         if adapter_ids is not None and x.shape[0] % max(1, adapter_ids.shape[0]):
             raise ValueError(
                 f"x: expected {adapter_ids.shape[0]} rows, one for each of adapter_ids, as first "
@@ -196,8 +204,12 @@ class TProductStack(nn.Module):
             mode = cost.choose_mode(
                 self.mode, tokens=tokens, weight_dtype=weight.dtype, is_built=is_built, **sizes
             )
+            if mode == "materialized" and not is_built:
+                mode = self._mode_if_sharded()
         if not torch.compiler.is_compiling():
             self._factors = self.factors
+            if core.requires_grad:
+                self._guard.check()
         effective = z = None
         if mode == "materialized":
             if not is_built:
@@ -226,6 +238,16 @@ class TProductStack(nn.Module):
             precision=precision,
             adapter_ids=adapter_ids,
         )
+
+    def _mode_if_sharded(self) -> str:
+        """How to run where W_eff is wanted but other layers' weights may be on other processes."""
+        if not any(is_sharded(layer.weight) for layer in self.layers):
+            return "materialized"
+        if self.mode == "materialized":
+            raise ValueError(
+                "mode: expected 'auto' or 'factored' where weights are sharded, got 'materialized'"
+            )
+        return "factored"
 
     def _project(self, source: Tensor, x: Tensor, precision: str) -> Tensor:
         """z of ``x``; layers that share their input (q, k, v) share z too."""
@@ -281,6 +303,11 @@ class TProductStack(nn.Module):
         """Writes W_eff into the layers' weights, keeping a copy of the base."""
         if self.is_merged:
             raise ValueError("merge: expected an unmerged stack, got one that is merged already")
+        if any(is_sharded(layer.weight) for layer in self.layers):
+            raise ValueError(
+                "merge: expected whole weights, got sharded ones; save the adapter, and merge it "
+                "into a model on one process"
+            )
         w_eff = self.effective(self.layers[0].weight.dtype)
         self._backup = [layer.weight.detach().clone() for layer in self.layers]
         with torch.no_grad():
@@ -395,6 +422,10 @@ def _check_linears(linears: Sequence[nn.Linear]) -> None:
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"linears: expected nn.Linear, got {type(linear).__name__}")
         weight, first = linear.weight, linears[0].weight
+        if is_sharded(weight):
+            raise ValueError(
+                "linears: expected whole weights, got sharded ones; adapt first, then fully_shard"
+            )
         if not weight.dtype.is_floating_point:
             raise TypeError(f"linears: expected a floating dtype, got {weight.dtype}")
         if weight.requires_grad:

@@ -455,6 +455,40 @@ def test_a_stack_takes_every_way_to_the_gradient():
         assert_close(stack.core.grad, same, core.grad)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_small_update_survives_in_half_precision(dtype, bias, autocast):
+    """Far below the last bit it is all there in the mean by the factors; W_eff swallows it."""
+    width, size = 128, 1e-4 if dtype == torch.bfloat16 else 1e-5
+    linears = [nn.Linear(width, width, bias).requires_grad_(False) for _ in range(4)]
+    for linear in linears:
+        linear.to(dtype).to(torch.float32 if autocast else dtype)
+    x = torch.randn(4000, width).to(dtype)
+
+    def survived(mode):
+        stack = tcur.TProductStack(linears, rank=4, mode=mode)
+        torch.manual_seed(0)
+        randomise(stack)
+        weight = torch.stack([linear.weight for linear in linears]).double()
+        with torch.no_grad():
+            factors = stack.lateral.double(), stack.horizontal.double()
+            update = oracle.cur_product(factors[0], stack.core.double(), factors[1])
+            stack.core.mul_(size * weight.norm() / update.norm())
+            update = oracle.cur_product(factors[0], stack.core.double(), factors[1])[1]
+            with torch.autocast("cpu", dtype, enabled=autocast):
+                moved = stack.layers[1](x).double() - linears[1](x).double()
+        wanted = x.double() @ update.T
+        return float((moved * wanted).sum() / wanted.square().sum())
+
+    assert survived("factored") == pytest.approx(1.0, abs=0.1)
+    assert survived("materialized") < 0.3
+    if not autocast:
+        assert survived("auto") == survived("factored")
+        plan = tcur.adapt(nn.Sequential(*copy.deepcopy(linears)), rank=4).plan
+        assert f"factored: the base is {dtype}, and W_eff rounded to it would" in str(plan)
+
+
 def test_precision_is_checked():
     with pytest.raises(ValueError, match="precision: expected one of ieee, bf16, got 'fp8'"):
         tcur.TProductStack(make_linears(), rank=2, precision="fp8")

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..distributed import is_first_process, is_sharded, whole
 from ..nn import TProductStack
 from .batch import StackedCores, check_batch_first
 from .checkpoint import write_adapter_file
@@ -193,7 +194,8 @@ class Adapter:
     def save(self, path: str | Path, name: str | None = None, factors: bool = False) -> None:
         """Writes cores, indices, plan, trained parameters and the base's fingerprint to ``path``.
 
-        safetensors; atomic: a save that fails leaves the file that was there as it was.
+        safetensors; atomic: a save that fails leaves the file that was there as it was. Where FSDP2
+        shards the model, all processes call this, and rank 0 writes.
 
         Args:
             path: the file.
@@ -230,7 +232,7 @@ class Adapter:
                     "precision": stack.precision,
                     "members": [[member.module, member.slices] for member in plan.members],
                     "stored": [weights[member.module].stored() for member in plan.members],
-                    "base_sha256": digest(stack.base_slices()),
+                    "base_sha256": digest(stack.each_base_slice()),
                 }
             )
         header = {
@@ -238,7 +240,10 @@ class Adapter:
             "train_also": list(self.train_also),
             "frozen_sha256": frozen_digest(self.model, self.plan, trained),
         }
-        write_adapter_file(Path(path), header, tensors)
+        sharded = any(is_sharded(parameter) for parameter in self.model.parameters())
+        tensors = {key: whole(tensor) for key, tensor in tensors.items()}
+        if is_first_process() or not sharded:
+            write_adapter_file(Path(path), header, tensors)
 
     # -- many adapters in one batch
 
@@ -386,7 +391,7 @@ class Adapter:
         contents = read_contents(path)
         contents.check_fits(self.stacks, self.plan, path)
         for stored in contents.stacks:
-            if digest(self.stacks[stored.plan.name].base_slices()) != stored.base_sha256:
+            if digest(self.stacks[stored.plan.name].each_base_slice()) != stored.base_sha256:
                 raise ValueError(
                     f"path: expected an adapter of this base, got one of other weights in stack "
                     f"{stored.plan.name} at {path}"

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
+from ..distributed import whole
 from .plan import Plan
 from .weights import find_weights
 
@@ -26,7 +27,7 @@ def digest(tensors: Iterable[Tensor]) -> str:
 def update_digest(state: hashlib._Hash, tensor: Tensor) -> None:
     """Adds dtype, shape and bits of one tensor."""
     state.update(f"{tensor.dtype} {list(tensor.shape)};".encode())
-    data = tensor.detach().cpu().contiguous().flatten()
+    data = whole(tensor.detach()).cpu().contiguous().flatten()
     state.update(data.view(torch.uint8).numpy().data)
 
 

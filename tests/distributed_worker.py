@@ -1,0 +1,170 @@
+"""Run by torchrun on two processes: each named way of training, against one process."""
+
+import copy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+import tcur_kernels as tcur
+from models import Tiny
+from tcur_kernels.distributed import whole
+
+
+class Checkpointed(nn.Module):
+    """The tiny model with its blocks checkpointed."""
+
+    def __init__(self, model, use_reentrant):
+        super().__init__()
+        self.model, self.use_reentrant = model, use_reentrant
+
+    def forward(self, x):
+        h = self.model.embed(x)
+        for block in self.model.blocks:
+            h = checkpoint(block, h, use_reentrant=self.use_reentrant)
+        return self.model.head(h.mean(1))
+
+
+def adapted(mode="auto", norms=True):
+    torch.manual_seed(0)
+    model = Tiny().eval()
+    if not norms:
+        for block in model.blocks:
+            block.norm = nn.Identity()
+    adapter = tcur.adapt(model, rank=2, mode=mode, train_also="head")
+    with torch.no_grad():
+        for stack in adapter.stacks.values():
+            stack.core.normal_(std=0.3)
+    return model, adapter
+
+
+def steps(model, adapter, x, count=2):
+    """Gradients and parameters after each of some optimizer steps, whole."""
+    optimizer = torch.optim.Adam(adapter.parameters(), lr=1e-2)
+    record = []
+    for _ in range(count):
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        for name, parameter in adapter.named_parameters():
+            record.append((f"grad of {name}", whole(parameter.grad).clone()))
+        optimizer.step()
+        for name, parameter in adapter.named_parameters():
+            record.append((name, whole(parameter.detach()).clone()))
+    return record
+
+
+def compare(record, wanted, what):
+    for (name, actual), (_, expected) in zip(record, wanted, strict=True):
+        error = float((actual - expected).norm() / expected.norm())
+        assert error < 1e-4, f"{what}: {name} is off by {error:.2g}"
+
+
+def ddp(rank, x, wanted, mode):
+    model, adapter = adapted(mode)
+    compare(steps(DistributedDataParallel(model), adapter, x[rank::2]), wanted, f"ddp {mode}")
+
+
+def ddp_checkpointed(rank, x, wanted):
+    model, adapter = adapted()
+    parallel = DistributedDataParallel(Checkpointed(model, use_reentrant=False))
+    compare(steps(parallel, adapter, x[rank::2]), wanted, "ddp, checkpoints")
+    model, adapter = adapted()
+    x = x.clone().requires_grad_()  # reentrant checkpoints want an input that asks for gradients
+    parallel = DistributedDataParallel(Checkpointed(model, use_reentrant=True), static_graph=True)
+    compare(steps(parallel, adapter, x[rank::2]), wanted, "ddp, reentrant, static graph")
+    model, adapter = adapted()
+    parallel = DistributedDataParallel(Checkpointed(model, use_reentrant=True))
+    with torch.no_grad():
+        parallel(x[rank::2])
+    with pytest.raises(RuntimeError, match="pass use_reentrant=False"):
+        steps(parallel, adapter, x[rank::2])
+
+
+def ddp_accumulated(rank, x, wanted):
+    """Two halves without synchronisation and then with."""
+    model, adapter = adapted()
+    parallel = DistributedDataParallel(model)
+    own = x[rank::2]
+    with parallel.no_sync():
+        (parallel(own[:2]).square().mean() / 2).backward()
+    (parallel(own[2:]).square().mean() / 2).backward()
+    record = [(f"grad of {n}", p.grad) for n, p in adapter.named_parameters()]
+    compare(record, wanted[: len(record)], "ddp, accumulated")
+
+
+def fsdp(rank, x, wanted, path):
+    model, adapter = adapted()
+    for block in model.blocks:
+        fully_shard(block)
+    fully_shard(model)
+    compare(steps(model, adapter, x[rank::2]), wanted, "fsdp2")
+    adapter.save(path)
+    dist.barrier()
+    torch.manual_seed(0)
+    alone = Tiny().eval()
+    tcur.load_adapter(alone, path)
+    compare([("output", alone(x))], [("output", model(x))], "saved by rank 0")
+    for call, message in (
+        (adapter.merge, "merge: expected whole weights, got sharded ones"),
+        (
+            lambda: tcur.TProductStack([model.blocks[0].mlp[0]], 2),
+            "linears: expected whole weights",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def fsdp_forced(rank, x):
+    model, _ = adapted("materialized")
+    for block in model.blocks:
+        fully_shard(block)
+    with pytest.raises(ValueError, match="where weights are sharded, got 'materialized'"):
+        model(x)
+
+
+def fsdp_mixed(rank, x):
+    """Parameters cast to bf16 for the computation, the core among them."""
+    # Without norms: torch's batch norm fails where its weights are cast and its statistics are not.
+    wanted = steps(*adapted(norms=False), x, 1)
+    model, adapter = adapted(norms=False)
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
+    for block in model.blocks:
+        fully_shard(block, mp_policy=policy)
+    fully_shard(model, mp_policy=policy)
+    record = steps(model, adapter, x[rank::2], 1)
+    for (name, actual), (_, expected) in zip(record, wanted, strict=True):
+        assert actual.dtype == torch.float32
+        error = (actual - expected).norm() / expected.norm()
+        assert error < 0.1, f"mixed: {name} is off by {error:.2g}"
+
+
+def main():
+    path = Path(sys.argv[1])
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    torch.set_num_threads(1)
+    torch.manual_seed(1)
+    x = torch.randn(8, 7, 6)
+    wanted = steps(*adapted(), x)
+    for mode in ("auto", "materialized"):
+        ddp(rank, x, wanted, mode)
+    ddp_checkpointed(rank, x, wanted)
+    ddp_accumulated(rank, x, wanted)
+    fsdp(rank, x, copy.deepcopy(wanted), path / "adapter")
+    fsdp_forced(rank, x)
+    fsdp_mixed(rank, x)
+    dist.barrier()
+    dist.destroy_process_group()
+    if rank == 0:
+        print("all ways agree")
+
+
+if __name__ == "__main__":
+    main()
