@@ -12,7 +12,7 @@ from .functional import build_info as build_info
 from .functional import cur_linear as cur_linear
 from .functional import cur_product as cur_product
 from .functional import materialize as materialize
-from .nn import TProductLinear as TProductLinear
+from .linear import TProductLinear as TProductLinear
 from .nn import TProductStack as TProductStack
 from .tubal import t_identity as t_identity
 from .tubal import t_pinv as t_pinv

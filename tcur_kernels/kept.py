@@ -27,6 +27,17 @@ class Layer(Protocol):
     out_features: int
 
 
+class Stack(Protocol):
+    """What a layer asks of its stack."""
+
+    n1: int
+    n3: int
+    rank: int
+
+    def forward_slices(self, x: Tensor, layer: Layer) -> Tensor:
+        """``x`` through the slices of one layer."""
+
+
 class Effective:
     """W_eff of one core version, and what tells whether it is still that of the present core."""
 

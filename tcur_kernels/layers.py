@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from .nn import TProductLinear, TProductStack
+from .kept import Stack
+from .linear import TProductLinear
 from .places import Place
 
 _Module = TypeVar("_Module", bound=nn.Module)
@@ -35,11 +36,11 @@ class TProductConv1D(nn.Module):
     """GPT-2's ``Conv1D``, whose weight is stored (in, out), on slices of a stack."""
 
     place: Place
-    stack: TProductStack
+    stack: Stack
     base_class: type[nn.Module]
 
     @classmethod
-    def from_conv1d(cls, conv1d: nn.Module, stack: TProductStack, place: Place) -> TProductConv1D:
+    def from_conv1d(cls, conv1d: nn.Module, stack: Stack, place: Place) -> TProductConv1D:
         """The layer that takes the place of ``conv1d``; ``place`` then refers to it."""
         layer = twin(conv1d, cls)
         # Not registered as a submodule: the core must have one name and one owner.
@@ -66,13 +67,13 @@ class TProductMultiheadAttention(nn.MultiheadAttention):
     (the fused inference path, one product for q, k and v) differs from the base by rounding.
     """
 
-    places: dict[str, tuple[TProductStack, Place]]
+    places: dict[str, tuple[Stack, Place]]
 
     @classmethod
     def from_attention(
         cls,
         attention: nn.MultiheadAttention,
-        projections: Mapping[str, tuple[TProductStack, Place]],
+        projections: Mapping[str, tuple[Stack, Place]],
         out_proj: TProductLinear | None,
     ) -> TProductMultiheadAttention:
         """The layer that takes the place of ``attention``; the places then refer to it."""

@@ -1,4 +1,4 @@
-"""The layer: a stack of equally shaped weights with one trained core, and its linear layers."""
+"""The stack: equally shaped weights with one trained core, which their layers compute through."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from .distributed import ReentrantGuard, is_sharded, whole
 from .factors import PRECISIONS, CURFactors
 from .functional import cur_linear, materialize, project
 from .kept import Effective, Layer, Projected, slices_of
+from .linear import TProductLinear, check_linears, row_blocks
 
 
 class TProductStack(nn.Module):
@@ -78,10 +79,10 @@ class TProductStack(nn.Module):
             )
         if mode not in cost.MODES:
             raise ValueError(f"mode: expected one of {', '.join(cost.MODES)}, got {mode!r}")
-        _check_linears(linears)
+        check_linears(linears)
         self.n1 = min(linear.out_features for linear in linears) if n1 is None else n1
         self.n2 = linears[0].in_features
-        blocks = [_row_blocks(linear, self.n1) for linear in linears]
+        blocks = [row_blocks(linear, self.n1) for linear in linears]
         slices = [block for weight_blocks in blocks for block in weight_blocks]
         self.n3, self.rank, self.alpha, self.mode = len(slices), rank, float(alpha), mode
         check_rank("rank", rank, self.n1, self.n2)
@@ -353,100 +354,3 @@ class TProductStack(nn.Module):
         # W_eff is rebuilt on demand; a copy or a pickle of the stack does without it.
         kept = dict.fromkeys(("_built", "_factors", "_projected", "_held"))
         return {**self.__dict__, **kept}
-
-
-class TProductLinear(nn.Linear):
-    """``nn.Linear`` whose weight is adapted as one or more consecutive slices of a stack.
-
-    A drop-in: same call, same ``weight`` and ``bias`` (the very parameters of the layer it
-    replaces), same ``state_dict``. The core belongs to ``stack``, not to the layer.
-
-    Args:
-        in_features, out_features, bias, device, dtype: as in ``nn.Linear``.
-        stack: the stack this layer belongs to.
-        slice_index: its first slice.
-    """
-
-    stack: TProductStack
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        *,
-        stack: TProductStack,
-        slice_index: int,
-    ) -> None:
-        super().__init__(in_features, out_features, bias, device, dtype)
-        # Not registered as a submodule: the core must have one name and one owner.
-        object.__setattr__(self, "stack", stack)
-        self.slice_index = slice_index
-        self.slices = out_features // stack.n1
-
-    @classmethod
-    def from_linear(
-        cls, linear: nn.Linear, stack: TProductStack, slice_index: int
-    ) -> TProductLinear:
-        """The layer that takes the place of ``linear`` and shares its parameters."""
-        layer = cls(
-            linear.in_features,
-            linear.out_features,
-            linear.bias is not None,
-            device="meta",
-            dtype=linear.weight.dtype,
-            stack=stack,
-            slice_index=slice_index,
-        )
-        layer.weight = linear.weight
-        layer.bias = linear.bias
-        return layer.train(linear.training)
-
-    def forward(self, input: Tensor) -> Tensor:
-        """``input`` [..., in_features] -> [..., out_features], with the stack's update."""
-        return self.stack.forward_slices(input, self)
-
-    def extra_repr(self) -> str:
-        """That of ``nn.Linear``, and the place in the stack."""
-        last = self.slice_index + self.slices - 1
-        where = f"{self.slice_index}" if self.slices == 1 else f"{self.slice_index}-{last}"
-        return f"{super().extra_repr()}, slice={where} of {self.stack.n3}, rank={self.stack.rank}"
-
-
-def _check_linears(linears: Sequence[nn.Linear]) -> None:
-    if not linears:
-        raise ValueError("linears: expected at least one nn.Linear, got none")
-    for linear in linears:
-        if not isinstance(linear, nn.Linear):
-            raise TypeError(f"linears: expected nn.Linear, got {type(linear).__name__}")
-        weight, first = linear.weight, linears[0].weight
-        if is_sharded(weight):
-            raise ValueError(
-                "linears: expected whole weights, got sharded ones; adapt first, then fully_shard"
-            )
-        if not weight.dtype.is_floating_point:
-            raise TypeError(f"linears: expected a floating dtype, got {weight.dtype}")
-        if weight.requires_grad:
-            raise ValueError("linears: expected frozen weights, got one with requires_grad=True")
-        if weight.shape[1] != first.shape[1]:
-            raise ValueError(
-                f"linears: expected {first.shape[1]} in_features as in the first layer, "
-                f"got {weight.shape[1]}"
-            )
-        if (weight.dtype, weight.device) != (first.dtype, first.device):
-            raise ValueError(
-                f"linears: expected {first.dtype} on {first.device} as in the first layer, "
-                f"got {weight.dtype} on {weight.device}"
-            )
-        if not torch.isfinite(weight).all():
-            raise ValueError("linears: expected finite weights, got NaN or Inf")
-
-
-def _row_blocks(linear: nn.Linear, n1: int) -> tuple[Tensor, ...]:
-    if linear.out_features % n1:
-        raise ValueError(
-            f"linears: expected out_features to be a multiple of {n1}, got {linear.out_features}"
-        )
-    return linear.weight.detach().split(n1)

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from torch import nn
 
 from ..layers import TProductConv1D, TProductMultiheadAttention, plain
-from ..nn import TProductLinear, TProductStack
+from ..linear import TProductLinear
+from ..nn import TProductStack
 from ..places import Place
 from .plan import Plan
 from .weights import Weight, aliases, find_weights
@@ -93,8 +94,9 @@ def _attention(
             place = Place(module, layer.slice_index, layer.slices, name)
             projections[name] = (stack, place)
     attention = TProductMultiheadAttention.from_attention(module, projections, out_proj)
-    for name, (stack, place) in attention.places.items():
-        stack.layers[parts[name][1]] = place
+    for name, (stack, index) in parts.items():
+        if name in attention.places:
+            stack.layers[index] = attention.places[name][1]
     return attention
 
 

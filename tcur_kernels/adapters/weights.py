@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from ..layers import TProductConv1D, TProductMultiheadAttention
-from ..nn import TProductLinear
+from ..linear import TProductLinear
 from ..places import PROJECTIONS, Place, is_attention, is_conv1d, is_plain_linear
 
 #: Modules with a matrix or more that are no linear maps of tokens.
