@@ -185,8 +185,8 @@ def _added_before_rounding(
     """``x weightᵀ + bias + update`` in 16 bits, where a small update must not be lost.
 
     Added to a product that is rounded already, an update below half a unit in the last place is
-    lost nearly always: of a relative size of 1e-4, 6 % survive in bf16. Added within the product
-    it decides on the rounding, and survives in the mean.
+    lost nearly always. Added within the product it decides on the rounding, and survives in the
+    mean.
     """
     added = update if bias is None else _Dithered.apply(update, bias)
     rows = (math.prod(x.shape[:-1]), x.shape[-1])
