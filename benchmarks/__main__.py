@@ -8,7 +8,19 @@ from collections.abc import Mapping
 
 import torch
 
-from . import cast, cost_rule, materialize, memory, report, rows, scaling, serving, step
+from . import (
+    cast,
+    cost_rule,
+    materialize,
+    memory,
+    report,
+    rows,
+    scaling,
+    selection,
+    selection_memory,
+    serving,
+    step,
+)
 from .memory import Peak
 from .timing import Timing
 
@@ -19,6 +31,8 @@ OPERATIONS = {
     "step": step,
     "memory": memory,
     "serving": serving,
+    "selection": selection,
+    "selection_memory": selection_memory,
     "cost_rule": cost_rule,
 }
 

@@ -45,7 +45,7 @@ def _measure_in_child(method: str, tokens: int) -> int:
     return int(json.loads(result.stdout.splitlines()[-1]))
 
 
-def _status(field: str) -> int:
+def status(field: str) -> int:
     """Bytes, from the kernel's account of this process."""
     for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
         if line.startswith(field + ":"):
@@ -58,12 +58,12 @@ def peak_of_step(method: str, tokens: int) -> int:
     from .methods import MLP, build, prepared, step_of
 
     model = prepared(method, build(MLP))
-    before = _status("VmRSS")
+    before = status("VmRSS")
     step_of(model, 16)()  # threads, libraries, kept buffers
     step = step_of(model, tokens)
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak counts from here
     step()
-    return _status("VmHWM") - before
+    return status("VmHWM") - before
 
 
 if __name__ == "__main__":

@@ -14,7 +14,9 @@ from . import rows
 
 matplotlib.use("Agg")
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = (ROOT / "docs" / "performance.md", ROOT / "README.md")
+DOCUMENTS = tuple(
+    ROOT / name for name in ("docs/performance.md", "docs/decomposition.md", "README.md")
+)
 BEGIN, END = "<!-- begin {op} -->\n", "<!-- end {op} -->\n"
 PLOTS = ROOT / "docs" / "plots"
 #: op -> columns, each a ratio of two contenders' values; the first numerator is ours.
@@ -43,6 +45,19 @@ LAYOUT = {
         ("thousand", "one_by_factors"),
         ("thousand", "frozen"),
     ),
+    "selection": (
+        ("norm", "read"),
+        ("norm2", "read"),
+        ("leverage", "read"),
+        ("leverage_power_1", "read"),
+        ("leverage_exact", "read"),
+        ("deim", "read"),
+        ("inverse", "read"),
+        ("uniform", "read"),
+        ("norm_intersection", "read"),
+        ("norm_projection", "read"),
+    ),
+    "selection_memory": (("norm", "weights"), ("norm2", "weights"), ("leverage", "weights")),
     "cost_rule": (
         ("auto", "auto"),
         ("materialized_z", "auto"),
@@ -59,7 +74,7 @@ def table(op: str, recorded: Sequence[dict[str, str]]) -> str:
     """Markdown of one operator: ratios of medians of the newest rows."""
     columns = LAYOUT[op]
     ours = columns[0][0]
-    unit = "MB" if op == "memory" else "ms"
+    unit = "MB" if op.endswith("memory") else "ms"
     columns = [pair for pair in columns if pair[0] != pair[1]]
     heads = ["device", "case", f"{ours}, {unit}", *(f"{top} / {bottom}" for top, bottom in columns)]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]

@@ -6,6 +6,8 @@ from .adapters import StackedCores as StackedCores
 from .adapters import adapt as adapt
 from .adapters import load_adapter as load_adapter
 from .decompose import TensorCUR as TensorCUR
+from .decompose import matrix_cur as matrix_cur
+from .decompose import modewise_cur as modewise_cur
 from .decompose import tensor_cur as tensor_cur
 from .factors import CURFactors as CURFactors
 from .functional import build_info as build_info
@@ -14,10 +16,12 @@ from .functional import cur_product as cur_product
 from .functional import materialize as materialize
 from .linear import TProductLinear as TProductLinear
 from .nn import TProductStack as TProductStack
+from .tubal import multirank as multirank
 from .tubal import t_identity as t_identity
 from .tubal import t_pinv as t_pinv
 from .tubal import t_product as t_product
 from .tubal import t_svd as t_svd
 from .tubal import t_transpose as t_transpose
+from .tubal import tubal_rank as tubal_rank
 
 __version__ = "0.1.0"

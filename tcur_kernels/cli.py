@@ -14,10 +14,13 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from .adapters.contents import read_contents
+from .adapters.curves import RANKS, model_curves, plot_curves
 from .adapters.directory import ModelDirectory, merge_directory
 from .adapters.plan import STACKS_BY, make_plan
+from .decompose import RULES
 from .factors import CURFactors
 from .functional import build_info, cur_linear, materialize
 
@@ -46,6 +49,9 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--targets", nargs="+", help="names or patterns; default: all by shape")
     command.add_argument("--rank", type=int, default=8)
     command.add_argument("--stacks", choices=STACKS_BY, default="shape")
+    command.add_argument("--curve", type=Path, metavar="PNG", help="error against rank, drawn here")
+    command.add_argument("--ranks", type=int, nargs="+", default=RANKS, help="of the curve")
+    command.add_argument("--selections", choices=RULES, nargs="+", default=("norm", "deim"))
     command.set_defaults(run=show_plan)
 
     command = commands.add_parser("inspect", help="what an adapter file holds")
@@ -79,13 +85,20 @@ def show_info(args: argparse.Namespace) -> None:
 
 
 def show_plan(args: argparse.Namespace) -> None:
-    """Prints the plan of a model, whose weights are not read."""
+    """Prints the plan of a model, and its curves if asked: only they read the weights."""
     model = ModelDirectory(args.model_dir).skeleton()
     plan = make_plan(model, args.targets, args.rank, stacks=args.stacks, loaded=False)
     print(plan)
     cores = sum(stack.n3 * args.rank**2 for stack in plan.stacks)
     total = sum(parameter.numel() for parameter in model.parameters())
     print(f"rank {args.rank}: {cores:,} trained numbers, {cores / total:.2e} of {total:,}")
+    if args.curve is not None:
+        curves = model_curves(
+            model, plan, args.ranks, args.selections, args.model_dir, progress=True
+        )
+        print(*curves, sep="\n")
+        plot_curves(curves, args.curve)
+        print(f"written: {args.curve}")
 
 
 def inspect(args: argparse.Namespace) -> None:
@@ -117,12 +130,6 @@ def inspect(args: argparse.Namespace) -> None:
 
 def merge(args: argparse.Namespace) -> None:
     """Writes the merged directory, with a progress bar over the shards."""
-    try:
-        from tqdm import tqdm  # type: ignore[import-untyped]
-    except ImportError as error:
-        raise ModuleNotFoundError(
-            "tqdm is needed for the progress bar: pip install 'tcur_kernels[cli]'"
-        ) from error
     directory = ModelDirectory(args.model_dir)
     contents = read_contents(args.adapter)
 

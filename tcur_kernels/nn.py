@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import cost
-from .decompose import Selection, check_rank, select_slices
+from .decompose import MAX_WORKSPACE, Selection, Stack, as_stack, check_rank, select_slices
 from .distributed import ReentrantGuard, is_sharded, whole
 from .factors import PRECISIONS, CURFactors
 from .functional import cur_linear, materialize, project
 from .kept import Effective, Layer, Projected, slices_of
-from .linear import TProductLinear, check_linears, row_blocks
+from .linear import TProductLinear, check_linears, slices_in
 
 
 class TProductStack(nn.Module):
@@ -41,6 +41,9 @@ class TProductStack(nn.Module):
             rounded to bf16 (a gradient error of about 4e-3). Under autocast to bf16 it is "bf16".
         factors: C and R where they are not to be slices of these weights (a base in another dtype);
             the selection then only says which slices they were.
+        source: where the weights are read to choose slices, C and R, for layers on the meta device;
+            default the layers themselves.
+        max_workspace, progress: of that reading, see `tensor_cur`.
 
     Attributes:
         core: Parameter ``[n3, r, r]``, fp32 (fp64 for fp64 weights), whatever dtype the model is
@@ -71,6 +74,9 @@ class TProductStack(nn.Module):
         n1: int | None = None,
         precision: str = "ieee",
         factors: CURFactors | None = None,
+        source: Stack | None = None,
+        max_workspace: int = MAX_WORKSPACE,
+        progress: bool = False,
     ) -> None:
         super().__init__()
         if precision not in PRECISIONS:
@@ -82,22 +88,21 @@ class TProductStack(nn.Module):
         check_linears(linears)
         self.n1 = min(linear.out_features for linear in linears) if n1 is None else n1
         self.n2 = linears[0].in_features
-        blocks = [row_blocks(linear, self.n1) for linear in linears]
-        slices = [block for weight_blocks in blocks for block in weight_blocks]
-        self.n3, self.rank, self.alpha, self.mode = len(slices), rank, float(alpha), mode
+        counts = [slices_in(linear, self.n1) for linear in linears]
+        self.n3, self.rank, self.alpha, self.mode = sum(counts), rank, float(alpha), mode
         check_rank("rank", rank, self.n1, self.n2)
         if not torch.isfinite(torch.tensor(self.alpha)):
             raise ValueError(f"alpha: expected a finite number, got {alpha}")
 
-        rows, columns = select_slices(slices, rank, selection, generator)
+        if source is None:
+            weights = [linear.weight.detach() for linear in linears]
+            source = as_stack("linears", weights, max_workspace, progress, self.n1)
+        rows, columns = select_slices(source, rank, selection, generator)
         self.precision = precision
         self.rows, self.columns = tuple(rows.tolist()), tuple(columns.tolist())
-        device = slices[0].device
+        source.check_finite()
         if factors is None:
-            factors = CURFactors(
-                torch.stack([w[:, columns.to(device)] for w in slices]),
-                torch.stack([w[rows.to(device)] for w in slices]),
-            )
+            factors = CURFactors(source.columns(columns), source.rows(rows))
         elif (factors.n3, factors.n1, factors.n2, factors.rank) != (
             self.n3,
             self.n1,
@@ -108,10 +113,10 @@ class TProductStack(nn.Module):
                 f"factors: expected n3, n1, n2, rank {self.n3}, {self.n1}, {self.n2}, {rank}, got "
                 f"{factors}"
             )
-        factors = factors.to(device)
+        factors = factors.to(source.device)
         for name in ("lateral", "horizontal", "lateral_hat", "horizontal_hat"):
             self.register_buffer(name, getattr(factors, name), persistent=False)
-        core = torch.zeros(self.n3, rank, rank, dtype=factors.dtype, device=device)
+        core = torch.zeros(self.n3, rank, rank, dtype=factors.dtype, device=source.device)
         self.core = nn.Parameter(core)
 
         self.enabled = True
@@ -124,9 +129,9 @@ class TProductStack(nn.Module):
         self._projected: Projected | None = None
         self.layers: list[Layer] = []
         start = 0
-        for linear, weight_blocks in zip(linears, blocks, strict=True):
+        for linear, count in zip(linears, counts, strict=True):
             self.layers.append(TProductLinear.from_linear(linear, self, start))
-            start += len(weight_blocks)
+            start += count
 
     @property
     def factors(self) -> CURFactors:

@@ -114,6 +114,31 @@ def t_svd(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return u, s, v
 
 
+def multirank(a: Tensor, rtol: float | None = None) -> Tensor:
+    """Ranks of all n3 slices of the spectrum, int64 ``[n3]``, on the device of ``a``.
+
+    Args:
+        a: ``[n3, n1, n2]``, floating.
+        rtol: singular values up to ``rtol`` times the largest of the whole spectrum count as zero;
+            default ``max(n1, n2) * eps`` of the dtype.
+    """
+    _check_tensor("a", a)
+    values = torch.linalg.svdvals(_spectrum(_computable(a)))
+    if rtol is None:
+        rtol = max(a.shape[1], a.shape[2]) * torch.finfo(a.dtype).eps
+    ranks = (values > rtol * values.max()).sum(1)
+    # Bin n3 - k is the conjugate of bin k.
+    return torch.cat([ranks, ranks[1 : (a.shape[0] + 1) // 2].flip(0)])
+
+
+def tubal_rank(a: Tensor, rtol: float | None = None) -> int:
+    """The largest rank of any frequency, the maximum of `multirank`: r of the smallest exact C*U*R.
+
+    Kilmer, Braman, Hao & Hoover, SIAM J. Matrix Anal. Appl. 34 (2013), definition 4.1.
+    """
+    return int(multirank(a, rtol).max())
+
+
 def _spectrum(a: Tensor) -> Tensor:
     return torch.fft.rfft(a, dim=0)
 

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -107,6 +108,36 @@ def test_serving_is_measured_and_checked(benchmarks, monkeypatch):
         serving.measure("small", 2)
 
 
+def test_rules_are_timed(benchmarks, monkeypatch):
+    import benchmarks.selection as selection
+
+    monkeypatch.setitem(selection.CASES, "small", (3, 8, 6, 2))
+    assert set(selection.measure("small", 2)) == {"read", *selection.RULES}
+    monkeypatch.setitem(selection.RULES, "norm", (([0, 1], [0, 1]), "zero"))
+    choose = selection.tcur.tensor_cur
+
+    def mistaken(*args):
+        d = choose(*args)
+        return replace(d, columns=d.columns + 1)
+
+    monkeypatch.setattr(selection.tcur, "tensor_cur", mistaken)
+    with pytest.raises(RuntimeError, match="norm is wrong: C or R are not the chosen slices"):
+        selection.measure("small", 2)
+
+
+def test_memory_of_rules_is_measured_in_children(benchmarks, monkeypatch):
+    import benchmarks.selection_memory as memory
+
+    monkeypatch.setattr(memory, "RULES", {"norm2": "norm2"})
+    peaks = memory.measure("files_16x1024x1024", 1)
+    assert set(peaks) == {"weights", "norm2"}
+    assert peaks["weights"].peak_mb == pytest.approx(67.1, abs=0.1)
+    assert 0 < peaks["norm2"].peak_mb < 64 * 2**20 / 1e6
+    monkeypatch.setattr(memory, "RULES", {"nothing": None})
+    with pytest.raises(RuntimeError, match="nothing: the child process failed"):
+        memory.measure("files_16x1024x1024", 1)
+
+
 def test_rows_and_tables(benchmarks, monkeypatch, tmp_path):
     Timing = benchmarks.rows.Timing
     monkeypatch.setattr(benchmarks.rows, "RESULTS", tmp_path / "results")
@@ -125,7 +156,15 @@ def test_rows_and_tables(benchmarks, monkeypatch, tmp_path):
     with pytest.raises(ValueError, match="expected the marks <!-- begin cast -->"):
         benchmarks.report.write()
     with document.open("a") as file:
-        for op in ("cast", "step", "memory", "serving", "cost_rule"):
+        for op in (
+            "cast",
+            "step",
+            "memory",
+            "serving",
+            "selection",
+            "selection_memory",
+            "cost_rule",
+        ):
             file.write(f"<!-- begin {op} -->\n<!-- end {op} -->\n")
     written = benchmarks.report.write()
     assert [path.name.rsplit("-", 1)[1] for path in written[1:]] == ["streaming.png", "step.png"]

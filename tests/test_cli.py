@@ -295,15 +295,6 @@ def test_what_a_plan_needs_is_said(run, tmp_path, monkeypatch):
     assert "pip install 'tcur_kernels[peft]'" in run("plan", base)[2]
 
 
-def test_merging_says_what_it_needs(run, adapter, tmp_path, monkeypatch):
-    base = write_directory(tmp_path / "base", tiny())
-    adapter.save(tmp_path / "a")
-    monkeypatch.setitem(sys.modules, "tqdm", None)
-    status, _, err = run("merge", base, tmp_path / "a", "-o", tmp_path / "out")
-    assert status == 2
-    assert "pip install 'tcur_kernels[cli]'" in err
-
-
 def test_a_tensor_that_could_be_two_is_not_guessed(run, adapter, tmp_path):
     model = torch.nn.ModuleDict({"a": tiny(), "b": tiny()})
     base = write_directory(tmp_path / "base", model)

@@ -92,25 +92,6 @@ def test_norm_rule_is_the_papers():
         assert torch.equal(d.rows, rows)
 
 
-def test_the_half_spectrum_is_weighted():
-    """One column lives in bin 0, one in a pair of bins: unweighted, the wrong one would win."""
-    n3 = 8
-    a = torch.zeros(n3, 3, 2, dtype=torch.float64)
-    a[:, 0, 0] = 1.5 / n3  # |bin 0| = 1.5, counted once
-    wave = torch.cos(2 * torch.pi * torch.arange(n3) / n3)
-    a[:, 0, 1] = 2 * wave / n3  # |bins 1 and 7| = 1, counted as 2
-    scores = decompose._column_scores(list(a))
-    assert torch.allclose(scores, torch.tensor([1.5, 2.0], dtype=torch.float64))
-    assert tcur.tensor_cur(a, 1).columns.tolist() == [1]
-
-
-def test_scores_do_not_depend_on_the_block(monkeypatch):
-    a = torch.randn(5, 30, 20)
-    whole = decompose._column_scores(list(a))
-    monkeypatch.setattr(decompose, "_SCORE_BLOCK", 5 * 20 * 7)
-    assert torch.allclose(decompose._column_scores(list(a)), whole, rtol=1e-13, atol=0)
-
-
 def test_given_indices_and_ties():
     a = torch.randn(3, 6, 5)
     d = tcur.tensor_cur(a, 2, selection=([4, 1], torch.tensor([3, 0])))
@@ -155,7 +136,11 @@ def test_uniform_is_reproducible_by_generator():
         ({"rank": 0}, ValueError, r"rank: expected 1 to min\(n1, n2\) = 4 .* got 0"),
         ({"rank": 5}, ValueError, r"rank: expected 1 to min\(n1, n2\) = 4 .* got 5"),
         ({"rank": 2.0}, TypeError, "rank: expected an int, got float"),
-        ({"selection": "best"}, ValueError, "selection: expected one of norm, uniform.*'best'"),
+        (
+            {"selection": "best"},
+            ValueError,
+            "selection: expected one of norm, .*uniform, a rule.*'best'",
+        ),
         ({"selection": 3}, ValueError, "selection: expected a rule or a pair"),
         ({"selection": ([0, 1], [0, 5])}, ValueError, "columns: expected 0 to n2 - 1 = 4"),
         ({"selection": ([-1, 1], [0, 1])}, ValueError, "rows: expected 0 to n1 - 1 = 3"),
@@ -163,7 +148,15 @@ def test_uniform_is_reproducible_by_generator():
         ({"selection": ([1], [0, 1])}, ValueError, "rows: expected 2 indices"),
         ({"selection": ([0.5, 1.0], [0, 1])}, TypeError, "rows: expected integers"),
         ({"core": "best"}, ValueError, "core: expected one of intersection, projection, zero"),
-        ({"generator": torch.Generator()}, ValueError, "generator: expected None"),
+        (
+            {"selection": ([0, 1], [0, 1]), "generator": torch.Generator()},
+            ValueError,
+            "generator: expected None, the indices are given",
+        ),
+        ({"rank": True}, TypeError, "rank: expected an int, got bool"),
+        ({"a": torch.ones(0, 4, 5)}, ValueError, "no empty axis"),
+        ({"max_workspace": 100}, ValueError, "max_workspace: expected at least 1,200 bytes"),
+        ({"max_workspace": 1e9}, TypeError, "max_workspace: expected a number of bytes, got float"),
     ],
 )
 def test_tensor_cur_refuses(change, error, message):

@@ -372,7 +372,7 @@ def test_stacks_refuse(linears, change, error, message):
 def test_stacks_refuse_weights_that_are_not_finite(value):
     linears = make_linears()
     linears[2].weight[0, 0] = value
-    with pytest.raises(ValueError, match="linears: expected finite weights, got NaN or Inf"):
+    with pytest.raises(ValueError, match="linears: expected finite numbers, got NaN or Inf"):
         tcur.TProductStack(linears, rank=2)
 
 

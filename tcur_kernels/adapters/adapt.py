@@ -5,17 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import ceil
+from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .. import cost
-from ..decompose import Selection
+from ..decompose import MAX_WORKSPACE, Selection
 from ..factors import CURFactors
 from ..nn import TProductStack
 from .adapter import Adapter
 from .fingerprint import STACKS, persistent_buffers
 from .install import put_in_place
 from .plan import Plan, StackPlan, Targets, check_setting, make_plan, setting
+from .streaming import BaseFiles, on_meta
 from .trained import trained_names
 from .weights import find_weights, stand_in
 
@@ -42,6 +46,10 @@ def adapt(
     train_also: str | Sequence[str] = (),
     precision: str = "ieee",
     stacks: str = "shape",
+    generator: torch.Generator | None = None,
+    weights: str | Path | None = None,
+    max_workspace: int = MAX_WORKSPACE,
+    progress: bool = False,
 ) -> Adapter:
     """Adapts ``model`` in place by tCURLoRA: only cores, and what ``train_also`` names, train.
 
@@ -58,7 +66,7 @@ def adapt(
         rank: tubal rank r of C, U and R. Like ``alpha`` and ``selection`` one for all stacks, or
             ``{stack name or pattern: value}``.
         alpha: scale of the update.
-        selection: rule for the slices, see `tensor_cur`.
+        selection: rule for the slices, by name, a callable, or indices; see `tensor_cur`.
         mode: "auto", "materialized" (W_eff once per step) or "factored" (through the factors).
         train_also: names or patterns of parameters or modules to train beside the cores, matched
             against whole names: ``"out"`` is the module called ``out`` and no other.
@@ -66,6 +74,12 @@ def adapt(
             faster, at an error of the gradient of about 4e-3); see `TProductStack`.
         stacks: "shape", or "layer": every layer is a stack by itself. The t-product of one slice is
             the matrix product, so ``stacks="layer", selection="inverse"`` is CURLoRA.
+        generator: slices are drawn with it, see `tensor_cur`.
+        weights: for a model on the meta device: the safetensors file, or the directory of them,
+            that holds its weights. They are read block by block to choose slices, C and R, and are
+            not loaded: that is up to the caller, before the model runs.
+        max_workspace: bytes used at most while slices of one stack are chosen.
+        progress: shows a bar for every pass over the weights.
 
     Returns:
         The `Adapter`: plan, parameters, save, merge, unmerge, disable.
@@ -83,7 +97,10 @@ def adapt(
         raise TypeError(f"rank, mode: expected an int and a str, got {rank!r} and {mode!r}")
     patterns = (train_also,) if isinstance(train_also, str) else tuple(train_also)
     trained = trained_names(model, patterns)
-    plan = make_plan(model, targets, rank, trained, stacks)
+    files = None if weights is None else BaseFiles(weights, max_workspace, progress)
+    if files is not None and on_meta(model) is None:
+        raise ValueError("weights: expected a model on the meta device, got one that is loaded")
+    plan = make_plan(model, targets, rank, trained, stacks, loaded=files is None)
     for argument, value in (("alpha", alpha), ("selection", selection)):
         check_setting(argument, value, plan.stacks)
     built = {}
@@ -97,8 +114,12 @@ def adapt(
             rule,
             mode,
             precision,
+            files=files,
+            generator=generator,
+            max_workspace=max_workspace,
+            progress=progress,
         )
-    return install(model, plan, built, patterns)
+    return install(model, plan, built, patterns, files)
 
 
 def build_stack(
@@ -110,8 +131,13 @@ def build_stack(
     mode: str,
     precision: str,
     factors: CURFactors | None = None,
+    files: BaseFiles | None = None,
+    **reading: Any,
 ) -> TProductStack:
-    """The stack of one plan entry; the model is not changed."""
+    """The stack of one plan entry; the model is not changed.
+
+    ``reading`` is generator, max_workspace and progress of `tensor_cur`.
+    """
     weights = find_weights(model)
     linears = [stand_in(weights[member.module]) for member in plan.members]
     try:
@@ -124,17 +150,26 @@ def build_stack(
             n1=plan.n1,
             precision=precision,
             factors=factors,
+            source=None if files is None else files.stack(model, plan),
+            **reading,
         )
     except ValueError as error:
         raise ValueError(f"stack {plan.name}: {error}") from error
 
 
 def install(
-    model: nn.Module, plan: Plan, stacks: Mapping[str, TProductStack], train_also: tuple[str, ...]
+    model: nn.Module,
+    plan: Plan,
+    stacks: Mapping[str, TProductStack],
+    train_also: tuple[str, ...],
+    files: BaseFiles | None = None,
 ) -> Adapter:
     """Freezes the base and puts the layers of the stacks in the place of the linear ones."""
     trained = set(trained_names(model, train_also))
-    buffers = {name: buffer.detach().clone() for name, buffer in persistent_buffers(model)}
+    buffers = {
+        name: files.read(name) if files and buffer.is_meta else buffer.detach().clone()
+        for name, buffer in persistent_buffers(model)
+    }
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trained)
     put_in_place(model, plan, stacks)

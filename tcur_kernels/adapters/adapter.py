@@ -19,6 +19,7 @@ from .contents import Contents, read_contents
 from .fingerprint import STACKS, digest, frozen_digest, persistent_buffers
 from .install import take_out
 from .plan import Plan
+from .streaming import on_meta
 from .trained import trained_names
 from .weights import find_weights
 
@@ -202,7 +203,13 @@ class Adapter:
             name: default the active adapter.
             factors: whether to store C and R too. Without them the file is small and fits exactly
                 one base; with them `load_adapter` can put it on a base in another dtype.
+
+        Raises:
+            ValueError: weights that are not loaded yet (on the meta device).
         """
+        missing = on_meta(self.model)
+        if missing is not None:
+            raise ValueError(f"save: expected loaded weights, got {missing} on the meta device")
         name = self.active if name is None else name
         self._check_known("name", name)
         learned = self._learned() if name == self.active else self._inactive[name]

@@ -1,0 +1,55 @@
+"""Cores U of a ≈ C * U * R for given slices C and R."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..tubal import t_pinv
+from .stack import Stack, half_spectrum
+
+CORES = ("intersection", "projection", "zero")
+
+
+def make_core(
+    stack: Stack,
+    lateral: Tensor,
+    horizontal: Tensor,
+    rows: Tensor,
+    core: str,
+    rcond: float | None = None,
+) -> Tensor:
+    """The core, computed in fp64: pseudo-inverses square what rounding does to small slices.
+
+    "intersection": U = a[rows, columns]^†, the pseudo-inverse of each frequency of the intersection
+    (no pass). If rank Â_k(I, J) = rank Â_k for every k, C * U * R = a (Hamm & Huang,
+    arXiv:1907.12668, theorem 1, frequency by frequency); if every Â_k(I, J) is nonsingular, the
+    chosen slices are met exactly.
+
+    "projection": U = C^† * a * R^†, which minimises ‖a − C * U * R‖_F over all cores (Stewart 1999;
+    one pass, Ĉ_k^† Â_k R̂_k^† summed block by block).
+
+    Args:
+        rcond: singular values below ``rcond`` times the largest of the whole spectrum (of the
+            intersection, of C, of R) count as zero; default 4 r eps of the dtype of the stack,
+            the rounding of the given numbers.
+
+    Returns:
+        ``[n3, r, r]`` in the dtype of the stack.
+    """
+    n3, _, rank = lateral.shape
+    if core not in CORES:
+        raise ValueError(f"core: expected one of {', '.join(CORES)}, got {core!r}")
+    if core == "zero":
+        return lateral.new_zeros(n3, rank, rank)
+    if rcond is None:
+        rcond = 4 * rank * torch.finfo(stack.dtype).eps
+    c, r = lateral.double(), horizontal.double()
+    if core == "intersection":
+        return t_pinv(c[:, rows.to(c.device)], rcond).to(lateral.dtype)
+    left, right = half_spectrum(t_pinv(c, rcond)), half_spectrum(t_pinv(r, rcond))
+    core_hat = left.new_zeros(stack.bins, rank, rank)
+    held = 2 * 16 * stack.bins * rank * (stack.n1 + stack.n2)
+    for where, columns, block in stack.blocks("core", held):
+        core_hat += left[:, :, where] @ half_spectrum(block) @ right[:, columns]
+    return torch.fft.irfft(stack.sum(core_hat), n=n3, dim=0).contiguous().to(lateral.dtype)

@@ -1,0 +1,64 @@
+"""Matrix CUR: tensor CUR of a single slice, with the defaults of the matrix literature."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .rules import Selection
+from .stack import MAX_WORKSPACE
+from .tensor import TensorCUR, tensor_cur
+
+
+@dataclass(frozen=True)
+class MatrixCUR:
+    """Result of `matrix_cur`: a ≈ C U R.
+
+    Attributes:
+        lateral: C = a[:, columns], ``[n1, r]``.
+        core: U, ``[r, r]``.
+        horizontal: R = a[rows], ``[r, n2]``.
+        columns, rows: int64 ``[r]``, ascending.
+    """
+
+    lateral: Tensor
+    core: Tensor
+    horizontal: Tensor
+    columns: Tensor
+    rows: Tensor
+
+    def reconstruct(self) -> Tensor:
+        """C U R, ``[n1, n2]``."""
+        return self.lateral @ self.core @ self.horizontal
+
+    def relative_error(self, a: Tensor) -> float:
+        """‖a − C U R‖ / ‖a‖ in the Frobenius norm."""
+        parts = (self.lateral[None], self.core[None], self.horizontal[None])
+        return TensorCUR(*parts, self.columns, self.rows).relative_error(a[None])
+
+
+def matrix_cur(
+    a: Tensor,
+    rank: int,
+    selection: Selection = "leverage",
+    core: str = "projection",
+    generator: torch.Generator | None = None,
+    rcond: float | None = None,
+    max_workspace: int = MAX_WORKSPACE,
+) -> MatrixCUR:
+    """CUR of a matrix ``[n1, n2]`` with columns and rows by leverage scores and U = C⁺ A R⁺.
+
+    Mahoney & Drineas, PNAS 106 (2009). It is `tensor_cur` for n3 = 1, whose other arguments, rules,
+    cores and errors are the same.
+
+    Raises:
+        TypeError, ValueError: as `tensor_cur`.
+    """
+    if not isinstance(a, Tensor):
+        raise TypeError(f"a: expected a torch.Tensor, got {type(a).__name__}")
+    if a.ndim != 2:
+        raise ValueError(f"a: expected [n1, n2], got {list(a.shape)}")
+    d = tensor_cur(a[None], rank, selection, core, generator, rcond, max_workspace)
+    return MatrixCUR(d.lateral[0], d.core[0], d.horizontal[0], d.columns, d.rows)

@@ -1,0 +1,293 @@
+"""Selection rules: which lateral and horizontal slices of a stack make C and R.
+
+A rule is a callable ``rule(stack, rank, generator) -> (rows, columns)``; those here are named in
+`RULES`. All of them choose one index set for all frequencies: indices that differ from frequency to
+frequency would not be slices of the stack. Rules by scores take the r largest without a generator,
+the first of equal ones, and with one draw r slices without replacement, each with a probability in
+proportion to its score.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .singular import Subspaces, leading_subspaces
+from .stack import Stack, bin_weights, half_spectrum
+
+#: ``rule(stack, rank, generator) -> (rows, columns)``.
+Rule = Callable[
+    [Stack, int, "torch.Generator | None"],
+    tuple["Sequence[int] | Tensor", "Sequence[int] | Tensor"],
+]
+
+#: A rule by name, a rule, or (rows, columns) given.
+Selection = str | Rule | tuple[Sequence[int] | Tensor, Sequence[int] | Tensor]
+
+_Generator = torch.Generator | None
+
+
+@dataclass(frozen=True)
+class Norm:
+    """The rule of tCURLoRA: sums over the frequencies of 2-norms; rows within the chosen columns.
+
+    Columns by Σ_k w_k ‖Â_k(:, j)‖₂, w = 1, 2, …, 2, 1; then rows by Σ_k w_k ‖Ĉ_k(i, :)‖₂ of the
+    columns already chosen (tCURLoRA, arXiv:2501.02227, and its released script). A heuristic: it
+    carries no bound. Two passes: the scores, and the columns.
+    """
+
+    def __call__(
+        self, stack: Stack, rank: int, generator: _Generator = None
+    ) -> tuple[Tensor, Tensor]:
+        """Rows and columns."""
+        squares = torch.zeros(stack.bins, stack.n2, dtype=torch.float64, device=stack.device)
+        for _, columns, block in stack.blocks("norms"):
+            squares[:, columns] += _energy(half_spectrum(block), 1).to(stack.device)
+        weights = bin_weights(stack.n3, stack.device)[:, None]
+        scores = (weights * stack.sum(squares).sqrt()).sum(0)
+        # Rows are scored within the columns, so processes must have the same ones by now.
+        chosen = stack.agree(pick(scores, rank, generator))
+        lateral_hat = half_spectrum(stack.columns(chosen))
+        row_scores = (weights * _energy(lateral_hat, 2).sqrt()).sum(0)
+        return pick(row_scores, rank, generator), chosen
+
+
+@dataclass(frozen=True)
+class Norm2:
+    """Squared norms of the slices, ‖A(:, j, :)‖² and ‖A(i, :, :)‖²; rows apart from columns.
+
+    By Parseval n3 ‖A(:, j, :)‖² = Σ_k w_k ‖Â_k(:, j)‖²: no transform is needed. Drawn (with a
+    generator), these are the probabilities of Frieze, Kannan & Vempala (J. ACM 51, 2004) and
+    Drineas, Kannan & Mahoney (SIAM J. Comput. 36, 2006) for every frequency at once, with additive
+    errors in expectation for draws *with* replacement. One pass.
+    """
+
+    def __call__(
+        self, stack: Stack, rank: int, generator: _Generator = None
+    ) -> tuple[Tensor, Tensor]:
+        """Rows and columns."""
+        row_scores, column_scores = squared_norms(stack)
+        columns = pick(column_scores, rank, generator)
+        return pick(row_scores, rank, generator), columns
+
+
+@dataclass(frozen=True)
+class _OfSubspaces:
+    """A rule that looks at the leading singular vectors of every frequency.
+
+    Args:
+        method: "auto", "exact" or "randomized"; see `singular.leading_subspaces`.
+        oversample, power_iterations: of the range finder.
+    """
+
+    method: str = "auto"
+    oversample: int = 10
+    power_iterations: int = 0
+
+    def subspaces(self, stack: Stack, rank: int) -> Subspaces:
+        """What the rule looks at. Passes: exact one (more for spectra beyond the workspace),
+        randomised 2 + 2 power_iterations.
+        """
+        return leading_subspaces(stack, rank, self.method, self.oversample, self.power_iterations)
+
+
+@dataclass(frozen=True)
+class Leverage(_OfSubspaces):
+    """Leverage scores of the leading subspaces, Σ_k w_k ‖V̂_k(j, 1:r)‖² and Σ_k w_k ‖Û_k(i, 1:r)‖².
+
+    Mahoney & Drineas (PNAS 106, 2009) for matrices; Tarzanagh & Michailidis (arXiv:1704.04362) for
+    the t-product, whose relative-error guarantees are for draws of more than r slices.
+    The scores of one side sum to Σ_k w_k min(r, rank Â_k), at most n3·r.
+    """
+
+    def __call__(
+        self, stack: Stack, rank: int, generator: _Generator = None
+    ) -> tuple[Tensor, Tensor]:
+        """Rows and columns."""
+        spaces = self.subspaces(stack, rank)
+        weights = bin_weights(stack.n3, stack.device)[:, None]
+        columns = pick((weights * _energy(spaces.right, 2)).sum(0), rank, generator)
+        return pick((weights * _energy(spaces.left, 2)).sum(0), rank, generator), columns
+
+
+@dataclass(frozen=True)
+class Deim(_OfSubspaces):
+    """Q-DEIM with pivots shared by all frequencies: a pivoted t-QR of the leading subspaces.
+
+    Per frequency, X_k = V̂_kᴴ ``[r, n2]`` is orthogonalised column by column, as in the pivoted QR
+    of Q-DEIM (Drmač & Gugercin, SIAM J. Sci. Comput. 38, 2016), but all frequencies take the same
+    pivot: the column j whose smallest residual over the frequencies, min_k ‖X_k(:, j)‖, is
+    largest; where every column is used up in some frequency, the one of largest Σ_k ‖X_k(:, j)‖².
+    The same for rows with Û_k. (One QR of all frequencies stacked into K·r rows deflates jointly,
+    lets single frequencies become nearly singular, and so has far larger η.)
+
+    Bound (Sorensen & Embree, arXiv:1407.5516, introduction), for the core "projection" and every
+    frequency: ‖Â_k − Ĉ_k Û_k R̂_k‖₂ ≤ (η_p + η_q) σ_{r+1}(Â_k) with η_p = ‖V̂_k(J, 1:r)^{-1}‖₂ and
+    η_q = ‖Û_k(I, 1:r)^{-1}‖₂. Shared pivots bound no η beforehand: two frequencies that live on
+    different columns cannot both be served by r of them. Draws nothing.
+    """
+
+    def __call__(
+        self, stack: Stack, rank: int, generator: _Generator = None
+    ) -> tuple[Tensor, Tensor]:
+        """Rows and columns."""
+        if generator is not None:
+            raise ValueError("generator: expected None, selection 'deim' draws nothing")
+        spaces = self.subspaces(stack, rank)
+        return shared_pivots(spaces.left, rank), shared_pivots(spaces.right, rank)
+
+
+@dataclass(frozen=True)
+class Inverse:
+    """CURLoRA's inverted probabilities: slices of *small* norm, to be adapted from a zero core.
+
+    p_j = ‖A(:, j, :)‖² / ‖A‖², score 1 / (p_j + ``smoothing``), rows likewise (CURLoRA,
+    arXiv:2408.14572; 0.001 in its released code). Unlike there, nothing is drawn twice: a slice
+    that comes twice makes C rank-deficient. No bound: it is meant for the core "zero". One pass.
+    """
+
+    smoothing: float = 1e-3
+
+    def __call__(
+        self, stack: Stack, rank: int, generator: _Generator = None
+    ) -> tuple[Tensor, Tensor]:
+        """Rows and columns."""
+        row_squares, column_squares = squared_norms(stack)
+        total = column_squares.sum().clamp_min(torch.finfo(torch.float64).tiny)
+        columns = pick(1 / (column_squares / total + self.smoothing), rank, generator)
+        rows = pick(1 / (row_squares / total + self.smoothing), rank, generator)
+        return rows, columns
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """Every slice with the same probability, without replacement.
+
+    Enough for incoherent tensors (tubal CUR: arXiv:2406.11092). Without a generator it
+    draws from torch's own. No pass.
+    """
+
+    def __call__(
+        self, stack: Stack, rank: int, generator: _Generator = None
+    ) -> tuple[Tensor, Tensor]:
+        """Rows and columns."""
+        columns = torch.randperm(stack.n2, generator=generator)[:rank]
+        return torch.randperm(stack.n1, generator=generator)[:rank], columns
+
+
+RULES: dict[str, Rule] = {
+    "norm": Norm(),
+    "norm2": Norm2(),
+    "leverage": Leverage(),
+    "deim": Deim(),
+    "inverse": Inverse(),
+    "uniform": Uniform(),
+}
+
+
+def select(
+    stack: Stack, rank: int, selection: Selection, generator: _Generator = None
+) -> tuple[Tensor, Tensor]:
+    """Rows I and columns J by a rule or as given: int64 ``[r]``, ascending, on the CPU.
+
+    Raises:
+        TypeError: indices that are no integers.
+        ValueError: an unknown rule, indices of another number than ``rank``, out of range or twice
+            the same, a generator where nothing is drawn, or a stack that is not finite.
+    """
+    if isinstance(selection, str):
+        if selection not in RULES:
+            raise ValueError(
+                f"selection: expected one of {', '.join(RULES)}, a rule or (rows, columns), "
+                f"got {selection!r}"
+            )
+        selection = RULES[selection]
+    if callable(selection):
+        pair = selection(stack, rank, generator)
+    else:
+        pair = selection
+        if generator is not None:
+            raise ValueError("generator: expected None, the indices are given")
+    if not isinstance(pair, tuple | list) or len(pair) != 2:
+        raise ValueError(f"selection: expected a rule or a pair (rows, columns), got {pair!r}")
+    rows = _indices("rows", pair[0], rank, stack.n1, "n1")
+    columns = _indices("columns", pair[1], rank, stack.n2, "n2")
+    return stack.agree(rows), stack.agree(columns)
+
+
+def squared_norms(stack: Stack) -> tuple[Tensor, Tensor]:
+    """‖A(i, :, :)‖² of every row and ‖A(:, j, :)‖² of every column, fp64; one pass."""
+    row_squares = torch.zeros(stack.n1, dtype=torch.float64, device=stack.device)
+    column_squares = torch.zeros(stack.n2, dtype=torch.float64, device=stack.device)
+    for rows, columns, block in stack.blocks("squared norms"):
+        squares = block.double().square().sum(0)
+        row_squares[rows] += squares.sum(1)
+        column_squares[columns] += squares.sum(0)
+    return stack.sum(row_squares), stack.sum(column_squares)
+
+
+def pick(scores: Tensor, rank: int, generator: _Generator) -> Tensor:
+    """``rank`` indices by scores: the largest, or drawn in proportion to them."""
+    scores = scores.cpu()
+    # Scores that differ by the order of their sums only are equal, so that blocks, shards and
+    # machines choose the same slices: the first of equal ones.
+    largest = float(scores.max())
+    rounded = (scores * (2.0**36 / largest)).round() if largest > 0 else scores
+    if generator is None:
+        return torch.sort(rounded, descending=True, stable=True).indices[:rank]
+    # Slices of score zero come last, in order: they are drawn only when nothing else is left.
+    candidates = rounded.nonzero()[:, 0]
+    drawn = candidates[:0]
+    if len(candidates):
+        count = min(rank, len(candidates))
+        drawn = candidates[torch.multinomial(rounded[candidates], count, generator=generator)]
+    rest = (rounded == 0).nonzero()[:, 0]
+    return torch.cat([drawn, rest])[:rank]
+
+
+def shared_pivots(vectors: Tensor, rank: int) -> Tensor:
+    """``rank`` pivots for all frequencies together of vectors ``[K, n, r]``; see `Deim`."""
+    residual = vectors.mT.clone()  # [K, r, n]
+    tiny = torch.finfo(torch.float64).eps ** 2
+    free = torch.ones(vectors.shape[1], dtype=torch.bool, device=vectors.device)
+    pivots: list[int] = []
+    for _ in range(rank):
+        squares = _energy(residual, 1)
+        # A frequency of smaller rank than r is used up early and has no say any more.
+        alive = squares[squares.amax(1) > tiny]
+        scores = alive.amin(0) if len(alive) else squares.sum(0)
+        if not bool((scores[free] > tiny).any()):
+            scores = squares.sum(0)
+        scores = torch.where(free, scores, -1.0)
+        # As in `pick`: rounding must not decide between equals.
+        pivot = int((scores >= scores.max() - 1e-10).nonzero()[0])
+        free[pivot] = False
+        pivots.append(pivot)
+        direction = residual[:, :, pivot : pivot + 1]
+        norms = direction.norm(dim=1, keepdim=True)
+        direction = torch.where(norms > tiny**0.5, direction / norms.clamp_min(tiny), 0)
+        residual = residual - direction @ (direction.mH @ residual)
+    return torch.tensor(pivots)
+
+
+def _energy(spectrum: Tensor, dim: int) -> Tensor:
+    """Squared 2-norms along ``dim``."""
+    # On the real view: norms of complex tensors are an order of magnitude slower.
+    return torch.view_as_real(spectrum).square().sum(dim).sum(-1)
+
+
+def _indices(name: str, given: Sequence[int] | Tensor, rank: int, size: int, axis: str) -> Tensor:
+    indices = torch.as_tensor(given).cpu()
+    if indices.dtype.is_floating_point or indices.dtype in (torch.bool, torch.complex64):
+        raise TypeError(f"{name}: expected integers, got {indices.dtype}")
+    if indices.shape != (rank,):
+        raise ValueError(f"{name}: expected {rank} indices (the rank), got {list(indices.shape)}")
+    indices = indices.long()
+    if indices.min() < 0 or indices.max() >= size:
+        raise ValueError(f"{name}: expected 0 to {axis} - 1 = {size - 1}, got {indices.tolist()}")
+    if indices.unique().numel() != rank:
+        raise ValueError(f"{name}: expected distinct indices, got {indices.tolist()}")
+    return indices.sort().values
