@@ -12,7 +12,7 @@ BUILD_INPUTS := pyproject.toml setup.py constraints.txt $(shell find csrc -name 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/unetr_segmentation.py
 
-test: $(VENV)/.installed
+test: $(VENV)/.installed $(VENV)/.oldest_peft
 	$(BIN)/python -m pytest
 
 lint: $(VENV)/.lint
@@ -38,6 +38,12 @@ $(VENV)/.torch: constraints.txt
 
 $(VENV)/.installed: $(VENV)/.torch $(BUILD_INPUTS)
 	$(PIP) install -q -c constraints.txt --no-build-isolation -e '.[demo,test]'
+	touch $@
+
+# Beside the newest, for tests/test_peft_oldest.py.
+$(VENV)/.oldest_peft: tests/oldest_peft.txt $(VENV)/.torch
+	rm -rf $(VENV)/oldest_peft
+	$(PIP) install -q --no-deps --target $(VENV)/oldest_peft -r tests/oldest_peft.txt
 	touch $@
 
 $(VENV)/.lint: $(VENV)/.torch

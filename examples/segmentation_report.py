@@ -18,6 +18,7 @@ import torch
 from monai.data import CacheDataset
 from torch import nn
 
+from plain_table import lay_out
 from segmentation_training import Report, mean, predict
 
 
@@ -49,13 +50,7 @@ def table(runs: Sequence[Mapping[str, Any]]) -> str:
         empty = sum(map(math.isnan, distances))
         if empty:
             notes.append(f"{name}: nothing found in {empty} of {len(distances)} volumes, no HD95")
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        row[0].ljust(widths[0])
-        + "".join("   " + c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))
-        for row in rows
-    ]
-    lines.insert(1, "-" * len(lines[0]))
+    lines = lay_out(rows)
     for run in runs:
         for name, report in run["reports"].items():
             for stack, norms in report["core_norm"].items():

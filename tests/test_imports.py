@@ -132,6 +132,30 @@ MAY_IMPORT = {
         "adapters.load",
         "adapters.plan",
     },
+    "peft.requirement": set(),
+    "peft.config": {"cost", "factors"},
+    "peft.layer": {"functional", "nn", "places"},
+    "peft.planning": {
+        "adapters.fingerprint",
+        "adapters.plan",
+        "adapters.weights",
+        "decompose",
+        "nn",
+        "peft.config",
+        "places",
+    },
+    "peft.model": {
+        "adapters.plan",
+        "adapters.weights",
+        "nn",
+        "peft.config",
+        "peft.layer",
+        "peft.planning",
+        "peft.rows",
+    },
+    "peft.rows": {"nn", "peft.layer", "peft.model"},  # the model for its type alone
+    "peft.register": {"peft.config", "peft.model"},
+    "peft": {"peft.config", "peft.layer", "peft.model", "peft.register", "peft.requirement"},
 }
 
 

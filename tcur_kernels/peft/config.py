@@ -1,0 +1,123 @@
+"""`TCURConfig`: what peft saves beside the weights of an adapter."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft.config import PeftConfig
+from peft.utils import PeftType
+
+from ..cost import MODES
+from ..factors import PRECISIONS
+
+#: Name of the method among peft's types.
+NAME = "TCUR"
+
+#: Of the recorded plan; a file of another version is refused.
+FORMAT_VERSION = 1
+
+#: How the targeted layers are put into stacks.
+STACKINGS = ("shape", "layer")
+
+
+def peft_type() -> PeftType:
+    """The member `PeftType.TCUR`, added at the first call.
+
+    `register_peft_method` refuses names that are no members, an enumeration cannot be subclassed,
+    and code of peft reads ``peft_type.value``; so a plain string in its place would not do.
+    """
+    if NAME not in PeftType.__members__:
+        member = str.__new__(PeftType, NAME)
+        member._name_ = member._value_ = NAME
+        member.__objclass__ = PeftType
+        member._sort_order_ = len(PeftType.__members__)
+        PeftType._member_names_.append(NAME)
+        PeftType._member_map_[NAME] = PeftType._value2member_map_[NAME] = member
+        type.__setattr__(PeftType, NAME, member)
+    return PeftType[NAME]
+
+
+@dataclass
+class TCURConfig(PeftConfig):  # type: ignore[misc]
+    """Configuration of a tCURLoRA adapter: W + alpha * C * U * R, only the core U trained.
+
+    Targeted layers of one shape form a stack and share one core ``[n3, rank, rank]``; C and R are
+    slices of the base weights.
+
+    Args:
+        rank: tubal rank r. The update of one layer has rank up to n3 * r, n3 being the number of
+            slices in its stack.
+        target_modules: names of the layers to adapt, matched as for LoRA (a list: whole names or
+            their ends; a string: a regular expression), or "all-linear". None is "all-linear".
+        exclude_modules, modules_to_save, layers_to_transform, layers_pattern: as for LoRA.
+        alpha: scale of the update.
+        selection: rule that chooses C and R, see `tcur_kernels.tensor_cur`.
+        stacks: "shape", one stack for all targeted layers of one shape, or "layer", a stack for
+            each, which is matrix CURLoRA (with selection "inverse", its own rule).
+        mode: how layers run, see `tcur_kernels.adapt`.
+        precision: of the products of tokens with C and R, see `tcur_kernels.adapt`.
+        check_base: refuse to load the adapter onto a base whose C and R differ.
+        plan: filled in when the method is applied: ordered stacks, their layers, the chosen rows
+            and columns, fingerprints of C and R. A saved adapter is rebuilt from it.
+        format_version: of ``plan``.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+    """
+
+    rank: int = 8
+    target_modules: list[str] | set[str] | str | None = None
+    exclude_modules: list[str] | set[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    alpha: float = 1.0
+    selection: str = "norm"
+    stacks: str = "shape"
+    mode: str = "auto"
+    precision: str = "ieee"
+    check_base: bool = True
+    plan: list[dict[str, Any]] | None = field(default=None, repr=False)
+    format_version: int = FORMAT_VERSION
+
+    def __post_init__(self) -> None:
+        """Checks every value; lists of targets become sets, as peft wants them."""
+        super().__post_init__()
+        self.peft_type = peft_type()
+        if self.format_version != FORMAT_VERSION:
+            raise ValueError(
+                f"format_version: expected {FORMAT_VERSION}, got {self.format_version!r}; the "
+                "adapter was saved by another version of tcur_kernels"
+            )
+        if isinstance(self.rank, bool) or not isinstance(self.rank, int):
+            raise TypeError(f"rank: expected an int, got {type(self.rank).__name__}")
+        if self.rank < 1:
+            raise ValueError(f"rank: expected at least 1, got {self.rank}")
+        if isinstance(self.alpha, bool) or not isinstance(self.alpha, int | float):
+            raise TypeError(f"alpha: expected a number, got {type(self.alpha).__name__}")
+        if not math.isfinite(self.alpha):
+            raise ValueError(f"alpha: expected a finite number, got {self.alpha}")
+        for name, allowed in (
+            ("stacks", STACKINGS),
+            ("mode", MODES),
+            ("precision", PRECISIONS),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}"
+                )
+        if not isinstance(self.selection, str):  # which rules there are is asked where they choose
+            raise TypeError(f"selection: expected a str, got {type(self.selection).__name__}")
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError("layers_pattern: expected layers_to_transform beside it, got None")
+        if self.layers_to_transform is not None and not isinstance(self.target_modules, list | set):
+            # peft looks at layer numbers only where targets are a list of name endings.
+            raise ValueError(
+                "layers_to_transform: expected a list of target_modules beside it, got "
+                f"{self.target_modules!r}"
+            )
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(getattr(self, name), list):
+                setattr(self, name, set(getattr(self, name)))

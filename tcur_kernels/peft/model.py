@@ -1,0 +1,266 @@
+"""The tuner: makes the stacks of an adapter, and owns them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import torch
+from peft.config import PeftConfig
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    _maybe_include_all_linear_layers,
+)
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from ..adapters.plan import Plan
+from ..adapters.weights import aliases
+from ..nn import TProductStack
+from .config import TCURConfig
+from .layer import TCURLinear
+from .planning import build_stacks, make_plan, read_plan, record
+from .rows import rows_by_adapter
+
+ALL_LINEAR = "all-linear"
+
+
+class Configs(dict[str, TCURConfig]):
+    """Adapter name -> config, in which a refused adapter does not cost its namesake the config.
+
+    Before 0.21, peft enters the config of a new adapter before anything can ask whether the name is
+    free, and removes it again when the tuner refuses the adapter.
+    """
+
+    def __init__(self, configs: Mapping[str, TCURConfig]) -> None:
+        super().__init__(configs)
+        self._replaced: dict[str, TCURConfig] = {}
+
+    def __setitem__(self, name: str, config: TCURConfig) -> None:
+        if name in self:
+            self._replaced[name] = self[name]
+        super().__setitem__(name, config)
+
+    def __delitem__(self, name: str) -> None:
+        if name in self._replaced:
+            super().__setitem__(name, self._replaced.pop(name))
+        else:
+            super().__delitem__(name)
+
+
+class TCURModel(BaseTuner):  # type: ignore[misc]
+    """peft's tuner of tCURLoRA, made by ``get_peft_model(model, TCURConfig(...))``.
+
+    The stacks of an adapter, with their cores, are registered here, as ``tcur_<stack>.<adapter>``:
+    one core has one name, however many layers share it. ``plans[adapter]`` says which layers an
+    adapter consists of, in which order, and which were left out.
+    """
+
+    prefix = "tcur_"
+    tuner_layer_cls = TCURLinear
+    uses_shared_state = True
+    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
+
+    plans: dict[str, Plan]
+
+    def __init__(self, model: nn.Module, peft_config: Any, *args: Any, **kwargs: Any) -> None:
+        if isinstance(peft_config, PeftConfig):
+            # What `inject_adapter_in_model` does; it throws the tuner away, and the cores with it.
+            raise ValueError(
+                "TCUR keeps shared cores on the tuner, which direct injection (and "
+                "model.add_adapter of transformers) discards; use peft.get_peft_model"
+            )
+        super().__init__(model, Configs(peft_config), *args, **kwargs)
+
+    def _pre_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
+        self.plans = {}
+        self._found: dict[str, tuple[TProductStack, Any]] = {}  # during an injection
+
+    def _prepare_adapter_config(self, peft_config: TCURConfig, model_config: Any) -> TCURConfig:
+        if peft_config.target_modules is None:
+            peft_config.target_modules = ALL_LINEAR
+        return peft_config
+
+    def inject_adapter(
+        self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Adapts the targeted layers; an error leaves the model as it was."""
+        _check_adapter_name(adapter_name)
+        if adapter_name in self.plans:
+            raise ValueError(f"adapter_name: expected a name that is free, got {adapter_name!r}")
+        # The plan is recorded in the config, and the caller's object may serve other models too.
+        self.peft_config.update({adapter_name: copy.deepcopy(self.peft_config[adapter_name])})
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except Exception:
+            self._drop_stacks(adapter_name)
+            raise
+        finally:
+            self._found = {}
+
+    def _prepare_model(self, peft_config: TCURConfig, model: nn.Module) -> None:
+        """Plans the adapter and builds its stacks, before any layer is touched."""
+        (adapter_name,) = (name for name, c in self.peft_config.items() if c is peft_config)
+        targets = peft_config.target_modules
+        everything = isinstance(targets, str) and targets.lower() == ALL_LINEAR
+        if everything:
+            _maybe_include_all_linear_layers(peft_config, model)
+        layers = self._targeted_layers(peft_config, model)
+        if not layers:
+            return  # peft itself says which targets match nothing
+        if peft_config.plan is None:
+            plan = make_plan(model, layers, peft_config, strict=not everything)
+        else:
+            plan = read_plan(layers, peft_config)
+        stacks = build_stacks(plan, layers, peft_config)
+        peft_config.plan = record(plan, stacks)
+        self.plans[adapter_name] = plan
+        for entry in plan.stacks:
+            stack = stacks[entry.name]
+            if f"{self.prefix}{entry.name}" not in self._modules:
+                self.add_module(f"{self.prefix}{entry.name}", nn.ModuleDict())
+            self.stacks_named(entry.name)[adapter_name] = stack
+            for member, place in zip(entry.members, stack.layers, strict=True):
+                self._found[member.module] = (stack, place)
+
+    def _targeted_layers(self, peft_config: TCURConfig, model: nn.Module) -> dict[str, nn.Module]:
+        """Base layers by the names that they have in the model without adapters."""
+        modules = dict(model.named_modules())
+        wrappers = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+        inside = tuple(f"{n}." for n, m in modules.items() if isinstance(m, wrappers))
+        layers = {}
+        for name, module in modules.items():
+            if not name or (inside and name.startswith(inside)):
+                continue
+            if self._check_target_module_exists(peft_config, name):
+                adapted = isinstance(module, TCURLinear)
+                if adapted and module.merged:
+                    raise ValueError(
+                        f"model: expected unmerged layers, got {name} with "
+                        f"{', '.join(module.merged_adapters)} merged; unmerge_adapter first"
+                    )
+                layers[name] = module.get_base_layer() if adapted else module
+        return layers
+
+    def _create_and_replace(
+        self,
+        peft_config: TCURConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **kwargs: Any,
+    ) -> None:
+        found = self._found.get(current_key)
+        if found is None:
+            return  # left out, as the plan says
+        if not isinstance(target, TCURLinear):
+            layer = TCURLinear(target)
+            self._replace_module(parent, target_name, layer, target)
+            target = layer
+        target.add(adapter_name, *found)
+
+    def _replace_module(
+        self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
+    ) -> None:
+        # peft's own also hands over child.weight, which composite modules_to_save do not have, and
+        # moves what is registered on the layer, which here is nothing but the base layer.
+        for name in aliases(self.model, child):
+            owner, _, key = name.rpartition(".")
+            setattr(self.model.get_submodule(owner), key, new_module)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Deletes an adapter; its stacks and cores go with it.
+
+        Raises:
+            ValueError: no such adapter, or one that is merged.
+        """
+        for module in self.model.modules():
+            if isinstance(module, TCURLinear) and adapter_name in module.merged_adapters:
+                raise ValueError(
+                    f"adapter_name: expected an unmerged adapter, got {adapter_name!r}, which is "
+                    "merged; unmerge_adapter first"
+                )
+        super().delete_adapter(adapter_name)
+        self._drop_stacks(adapter_name)
+
+    def merge_adapter(
+        self, adapter_names: list[str] | None = None, safe_merge: bool = False
+    ) -> None:
+        """Adds adapters to the base weights: in fp32, rounded once; `unmerge_adapter` undoes it
+        bit for bit.
+
+        Args:
+            adapter_names: default the active ones.
+            safe_merge: check beforehand that no weight becomes NaN or Inf.
+
+        Raises:
+            ValueError: an unknown adapter, or a weight that is not finite; nothing is merged then.
+        """
+        self._check_merge(adapter_names, safe_merge)
+        super().merge_adapter(adapter_names)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        if merge:
+            self._check_merge(adapter_names, safe_merge)
+        return super()._unload_and_optionally_merge(merge, progressbar, False, adapter_names)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """What makes ``model(..., adapter_names=[...])`` and ``generate`` with them work."""
+        names = kwargs.get("adapter_names")
+        if names is None:
+            yield
+            return
+        beams = kwargs.get("num_beams") or 1
+        with rows_by_adapter(self, [name for name in names for _ in range(beams)]):
+            yield
+
+    def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
+        """Before the first weight is written: a refusal must not leave half a model merged."""
+        for name in adapter_names or ():
+            if name not in self.peft_config:
+                known = ", ".join(self.peft_config)
+                raise ValueError(f"adapter_names: expected some of {known}, got {name!r}")
+        if not safe_merge:
+            return
+        for name, module in self.model.named_modules():
+            if isinstance(module, TCURLinear):
+                names = module.active_adapters if adapter_names is None else adapter_names
+                weight = module.merged_weight([*module.merged_adapters, *names])
+                if not torch.isfinite(weight).all():
+                    raise ValueError(
+                        f"safe_merge: expected finite merged weights, got NaN or Inf in {name}"
+                    )
+
+    def stacks_named(self, name: str) -> nn.ModuleDict:
+        """Adapter name -> its stack of that name."""
+        stacks = self._modules[f"{self.prefix}{name}"]
+        assert isinstance(stacks, nn.ModuleDict)
+        return stacks
+
+    def _drop_stacks(self, adapter_name: str) -> None:
+        plan = self.plans.pop(adapter_name, None)
+        for entry in plan.stacks if plan is not None else ():
+            stacks = self.stacks_named(entry.name)
+            stacks.pop(adapter_name)
+            if not stacks:
+                delattr(self, f"{self.prefix}{entry.name}")
+
+
+def _check_adapter_name(name: str) -> None:
+    if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict, name):
+        raise ValueError(
+            "adapter_name: expected a name without dots that torch.nn.ModuleDict does not use "
+            f"itself, got {name!r}"
+        )

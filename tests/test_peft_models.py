@@ -1,0 +1,162 @@
+"""The peft plug-in on the models people have: GPT-2, Llama, ViT, UNETR, from configs."""
+
+import copy
+
+import pytest
+import torch
+from peft import AutoPeftModel, AutoPeftModelForCausalLM, PeftModel, get_peft_model
+from torch import nn
+
+import tcur_kernels as tcur
+from hf_models import HF_MODELS, PEFT_SAYS, gpt2, llama, output, unetr, vit
+from tcur_kernels.peft import TCURConfig, TCURLinear
+from tolerance import assert_close
+
+pytestmark = [pytest.mark.filterwarnings(text) for text in PEFT_SAYS]
+
+
+@pytest.fixture(autouse=True)
+def _offline(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+@torch.no_grad()
+def randomise(model):
+    for name, p in model.named_parameters():
+        if name.endswith(".core"):
+            p.normal_()
+
+
+@pytest.mark.parametrize("name", HF_MODELS)
+def test_the_life_of_an_adapter(name, tmp_path):
+    make, inputs, task = HF_MODELS[name]
+    base, inputs = make().eval().requires_grad_(False), inputs()
+    heads = {"vit": ["classifier"], "unetr": ["decoder5", "decoder4", "decoder3", "out"]}.get(name)
+    config = TCURConfig(rank=2, task_type=task, modules_to_save=heads)
+    model = get_peft_model(copy.deepcopy(base), config).eval()
+    with torch.no_grad():
+        assert torch.equal(output(model, inputs), output(base, inputs))
+    output(model, inputs).square().sum().backward()
+    for key, p in model.named_parameters():
+        if p.requires_grad and "norm" not in key and "bias" not in key:
+            assert p.grad.abs().max() > 0, key
+    randomise(model)
+    with torch.no_grad():
+        y = output(model, inputs)
+        assert not torch.equal(y, output(base, inputs))
+        model.save_pretrained(tmp_path)
+        loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
+        assert torch.equal(output(loaded, inputs), y)
+        exact_inputs = {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
+        exact = output(copy.deepcopy(model).double(), exact_inputs)
+        model.merge_adapter()
+        assert_close(output(model, inputs), y, exact)
+        model.unmerge_adapter()
+        assert torch.equal(output(model, inputs), y)
+        merged = model.merge_and_unload(safe_merge=True)
+        assert_close(output(merged, inputs), y, exact)
+    assert type(merged) is type(base)
+    assert set(merged.state_dict()) == set(base.state_dict())
+
+
+def test_conv1d_computes_as_linear_does():
+    """The same weights stored the other way round: the same indices, outputs and gradients."""
+    base = gpt2().eval()
+    twin = copy.deepcopy(base)
+    for module in list(twin.modules()):
+        for name, child in list(module.named_children()):
+            if type(child).__name__ == "Conv1D":
+                linear = nn.Linear(*child.weight.shape)
+                linear.weight = nn.Parameter(child.weight.detach().t().contiguous())
+                linear.bias = child.bias
+                setattr(module, name, linear)
+    inputs = HF_MODELS["gpt2"][1]()
+    models = [get_peft_model(m, TCURConfig(rank=3)) for m in (base, twin)]
+    first, second = (m.peft_config["default"].plan for m in models)
+    assert first == second
+    torch.manual_seed(1)
+    randomise(models[0])
+    state = {k: v for k, v in models[0].state_dict().items() if k.endswith(".core")}
+    models[1].load_state_dict(state, strict=False)
+    grads = []
+    for model in models:
+        output(model, inputs).square().sum().backward()
+        grads.append([p.grad for p in model.parameters() if p.requires_grad])
+    exact = copy.deepcopy(models[1]).double()
+    exact.zero_grad()
+    y = output(exact, inputs)
+    y.square().sum().backward()
+    assert_close(output(models[0], inputs), output(models[1], inputs), y)
+    exact_grads = [p.grad for p in exact.parameters() if p.requires_grad]
+    for conv, linear, right in zip(*grads, exact_grads, strict=True):
+        assert_close(conv, linear, right)
+    for conv, linear in zip(models[0].modules(), models[1].modules(), strict=True):
+        if isinstance(conv, TCURLinear):
+            assert conv.get_delta_weight("default").shape == conv.weight.shape
+            assert torch.equal(
+                conv.get_delta_weight("default").t(), linear.get_delta_weight("default")
+            )
+
+
+def test_grouped_query_attention_makes_two_attention_stacks():
+    plan = get_peft_model(llama(), TCURConfig(rank=2)).plans["default"]
+    kinds = {
+        stack.name: {member.module.rpartition(".")[2] for member in stack.members}
+        for stack in plan.stacks
+    }
+    assert kinds == {
+        "32x32": {"q_proj", "o_proj"},
+        "16x32": {"k_proj", "v_proj"},
+        "48x32": {"gate_proj", "up_proj"},
+        "32x48": {"down_proj"},
+    }
+
+
+def test_the_papers_stacks_of_a_unetr():
+    """As `tcur.adapt` makes them: q, k, v and the output projection in one stack."""
+    model = unetr()
+    adapter = tcur.adapt(copy.deepcopy(model), rank=4)
+    config = TCURConfig(rank=4, target_modules=["qkv", "out_proj", "linear1", "linear2"])
+    plan = get_peft_model(model, config).plans["default"]
+    assert [s.members for s in plan.stacks] == [s.members for s in adapter.plan.stacks]
+
+
+@pytest.mark.parametrize(
+    ("make", "auto", "task"),
+    [(gpt2, AutoPeftModelForCausalLM, "CAUSAL_LM"), (vit, AutoPeftModel, None)],
+    ids=["gpt2", "vit"],
+)
+def test_auto_classes(make, auto, task, tmp_path):
+    make().save_pretrained(tmp_path / "base")
+    kind = type(make())
+    base = kind.from_pretrained(tmp_path / "base")
+    model = get_peft_model(base, TCURConfig(rank=2, task_type=task)).eval()
+    randomise(model)
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = auto.from_pretrained(tmp_path / "adapter").eval()
+    name = "gpt2" if make is gpt2 else "vit"
+    inputs = HF_MODELS[name][1]()
+    with torch.no_grad():
+        assert torch.equal(output(loaded, inputs), output(model, inputs))
+    if task:
+        ids = loaded.generate(
+            input_ids=inputs["input_ids"],
+            attention_mask=torch.ones_like(inputs["input_ids"]),
+            max_new_tokens=3,
+            do_sample=False,
+            pad_token_id=0,
+        )
+        assert ids.shape == (2, 12)
+
+
+@pytest.mark.parametrize(
+    ("make", "choice"),
+    [
+        (vit, {"layers_to_transform": 1, "target_modules": ["q_proj", "fc1"]}),
+        (gpt2, {"layers_to_transform": [1], "layers_pattern": "h", "target_modules": ["c_attn"]}),
+    ],
+    ids=["vit", "gpt2"],
+)
+def test_layers_to_transform(make, choice):
+    plan = get_peft_model(make(), TCURConfig(rank=2, **choice)).plans["default"]
+    assert {m.module.split(".")[2] for s in plan.stacks for m in s.members} == {"1"}
