@@ -4,7 +4,7 @@ A GPT-2 of characters is pretrained on four adventures of Sherlock Holmes and th
 and Juliet in several ways, each with the same steps and batches:
 
 * tCURLoRA (`tcur_kernels.peft`): only the cores U of W + alpha * (C * U * R) train;
-* CURLoRA: the same with a stack for each matrix and its own rule for C and R;
+* matrix CUR ("curlora"): the same with a stack for each matrix, C and R drawn, here uniformly;
 * LoRA (`peft`), and full fine-tuning, for comparison.
 
 Each method tries the learning rates of a small grid and keeps the one with the lowest perplexity

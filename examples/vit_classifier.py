@@ -115,7 +115,7 @@ def adapt(
     """Adapts a copy of the base by one method, at its best learning rate."""
     tried: dict[float, float] = {}
     best: nn.Module | None = None
-    seconds = 0.0
+    seconds = chosen = 0.0
     for rate in RATES[name] if args.rates is None else args.rates:
         torch.manual_seed(args.seed)
         config = METHODS[name]
@@ -124,14 +124,14 @@ def adapt(
             model.requires_grad_(False).classifier.requires_grad_(True)
         seconds = optimise(args, model, training, rate, args.steps, f"{name}, rate {rate:g}")
         tried[rate] = accuracy(model, validation)
-        if tried[rate] >= max(tried.values()):
-            best = model
+        if best is None or tried[rate] > tried[chosen]:  # the lower rate where two do equally well
+            best, chosen = model, rate
     assert best is not None
     result = {
         "method": name,
         "accuracy": accuracy(best, test),
         "trained": sum(p.numel() for p in best.parameters() if p.requires_grad),
-        "rate": max(tried, key=lambda rate: (tried[rate], list(tried).index(rate))),
+        "rate": chosen,
         "validation": {f"{rate:g}": value for rate, value in tried.items()},
         "seconds_per_step": seconds / args.steps,
     }
