@@ -420,7 +420,8 @@ def test_cores_stay_fp32_in_a_bf16_model(x):
     assert {core.dtype for core in cores(model).values()} == {torch.float32}
     y = model(x.bfloat16())
     assert y.dtype == torch.bfloat16
-    assert torch.equal(y, base(x.bfloat16()))
+    exact = copy.deepcopy(base).double()(x.bfloat16().double())
+    assert_close(y, base(x.bfloat16()), exact)  # products of 16 bits are rounded in another place
 
 
 def test_compiles_without_a_graph_break(x):
