@@ -2,9 +2,16 @@
 
 import os
 import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
+from setuptools.modified import newer_group
+
+STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # one binary for torch 2.10 and later
+CUDA = "tcur_kernels._cuda"
+DEFAULT_ARCHITECTURES = "8.0;9.0;10.0+PTX"
 
 
 def cpu_extension():
@@ -32,15 +39,127 @@ def cpu_extension():
             "-fvisibility=hidden",
             "-Wall",
             "-Wno-psabi",  # vectors never cross a function that is not inlined
-            "-DTORCH_TARGET_VERSION=0x020a000000000000",  # one binary for torch 2.10 and later
+            STABLE_ABI,
         ],
     )
 
 
+def find_nvcc():
+    """CUDA's compiler: of CUDA_HOME, on the PATH, or where it is usually installed; or None."""
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    return shutil.which("nvcc", path=f"{home}/bin") or shutil.which("nvcc")
+
+
+def architectures():
+    """TORCH_CUDA_ARCH_LIST as names of targets: ["80", "90", "100", "100+PTX"] by default."""
+    wanted = os.environ.get("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHITECTURES)
+    names = []
+    for item in wanted.replace(";", " ").replace(".", "").split():
+        number = item.removesuffix("+PTX")
+        names += [number, item] if item != number else [number]
+    return names
+
+
+def nvcc_command(nvcc):
+    """Compilation of one source for all architectures, without input and output."""
+    from torch.utils.cpp_extension import include_paths
+
+    targets = []
+    for name in architectures():
+        number = name.removesuffix("+PTX")
+        code = f"sm_{number}" if name == number else f"compute_{number}"
+        targets.append(f"-gencode=arch=compute_{number},code={code}")
+    return [
+        nvcc,
+        "-std=c++17",
+        "-O3",
+        "-Xcompiler=-fPIC,-fvisibility=hidden",
+        "-Xptxas=-v,-warn-spills,-warn-lmem-usage",
+        "-DUSE_CUDA",  # the stream of the current device, in torch's stable headers
+        STABLE_ABI,
+        f'-DTCUR_ARCHITECTURES="{" ".join(architectures())}"',
+        *(f"-I{path}" for path in include_paths()),
+        *targets,
+    ]
+
+
+def cuda_extension():
+    """`tcur_kernels/_cuda.so`: no Python module, operators for CUDA tensors alone.
+
+    A library of its own, because one that needs the CUDA part of torch cannot be loaded without it.
+    None without nvcc or without architectures: the package then has no CUDA backend.
+    """
+    if find_nvcc() is None or not architectures():
+        return None
+    sources = sorted(map(str, Path("csrc/cuda").glob("*.cu")))
+    depends = sorted(map(str, Path("csrc").rglob("*.h")))
+    return Extension(CUDA, sources=sources, depends=depends)
+
+
 def build_ext():
-    from torch.utils.cpp_extension import BuildExtension
+    from torch.utils.cpp_extension import BuildExtension, library_paths
 
-    return BuildExtension.with_options(use_ninja=True)
+    class Build(BuildExtension):
+        """torch's build for C++, and nvcc for the sources that torch without CUDA cannot build."""
+
+        def get_ext_filename(self, name):
+            # The stable ABI and no Python in it: one file for every version of Python.
+            if name.split(".")[-1] != CUDA.split(".")[-1]:
+                return super().get_ext_filename(name)
+            return f"{name.replace('.', '/')}.so"
+
+        def build_extensions(self):
+            everything = self.extensions
+            self.extensions = [e for e in everything if e.name != CUDA]
+            super().build_extensions()
+            self.extensions = everything
+            for extension in everything:
+                if extension.name == CUDA:
+                    self.build_cuda(extension)
+
+        def build_cuda(self, extension):
+            nvcc = find_nvcc()
+            command = nvcc_command(nvcc)
+            folder = Path(self.build_temp, "cuda")
+            folder.mkdir(parents=True, exist_ok=True)
+            mark = folder / "command.txt"  # other architectures are other objects
+            same = mark.exists() and mark.read_text() == " ".join(command)
+            objects = [folder / f"{Path(source).stem}.o" for source in extension.sources]
+
+            def compile_one(source, target):
+                if same and not newer_group([source, *extension.depends], str(target)):
+                    return
+                log = run([*command, "-c", source, "-o", str(target)])
+                target.with_suffix(".log").write_text(log)
+
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                list(pool.map(compile_one, extension.sources, objects))
+            library = Path(self.get_ext_fullpath(extension.name))
+            library.parent.mkdir(parents=True, exist_ok=True)
+            # Bound lazily, so that torch without CUDA can load it, register and tell; and never
+            # "as needed": libtorch.so brings the CUDA part of torch where there is one.
+            link = [nvcc, "-shared", "-cudart=static", "-Xlinker=-z,lazy,--no-as-needed"]
+            link += [f"-L{path}" for path in library_paths()]
+            run([*link, *map(str, objects), "-ltorch", "-ltorch_cpu", "-lc10", "-o", str(library)])
+            mark.write_text(" ".join(command))
+
+    return Build.with_options(use_ninja=True)
 
 
-setup(ext_modules=[cpu_extension()], cmdclass={"build_ext": build_ext()})
+def run(command):
+    """Output of a command; ends the build if it fails."""
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode != 0:
+        raise SystemExit(
+            f"{result.stdout}{result.stderr}\ntcur_kernels: nvcc failed; to build without the CUDA "
+            "backend, set TORCH_CUDA_ARCH_LIST to nothing."
+        )
+    return result.stdout + result.stderr
+
+
+if __name__ == "__main__":
+    extensions = [cpu_extension(), cuda_extension()]
+    setup(
+        ext_modules=[e for e in extensions if e is not None],
+        cmdclass={"build_ext": build_ext()},
+    )

@@ -33,7 +33,7 @@ class S1:
         if n3 % 2 == 0:
             weights[-1] = 1.0 / n3
         cos, sin = weights * angle.cos(), -weights * angle.sin()
-        self.inverse = torch.cat([cos, sin[:, 1 : pairs + 1]], dim=1).to(weight.dtype)
+        self.inverse = torch.cat([cos, sin[:, 1 : pairs + 1]], dim=1).to(weight)
         self.pairs, self.bins = pairs, bins
         self.planes = weight.new_empty(n3, n1, n2)
         self.out = torch.empty_like(weight)
@@ -64,7 +64,7 @@ class S2:
         horizontal = reference.from_half_spectrum(horizontal_hat, n3)
         self.lateral = lateral.movedim(0, 1).reshape(n1, -1)  # [n1, n3*r], slice-major
         self.horizontal = horizontal.reshape(-1, horizontal.shape[2])  # [n3*r, n2]
-        index = torch.arange(n3)
+        index = torch.arange(n3, device=weight.device)
         # (C*U*R)_l = Σ_{a,b} C_a U_{l-a-b} R_b
         self.index = (index[:, None, None] - index[None, :, None] - index[None, None, :]) % n3
         self.out = torch.empty_like(weight)

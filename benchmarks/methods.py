@@ -68,9 +68,9 @@ def tcur_bf16(model: nn.Module) -> nn.Module:
     return _tcur(model, "bf16")
 
 
-def lora(model: nn.Module) -> nn.Module:
-    """LoRA of peft at the same rank on every linear layer."""
-    config = peft.LoraConfig(r=RANK, target_modules=_targets(model))
+def lora(model: nn.Module, rank: int = RANK) -> nn.Module:
+    """LoRA of peft on every linear layer, at the same rank if no other is given."""
+    config = peft.LoraConfig(r=rank, target_modules=_targets(model))
     return peft.inject_adapter_in_model(config, model)
 
 
@@ -107,9 +107,9 @@ def step_of(model: nn.Module, tokens: int, autocast: bool = False) -> Callable[[
     must be derived again.
     """
     generator = torch.Generator().manual_seed(1)
-    dtype = next(model.parameters()).dtype
-    x = torch.randn(tokens, WIDTH, generator=generator).to(dtype).requires_grad_()
-    grad = torch.randn(tokens, WIDTH, generator=generator)
+    like = next(model.parameters())
+    x = torch.randn(tokens, WIDTH, generator=generator).to(like).requires_grad_()
+    grad = torch.randn(tokens, WIDTH, generator=generator).to(like.device)
     trained = [p for p in model.parameters() if p.requires_grad]
 
     def step() -> None:
@@ -118,7 +118,7 @@ def step_of(model: nn.Module, tokens: int, autocast: bool = False) -> Callable[[
                 parameter.mul_(1.0)
                 parameter.grad = None
         x.grad = None
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=autocast):
             y = model(x)
         y.backward(grad.to(y.dtype))
 

@@ -34,6 +34,13 @@ def device_name() -> str:
     )
 
 
+def commit() -> str:
+    """The commit of the code, with "+dirty" where files differ from it."""
+    code = ("csrc", "tcur_kernels", "benchmarks/*.py", "setup.py")
+    dirty = bool(_git("-C", "..", "status", "--porcelain", "--untracked-files=no", "--", *code))
+    return _git("rev-parse", "--short", "HEAD") + ("+dirty" if dirty else "")
+
+
 def append(
     op: str,
     case: str,
@@ -41,12 +48,9 @@ def append(
     measured: Mapping[str, Timing | Peak],
 ) -> Path:
     """Appends one row per contender and returns the file: one for times, one for memory."""
-    commit = _git("rev-parse", "--short", "HEAD")
-    code = ("csrc", "tcur_kernels", "benchmarks/*.py", "setup.py")
-    dirty = bool(_git("-C", "..", "status", "--porcelain", "--untracked-files=no", "--", *code))
     common = {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": commit + ("+dirty" if dirty else ""),
+        "commit": commit(),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "op": op,

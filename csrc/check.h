@@ -80,6 +80,106 @@ inline Sizes check_token_factors(
   return check_packed(lateral_hat, horizontal_hat, n3);
 }
 
+// Tokens of one row, of which adapter_ids, int64 [rows], has one entry each.
+inline int64_t check_adapter_ids(const Tensor& adapter_ids, int64_t tokens) {
+  STD_TORCH_CHECK(
+      adapter_ids.dim() == 1 && adapter_ids.scalar_type() == ScalarType::Long,
+      "tcur: adapter_ids must be int64 [rows]");
+  const int64_t rows = adapter_ids.numel();
+  STD_TORCH_CHECK(
+      rows == 0 ? tokens == 0 : tokens % rows == 0,
+      "tcur: adapter_ids must have one entry for each of the rows that the tokens divide into");
+  return rows == 0 ? 0 : tokens / rows;
+}
+
+struct TokenSizes : Sizes {
+  int64_t tokens;
+};
+
+// Arguments of core_grad_tokens.
+inline TokenSizes check_gradient_tokens(
+    const Tensor& x,
+    const std::optional<Tensor>& grad_y,
+    const Tensor& lateral_hat,
+    const std::optional<Tensor>& horizontal_hat,
+    int64_t n3,
+    int64_t slice_index,
+    int64_t slices,
+    const std::optional<Tensor>& adapter_ids,
+    int64_t adapters) {
+  const Sizes sizes = check_token_factors(lateral_hat, horizontal_hat, n3);
+  STD_TORCH_CHECK(
+      slice_index >= 0 && slices >= 1 && slice_index + slices <= n3,
+      "tcur: slice_index out of range");
+  STD_TORCH_CHECK(
+      x.dim() >= 1 && x.size(x.dim() - 1) == sizes.n2, "tcur: x must be [..., n2], or [..., q]");
+  const int64_t tokens = sizes.n2 == 0 ? 0 : x.numel() / sizes.n2;
+  if (grad_y.has_value()) {
+    STD_TORCH_CHECK(
+        grad_y->dim() >= 1 && grad_y->size(grad_y->dim() - 1) == slices * sizes.n1,
+        "tcur: grad_y must be [..., slices*n1]");
+    STD_TORCH_CHECK(
+        grad_y->numel() == tokens * slices * sizes.n1,
+        "tcur: x and grad_y must have the same tokens");
+  } else {
+    STD_TORCH_CHECK(
+        slices == 1 && tokens == sizes.n1, "tcur: without grad_y, x must be one slice of G");
+    STD_TORCH_CHECK(!adapter_ids.has_value(), "tcur: adapter_ids goes without a dense gradient");
+  }
+  STD_TORCH_CHECK(adapters >= 0, "tcur: adapters must not be negative");
+  return {sizes, tokens};
+}
+
+struct LinearSizes : TokenSizes {
+  int64_t in_features, out_features;
+};
+
+// Arguments of cur_linear.
+inline LinearSizes check_linear(
+    const Tensor& x,
+    const std::optional<Tensor>& weight,
+    const std::optional<Tensor>& bias,
+    const Tensor& lateral_hat,
+    const Tensor& horizontal_hat,
+    const Tensor& core,
+    int64_t slice_index,
+    int64_t slices,
+    bool materialized,
+    bool transposed,
+    const std::optional<Tensor>& z,
+    bool dense_grad,
+    bool many) {
+  STD_TORCH_CHECK(
+      core.dim() == (many ? 4 : 3),
+      "tcur: core must be [n3, rank, rank], and [adapters, n3, rank, rank] with adapter_ids");
+  STD_TORCH_CHECK(
+      !many || !(materialized || dense_grad),
+      "tcur: adapter_ids goes by the factors, without W_eff or a dense gradient");
+  const Sizes sizes = check_token_factors(lateral_hat, horizontal_hat, core.size(core.dim() - 3));
+  STD_TORCH_CHECK(
+      core.size(core.dim() - 2) == sizes.rank && core.size(core.dim() - 1) == sizes.rank,
+      "tcur: core has an unexpected shape");
+  check_dtype("core", core, compute_dtype(lateral_hat.scalar_type()));
+  STD_TORCH_CHECK(
+      slice_index >= 0 && slices >= 1 && slice_index + slices <= sizes.n3,
+      "tcur: slice_index out of range");
+  const int64_t rows = slices * sizes.n1;
+  const int64_t in_features = transposed ? rows : sizes.n2;
+  STD_TORCH_CHECK(
+      x.dim() >= 1 && x.size(x.dim() - 1) == in_features,
+      "tcur: x has an unexpected last dimension");
+  STD_TORCH_CHECK(weight.has_value() || !materialized, "tcur: materialized needs a weight");
+  STD_TORCH_CHECK(
+      !bias.has_value() || (weight.has_value() && !transposed),
+      "tcur: bias goes with a weight, forwards");
+  if (weight.has_value()) {
+    check_shape("weight", *weight, {rows, sizes.n2});
+  }
+  STD_TORCH_CHECK(!z.has_value() || !transposed, "tcur: z goes with a forward map");
+  const int64_t tokens = in_features == 0 ? 0 : x.numel() / in_features;
+  return {{sizes, tokens}, in_features, transposed ? sizes.n2 : rows};
+}
+
 inline Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
   std::array<StableIValue, 3> stack{
       torch::stable::detail::from(x),

@@ -14,20 +14,27 @@
 #include <cstdint>
 #include <vector>
 
+// Functions that CUDA kernels call too.
+#ifdef __CUDACC__
+#define TCUR_HOST_DEVICE __host__ __device__
+#else
+#define TCUR_HOST_DEVICE
+#endif
+
 namespace tcur {
 
 // Number of (re, im) pairs in the half spectrum of a tube of length n3.
-inline int64_t pairs(int64_t n3) {
+TCUR_HOST_DEVICE inline int64_t pairs(int64_t n3) {
   return (n3 - 1) / 2;
 }
 
-inline bool has_nyquist(int64_t n3) {
+TCUR_HOST_DEVICE inline bool has_nyquist(int64_t n3) {
   return n3 % 2 == 0;
 }
 
 // Weight of a packed plane in the inverse transform: how often its bin occurs in the full spectrum,
 // over n3.
-inline double inverse_weight(int64_t plane, int64_t n3) {
+TCUR_HOST_DEVICE inline double inverse_weight(int64_t plane, int64_t n3) {
   const bool real_bin = plane == 0 || (has_nyquist(n3) && plane == n3 - 1);
   return (real_bin ? 1.0 : 2.0) / static_cast<double>(n3);
 }
@@ -67,19 +74,32 @@ class UnitRoots {
 // level is what is left to multiply: the odd l of an even length, or all l of an odd one, where the
 // halving ends. All levels together: about n3/6 multiplications per output for a power of two, n3/2
 // for a prime.
-template <class T>
-struct DftLevel {
+struct DftShape {
   int64_t length, half, step;  // step: distance in l between its outputs' neighbours, 1, 2, 4, …
   int64_t outputs;             // pairs (l, n3-l); l = step * frequency(i), i = 0 … outputs-1
   int64_t size;                // rows of A and of B that are multiplied by a table
-  std::vector<T> cos, sin;     // [outputs, size]
 
-  bool is_even() const {
+  TCUR_HOST_DEVICE bool is_even() const {
     return length % 2 == 0;
   }
-  int64_t frequency(int64_t i) const {
+  TCUR_HOST_DEVICE int64_t frequency(int64_t i) const {
     return is_even() ? 2 * i + 1 : i + 1;
   }
+};
+
+TCUR_HOST_DEVICE inline DftShape dft_shape(int64_t length, int64_t step) {
+  const int64_t half = length / 2;
+  if (length % 2 != 0) {
+    return {length, half, step, half, half};
+  }
+  // Odd l < half, from the differences of rows k and half-k but for k = 0.
+  return {length, half, step, half / 2, (half + 1) / 2 - 1};
+}
+
+// A level with its tables.
+template <class T>
+struct DftLevel : DftShape {
+  std::vector<T> cos, sin;  // [outputs, size]
 };
 
 template <class T>
@@ -98,13 +118,7 @@ struct FoldedDft {
 
  private:
   static DftLevel<T> level(int64_t length, int64_t step) {
-    const int64_t half = length / 2;
-    const bool even = length % 2 == 0;
-    DftLevel<T> made{length, half, step, half, half, {}, {}};
-    if (even) {
-      made.outputs = half / 2;         // odd l < half
-      made.size = (half + 1) / 2 - 1;  // differences of rows k and half-k, but for k = 0
-    }
+    DftLevel<T> made{dft_shape(length, step), {}, {}};
     const UnitRoots roots(length);
     for (int64_t i = 0; i < made.outputs; ++i) {
       for (int64_t k = 1; k <= made.size; ++k) {

@@ -1,14 +1,22 @@
-"""Finds and loads the compiled library `_cpu`; never compiles, never warns.
+"""Finds and loads the compiled libraries `_cpu` and `_cuda`; never compiles, never warns.
 
-Loading it registers the CPU kernels of the operators with torch. Without it the package still
-imports, traces and runs on the reference backend; asking for the ``cpu`` backend then says why.
+Loading one registers its kernels of the operators with torch. Without it the package still
+imports, traces and runs on the reference backend; asking for its backend then says why. `_cpu` is
+loaded with the package, and so is `_cuda` where torch has CUDA; where torch has none, `_cuda` is
+loaded to be looked at, by `cuda_facts`, and its calls into torch's CUDA part stay unbound.
 """
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import importlib
+import os
+from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+import torch
 
 
 def _load(name: str) -> tuple[ModuleType | None, str | None]:
@@ -39,3 +47,33 @@ def cpu_facts() -> dict[str, Any]:
         "isa_runnable": _cpu.runnable_isas(),
         "isa_chosen": _cpu.chosen_isa(),
     }
+
+
+@functools.cache
+def _cuda() -> tuple[ctypes.CDLL | None, str | None]:
+    """The CUDA library, or None and the reason why it is absent."""
+    path = Path(__file__).with_name("_cuda.so")
+    if not path.exists():
+        return None, f"no {path.name}"
+    try:
+        return ctypes.CDLL(str(path), mode=os.RTLD_LAZY), None
+    except OSError as error:
+        return None, str(error)
+
+
+def cuda_error() -> str | None:
+    """Why the CUDA library is absent, or None if it is loaded; loads it."""
+    return _cuda()[1]
+
+
+def cuda_facts() -> dict[str, Any]:
+    """What was compiled into the CUDA library."""
+    library, error = _cuda()
+    if library is None:
+        return {"built": False, "error": error}
+    library.tcur_cuda_architectures.restype = ctypes.c_char_p
+    return {"built": True, "architectures": library.tcur_cuda_architectures().decode().split()}
+
+
+if torch.version.cuda is not None:
+    _cuda()

@@ -12,9 +12,15 @@ The gradient of the core takes z = x R̂ᵀ and p = dy Ĉ, 2 q (n1 + n2) operati
 dense G = dyᵀx, 2 n1 n2 per token, and then 2 q n1 n2 once. Below rho = n1 n2 / (q (n1 + n2)) = 1
 the dense way is the cheaper one for many tokens. By tokens, z can be formed in the forward pass: it
 is the same work, and what is kept for the backward pass is then q numbers per token, not n2.
+
+On a GPU there may be two backends. Nothing was measured there yet, so the choice is by count: the
+CUDA kernels transform tubes by fp32 multiplications, and stay below the time that the same number
+of bytes takes as long as these are few per number; the Triton kernels transform on tensor cores.
 """
 
 from __future__ import annotations
+
+from collections.abc import Collection
 
 import torch
 
@@ -22,6 +28,14 @@ MODES = ("auto", "materialized", "factored")
 
 #: Measured on a two-core AVX-512 machine: 0.4 ns per element, 265 GFLOP/s.
 BALANCE = 53.0
+
+#: Slices that the CUDA kernels take, csrc/cuda/tile.h.
+CUDA_SLICES = 384
+
+#: Multiplications of a tube's transform per number, up to which they are hidden behind memory: an
+#: H100 reads and writes 8 bytes in 2.7 ps by its copy rate, in which its fp32 units do 80, and half
+#: of them is what a kernel can count on beside its other instructions.
+HIDDEN_MULTIPLICATIONS = 40.0
 
 
 def tokens_worth_materializing(n1: int, n2: int, n3: int, rank: int) -> float:
@@ -69,3 +83,38 @@ def choose_gradient(tokens: int, n1: int, n2: int, n3: int, rank: int) -> str:
     if tokens * (q * (n1 + n2) - n1 * n2) > q * n1 * n2:
         return "dense"
     return "z" if q < n2 else "x"
+
+
+def transform_multiplications(n3: int) -> float:
+    """Multiplications per number of the folded transform of csrc/tubes.h."""
+    total, length = 0, n3
+    while length % 2 == 0:
+        half = length // 2
+        total += 2 * (half // 2) * ((half + 1) // 2 - 1)
+        length = half
+    return (total + 2 * (length // 2) ** 2) / n3
+
+
+def cuda_takes(n3: int, dtype: torch.dtype) -> bool:
+    """Whether the CUDA kernels can work on factors of this dtype and number of slices."""
+    return dtype == torch.float32 and n3 <= CUDA_SLICES
+
+
+def choose_gpu_backend(
+    name: str, *, n3: int, dtype: torch.dtype, available: Collection[str]
+) -> str:
+    """ "cuda", "triton" or "reference" for an operator on a GPU.
+
+    Args:
+        name: the operator; those on tokens have no transform of tubes.
+        n3: slices.
+        dtype: of the factors.
+        available: those of "cuda" and "triton" that are here.
+    """
+    if "cuda" in available and cuda_takes(n3, dtype):
+        is_light = transform_multiplications(n3) <= HIDDEN_MULTIPLICATIONS
+        if is_light or name == "cur_linear" or "triton" not in available:
+            return "cuda"
+    if "triton" in available and dtype == torch.float32:
+        return "triton"
+    return "reference"

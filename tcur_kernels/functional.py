@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _native, ops
+from . import _native, cost, ops
 from .factors import CURFactors, check_device, check_dtype, check_floating, check_frozen
 
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
@@ -24,7 +24,7 @@ def cur_product(factors: CURFactors, core: Tensor, backend: str = "auto") -> Ten
         backend: "auto", "reference", "cpu", "triton" or "cuda".
     """
     _check_core(core, factors)
-    op = ops.operator("materialize", _language(backend, factors.device))
+    op = ops.operator("materialize", _language(backend, "materialize", factors))
     product: Tensor = op([], *factors.packed(), core, 1.0, core.dtype)
     return product
 
@@ -59,7 +59,7 @@ def materialize(
     weights = _check_weights(weight, factors)
     if not math.isfinite(scale):
         raise ValueError(f"scale: expected a finite number, got {scale}")
-    language = _language(backend, factors.device)
+    language = _language(backend, "materialize", factors)
     if out is None:
         dtype = weights[0].dtype if out_dtype is None else out_dtype
         if not dtype.is_floating_point:
@@ -168,7 +168,7 @@ def cur_linear(
         raise ValueError(
             "adapter_ids: expected None with effective or dense_grad, which have one core, got ids"
         )
-    op = ops.operator("cur_linear", _language(backend, factors.device))
+    op = ops.operator("cur_linear", _language(backend, "cur_linear", factors))
     where = (*factors.packed(precision), core, slice_index, slices, float(scale))
     if effective is None and x.dtype in (torch.bfloat16, torch.float16):
         update = op(x, None, None, *where, False, False, z, dense_grad, adapter_ids)
@@ -236,7 +236,7 @@ def slice_update(
     _check_core(core, factors)
     _check_slice(slice_index, slices, factors.n3)
     rows = torch.eye(slices * factors.n1, dtype=core.dtype, device=core.device)
-    op = ops.operator("cur_linear", _language(backend, factors.device))
+    op = ops.operator("cur_linear", _language(backend, "cur_linear", factors))
     where = (slice_index, slices, float(scale), False, True)
     update: Tensor = op(rows, None, None, *factors.packed(), core, *where)
     return update
@@ -259,35 +259,49 @@ def build_info() -> dict[str, Any]:
     """What was compiled and what of it runs here.
 
     Keys: ``version``, ``torch``, ``backends`` (those that run here), ``cpu`` (compiler, torch
-    target, instruction sets compiled, runnable and chosen) and ``cuda`` (architectures, or
-    "not built").
+    target, instruction sets compiled, runnable and chosen) and ``cuda`` (architectures compiled).
+    The last two have ``built``, and where that is False ``error``.
     """
     from . import __version__
 
-    cpu = _native.cpu_facts()
+    cpu, cuda = _native.cpu_facts(), _native.cuda_facts()
+    runs = {"cpu": cpu["built"], "cuda": cuda["built"] and torch.cuda.is_available()}
     return {
         "version": __version__,
         "torch": torch.__version__,
-        "backends": ["reference"] + (["cpu"] if cpu["built"] else []),
+        "backends": ["reference", *(name for name, is_here in runs.items() if is_here)],
         "cpu": cpu,
-        "cuda": "not built",
+        "cuda": cuda,
     }
 
 
-def _language(backend: str, device: torch.device) -> str:
-    """Language of the operators for a backend name; see `ops.LANGUAGES`."""
+def _language(backend: str, name: str, factors: CURFactors) -> str:
+    """Language of operator ``name`` for a backend name; see `ops.LANGUAGES`."""
+    device = factors.device
     if backend == "reference":
         return "reference"
     if backend == "auto":
+        if device.type == "cuda":
+            here = [] if _native.cuda_error() else ["cuda"]
+            backend = cost.choose_gpu_backend(
+                name, n3=factors.n3, dtype=factors.dtype, available=here
+            )
+            return {"cuda": "", "reference": "reference"}[backend]
         native = device.type == "cpu" and _native.cpu_error() is None
         return "" if native else "reference"
-    if backend == "cpu":
-        if device.type != "cpu":
-            raise ValueError(f"backend: expected one for tensors on {device}, got 'cpu'")
-        if _native.cpu_error() is not None:
+    if backend in ("cpu", "cuda"):
+        if device.type != backend:
+            raise ValueError(f"backend: expected one for tensors on {device}, got '{backend}'")
+        error, needs = _BUILT_BY[backend]
+        if error() is not None:
             raise RuntimeError(
-                f"backend: 'cpu' is not built here ({_native.cpu_error()}); install the package "
-                "with a C++17 compiler: pip install --no-build-isolation ."
+                f"backend: '{backend}' is not built here ({error()}); install the package "
+                f"with {needs}: pip install --no-build-isolation ."
+            )
+        if backend == "cuda" and not cost.cuda_takes(factors.n3, factors.dtype):
+            raise ValueError(
+                f"backend: expected fp32 factors of at most {cost.CUDA_SLICES} slices for 'cuda', "
+                f"got {factors.dtype} and {factors.n3}; use 'auto' or 'reference'"
             )
         return ""
     if backend in BACKENDS:
@@ -296,6 +310,13 @@ def _language(backend: str, device: torch.device) -> str:
             "'auto', 'cpu' or 'reference'"
         )
     raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
+
+
+#: Backend -> why it is absent, and what it is built with.
+_BUILT_BY = {
+    "cpu": (_native.cpu_error, "a C++17 compiler"),
+    "cuda": (_native.cuda_error, "CUDA's nvcc"),
+}
 
 
 def _check_precision(name: str, weight: Tensor, factors: CURFactors) -> None:

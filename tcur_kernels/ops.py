@@ -46,7 +46,8 @@ from . import reference
 
 _library = torch.library.Library("tcur", "DEF")
 
-#: Suffix of the operators of each language; "" are those whose kernels are compiled.
+#: Suffix of the operators of each language; "" are those whose kernels are compiled. Those of
+#: Triton are defined, under the same contract, when the subpackage ``triton`` is imported.
 LANGUAGES = ("", "reference")
 
 _SCHEMAS = {
@@ -113,7 +114,7 @@ def _materialize_fake(
 def _core_grad_dense_fake(grad: Tensor, lateral_hat: Tensor, horizontal_hat: Tensor) -> Tensor:
     n3 = grad.shape[0]
     rank = lateral_hat.shape[1] // n3
-    return lateral_hat.new_empty((n3, rank, rank))
+    return lateral_hat.new_empty((n3, rank, rank), dtype=_compute_dtype(lateral_hat))
 
 
 def _core_grad_tokens_fake(
@@ -411,18 +412,12 @@ def _register_autocast(name: str, language: str) -> None:
         _library.impl(_full_name(name, language), outside_autocast(device_type), key)
 
 
-def _define(name: str, schema: str, language: str, fake: Callable[..., Any]) -> None:
-    qualified = _qualified(name, language)
-    torch.library.define(qualified, schema, lib=_library)
-    torch.library.register_fake(qualified, fake, lib=_library)
-    _register_autocast(name, language)
-
-
 _FAKES: dict[str, Callable[..., Any]] = {
     "materialize": _materialize_fake,
     "core_grad_dense": _core_grad_dense_fake,
     "core_grad_tokens": _core_grad_tokens_fake,
     "cur_linear": _cur_linear_fake,
+    "materialize_out": lambda *args, out: None,
 }
 _REFERENCE: dict[str, Callable[..., Any]] = {
     "materialize": _materialize_reference,
@@ -438,17 +433,24 @@ _AUTOGRAD: dict[str, Callable[[str], None]] = {
 }
 
 
+def complete(language: str) -> None:
+    """Gives the operators of a language, defined already, their fakes, derivatives, autocast."""
+    for name, fake in _FAKES.items():
+        torch.library.register_fake(_qualified(name, language), fake, lib=_library)
+        _register_autocast(name, language)
+    for register_autograd in _AUTOGRAD.values():
+        register_autograd(language)
+
+
 def _register_all() -> None:
-    for name, schema in _SCHEMAS.items():
-        for language in LANGUAGES:
-            _define(name, schema, language, _FAKES[name])
-            _AUTOGRAD[name](language)
-        _library.impl(f"{name}_reference", _REFERENCE[name], "CompositeExplicitAutograd")
+    schemas = {**_SCHEMAS, "materialize_out": _OUT_SCHEMA}
+    reference_kernels = {**_REFERENCE, "materialize_out": _materialize_reference_out}
     for language in LANGUAGES:
-        _define("materialize_out", _OUT_SCHEMA, language, lambda *args, out: None)
-    _library.impl(
-        "materialize_out_reference", _materialize_reference_out, "CompositeExplicitAutograd"
-    )
+        for name, schema in schemas.items():
+            torch.library.define(_qualified(name, language), schema, lib=_library)
+        complete(language)
+    for name, kernel in reference_kernels.items():
+        _library.impl(f"{name}_reference", kernel, "CompositeExplicitAutograd")
 
 
 _register_all()

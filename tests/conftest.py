@@ -4,11 +4,38 @@ import pytest
 import torch
 
 
+def pytest_addoption(parser):
+    parser.addoption("--device", default="cpu", help="default device of the tests: cpu or cuda")
+
+
 @pytest.fixture(autouse=True)
-def _reproducible():
+def _reproducible(request):
     torch.manual_seed(0)
     # Fills torch.empty, new_empty of the compiled library included, with NaN: an element that a
     # kernel forgets to write cannot pass for a zero.
-    torch.use_deterministic_algorithms(True)
+    on_cpu = request.config.getoption("--device") == "cpu"  # CUDA has sums without such a form
+    torch.use_deterministic_algorithms(True, warn_only=not on_cpu)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def _default_device(request):
+    """On another device, tensors are made there; `test_device` places its own."""
+    device = request.config.getoption("--device")
+    if device == "cpu" or request.path.name == "test_device.py":
+        yield
+        return
+    with torch.device(device):
+        yield
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    """CUDA kernels take no fp64, and say so: such a test has nothing to run on a GPU."""
+    try:
+        return (yield)
+    except RuntimeError as error:
+        if "for CUDA kernels" not in str(error) or item.config.getoption("--device") == "cpu":
+            raise
+        pytest.skip(str(error).splitlines()[0])

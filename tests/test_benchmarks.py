@@ -1,5 +1,6 @@
 """The benchmarks run, check what they time, and their tables say what the rows say."""
 
+import csv
 import subprocess
 import sys
 from dataclasses import replace
@@ -174,3 +175,45 @@ def test_rows_and_tables(benchmarks, monkeypatch, tmp_path):
     assert "old" not in text
     benchmarks.report.write()
     assert document.read_text() == text
+
+
+def test_dry_run_of_the_gpu_command(tmp_path):
+    """`python -m benchmarks.gpu` in toy sizes on the CPU: every section, every row on disk."""
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.gpu",
+        "--device",
+        "cpu",
+        "--tiny",
+        "--out",
+        tmp_path,
+    ]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    with open(tmp_path / "rows.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    sections = {row["section"] for row in rows}
+    operators = {"materialize", "core_grad_dense", "core_grad_tokens", "cur_linear"}
+    assert sections == operators | {"rates", "tests", "sanitizer", "step", "cuda_graph", "serving"}
+    timed = {(row["section"], row["contender"]) for row in rows if row["ms"]}
+    assert {("materialize", c) for c in ("cpu", "eager", "compile", "S1", "S2")} <= timed
+    assert {
+        ("step", c) for c in ("frozen", "full", "lora_8", "lora_32", "tcur", "tcur_bf16")
+    } <= timed
+    assert not [row for row in rows if row["note"].startswith(("FAILED", "WRONG"))]
+    assert "rows, 0 failed" in result.stdout
+
+
+def test_what_goes_wrong_on_a_gpu_is_a_row_and_an_exit_status(tmp_path):
+    (tmp_path / "log").write_text("")
+    import benchmarks.gpu_build as gpu_build
+
+    command = [sys.executable, "-c", "raise SystemExit('torn')"]
+    assert gpu_build.logged(command, tmp_path / "log", 20) == "FAILED: torn"
+    command = [sys.executable, "-c", "import time; time.sleep(20)"]
+    assert gpu_build.logged(command, tmp_path / "log", 0.2) == "FAILED: not done after 0 s"
+    command = [sys.executable, "-m", "benchmarks.gpu", "--out", tmp_path]
+    if not torch.cuda.is_available():
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert "--device: expected a device that is here" in result.stderr

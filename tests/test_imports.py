@@ -52,7 +52,7 @@ MAY_IMPORT = {
     "ops": {"reference"},
     "factors": {"reference"},
     "kept": set(),
-    "functional": {"_native", "factors", "ops"},
+    "functional": {"_native", "cost", "factors", "ops"},
     "distributed": set(),
     "nn": {"cost", "decompose", "distributed", "factors", "functional", "kept", "linear"},
     "places": set(),

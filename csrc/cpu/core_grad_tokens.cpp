@@ -122,13 +122,9 @@ Tensor core_grad_tokens(
     int64_t slices,
     std::optional<Tensor> adapter_ids,
     int64_t adapters) {
-  const Sizes sizes = check_token_factors(lateral_hat, horizontal_hat, n3);
-  STD_TORCH_CHECK(
-      slice_index >= 0 && slices >= 1 && slice_index + slices <= n3,
-      "tcur: slice_index out of range");
-  STD_TORCH_CHECK(
-      x.dim() >= 1 && x.size(x.dim() - 1) == sizes.n2, "tcur: x must be [..., n2], or [..., q]");
-  const int64_t tokens = sizes.n2 == 0 ? 0 : x.numel() / sizes.n2;
+  const TokenSizes sizes = check_gradient_tokens(
+      x, grad_y, lateral_hat, horizontal_hat, n3, slice_index, slices, adapter_ids, adapters);
+  const int64_t tokens = sizes.tokens;
   const ScalarType precision = lateral_hat.scalar_type();
   Tensor z = torch::stable::reshape(x, {tokens, sizes.n2});
   if (horizontal_hat.has_value()) {
@@ -137,23 +133,12 @@ Tensor core_grad_tokens(
   z = torch::stable::contiguous(z);
   Tensor p = torch::stable::contiguous(lateral_hat);
   if (grad_y.has_value()) {
-    STD_TORCH_CHECK(
-        grad_y->dim() >= 1 && grad_y->size(grad_y->dim() - 1) == slices * sizes.n1,
-        "tcur: grad_y must be [..., slices*n1]");
-    STD_TORCH_CHECK(
-        grad_y->numel() == tokens * slices * sizes.n1,
-        "tcur: x and grad_y must have the same tokens");
     p = torch::stable::contiguous(
         torch::stable::matmul(
             cast(torch::stable::reshape(*grad_y, {tokens * slices, sizes.n1}), precision),
             lateral_hat));
-  } else {
-    STD_TORCH_CHECK(
-        slices == 1 && tokens == sizes.n1, "tcur: without grad_y, x must be one slice of G");
-    STD_TORCH_CHECK(!adapter_ids.has_value(), "tcur: adapter_ids goes without a dense gradient");
   }
   const bool many = adapter_ids.has_value();
-  STD_TORCH_CHECK(adapters >= 0, "tcur: adapters must not be negative");
   const TokenCores cores(tokens, adapter_ids, many ? adapters : 1);
   const ScalarType compute = compute_dtype(precision);
   std::vector<int64_t> shape{n3, sizes.rank, sizes.rank};

@@ -152,46 +152,35 @@ Tensor cur_linear(
     bool dense_grad,  // for the derivative alone
     std::optional<Tensor> adapter_ids) {
   const bool many = adapter_ids.has_value();
-  STD_TORCH_CHECK(
-      core.dim() == (many ? 4 : 3),
-      "tcur: core must be [n3, rank, rank], and [adapters, n3, rank, rank] with adapter_ids");
-  STD_TORCH_CHECK(
-      !many || !(materialized || dense_grad),
-      "tcur: adapter_ids goes by the factors, without W_eff or a dense gradient");
-  const Sizes sizes = check_token_factors(lateral_hat, horizontal_hat, core.size(core.dim() - 3));
-  const ScalarType compute = compute_dtype(lateral_hat.scalar_type());
-  STD_TORCH_CHECK(
-      core.size(core.dim() - 2) == sizes.rank && core.size(core.dim() - 1) == sizes.rank,
-      "tcur: core has an unexpected shape");
-  check_dtype("core", core, compute);
-  STD_TORCH_CHECK(
-      slice_index >= 0 && slices >= 1 && slice_index + slices <= sizes.n3,
-      "tcur: slice_index out of range");
-  const int64_t rows = slices * sizes.n1;
-  const int64_t in_features = transposed ? rows : sizes.n2;
-  const int64_t out_features = transposed ? sizes.n2 : rows;
-  STD_TORCH_CHECK(
-      x.dim() >= 1 && x.size(x.dim() - 1) == in_features,
-      "tcur: x has an unexpected last dimension");
+  const LinearSizes sizes = check_linear(
+      x,
+      weight,
+      bias,
+      lateral_hat,
+      horizontal_hat,
+      core,
+      slice_index,
+      slices,
+      materialized,
+      transposed,
+      z,
+      dense_grad,
+      many);
   STD_TORCH_CHECK(element_of(x.scalar_type()) != Element::none, "tcur: x has no known dtype");
-  STD_TORCH_CHECK(weight.has_value() || !materialized, "tcur: materialized needs a weight");
-  STD_TORCH_CHECK(
-      !bias.has_value() || (weight.has_value() && !transposed),
-      "tcur: bias goes with a weight, forwards");
+  const ScalarType compute = compute_dtype(lateral_hat.scalar_type());
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
-  shape.back() = out_features;
+  shape.back() = sizes.out_features;
 
   std::optional<Tensor> y;
   if (weight.has_value()) {
-    check_shape("weight", *weight, {rows, sizes.n2});
     y = transposed ? torch::stable::matmul(x, *weight) : linear(x, *weight, bias);
   }
   if (materialized) {
     return *y;
   }
-  STD_TORCH_CHECK(!z.has_value() || !transposed, "tcur: z goes with a forward map");
-  const int64_t tokens = in_features == 0 ? 0 : x.numel() / in_features;
-  const Tensor xs = torch::stable::contiguous(torch::stable::reshape(x, {tokens, in_features}));
+  const int64_t tokens = sizes.tokens;
+  const Tensor xs =
+      torch::stable::contiguous(torch::stable::reshape(x, {tokens, sizes.in_features}));
   const Tensor l = torch::stable::contiguous(lateral_hat);
   const Tensor h = torch::stable::contiguous(horizontal_hat);
   const Tensor c = torch::stable::contiguous(core);

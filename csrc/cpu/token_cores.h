@@ -15,17 +15,10 @@ class TokenCores {
   TokenCores(int64_t tokens, const std::optional<Tensor>& adapter_ids, int64_t cores)
       : ids_(1, 0), row_length_(tokens) {
     if (adapter_ids.has_value()) {
-      STD_TORCH_CHECK(
-          adapter_ids->dim() == 1 && adapter_ids->scalar_type() == ScalarType::Long,
-          "tcur: adapter_ids must be int64 [rows]");
+      row_length_ = check_adapter_ids(*adapter_ids, tokens);
       const Tensor contiguous = torch::stable::contiguous(*adapter_ids);
-      const int64_t rows = contiguous.numel();
       const int64_t* ids = contiguous.const_data_ptr<int64_t>();
-      ids_.assign(ids, ids + rows);
-      STD_TORCH_CHECK(
-          rows == 0 ? tokens == 0 : tokens % rows == 0,
-          "tcur: adapter_ids must have one entry for each of the rows that the tokens divide into");
-      row_length_ = rows == 0 ? 0 : tokens / rows;
+      ids_.assign(ids, ids + contiguous.numel());
       for (const int64_t id : ids_) {
         STD_TORCH_CHECK(id >= 0 && id < cores, "tcur: adapter_ids out of range");
       }

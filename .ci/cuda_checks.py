@@ -1,0 +1,142 @@
+"""Checks of the CUDA sources that need no GPU and take too long for every test run.
+
+``resources``: nvcc compiles every kernel for every architecture; ptxas must report no spills, no
+stack frame, and no more registers than the header comment of the source plans for.
+``sanitizers``: the host build runs under AddressSanitizer and UndefinedBehaviorSanitizer.
+``barriers``: each barrier is left out in turn, and the host build must notice every time.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+SOURCES = ROOT / "csrc" / "cuda"
+HOST = ROOT / "tests" / "cuda_host.py"
+REGISTERS = 65536  # of a multiprocessor, on every architecture from sm_80 on
+
+sys.path.insert(0, str(ROOT))
+import setup as build  # noqa: E402
+
+
+def resources():
+    """Compiles with nvcc and reads what ptxas says of every kernel."""
+    nvcc = build.find_nvcc()
+    if nvcc is None:
+        print("resources: no nvcc here, not checked")
+        return
+    command = build.nvcc_command(nvcc)
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
+
+        def compile_one(source):
+            target = Path(folder, source.with_suffix(".o").name)
+            return build.run([*command, "-c", str(source), "-o", str(target)])
+
+        sources = sorted(SOURCES.glob("*.cu"))
+        for source, log in zip(sources, pool.map(compile_one, sources), strict=True):
+            check_log(source, log)
+
+
+PLAN = re.compile(r"Planned: (\d+) threads, up to (\d+) registers, (\d+) blocks")
+KERNEL = re.compile(
+    r"Compiling entry function '(?P<name>\w+)' for '(?P<target>\w+)'.*?"
+    r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, "
+    r"(?P<loads>\d+) bytes spill loads.*?Used (?P<registers>\d+) registers",
+    re.DOTALL,
+)
+
+
+def check_log(source, log):
+    """One source: its plan against what ptxas made of it."""
+    kernels = list(KERNEL.finditer(log))
+    if not kernels:
+        assert "TCUR_KERNEL" not in source.read_text(), (
+            f"{source.name}: no kernel in ptxas's report"
+        )
+        return
+    text = re.sub(r"\n// ?", " ", source.read_text())
+    plan = PLAN.search(text)
+    assert plan, f"{source.name}: the header comment has no plan of threads, registers and blocks"
+    threads, registers, blocks = map(int, plan.groups())
+    assert threads * registers * blocks <= REGISTERS, f"{source.name}: the plan does not fit"
+    for kernel in kernels:
+        where = f"{source.name}, {kernel['target']}, {kernel['name']}"
+        for what in ("stack", "stores", "loads"):
+            assert kernel[what] == "0", f"{where}: {what} {kernel[what]} bytes"
+        assert int(kernel["registers"]) <= registers, f"{where}: {kernel['registers']} registers"
+    used = sorted({int(kernel["registers"]) for kernel in kernels})
+    targets = sorted({kernel["target"] for kernel in kernels})
+    print(f"resources: {source.name}: {len(kernels)} kernels for {targets}, registers {used}")
+
+
+def host(*arguments, environment=None):
+    """Output of tests/cuda_host.py."""
+    result = subprocess.run(
+        [sys.executable, str(HOST), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, **(environment or {})},
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout.strip()
+
+
+def sanitizers():
+    """Runs the host build with both sanitizers in it."""
+    flags = ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    with tempfile.TemporaryDirectory() as folder:
+        library = host("--build", ROOT / "csrc", folder, *flags)
+        compiler = os.environ.get("CXX", "c++")
+        runtimes = [
+            subprocess.run(
+                [compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True
+            ).stdout.strip()
+            for name in ("libasan.so", "libubsan.so", "libstdc++.so")
+        ]
+        environment = {
+            "LD_PRELOAD": " ".join(runtimes),
+            "ASAN_OPTIONS": "detect_leaks=0",  # Python keeps what it keeps
+            "UBSAN_OPTIONS": "print_stacktrace=1",
+        }
+        assert host(library, environment=environment) == "agree"
+    print("sanitizers: every kernel ran, nothing found")
+
+
+def places():
+    """Every barrier of the kernels: its source and where it stands in the text."""
+    for source in sorted(SOURCES.iterdir()):
+        if source.name != "fibers.h":  # where the host's barrier is made
+            for match in re.finditer(r"^ *__syncthreads\(\);$", source.read_text(), re.MULTILINE):
+                yield source, match.start()
+
+
+def is_missed(source, place):
+    """Whether the orders of the threads disagree without this barrier."""
+    text = source.read_text()
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copytree(ROOT / "csrc", Path(folder, "csrc"))
+        rest = text[place:].replace("__syncthreads();", "", 1)
+        Path(folder, "csrc", "cuda", source.name).write_text(text[:place] + rest)
+        library = host("--build", Path(folder, "csrc"), Path(folder, "build"), "-O1")
+        return host(library) == "differ"
+
+
+def barriers():
+    """Leaves out one barrier after the other."""
+    all_places = list(places())
+    for source, place in all_places:
+        line = source.read_text().count("\n", 0, place) + 1
+        assert is_missed(source, place), f"{source.name}:{line}: nobody misses this barrier"
+    print(f"barriers: each of {len(all_places)} is missed when it is left out")
+
+
+if __name__ == "__main__":
+    resources()
+    sanitizers()
+    barriers()

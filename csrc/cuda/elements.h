@@ -1,0 +1,137 @@
+// Numbers in memory, four side by side at a time.
+#pragma once
+
+#include "launch.h"
+
+#ifdef __CUDACC__
+#include <cuda_bf16.h>
+#else
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+#endif
+
+namespace tcur {
+
+// Element type of a tensor in memory.
+enum class Element { none, f32, bf16, f16 };
+
+TCUR_HOST_DEVICE constexpr int bytes_of(Element element) {
+  return element == Element::f32 ? 4 : 2;
+}
+
+TCUR_DEVICE float widen(unsigned short bits, Element element) {
+#ifdef __CUDACC__
+  return element == Element::bf16 ? __bfloat162float(__ushort_as_bfloat16(bits))
+                                  : __half2float(__ushort_as_half(bits));
+#else
+  return element == Element::bf16 ? c10::detail::f32_from_bits(bits)
+                                  : c10::detail::fp16_ieee_to_fp32_value(bits);
+#endif
+}
+
+TCUR_DEVICE unsigned short narrow(float value, Element element) {
+#ifdef __CUDACC__
+  return element == Element::bf16 ? __bfloat16_as_ushort(__float2bfloat16_rn(value))
+                                  : __half_as_ushort(__float2half_rn(value));
+#else
+  return element == Element::bf16 ? c10::detail::round_to_nearest_even(value)
+                                  : c10::detail::fp16_ieee_from_fp32_value(value);
+#endif
+}
+
+// One number of either kind.
+TCUR_DEVICE float load_number(const void* data, int64_t at, Element element) {
+  return element == Element::f32 ? static_cast<const float*>(data)[at]
+                                 : widen(static_cast<const unsigned short*>(data)[at], element);
+}
+
+TCUR_DEVICE void store_number(void* data, int64_t at, float value, Element element) {
+  if (element == Element::f32) {
+    static_cast<float*>(data)[at] = value;
+  } else {
+    static_cast<unsigned short*>(data)[at] = narrow(value, element);
+  }
+}
+
+// Four neighbours as they lie in memory, by the bytes of one.
+template <int BYTES>
+struct Four;
+template <>
+struct Four<4> {
+  using Raw = float4;
+  using Scalar = float;
+  TCUR_DEVICE static float4 widened(const Raw& raw, Element) {
+    return raw;
+  }
+  TCUR_DEVICE static Raw narrowed(const float4& value, Element) {
+    return value;
+  }
+};
+template <>
+struct Four<2> {
+  using Raw = uint2;
+  using Scalar = unsigned short;
+  TCUR_DEVICE static float4 widened(const Raw& raw, Element element) {
+    return {
+        widen(static_cast<unsigned short>(raw.x), element),
+        widen(static_cast<unsigned short>(raw.x >> 16), element),
+        widen(static_cast<unsigned short>(raw.y), element),
+        widen(static_cast<unsigned short>(raw.y >> 16), element)};
+  }
+  TCUR_DEVICE static Raw narrowed(const float4& value, Element element) {
+    const unsigned x = narrow(value.x, element), y = narrow(value.y, element);
+    const unsigned z = narrow(value.z, element), w = narrow(value.w, element);
+    return {x | y << 16, z | w << 16};
+  }
+};
+
+// `count` of the four are there; all at once if `vector`, which promises alignment.
+template <int BYTES>
+TCUR_DEVICE typename Four<BYTES>::Raw load_four(
+    const void* data, int64_t index, int64_t count, bool vector) {
+  typename Four<BYTES>::Raw raw{};
+  const auto* from = static_cast<const typename Four<BYTES>::Scalar*>(data) + index;
+  if (vector) {
+    if (count > 0) {
+      raw = *reinterpret_cast<const typename Four<BYTES>::Raw*>(from);
+    }
+    return raw;
+  }
+  unsigned bits[4] = {0, 0, 0, 0};
+  for (int i = 0; i < 4; ++i) {
+    if (i < count) {
+      if constexpr (BYTES == 4) {
+        (&raw.x)[i] = from[i];
+      } else {
+        bits[i] = from[i];
+      }
+    }
+  }
+  if constexpr (BYTES == 2) {
+    raw = {bits[0] | bits[1] << 16, bits[2] | bits[3] << 16};
+  }
+  return raw;
+}
+
+template <int BYTES>
+TCUR_DEVICE void store_four(
+    void* data, int64_t index, int64_t count, bool vector, const typename Four<BYTES>::Raw& raw) {
+  auto* to = static_cast<typename Four<BYTES>::Scalar*>(data) + index;
+  if (vector) {
+    if (count > 0) {
+      *reinterpret_cast<typename Four<BYTES>::Raw*>(to) = raw;
+    }
+    return;
+  }
+  for (int i = 0; i < 4; ++i) {
+    if (i < count) {
+      if constexpr (BYTES == 4) {
+        to[i] = (&raw.x)[i];
+      } else {
+        to[i] = static_cast<unsigned short>((i < 2 ? raw.x : raw.y) >> (i % 2 * 16));
+      }
+    }
+  }
+}
+
+}  // namespace tcur

@@ -1,0 +1,106 @@
+// The product of small matrices by one warp on tensor cores, D [16, 8] += A [16, 8] B [8, 8], by
+// mma.sync.m16n8k8 in TF32, which every architecture from sm_80 on has.
+//
+// A lane holds, with g = lane/4 and t = lane%4,
+//     A: (g, t) (g+8, t) (g, t+4) (g+8, t+4)    B: (t, g) (t+4, g)
+//     D: (g, 2t) (g, 2t+1) (g+8, 2t) (g+8, 2t+1)
+//
+// TF32 has 11 significant bits. A number is split into the TF32 nearest to it and the TF32 nearest
+// to the rest, which loses at most 2^-23 of it, and a product is made of all four products of
+// parts. The usual three (3xTF32) leave out up to 2^-22 of it, which is twice the eps of fp32: too
+// much where a sum is short.
+#pragma once
+
+#include "launch.h"
+
+#include <cmath>
+#include <cstring>
+
+namespace tcur {
+
+// The nearest TF32; NaN stays NaN.
+TCUR_DEVICE float to_tf32(float x) {
+#ifdef __CUDACC__
+  unsigned bits;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
+  return __uint_as_float(bits);
+#else
+  if (!std::isfinite(x)) {
+    return x;
+  }
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  bits = (bits + 0x1000U) & ~0x1FFFU;
+  std::memcpy(&x, &bits, sizeof bits);
+  return x;
+#endif
+}
+
+template <int N>
+struct Fragment {
+  float big[N], small[N];
+
+  TCUR_DEVICE void set(int i, float x) {
+    big[i] = to_tf32(x);
+    small[i] = to_tf32(x - big[i]);
+  }
+};
+using FragmentA = Fragment<4>;
+using FragmentB = Fragment<2>;
+
+#ifndef __CUDACC__
+struct WarpProduct {
+  const float *a, *b;
+  float* d;
+};
+
+inline void multiply_on_host(WarpProduct* const* lanes) {
+  float a[16][8], b[8][8];
+  for (int lane = 0; lane < fibers::kWarp; ++lane) {
+    const int g = lane / 4, t = lane % 4;
+    for (int i = 0; i < 4; ++i) {
+      a[g + 8 * (i % 2)][t + 4 * (i / 2)] = lanes[lane]->a[i];
+    }
+    for (int i = 0; i < 2; ++i) {
+      b[t + 4 * i][g] = lanes[lane]->b[i];
+    }
+  }
+  for (int lane = 0; lane < fibers::kWarp; ++lane) {
+    for (int i = 0; i < 4; ++i) {
+      const int row = lane / 4 + 8 * (i / 2), column = 2 * (lane % 4) + i % 2;
+      float sum = lanes[lane]->d[i];
+      for (int k = 0; k < 8; ++k) {
+        sum += a[row][k] * b[k][column];
+      }
+      lanes[lane]->d[i] = sum;
+    }
+  }
+}
+#endif
+
+TCUR_DEVICE void multiply_tf32(float (&d)[4], const float (&a)[4], const float (&b)[2]) {
+#ifdef __CUDACC__
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(__float_as_uint(a[0])),
+        "r"(__float_as_uint(a[1])),
+        "r"(__float_as_uint(a[2])),
+        "r"(__float_as_uint(a[3])),
+        "r"(__float_as_uint(b[0])),
+        "r"(__float_as_uint(b[1])));
+#else
+  WarpProduct operands{a, b, d};
+  fibers::machine.warp_operation(operands, &multiply_on_host);
+#endif
+}
+
+// d += a b in the accuracy of fp32; the smallest parts first.
+TCUR_DEVICE void multiply(float (&d)[4], const FragmentA& a, const FragmentB& b) {
+  multiply_tf32(d, a.small, b.small);
+  multiply_tf32(d, a.small, b.big);
+  multiply_tf32(d, a.big, b.small);
+  multiply_tf32(d, a.big, b.big);
+}
+
+}  // namespace tcur

@@ -1,0 +1,174 @@
+// What the operators do before and after their kernels, on the CUDA side. They are registered for
+// CUDA tensors; the host build registers the same functions for CPU tensors, as the language
+// "cudahost" of the tests.
+#pragma once
+
+#include "../check.h"
+#include "elements.h"
+#include "spectrum.h"
+#include "tile.h"
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#include <cstdint>
+#include <utility>
+
+#ifdef __CUDACC__
+#define TCUR_DISPATCH_KEY CUDA
+#define TCUR_LANGUAGE ""
+#else
+#define TCUR_DISPATCH_KEY CPU
+#define TCUR_LANGUAGE "_cudahost"
+#endif
+
+namespace tcur {
+
+inline Element element_of(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return Element::f32;
+    case ScalarType::BFloat16:
+      return Element::bf16;
+    case ScalarType::Half:
+      return Element::f16;
+    default:
+      return Element::none;
+  }
+}
+
+inline int64_t tiles_of(int64_t size, int64_t tile) {
+  return (size + tile - 1) / tile;
+}
+
+inline bool is_aligned(const void* data, int64_t bytes) {
+  return reinterpret_cast<uintptr_t>(data) % static_cast<uintptr_t>(bytes) == 0;
+}
+
+// One call of an operator: its device, made the current one, and the current stream there.
+class Call {
+ public:
+  explicit Call(const Tensor& any)
+      : like_(any),
+        device_(any.get_device_index())
+#ifdef __CUDACC__
+        ,
+        guard_(device_)
+#endif
+  {
+  }
+
+  Stream stream() const {
+#ifdef __CUDACC__
+    void* stream = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_, &stream));
+    return static_cast<Stream>(stream);
+#else
+    return {};
+#endif
+  }
+  SharedLimits limits() const {
+    return shared_limits(device_);
+  }
+  // New memory on the device, fp32, not initialised.
+  Tensor floats(std::initializer_list<int64_t> shape) const {
+    return torch::stable::new_empty(like_, shape, ScalarType::Float);
+  }
+  // No kernel may meet memory of another device, or numbers of a type it does not read.
+  void check_device(const char* name, const Tensor& tensor) const {
+    STD_TORCH_CHECK(
+        tensor.get_device_index() == device_ && tensor.is_cuda() == like_.is_cuda(),
+        "tcur: ",
+        name,
+        " is on another device");
+  }
+  void check(const char* name, const Tensor& tensor) const {
+    check_device(name, tensor);
+    STD_TORCH_CHECK(
+        element_of(tensor.scalar_type()) != Element::none,
+        "tcur: ",
+        name,
+        " must be fp32, bf16 or fp16 for CUDA kernels");
+  }
+  void check(const char* name, const Tensor& tensor, ScalarType dtype) const {
+    check(name, tensor);
+    check_dtype(name, tensor, dtype);
+  }
+
+ private:
+  Tensor like_;
+  int32_t device_;
+#ifdef __CUDACC__
+  torch::stable::accelerator::DeviceGuard guard_;
+#endif
+};
+
+inline void check_slices(int64_t n3) {
+  STD_TORCH_CHECK(
+      n3 <= kMaxSlices, "tcur: CUDA kernels take at most ", kMaxSlices, " slices, got ", n3);
+}
+
+// Which core each token goes by: one for all, or those that adapter_ids names, row by row.
+class TokenCores {
+ public:
+  TokenCores(int64_t tokens, const std::optional<Tensor>& adapter_ids, int64_t cores)
+      : row_length(tokens), cores_(cores) {
+    if (adapter_ids.has_value()) {
+      row_length = check_adapter_ids(*adapter_ids, tokens);
+      rows = adapter_ids->numel();
+      ids_ = torch::stable::contiguous(*adapter_ids);
+    }
+  }
+  CoreIds ids() const {
+    return {ids_.has_value() ? ids_->const_data_ptr<int64_t>() : nullptr, cores_};
+  }
+  int64_t cores() const {
+    return cores_;
+  }
+
+  int64_t rows = 1, row_length;
+
+ private:
+  std::optional<Tensor> ids_;
+  int64_t cores_;
+};
+
+// The tables for a length, and weighted spectra of cores, made by one launch.
+class Spectrum {
+ public:
+  // Tables alone.
+  Spectrum(const Call& call, int64_t n3) : Spectrum(call, n3, 1, 0) {
+    make_spectrum({nullptr, {nullptr, 0}, nullptr, 0, 1, 0.0, tables()}, call.stream());
+  }
+  // core: [..., n3, rank, rank]; `count` spectra of the cores that `ids` names.
+  Spectrum(const Call& call, const Tensor& core, double scale, CoreIds ids, int64_t count)
+      : Spectrum(call, core.size(core.dim() - 3), core.size(core.dim() - 1), count) {
+    const SpectrumArgs args{
+        core.const_data_ptr<float>(),
+        ids,
+        core_hat_.mutable_data_ptr<float>(),
+        count,
+        static_cast<int>(core.size(core.dim() - 1)),
+        scale,
+        tables()};
+    make_spectrum(args, call.stream());
+  }
+  Tables tables() const {
+    return {static_cast<float*>(tables_.mutable_data_ptr()), n3_};
+  }
+  const float* core_hat() const {
+    return core_hat_.const_data_ptr<float>();
+  }
+
+ private:
+  Spectrum(const Call& call, int64_t n3, int64_t rank, int64_t count)
+      : tables_(call.floats({Tables::size(static_cast<int>(n3))})),
+        core_hat_(call.floats({count, n3, rank, rank})),
+        n3_(static_cast<int>(n3)) {
+  }
+
+  Tensor tables_, core_hat_;
+  int n3_;
+};
+
+}  // namespace tcur

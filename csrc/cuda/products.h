@@ -1,0 +1,29 @@
+// The diagonal blocks of pᵀz, turned by the phases of their slices: what the gradient of the core
+// is made of, whether from tokens or from a dense G.
+#pragma once
+
+#include "operators.h"
+
+namespace tcur {
+
+// Tokens, [rows, stride] of some element type. Where p has fewer rows than z, they are taken again.
+struct TokenRows {
+  const void* data;
+  Element element;
+  int64_t stride, rows;
+};
+
+// p: [tokens, slices*q], z: [tokens, q], q = n3*rank. out: [cores, n3, rank, rank].
+void core_from_products(
+    const Call& call,
+    const TokenRows& p,
+    const TokenRows& z,
+    int n3,
+    int rank,
+    int64_t slice_index,
+    int64_t slices,
+    const TokenCores& cores,
+    const Tables& tables,
+    const Tensor& out);
+
+}  // namespace tcur

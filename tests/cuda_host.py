@@ -1,0 +1,140 @@
+"""The CUDA kernels, built for the host and registered as a language of their own.
+
+g++ compiles the very sources that nvcc compiles; `csrc/cuda/launch.h` makes fibers of the CUDA
+threads. The library is made once per state of the sources, in `build/`, and never shipped.
+
+As a program, ``python tests/cuda_host.py LIBRARY``, it runs every kernel under several orders of
+the threads and tells whether they agree to the bit; ``--build SOURCES FOLDER FLAG…`` builds.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from torch.utils.cpp_extension import include_paths, library_paths
+
+from cases import make_case
+from tcur_kernels import ops
+
+ROOT = Path(__file__).parent.parent
+SOURCES = ROOT / "csrc"
+LANGUAGE = "cudahost"
+#: Orders of the fibers of a block, and of the blocks: forward, reverse, and two seeds of a shuffle.
+ORDERS = (-1, -2, 7, 8)
+
+
+def build(folder=ROOT / "build" / "cuda_host", sources=SOURCES, flags=("-O1",)):
+    """Compiles ``sources``/cuda for the host, all files at once; returns the library."""
+    folder, sources = Path(folder), Path(sources)
+    command = [
+        os.environ.get("CXX", "c++"),
+        "-std=c++17",
+        "-g1",
+        "-Wall",
+        "-Wno-unknown-pragmas",  # unrolling
+        "-fPIC",
+        "-fvisibility=hidden",
+        "-DTORCH_TARGET_VERSION=0x020a000000000000",
+        '-DTCUR_ARCHITECTURES="host"',
+        *(f"-isystem{path}" for path in include_paths()),
+        *flags,
+    ]
+    text = b"".join(path.read_bytes() for path in sorted(sources.rglob("*.[ch]*")))
+    name = hashlib.sha256(text + str(command).encode() + torch.__version__.encode()).hexdigest()
+    library = folder / f"cuda_host-{name[:16]}.so"
+    if library.exists():
+        return library
+    folder.mkdir(parents=True, exist_ok=True)
+    order = folder / "order.cpp"
+    order.write_text(
+        f'#include "{sources}/cuda/fibers.h"\n'
+        'extern "C" __attribute__((visibility("default"))) void tcur_host_order(int64_t order) {\n'
+        "  tcur::fibers::order = order;\n}\n"
+    )
+
+    def compile_one(source):
+        target = folder / f"{source.stem}-{name[:16]}.o"
+        run([*command, "-x", "c++", "-c", str(source), "-o", str(target)])
+        return str(target)
+
+    files = [*sorted((sources / "cuda").glob("*.cu")), order]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(compile_one, files))
+    paths = [f"-L{path}" for path in library_paths()]
+    part = library.with_suffix(".part")
+    link = [command[0], "-shared", *flags, *objects, *paths, "-ltorch", "-ltorch_cpu", "-lc10"]
+    run([*link, "-o", str(part)])
+    for path in objects:
+        Path(path).unlink()
+    part.rename(library)  # whole, or not there
+    return library
+
+
+def run(command):
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@functools.cache
+def load(library=None):
+    """Registers the operators of the host build; returns the library."""
+    for name, schema in {**ops._SCHEMAS, "materialize_out": ops._OUT_SCHEMA}.items():
+        torch.library.define(f"tcur::{name}_{LANGUAGE}", schema, lib=ops._library)
+    ops.complete(LANGUAGE)
+    host = ctypes.CDLL(str(library or build()))
+    host.tcur_host_order.argtypes = [ctypes.c_int64]
+    return host
+
+
+def operator(name):
+    return ops.operator(name, LANGUAGE)
+
+
+def results():
+    """What the operators make of fixed inputs: every kernel, with every barrier it has."""
+    torch.manual_seed(1)
+    found = []
+    # Two levels of halving; then a rank for which one block of threads takes several turns, and
+    # enough rows that a block of the dense gradient takes several tiles.
+    for n3, n1, n2, rank in ((12, 18, 40, 3), (2, 35, 36, 34), (2, 2056, 132, 1)):
+        case = make_case(n3, n1, n2, rank)
+        small = rank > 1
+        if small:
+            update = operator("materialize")
+            found.append(update([case.weight], *case.packed, case.core, 0.5, torch.float32))
+            x, grad_y = torch.randn(40, n2), torch.randn(40, 2 * n1)
+            found.append(operator("core_grad_tokens")(x, grad_y, *case.packed, n3, 0, 2))
+            args = (case.core, 0, 2, 0.5, False)
+            found.append(operator("cur_linear")(x, None, None, *case.packed, *args, False))
+            found.append(operator("cur_linear")(grad_y, None, None, *case.packed, *args, True))
+        found.append(operator("core_grad_dense")(case.weight, *case.packed))
+    return found
+
+
+def orders_agree(host):
+    """Whether all orders of the threads give the same bits, and numbers."""
+    first = None
+    try:
+        for order in ORDERS:
+            host.tcur_host_order(order)
+            found = results()
+            first = first or found
+            for a, b in zip(found, first, strict=True):
+                if not (torch.isfinite(a).all() and torch.equal(a, b)):
+                    return False
+    finally:
+        host.tcur_host_order(ORDERS[0])
+    return True
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "--build":
+        print(build(sys.argv[3], sys.argv[2], sys.argv[4:]))
+    else:
+        print("agree" if orders_agree(load(sys.argv[1])) else "differ")

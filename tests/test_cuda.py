@@ -1,0 +1,103 @@
+"""The CUDA library where there is no GPU: it loads, tells what it holds, and is chosen by rule."""
+
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import tcur_kernels as tcur
+from cases import make_case
+from tcur_kernels import _native, cost, functional
+
+NAMES = ("materialize", "materialize_out", "core_grad_dense", "core_grad_tokens", "cur_linear")
+
+built = pytest.mark.skipif(_native.cuda_error() == "no _cuda.so", reason="built without nvcc")
+
+
+@built
+def test_it_loads_without_a_gpu_and_registers_its_operators():
+    code = f"""
+import torch
+from tcur_kernels import _native
+has = torch._C._dispatch_has_kernel_for_dispatch_key
+before = [has(f"tcur::{{name}}", "CUDA") for name in {NAMES!r}]
+print(any(before) == (torch.version.cuda is not None), _native.cuda_error())
+print(all(has(f"tcur::{{name}}", "CUDA") for name in {NAMES!r}))
+"""
+    result = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == ["True", "None", "True"]
+
+
+@built
+def test_it_tells_its_architectures():
+    facts = tcur.build_info()["cuda"]
+    assert facts["built"]
+    assert facts["architectures"]
+    assert all(name.removesuffix("+PTX").rstrip("af").isdigit() for name in facts["architectures"])
+
+
+def on_gpu(n3=48, dtype=torch.float32):
+    """What the choice of a backend sees of factors on a GPU."""
+    return SimpleNamespace(device=torch.device("cuda"), n3=n3, dtype=dtype)
+
+
+def test_without_the_library_a_gpu_takes_another_backend(monkeypatch):
+    monkeypatch.setattr(_native, "_cuda", lambda: (None, "no _cuda.so"))
+    assert tcur.build_info()["cuda"] == {"built": False, "error": "no _cuda.so"}
+    assert functional._language("auto", "materialize", on_gpu()) != ""
+    with pytest.raises(
+        RuntimeError, match=r"backend: 'cuda' is not built here \(no _cuda.so\).*nvcc"
+    ):
+        functional._language("cuda", "materialize", on_gpu())
+
+
+def test_a_library_that_does_not_load_says_why(monkeypatch, tmp_path):
+    (tmp_path / "_cuda.so").write_text("torn")
+    monkeypatch.setattr(_native, "__file__", str(tmp_path / "_native.py"))
+    library, error = _native._cuda.__wrapped__()
+    assert library is None
+    assert "_cuda.so" in error
+
+
+def test_what_cuda_is_asked_for(monkeypatch):
+    monkeypatch.setattr(_native, "_cuda", lambda: (object(), None))
+    assert functional._language("cuda", "materialize", on_gpu()) == ""
+    assert functional._language("auto", "materialize", on_gpu()) == ""
+    assert functional._language("auto", "materialize", on_gpu(dtype=torch.float64)) == "reference"
+    for factors in (on_gpu(dtype=torch.float64), on_gpu(n3=385)):
+        with pytest.raises(
+            ValueError, match="expected fp32 factors of at most 384 slices for 'cuda'"
+        ):
+            functional._language("cuda", "materialize", factors)
+    case = make_case(4, 6, 9, 2)
+    with pytest.raises(ValueError, match="backend: expected one for tensors on cpu, got 'cuda'"):
+        tcur.cur_product(case.factors, case.core, "cuda")
+
+
+def test_the_rule_on_a_gpu():
+    def choose(name="materialize", n3=48, dtype=torch.float32, available=("cuda", "triton")):
+        return cost.choose_gpu_backend(name, n3=n3, dtype=dtype, available=available)
+
+    assert choose() == "cuda"
+    assert choose(n3=128) == "cuda"
+    assert choose(n3=127) == "triton"  # a prime: 63 multiplications per number
+    assert choose(n3=127, available=["cuda"]) == "cuda"
+    assert choose("cur_linear", n3=127) == "cuda"
+    assert choose(n3=500) == "triton"
+    assert choose(available=["triton"]) == "triton"
+    assert choose(available=[]) == "reference"
+    assert choose(n3=500, available=["cuda"]) == "reference"
+    assert choose(dtype=torch.float64) == "reference"
+
+
+def test_multiplications_are_those_of_the_levels():
+    assert cost.transform_multiplications(1) == 0
+    assert cost.transform_multiplications(7) == pytest.approx(18 / 7)
+    # 48, 24, 12, 6, 3: outputs x rows, of cosines and of sines
+    products = 12 * 11 + 6 * 5 + 3 * 2 + 1 * 1 + 1 * 1
+    assert cost.transform_multiplications(48) == pytest.approx(2 * products / 48)

@@ -1,0 +1,292 @@
+"""The CUDA kernels' own source, built for the host: values, edges, and the order of threads."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import cuda_host
+import oracle
+from cases import N3, make_case
+from cuda_host import operator
+from tcur_kernels import ops, reference
+from tolerance import PROMISE, assert_close, relative_error
+
+#: (n1, n2, rank): one number; a ragged edge; several tiles; rows that are no multiple of 16 bytes.
+SHAPES = ((1, 1, 1), (3, 5, 3), (17, 136, 8), (9, 45, 9))
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def host():
+    return cuda_host.load()
+
+
+def plain(name):
+    return ops.operator(name, "reference")
+
+
+@pytest.mark.parametrize("n3", N3)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_materialize_update(n3, shape):
+    case = make_case(n3, *shape)
+    exact = oracle.cur_product(case.lateral, case.core, case.horizontal)
+    product = operator("materialize")([], *case.packed, case.core, 1.0, torch.float32)
+    assert product.is_contiguous()
+    assert_close(product, reference.cur_product(case.spectra[0], case.core, case.spectra[1]), exact)
+    assert relative_error(product, exact) <= PROMISE["ieee"]
+
+
+@pytest.mark.parametrize(
+    ("n3", "n1", "n2", "rank"),
+    [(1, 1030, 1030, 1), (96, 17, 20, 9), (96, 9, 20, 3), (128, 9, 20, 9), (384, 9, 10, 2)],
+)
+def test_every_size_of_a_tile(n3, n1, n2, rank):
+    """From wide tiles of few slices to narrow ones of as many as there may be."""
+    case = make_case(n3, n1, n2, rank)
+    double = case.double()
+    exact = reference.materialize(double.weight, *double.spectra, double.core, 0.5)
+    same = reference.materialize(case.weight, *case.spectra, case.core, 0.5)
+    args = (*case.packed, case.core, 0.5, torch.float32)
+    assert_close(operator("materialize")([case.weight], *args), same, exact)
+    exact = reference.core_grad_dense(double.weight, *double.spectra)
+    same = reference.core_grad_dense(case.weight, *case.spectra)
+    assert_close(operator("core_grad_dense")(case.weight, *case.packed), same, exact)
+
+
+@pytest.mark.parametrize("layers", [False, True], ids=["stack", "layers"])
+@pytest.mark.parametrize("weight_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("out_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("n2", [37, 40], ids=["scalar", "vector"])
+def test_materialize_dtypes(layers, weight_dtype, out_dtype, n2):
+    case = make_case(12, 6, n2, 3, torch.float32, weight_dtype)
+    double = case.double()
+    exact = oracle.w_eff(double.weight, double.lateral, double.core, double.horizontal, 0.5)
+    torch_same = reference.materialize(case.weight, *case.spectra, case.core, 0.5).to(out_dtype)
+    weights = [w.clone() for w in case.weight] if layers else [case.weight]
+    w_eff = operator("materialize")(weights, *case.packed, case.core, 0.5, out_dtype)
+    assert w_eff.dtype == out_dtype
+    assert_close(w_eff, torch_same, exact)
+    out = torch.full_like(w_eff, float("nan"))
+    operator("materialize_out")(weights, *case.packed, case.core, 0.5, out=out)
+    assert torch.equal(out, w_eff)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_zero_core_gives_the_weights_back(dtype):
+    case = make_case(7, 5, 37, 3, torch.float32, dtype)
+    case.core.zero_()
+    case.weight[0, 0, :3] = torch.tensor([float("inf"), float("-inf"), float("nan")])
+    w_eff = operator("materialize")([case.weight], *case.packed, case.core, 0.5, dtype)
+    assert torch.equal(torch.nan_to_num(w_eff), torch.nan_to_num(case.weight))
+    assert torch.equal(torch.isnan(w_eff), torch.isnan(case.weight))
+
+
+def test_nan_in_the_core_is_seen():
+    case = make_case(5, 4, 6, 2)
+    case.core[0, 0, 0] = float("nan")
+    w_eff = operator("materialize")([case.weight], *case.packed, case.core, 0.5, torch.float32)
+    assert torch.isnan(w_eff).all()
+
+
+@pytest.mark.parametrize("n3", N3)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_core_grad_dense(n3, shape):
+    case = make_case(n3, *shape)
+    grad = torch.randn_like(case.weight)
+    exact = reference.core_grad_dense(grad.double(), *case.double().spectra)
+    same = reference.core_grad_dense(grad, *case.spectra)
+    actual = operator("core_grad_dense")(grad, *case.packed)
+    assert actual.is_contiguous()
+    assert_close(actual, same, exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_core_grad_dense_dtypes(dtype):
+    case = make_case(12, 6, 70, 3)
+    grad = torch.randn(12, 6, 70).to(dtype)
+    exact = reference.core_grad_dense(grad.double(), *case.double().spectra)
+    same = reference.core_grad_dense(grad.float(), *case.spectra)
+    assert_close(operator("core_grad_dense")(grad, *case.packed), same, exact)
+
+
+@pytest.mark.parametrize("n3", N3)
+@pytest.mark.parametrize(("tokens", "slices"), [((1,), 1), ((3, 5), 3), ((600,), 2), ((0,), 1)])
+def test_core_grad_tokens(n3, tokens, slices):
+    slices = min(slices, n3)
+    case = make_case(n3, 6, 9, 3)
+    x, grad_y = torch.randn(*tokens, 9), torch.randn(*tokens, slices * 6)
+    args = (n3, (n3 - slices) // 2, slices)
+    exact = reference.core_grad_tokens(x.double(), grad_y.double(), *case.double().spectra, *args)
+    same = reference.core_grad_tokens(x, grad_y, *case.spectra, *args)
+    actual = operator("core_grad_tokens")(x, grad_y, *case.packed, *args)
+    assert actual.is_contiguous()
+    assert_close(actual, same, exact)
+
+
+@pytest.mark.parametrize("n3", [1, 12])
+@pytest.mark.parametrize("rank", [1, 8, 34])
+def test_core_grad_of_projected_tokens_and_of_a_dense_gradient(n3, rank):
+    case = make_case(n3, 40, 36, rank)
+    x, grad_y = torch.randn(70, 36), torch.randn(70, 40)
+    args = (n3, n3 - 1, 1)
+    exact = reference.core_grad_tokens(x.double(), grad_y.double(), *case.double().spectra, *args)
+    lateral_hat, horizontal_hat = case.packed
+    for inputs in (
+        (x @ horizontal_hat.T, grad_y, lateral_hat, None),
+        (grad_y.T @ x, None, lateral_hat, horizontal_hat),
+    ):
+        same = plain("core_grad_tokens")(*inputs, *args)
+        assert_close(operator("core_grad_tokens")(*inputs, *args), same, exact)
+
+
+@pytest.mark.parametrize("n3", N3)
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("slices", [1, 3])
+def test_cur_linear(n3, transposed, slices):
+    slices = min(slices, n3)
+    case = make_case(n3, 10, 9, 3)
+    double = case.double()
+    weight = case.weight[n3 - slices :].reshape(slices * 10, 9)
+    x = torch.randn(2, 35, slices * 10 if transposed else 9)
+    bias = None if transposed else torch.randn(slices * 10)
+    how = (n3 - slices, slices, 0.5, False, transposed)
+    for w, b in ((weight, bias), (None, None)):
+        y = operator("cur_linear")(x, w, b, *case.packed, case.core, *how)
+        same = plain("cur_linear")(x, w, b, *case.packed, case.core, *how)
+        wide = [None if t is None else t.double() for t in (x, w, b)]
+        exact = plain("cur_linear")(*wide, *double.packed, double.core, *how)
+        assert y.is_contiguous()
+        assert_close(y, same, exact)
+
+
+@pytest.mark.parametrize("n3", [1, 12, 47])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("precision", ["ieee", "bf16"])
+def test_cur_linear_dtypes_and_precisions(n3, dtype, precision):
+    case = make_case(n3, 40, 50, 8, torch.float32, dtype)
+    x, grad_y = torch.randn(70, 50).to(dtype), torch.randn(70, 40).to(dtype)
+    packed, double = case.factors.packed(precision), case.double()
+    weight, how = case.weight[-1], (n3 - 1, 1, 0.5, False, False)
+    y = operator("cur_linear")(x, weight, None, *packed, case.core, *how)
+    same = plain("cur_linear")(x, weight, None, *packed, case.core, *how)
+    exact = plain("cur_linear")(
+        x.double(), weight.double(), None, *double.packed, double.core, *how
+    )
+    assert y.dtype == dtype
+    if precision == "ieee":
+        assert_close(y, same, exact)
+    alone = operator("cur_linear")(x.float(), None, None, *packed, case.core, *how)
+    exact = plain("cur_linear")(x.double(), None, None, *double.packed, double.core, *how)
+    assert relative_error(alone, exact) <= PROMISE[precision]
+    args = (n3, n3 - 1, 1)
+    grad = operator("core_grad_tokens")(x, grad_y, *packed, *args)
+    exact = reference.core_grad_tokens(x.double(), grad_y.double(), *double.spectra, *args)
+    assert grad.dtype == torch.float32
+    assert relative_error(grad, exact) <= (1e-6 if precision == "ieee" else PROMISE["bf16"])
+
+
+@pytest.mark.parametrize(("cores", "ids"), [(3, [2, 0, 2, 1]), (7, [5, 6, 0, 5])])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_core_per_row_of_tokens(cores, ids, transposed):
+    """Fewer cores than rows and more; spectra are made of the smaller number."""
+    case = make_case(12, 10, 9, 3)
+    core, ids = torch.randn(cores, 12, 3, 3), torch.tensor(ids)
+    x, grad_y = torch.randn(4, 5, 9), torch.randn(4, 5, 20)
+    tokens = grad_y if transposed else x
+    how = (4, 2, 0.5, False, transposed, None, False, ids)
+    y = operator("cur_linear")(tokens, None, None, *case.packed, core, *how)
+    same = plain("cur_linear")(tokens, None, None, *case.packed, core, *how)
+    wide = [t.double() for t in case.packed]
+    exact = plain("cur_linear")(tokens.double(), None, None, *wide, core.double(), *how)
+    assert_close(y, same, exact)
+    args = (12, 4, 2, ids, cores)
+    actual = operator("core_grad_tokens")(x, grad_y, *case.packed, *args)
+    same = plain("core_grad_tokens")(x, grad_y, *case.packed, *args)
+    exact = plain("core_grad_tokens")(x.double(), grad_y.double(), *wide, *args)
+    assert_close(actual, same, exact)
+
+
+@pytest.mark.parametrize("cores", [2, 5])
+def test_an_id_out_of_range_gives_nan_and_reads_nothing(cores):
+    case = make_case(4, 6, 7, 2)
+    core, ids = torch.randn(cores, 4, 2, 2), torch.tensor([0, cores, -1])
+    how = (1, 1, 1.0, False, False, None, False, ids)
+    y = operator("cur_linear")(torch.randn(3, 2, 7), None, None, *case.packed, core, *how)
+    assert torch.isfinite(y[0]).all()
+    assert torch.isnan(y[1:]).all()
+
+
+def test_derivatives_agree_with_the_reference():
+    case = make_case(5, 6, 9, 2)
+    x = torch.randn(7, 9, requires_grad=True)
+    core = case.core.requires_grad_()
+
+    def gradients(language):
+        linear, update = (ops.operator(n, language) for n in ("cur_linear", "materialize"))
+        y = linear(x, case.weight[1], None, *case.packed, core, 1, 1, 0.5, False, False)
+        w = update([case.weight], *case.packed, core, 0.5, torch.float32)
+        return torch.autograd.grad(y.square().sum() + w.square().sum(), (x, core))
+
+    for actual, same in zip(gradients("cudahost"), gradients("reference"), strict=True):
+        assert relative_error(actual, same) < 1e-6
+
+
+@pytest.mark.parametrize("permuted", [False, True], ids=["contiguous", "permuted"])
+def test_opcheck(permuted):
+    case = make_case(5, 6, 9, 2)
+
+    def lay_out(tensor):
+        return tensor.mT.contiguous().mT if permuted else tensor
+
+    factors, core = [lay_out(t) for t in case.packed], lay_out(case.core).requires_grad_()
+    weights = [lay_out(w) for w in case.weight]
+    x, grad_y = lay_out(torch.randn(7, 9)), lay_out(torch.randn(7, 12))
+
+    def check(name, *args, **kwargs):
+        torch.library.opcheck(operator(name), args, kwargs)
+
+    check("materialize", weights, *factors, core, 0.5, torch.float32)
+    out = torch.zeros(5, 6, 9)
+    check("materialize_out", weights, *factors, core.detach(), 0.5, out=out)
+    check("core_grad_dense", lay_out(torch.randn(5, 6, 9)).requires_grad_(), *factors)
+    check("core_grad_tokens", x.requires_grad_(), grad_y.requires_grad_(), *factors, 5, 2, 2)
+    weight = torch.cat(weights[2:4])
+    check("cur_linear", x, weight, torch.randn(12), *factors, core, 2, 2, 0.5, False, False)
+    check("cur_linear", grad_y, weight, None, *factors, core, 2, 2, 0.5, False, True)
+    check("cur_linear", x, weight, None, *factors, core, 2, 2, 0.5, True, False)
+
+
+def test_what_the_kernels_cannot_do_is_refused():
+    double = make_case(4, 6, 9, 2, torch.float64)
+    with pytest.raises(RuntimeError, match="lateral_hat must be fp32, bf16 or fp16 for CUDA"):
+        operator("materialize")([], *double.packed, double.core, 1.0, torch.float32)
+    case = make_case(385, 2, 3, 1)
+    with pytest.raises(RuntimeError, match="at most 384 slices, got 385"):
+        operator("materialize")([], *case.packed, case.core, 1.0, torch.float32)
+    case = make_case(4, 6, 9, 2)
+    with pytest.raises(RuntimeError, match="core has an unexpected shape"):
+        operator("materialize")([], *case.packed, case.core[:, :1], 1.0, torch.float32)
+    with pytest.raises(RuntimeError, match="weights has an unexpected shape"):
+        operator("materialize")([case.weight[:, :3]], *case.packed, case.core, 1.0, torch.float32)
+
+
+def test_the_order_of_threads_makes_no_difference(host):
+    assert cuda_host.orders_agree(host)
+
+
+def test_a_missing_barrier_is_found(tmp_path):
+    """The kernel of the products without the barrier between writing and reading a step."""
+    shutil.copytree(cuda_host.SOURCES, tmp_path / "csrc")
+    source = tmp_path / "csrc" / "cuda" / "products.cu"
+    text = source.read_text()
+    barrier = "    __syncthreads();\n      for (int t = group"
+    assert text.count(barrier) == 1
+    source.write_text(text.replace(barrier, "  for (int t = group"))
+    library = cuda_host.build(tmp_path / "build", tmp_path / "csrc")
+    program = [sys.executable, str(Path(cuda_host.__file__)), str(library)]
+    result = subprocess.run(program, capture_output=True, text=True, check=False)
+    assert result.stdout == "differ\n", result.stderr

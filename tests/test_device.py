@@ -1,0 +1,169 @@
+"""The operators on any device, by the public functions: ``pytest --device cuda`` on a GPU.
+
+Without the option they run on the CPU, so that what a GPU is to be tested with is tested itself.
+"""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import tcur_kernels as tcur
+from cases import make_case
+from tcur_kernels import ops, reference
+from tolerance import PROMISE, assert_close, relative_error
+
+CASES = {
+    "small": (5, 6, 9, 2),
+    "attention": (48, 33, 70, 8),
+    "prime": (47, 20, 36, 8),
+    "long": (128, 17, 40, 4),
+    "single": (1, 40, 130, 8),
+    "wide_rank": (12, 50, 60, 34),
+}
+
+
+@pytest.fixture
+def device(request):
+    return torch.device(request.config.getoption("--device"))
+
+
+def pytest_generate_tests(metafunc):
+    if "backend" in metafunc.fixturenames:
+        here = {"cpu": ["cpu"], "cuda": ["cuda", "triton"]}
+        names = here[metafunc.config.getoption("--device")]
+        metafunc.parametrize("backend", names, indirect=True)
+
+
+@pytest.fixture
+def backend(request, device):
+    """Every backend that runs on the device."""
+    case = make_case(2, 3, 4, 1)
+    try:
+        tcur.cur_product(case.factors.to(device), case.core.to(device), request.param)
+    except RuntimeError as error:
+        pytest.skip(f"{request.param}: {error}")
+    return request.param
+
+
+@pytest.fixture(params=CASES.values(), ids=CASES)
+def stack(request):
+    return make_case(*request.param)
+
+
+def on(device, case):
+    """Factors, weight and core on the device."""
+    return case.factors.to(device), case.weight.to(device), case.core.to(device)
+
+
+def language(backend):
+    return "triton" if backend == "triton" else ""
+
+
+@pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_materialize(device, backend, stack, weight_dtype, out_dtype):
+    stack.weight = stack.weight.to(weight_dtype)
+    factors, weight, core = on(device, stack)
+    double = stack.double()
+    exact = reference.materialize(double.weight, *double.spectra, double.core, 0.5)
+    same = reference.materialize(stack.weight, *stack.spectra, stack.core, 0.5).to(out_dtype)
+    out = torch.full_like(weight, float("nan"), dtype=out_dtype)
+    result = tcur.materialize(weight, factors, core, 0.5, out=out, backend=backend)
+    assert_close(result.cpu(), same, exact)
+    layers = list(weight.unbind())
+    again = tcur.materialize(layers, factors, core, 0.5, out_dtype, backend=backend)
+    assert torch.equal(again, result)
+
+
+def test_the_update_keeps_its_promise(device, backend, stack):
+    factors, _, core = on(device, stack)
+    exact = reference.cur_product(
+        stack.double().spectra[0], stack.double().core, stack.double().spectra[1]
+    )
+    product = tcur.cur_product(factors, core, backend)
+    assert relative_error(product.cpu(), exact) <= PROMISE["ieee"]
+
+
+def test_gradients_of_the_core(device, backend, stack):
+    n3, n1, n2 = stack.weight.shape
+    factors, weight, _ = on(device, stack)
+    exact = reference.core_grad_dense(stack.weight.double(), *stack.double().spectra)
+    same = reference.core_grad_dense(stack.weight, *stack.spectra)
+    grad = ops.operator("core_grad_dense", language(backend))(weight, *factors.packed())
+    assert_close(grad.cpu(), same, exact)
+    slices = min(2, n3)
+    x, grad_y = torch.randn(300, n2), torch.randn(300, slices * n1)
+    args = (n3, n3 - slices, slices)
+    exact = reference.core_grad_tokens(x.double(), grad_y.double(), *stack.double().spectra, *args)
+    same = reference.core_grad_tokens(x, grad_y, *stack.spectra, *args)
+    op = ops.operator("core_grad_tokens", language(backend))
+    grad = op(x.to(device), grad_y.to(device), *factors.packed(), *args)
+    assert_close(grad.cpu(), same, exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_cur_linear_and_its_gradients(device, backend, stack, dtype):
+    n3 = stack.weight.shape[0]
+    factors, weight, core = on(device, stack)
+    x = torch.randn(3, 5, weight.shape[2]).to(dtype)
+    here, core = x.to(device).requires_grad_(), core.requires_grad_()
+    weight = weight[n3 - 1].to(dtype)
+    y = tcur.cur_linear(here, weight, None, factors, core, n3 - 1, 0.5, backend)
+    double = stack.double()
+    rest = (*double.spectra, double.core, n3 - 1, 1, 0.5)
+    exact = reference.cur_linear(x.double(), weight.cpu().double(), None, *rest)
+    narrow = (*stack.spectra, stack.core, n3 - 1, 1, 0.5)
+    same = reference.cur_linear(x, weight.cpu(), None, *narrow)
+    assert_close(y.cpu(), same, exact)
+    if dtype == torch.float32:
+        grads = torch.autograd.grad(y.square().sum(), (here, core))
+        wide = [t.detach().cpu().double().requires_grad_() for t in (here, core)]
+        w_eff = (
+            weight.cpu().double()
+            + 0.5 * reference.cur_product(double.spectra[0], wide[1], double.spectra[1])[n3 - 1]
+        )
+        exact_grads = torch.autograd.grad(F.linear(wide[0], w_eff).square().sum(), wide)
+        for grad, expected in zip(grads, exact_grads, strict=True):
+            assert relative_error(grad.cpu(), expected) < 1e-5
+
+
+def test_a_core_per_row(device, backend, stack):
+    _n3, _n1, n2 = stack.weight.shape
+    factors, weight, _ = on(device, stack)
+    cores = torch.randn(3, *stack.core.shape)
+    ids = torch.tensor([2, 0, 2, 1])
+    x = torch.randn(4, 5, n2)
+    y = tcur.cur_linear(
+        x.to(device), weight[0], None, factors, cores.to(device), 0, 0.5, backend,
+        adapter_ids=ids.to(device),
+    )  # fmt: skip
+    args = (0, 1, 0.5, ids)
+    base = F.linear(x.double(), stack.weight[0].double())
+    exact = base + reference.slice_update(
+        x.double(), *stack.double().spectra, cores.double(), *args
+    )
+    same = F.linear(x, stack.weight[0]) + reference.slice_update(x, *stack.spectra, cores, *args)
+    assert_close(y.cpu(), same, exact)
+
+
+def test_small_edges(device, backend):
+    """No token, no row, one number; a strided weight; another stream."""
+    case = make_case(5, 6, 9, 2)
+    factors, weight, core = on(device, case)
+    y = tcur.cur_linear(
+        torch.randn(0, 9, device=device), weight[1], None, factors, core, 1, backend=backend
+    )
+    assert y.shape == (0, 6)
+    wide = torch.randn(5, 6, 18, device=device)
+    strided = tcur.materialize(wide[:, :, ::2], factors, core, backend=backend)
+    assert torch.equal(
+        strided, tcur.materialize(wide[:, :, ::2].contiguous(), factors, core, backend=backend)
+    )
+    if device.type == "cuda":
+        expected = tcur.cur_product(factors, core, backend)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            result = tcur.cur_product(factors, core, backend)
+        torch.cuda.current_stream().wait_stream(stream)
+        assert torch.equal(result, expected)
