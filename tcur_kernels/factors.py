@@ -7,9 +7,9 @@ from torch import Tensor
 
 from . import reference
 
-#: Of the products of tokens with the factors: as the dtypes say, or operands rounded to bf16 and
-#: summed in fp32.
-PRECISIONS = ("ieee", "bf16")
+#: Of products with the factors, always summed in fp32: as exact as fp32, operands rounded to TF32
+#: (tensor cores of a GPU), or operands rounded to bf16.
+PRECISIONS = ("ieee", "tf32", "bf16")
 
 
 class CURFactors:
@@ -100,12 +100,12 @@ class CURFactors:
 
     def packed(self, precision: str = "ieee") -> tuple[Tensor, Tensor]:
         """The packed spectra as operands of products: as they are, or rounded to bf16."""
-        if precision == "ieee":
-            return self.lateral_hat, self.horizontal_hat
-        if precision != "bf16":
+        if precision not in PRECISIONS:
             raise ValueError(
                 f"precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}"
             )
+        if precision != "bf16":
+            return self.lateral_hat, self.horizontal_hat
         if self._narrow is None:
             with torch.inference_mode(False):  # what is kept must also serve a training step
                 narrow = torch.bfloat16

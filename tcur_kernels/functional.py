@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -14,18 +15,26 @@ from .factors import CURFactors, check_device, check_dtype, check_floating, chec
 
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
 
+#: Looked for once, imported when it runs.
+_TRITON_INSTALLED = find_spec("triton") is not None
 
-def cur_product(factors: CURFactors, core: Tensor, backend: str = "auto") -> Tensor:
+
+def cur_product(
+    factors: CURFactors, core: Tensor, backend: str = "auto", *, precision: str = "ieee"
+) -> Tensor:
     """C * U * R, ``[n3, n1, n2]`` in the dtype of the core; the gradient reaches the core.
 
     Args:
         factors: frozen C and R.
         core: U, ``[n3, r, r]``, dtype and device of the factors.
         backend: "auto", "reference", "cpu", "triton" or "cuda".
+        precision: of the products, "ieee", and by Triton "tf32" or "bf16": an error of at most
+            1e-6, 1e-3 or 6e-3 of the norm of C * U * R.
     """
     _check_core(core, factors)
-    op = ops.operator("materialize", _language(backend, "materialize", factors))
-    product: Tensor = op([], *factors.packed(), core, 1.0, core.dtype)
+    language = _language(backend, "materialize", factors, precision)
+    op = ops.operator("materialize", language)
+    product: Tensor = op([], *factors.packed(precision), core, 1.0, core.dtype)
     return product
 
 
@@ -37,6 +46,8 @@ def materialize(
     out_dtype: torch.dtype | None = None,
     out: Tensor | None = None,
     backend: str = "auto",
+    *,
+    precision: str = "ieee",
 ) -> Tensor:
     """W_eff = W + scale * C * U * R for all slices in one pass, ``[n3, n1, n2]``.
 
@@ -50,6 +61,7 @@ def materialize(
             of the core and rounded once.
         out: buffer ``[n3, n1, n2]`` to write into and return; no gradient then.
         backend: "auto", "reference", "cpu", "triton" or "cuda".
+        precision: of the products, as for `cur_product`.
 
     Raises:
         TypeError, ValueError: bad dtype, shape, device, a weight that requires grad, or a core that
@@ -59,19 +71,19 @@ def materialize(
     weights = _check_weights(weight, factors)
     if not math.isfinite(scale):
         raise ValueError(f"scale: expected a finite number, got {scale}")
-    language = _language(backend, "materialize", factors)
+    language = _language(backend, "materialize", factors, precision)
     if out is None:
         dtype = weights[0].dtype if out_dtype is None else out_dtype
         if not dtype.is_floating_point:
             raise TypeError(f"out_dtype: expected a floating dtype, got {dtype}")
         op = ops.operator("materialize", language)
-        w_eff: Tensor = op(weights, *factors.packed(), core, scale, dtype)
+        w_eff: Tensor = op(weights, *factors.packed(precision), core, scale, dtype)
         return w_eff
     _check_out(out, out_dtype, factors)
     if core.requires_grad and torch.is_grad_enabled():
         raise ValueError("out: expected None while the core requires grad; use torch.no_grad()")
     op = ops.operator("materialize_out", language)
-    op(weights, *factors.packed(), core, scale, out=out)
+    op(weights, *factors.packed(precision), core, scale, out=out)
     return out
 
 
@@ -113,7 +125,8 @@ def cur_linear(
             of the core instead of ``x``, and layers that share ``x`` (q, k, v) can share it.
         dense_grad: form the gradient of the core from dyᵀx rather than from tokens (see `cost`);
             not together with ``z``.
-        precision: of the products of tokens with the factors, "ieee" or "bf16".
+        precision: of the products of tokens with the factors, "ieee" or "bf16", and by Triton
+            "tf32".
         adapter_ids: int64 ``[B]``: a core for each row of the batch. The tokens of ``x`` are B rows
             of equal length, and row b goes by ``core[adapter_ids[b]]``; not together with
             ``effective`` or ``dense_grad``.
@@ -168,7 +181,7 @@ def cur_linear(
         raise ValueError(
             "adapter_ids: expected None with effective or dense_grad, which have one core, got ids"
         )
-    op = ops.operator("cur_linear", _language(backend, "cur_linear", factors))
+    op = ops.operator("cur_linear", _language(backend, "cur_linear", factors, precision))
     where = (*factors.packed(precision), core, slice_index, slices, float(scale))
     if effective is None and x.dtype in (torch.bfloat16, torch.float16):
         update = op(x, None, None, *where, False, False, z, dense_grad, adapter_ids)
@@ -236,7 +249,7 @@ def slice_update(
     _check_core(core, factors)
     _check_slice(slice_index, slices, factors.n3)
     rows = torch.eye(slices * factors.n1, dtype=core.dtype, device=core.device)
-    op = ops.operator("cur_linear", _language(backend, "cur_linear", factors))
+    op = ops.operator("cur_linear", _language(backend, "cur_linear", factors, "ieee"))
     where = (slice_index, slices, float(scale), False, True)
     update: Tensor = op(rows, None, None, *factors.packed(), core, *where)
     return update
@@ -245,7 +258,8 @@ def slice_update(
 def project(x: Tensor, factors: CURFactors, precision: str = "ieee") -> Tensor:
     """z = x R̂ᵀ, ``[..., n3 * r]``: all that the core and its gradient need of ``x`` [..., n2].
 
-    The dtype is that of the factors, bf16 for that precision.
+    The dtype is that of the factors, bf16 for that precision. A product of torch, which is exact to
+    fp32 for "tf32" too, unless torch itself is told otherwise.
     """
     check_floating("x", x)
     if x.ndim < 1 or x.shape[-1] != factors.n2:
@@ -266,6 +280,10 @@ def build_info() -> dict[str, Any]:
 
     cpu, cuda = _native.cpu_facts(), _native.cuda_facts()
     runs = {"cpu": cpu["built"], "cuda": cuda["built"] and torch.cuda.is_available()}
+    if _TRITON_INSTALLED:
+        from . import triton
+
+        runs["triton"] = torch.cuda.is_available() or triton.INTERPRETED
     return {
         "version": __version__,
         "torch": torch.__version__,
@@ -275,41 +293,68 @@ def build_info() -> dict[str, Any]:
     }
 
 
-def _language(backend: str, name: str, factors: CURFactors) -> str:
+def _language(backend: str, name: str, factors: CURFactors, precision: str) -> str:
     """Language of operator ``name`` for a backend name; see `ops.LANGUAGES`."""
     device = factors.device
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
+    # Only Triton rounds operands to TF32, and those of C * U * R itself to bf16.
+    rounds = precision == "tf32" or (precision == "bf16" and name == "materialize")
+    if backend == "auto":
+        backend = _best_backend(name, factors, rounds)
+    if rounds and backend != "triton":
+        raise ValueError(
+            f"precision: expected {'ieee' if name == 'materialize' else 'ieee or bf16'} for "
+            f"backend '{backend}', got '{precision}', which is for backend 'triton'"
+        )
     if backend == "reference":
         return "reference"
-    if backend == "auto":
-        if device.type == "cuda":
-            here = [] if _native.cuda_error() else ["cuda"]
-            backend = cost.choose_gpu_backend(
-                name, n3=factors.n3, dtype=factors.dtype, available=here
-            )
-            return {"cuda": "", "reference": "reference"}[backend]
-        native = device.type == "cpu" and _native.cpu_error() is None
-        return "" if native else "reference"
-    if backend in ("cpu", "cuda"):
-        if device.type != backend:
-            raise ValueError(f"backend: expected one for tensors on {device}, got '{backend}'")
-        error, needs = _BUILT_BY[backend]
-        if error() is not None:
-            raise RuntimeError(
-                f"backend: '{backend}' is not built here ({error()}); install the package "
-                f"with {needs}: pip install --no-build-isolation ."
-            )
-        if backend == "cuda" and not cost.cuda_takes(factors.n3, factors.dtype):
-            raise ValueError(
-                f"backend: expected fp32 factors of at most {cost.CUDA_SLICES} slices for 'cuda', "
-                f"got {factors.dtype} and {factors.n3}; use 'auto' or 'reference'"
-            )
-        return ""
-    if backend in BACKENDS:
+    if backend == "triton":
+        _check_triton(factors)
+        return "triton_tf32" if precision == "tf32" else "triton"
+    if device.type != backend:
+        raise ValueError(f"backend: expected one for tensors on {device}, got '{backend}'")
+    error, needs = _BUILT_BY[backend]
+    if error() is not None:
         raise RuntimeError(
-            f"backend: '{backend}' is not built: this version has no {backend} kernels; use "
-            "'auto', 'cpu' or 'reference'"
+            f"backend: '{backend}' is not built here ({error()}); install the package "
+            f"with {needs}: pip install --no-build-isolation ."
         )
-    raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
+    if backend == "cuda" and not cost.cuda_takes(factors.n3, factors.dtype):
+        raise ValueError(
+            f"backend: expected fp32 factors of at most {cost.CUDA_SLICES} slices for 'cuda', "
+            f"got {factors.dtype} and {factors.n3}; use 'auto' or 'reference'"
+        )
+    return ""
+
+
+def _best_backend(name: str, factors: CURFactors, rounds: bool) -> str:
+    if factors.device.type == "cuda":
+        here = ["triton"] if _TRITON_INSTALLED else []
+        if _native.cuda_error() is None and not rounds:
+            here.append("cuda")
+        n3, dtype = factors.n3, factors.dtype
+        return cost.choose_gpu_backend(name, n3=n3, dtype=dtype, available=here)
+    if factors.device.type == "cpu" and _native.cpu_error() is None:
+        return "cpu"
+    return "reference"
+
+
+def _check_triton(factors: CURFactors) -> None:
+    """Refuses what Triton cannot run, and imports the kernels."""
+    if not _TRITON_INSTALLED:
+        raise RuntimeError(
+            "backend: 'triton' is not installed here; pip install 'tcur_kernels[triton]'"
+        )
+    if factors.dtype != torch.float32:
+        raise TypeError(f"factors: expected dtype torch.float32 for 'triton', got {factors.dtype}")
+    from . import triton
+
+    if factors.device.type != "cuda" and not triton.INTERPRETED:
+        raise ValueError(
+            f"backend: expected one for tensors on {factors.device}, got 'triton', which runs on "
+            "CUDA devices (on the CPU in Triton's interpreter alone: TRITON_INTERPRET=1)"
+        )
 
 
 #: Backend -> why it is absent, and what it is built with.

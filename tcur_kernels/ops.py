@@ -417,7 +417,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "core_grad_dense": _core_grad_dense_fake,
     "core_grad_tokens": _core_grad_tokens_fake,
     "cur_linear": _cur_linear_fake,
-    "materialize_out": lambda *args, out: None,
+    "materialize_out": lambda *args, **kwargs: None,
 }
 _REFERENCE: dict[str, Callable[..., Any]] = {
     "materialize": _materialize_reference,

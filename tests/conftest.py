@@ -1,7 +1,13 @@
 """Every test starts from one seed, and uninitialised memory is full of NaN."""
 
+import os
+
 import pytest
 import torch
+
+# Tests of Triton kernels on the CPU need its interpreter, which is chosen when Triton is imported:
+# they run in a session of their own (`test_triton.py` starts it), and there alone.
+collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreted"]
 
 
 def pytest_addoption(parser):

@@ -217,3 +217,24 @@ def test_what_goes_wrong_on_a_gpu_is_a_row_and_an_exit_status(tmp_path):
     if not torch.cuda.is_available():
         result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
         assert "--device: expected a device that is here" in result.stderr
+
+
+def test_tuning_offers_candidates_and_writes_the_table_it_read(tmp_path, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks import tune
+
+    path = tmp_path / "launch.csv"
+    tune.write(list(tune.launch.table()), path)
+    assert tune.launch.parse(path.read_text()) == tune.launch.table()
+    assert path.read_text().splitlines()[0] == tune.TABLE.read_text().splitlines()[0]
+    for row in tune.launch.table():
+        offered = list(tune.candidates(row))
+        assert offered[0] == row
+        assert len(set(offered)) == len(offered) > 4
+    monkeypatch.setattr("sys.argv", ["tune", "--list", "--kernel", "materialize"])
+    tune.main()
+    assert capsys.readouterr().out.count("materialize") == 4
+    if not torch.cuda.is_available():
+        monkeypatch.setattr("sys.argv", ["tune"])
+        with pytest.raises(SystemExit, match="no GPU to time on"):
+            tune.main()

@@ -112,17 +112,29 @@ def test_without_the_compiled_library(monkeypatch, case):
     assert _native._load("no_such_library")[0] is None
 
 
-@pytest.mark.parametrize("backend", ["triton"])
-def test_absent_backends_are_refused(backend, case):
-    with pytest.raises(RuntimeError, match=f"backend: '{backend}' is not built.*use 'auto'"):
-        tcur.cur_product(case.factors, case.core, backend)
+def test_absent_backends_are_refused(monkeypatch, case):
+    monkeypatch.setattr(functional, "_TRITON_INSTALLED", False)
+    with pytest.raises(RuntimeError, match=r"backend: 'triton' is not installed .*pip install"):
+        tcur.cur_product(case.factors, case.core, "triton")
+    assert "triton" not in tcur.build_info()["backends"]
+
+
+def test_precisions_of_absent_backends_are_refused(case):
+    with pytest.raises(ValueError, match=r"precision: .* for backend 'cpu', got 'tf32'"):
+        tcur.cur_product(case.factors, case.core, "cpu", precision="tf32")
+    with pytest.raises(ValueError, match=r"precision: .* for backend 'reference', got 'bf16'"):
+        tcur.materialize(
+            case.weight, case.factors, case.core, backend="reference", precision="bf16"
+        )
+    with pytest.raises(ValueError, match=r"precision: expected one of ieee, tf32, bf16, got 'fp8'"):
+        tcur.cur_product(case.factors, case.core, precision="fp8")
 
 
 def test_other_devices_take_the_reference(case):
     meta = case.factors.to("meta")
-    assert functional._language("auto", "materialize", meta) == "reference"
+    assert functional._language("auto", "materialize", meta, "ieee") == "reference"
     with pytest.raises(ValueError, match="backend: expected one for tensors on meta, got 'cpu'"):
-        functional._language("cpu", "materialize", meta)
+        functional._language("cpu", "materialize", meta, "ieee")
 
 
 @pytest.mark.parametrize(

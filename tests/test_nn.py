@@ -490,5 +490,5 @@ def test_a_small_update_survives_in_half_precision(dtype, bias, autocast):
 
 
 def test_precision_is_checked():
-    with pytest.raises(ValueError, match="precision: expected one of ieee, bf16, got 'fp8'"):
+    with pytest.raises(ValueError, match="precision: expected one of ieee, tf32, bf16, got 'fp8'"):
         tcur.TProductStack(make_linears(), rank=2, precision="fp8")

@@ -1,0 +1,166 @@
+"""The last steps of every gradient of a core: diagonal blocks of a product over rows, and back.
+
+Both gradients end in ∂Û_k = Σ_rows (L_re - i L_im)ᵀ (R_re - i R_im): for tokens L = dy Ĉ and
+R = x R̂ᵀ, for a dense gradient L = Ĉ and R = its transform times R̂ᵀ. Of LᵀR, which has q x q
+numbers, only the blocks of 2r x 2r on the diagonal are formed. Rows are cut into blocks by shape
+alone, every block writes its own partial sum and a second kernel adds them in order: no atomics,
+the same bits at every run.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import wrap_triton
+
+from . import launch
+from .spectra import dot, unit_root
+
+
+@triton.jit
+def _rows_of_plane(
+    ptr, t, in_rows, stride, column, c, width
+):  # fmt: skip
+    """[rows, parts] of one plane, zeros outside."""
+    mask = in_rows[:, None] & (c < width)[None, :]
+    at = t[:, None] * stride + (column + c)[None, :]
+    return tl.load(ptr + at, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def diagonal_blocks_kernel(
+    left_ptr,  # [left_rows, slices, n3 * left_step]: planes of left_step columns
+    right_ptr,  # [rows, n3 * right_step]
+    partial_ptr,  # [groups * blocks of a group * slices, n3, r, r] out
+    left_rows,  # row t of the right goes with row t % left_rows of the left
+    rows,  # of a group; sums never reach from one group into the next
+    n3, rank, left_step, right_step, slices, slice_index,
+    SPAN: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One bin, one tile of its block, one block of rows, one slice."""
+    k = tl.program_id(0)
+    tiles = tl.cdiv(rank, PARTS)
+    a = tl.program_id(1) // tiles * PARTS + tl.arange(0, PARTS)
+    b = tl.program_id(1) % tiles * PARTS + tl.arange(0, PARTS)
+    block = tl.program_id(2)
+    s = block % slices
+    pieces = tl.cdiv(rows, SPAN)
+    group = block // slices // pieces
+    start = block // slices % pieces * SPAN
+    plane = tl.where(k > 0, 2 * k - 1, 0)
+    im_rank = tl.where((k > 0) & (2 * k < n3), rank, 0)  # a real bin has no imaginary part
+    left_stride = slices * n3 * left_step
+    left_column = s * n3 * left_step + plane * left_step
+    right_column = plane * right_step
+    re = tl.zeros([PARTS, PARTS], tl.float32)
+    im = tl.zeros([PARTS, PARTS], tl.float32)
+    for t0 in range(start, tl.minimum(start + SPAN, rows), ROWS):
+        within = t0 + tl.arange(0, ROWS)
+        inside = within < rows
+        t = group.to(tl.int64) * rows + within
+        from_left = t % left_rows
+        l_re = _rows_of_plane(left_ptr, from_left, inside, left_stride, left_column, a, rank)
+        l_im = _rows_of_plane(
+            left_ptr, from_left, inside, left_stride, left_column + left_step, a, im_rank
+        )
+        right_stride = n3 * right_step
+        r_re = _rows_of_plane(right_ptr, t, inside, right_stride, right_column, b, rank)
+        r_im = _rows_of_plane(
+            right_ptr, t, inside, right_stride, right_column + right_step, b, im_rank
+        )
+        re = dot(tl.trans(l_re), r_re, re, PRECISION)
+        re = dot(tl.trans(-l_im), r_im, re, PRECISION)
+        im = dot(tl.trans(-l_re), r_im, im, PRECISION)
+        im = dot(tl.trans(-l_im), r_re, im, PRECISION)
+    # The slice of these rows: times e^{-2 pi i k l / n3}.
+    cos, sin = unit_root((k * (slice_index + s)) % n3, n3)
+    turned_re = cos * re + sin * im
+    turned_im = cos * im - sin * re
+    at = ((block * n3 + plane).to(tl.int64) * rank + a)[:, None] * rank + b[None, :]
+    mask = (a < rank)[:, None] & (b < rank)[None, :]
+    tl.store(partial_ptr + at, turned_re, mask=mask)
+    mask = (a < im_rank)[:, None] & (b < rank)[None, :]
+    tl.store(partial_ptr + at + rank * rank, turned_im, mask=mask)
+
+
+@triton.jit
+def core_of_partials_kernel(
+    partial_ptr,  # [blocks, n3, r * r]
+    ids_ptr,  # [groups] int64, where IDS: the core that a group belongs to
+    core_ptr,  # [cores, n3, r * r] out
+    blocks, blocks_of_group, n3, square,
+    SLICES: tl.constexpr, PLANES: tl.constexpr, COLS: tl.constexpr, IDS: tl.constexpr,
+):  # fmt: skip
+    """Adds the partial sums in order and transforms back: inverse DFT along the slices."""
+    which = tl.program_id(2)
+    l = tl.program_id(0) * SLICES + tl.arange(0, SLICES)
+    e = tl.program_id(1) * COLS + tl.arange(0, COLS)
+    core = tl.zeros([SLICES, COLS], tl.float32)
+    for p0 in range(0, n3, PLANES):
+        p = p0 + tl.arange(0, PLANES)
+        mask = (p < n3)[:, None] & (e < square)[None, :]
+        at = p[:, None].to(tl.int64) * square + e[None, :]
+        total = tl.zeros([PLANES, COLS], tl.float32)
+        for block in range(0, blocks):
+            if IDS:
+                own = tl.load(ids_ptr + block // blocks_of_group) == which
+                mask = (p < tl.where(own, n3, 0))[:, None] & (e < square)[None, :]
+            total += tl.load(partial_ptr + at, mask=mask, other=0.0)
+            at += n3 * square
+        k = (p + 1) // 2
+        is_pair = (k > 0) & (2 * k < n3)
+        imag = (p % 2 == 0) & is_pair
+        cos, sin = unit_root((k[None, :] * l[:, None]) % n3, n3)
+        table = tl.where(imag[None, :], -sin, cos) * tl.where(is_pair, 2.0, 1.0)[None, :] / n3
+        # A few thousand products in all, in plain fp32.
+        core += tl.sum(table[:, :, None] * total[None, :, :], axis=1)
+    mask = (l < n3)[:, None] & (e < square)[None, :]
+    at = (which.to(tl.int64) * n3 + l)[:, None] * square + e[None, :]
+    tl.store(core_ptr + at, core, mask=mask)
+
+
+def core_gradient(
+    left: Tensor,  # [left_rows, slices * n3 * left_step]
+    right: Tensor,  # [rows, n3 * right_step]
+    n3: int,
+    rank: int,
+    slice_index: int,
+    slices: int,
+    arch: str,
+    precision: str,
+    adapter_ids: Tensor | None = None,
+    adapters: int = 1,
+) -> Tensor:
+    """The gradient of the core [n3, r, r], fp32, from left and right as above.
+
+    With ``adapter_ids`` rows are groups of equal length: [adapters, n3, r, r].
+    """
+    groups = 1 if adapter_ids is None else adapter_ids.shape[0]
+    rows = right.shape[0] // max(1, groups)
+    blocks = launch.row("diagonal_blocks", arch)
+    sums = launch.row("core_of_partials", arch)
+    tiles = triton.cdiv(rank, launch.PARTS)
+    blocks_of_group = slices * triton.cdiv(rows, blocks.span)
+    count = groups * blocks_of_group
+    partial = right.new_empty(count, n3, rank, rank, dtype=torch.float32)
+    if count:
+        wrap_triton(diagonal_blocks_kernel)[(n3 // 2 + 1, tiles * tiles, count)](
+            left, right, partial, left.shape[0], rows, n3, rank,
+            left.shape[1] // (slices * n3), right.shape[1] // n3, slices, slice_index,
+            SPAN=blocks.span, ROWS=blocks.rows, PARTS=launch.PARTS, PRECISION=precision,
+            num_warps=blocks.warps, num_stages=blocks.stages,
+        )  # fmt: skip
+    square = rank * rank
+    shape = (n3, rank, rank) if adapter_ids is None else (adapters, n3, rank, rank)
+    core = partial.new_empty(shape)
+    ids = partial if adapter_ids is None else adapter_ids.contiguous()
+    grid = (triton.cdiv(n3, sums.slices), triton.cdiv(square, sums.cols), adapters)
+    if adapters:
+        wrap_triton(core_of_partials_kernel)[grid](
+            partial, ids, core, count, blocks_of_group, n3, square,
+            SLICES=sums.slices, PLANES=sums.bins, COLS=sums.cols, IDS=adapter_ids is not None,
+            num_warps=sums.warps, num_stages=sums.stages,
+        )  # fmt: skip
+    return core

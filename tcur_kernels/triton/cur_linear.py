@@ -1,0 +1,211 @@
+"""``cur_linear`` in Triton: x Wᵀ + b + ((x R̂ᵀ) M_l) Ĉᵀ, two products with the core in between.
+
+The base product is the very call that `nn.Linear` makes: no kernel here would beat the vendor's,
+and a core of zeros leaves every bit as it was. The last product adds to it in its epilogue. M_l is
+the core at slice l: with A + iB = s w_k / n3 e^{2 pi i k l / n3} Û_k the block [[A, -B], [-B, -A]]
+of each bin, applied to q columns per token, which is little beside the products. In between a token
+is but q numbers: there a core per token costs next to nothing.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import wrap_triton
+
+from . import launch
+from .contract import check_factors, check_tokens, expect
+from .products import product
+from .spectra import dot, unit_root
+
+
+@triton.jit
+def _turn_kernel(
+    core_ptr,  # [cores, n3, r, r]
+    ids_ptr,  # [batch] int64, where IDS: the core of each row of the batch
+    turned_ptr,  # [batch, slices, n3, r, r] out: planes A and B of each bin
+    cores, n3, rank, scale, slices, slice_index,
+    SLICES: tl.constexpr, PARTS: tl.constexpr, IDS: tl.constexpr,
+):  # fmt: skip
+    """One bin of the core at one slice: s w_k / n3 Σ_m e^{2 pi i k (l - m) / n3} U_m."""
+    k = tl.program_id(0)
+    tiles = tl.cdiv(rank, PARTS)
+    a = tl.program_id(1) // tiles * PARTS + tl.arange(0, PARTS)
+    b = tl.program_id(1) % tiles * PARTS + tl.arange(0, PARTS)
+    # An id out of range gives NaN: to refuse it would mean to wait for the device.
+    mend = 0.0
+    if IDS:
+        which = tl.load(ids_ptr + tl.program_id(2) // slices)
+        known = (which >= 0) & (which < cores)
+        mend = tl.where(known, 0.0, float("nan"))
+        core_ptr += tl.where(known, which, 0) * n3 * rank * rank
+    l = slice_index + tl.program_id(2) % slices
+    square = rank * rank
+    inside = (a < rank)[:, None] & (b < rank)[None, :]
+    at = a[:, None] * rank + b[None, :]
+    re = tl.zeros([PARTS, PARTS], tl.float32)
+    im = tl.zeros([PARTS, PARTS], tl.float32)
+    for m0 in range(0, n3, SLICES):
+        m = m0 + tl.arange(0, SLICES)
+        cos, sin = unit_root((k * (l + n3 - m)) % n3, n3)
+        mask = (m < n3)[:, None, None] & inside[None, :, :]
+        u = tl.load(core_ptr + (m * square)[:, None, None] + at[None, :, :], mask=mask, other=0.0)
+        re += tl.sum(u * cos[:, None, None], axis=0)
+        im += tl.sum(u * sin[:, None, None], axis=0)
+    is_pair = (k > 0) & (2 * k < n3)
+    weight = tl.where(is_pair, 2.0, 1.0) * scale / n3 + mend
+    turned_ptr += (tl.program_id(2).to(tl.int64) * n3 + tl.where(k > 0, 2 * k - 1, 0)) * square
+    tl.store(turned_ptr + at, weight * re, mask=inside)
+    im_rank = tl.where(is_pair, rank, 0)
+    tl.store(turned_ptr + square + at, weight * im, mask=inside & (a < im_rank)[:, None])
+
+
+@triton.jit
+def _apply_kernel(
+    z_ptr,  # [tokens, in_slices, q]
+    turned_ptr,  # [batch, slices, n3, r, r]
+    out_ptr,  # [tokens, out_slices, q]
+    tokens,  # of a row of the batch
+    n3, rank, slices, in_slices, out_slices,
+    ROWS: tl.constexpr, PARTS: tl.constexpr, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One bin of ``out = z M_lᵀ``, or of Σ_l z_l M_l where TRANSPOSED, for a block of tokens."""
+    k = tl.program_id(1)
+    tiles = tl.cdiv(rank, PARTS)
+    to = tl.program_id(2) % tiles * PARTS + tl.arange(0, PARTS)
+    s_out = tl.program_id(2) // tiles
+    blocks = tl.cdiv(tokens, ROWS)
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    within = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
+    t = row * tokens + within
+    inside = within < tokens
+    q = n3 * rank
+    turned_ptr += row * slices * n3 * rank * rank
+    column = tl.where(k > 0, 2 * k - 1, 0) * rank
+    im_rank = tl.where((k > 0) & (2 * k < n3), rank, 0)  # a real bin has no imaginary part
+    m_re = tl.zeros([ROWS, PARTS], tl.float32)
+    m_im = tl.zeros([ROWS, PARTS], tl.float32)
+    for s_in in range(0, in_slices):
+        block_ptr = turned_ptr + ((s_in + s_out) * n3 * rank + column) * rank
+        for c0 in range(0, rank, PARTS):
+            c = c0 + tl.arange(0, PARTS)
+            at = (t[:, None] * in_slices + s_in) * q + column + c[None, :]
+            mask = inside[:, None] & (c < rank)[None, :]
+            z_re = tl.load(z_ptr + at, mask=mask, other=0.0).to(tl.float32)
+            mask = inside[:, None] & (c < im_rank)[None, :]
+            z_im = tl.load(z_ptr + at + rank, mask=mask, other=0.0).to(tl.float32)
+            if TRANSPOSED:
+                at = c[:, None] * rank + to[None, :]
+            else:
+                at = to[None, :] * rank + c[:, None]
+            mask = (c < rank)[:, None] & (to < rank)[None, :]
+            a = tl.load(block_ptr + at, mask=mask, other=0.0)
+            mask = (c < im_rank)[:, None] & (to < rank)[None, :]
+            b = tl.load(block_ptr + rank * rank + at, mask=mask, other=0.0)
+            m_re = dot(z_re, a, m_re, PRECISION)
+            m_re = dot(-z_im, b, m_re, PRECISION)
+            m_im = dot(-z_re, b, m_im, PRECISION)
+            m_im = dot(-z_im, a, m_im, PRECISION)
+    at = (t[:, None] * out_slices + s_out) * q + column + to[None, :]
+    mask = inside[:, None] & (to < rank)[None, :]
+    tl.store(out_ptr + at, m_re, mask=mask)
+    mask = inside[:, None] & (to < im_rank)[None, :]
+    tl.store(out_ptr + at + rank, m_im, mask=mask)
+
+
+def run(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    lateral_hat: Tensor,
+    horizontal_hat: Tensor,
+    core: Tensor,
+    slice_index: int,
+    slices: int,
+    scale: float,
+    materialized: bool,
+    transposed: bool,
+    z: Tensor | None,
+    adapter_ids: Tensor | None,
+    precision: str,
+) -> Tensor:
+    """Launches the kernels: y of the dtype of ``x``."""
+    n1, q = lateral_hat.shape
+    n3, _, rank = core.shape[-3:]
+    n2 = horizontal_hat.shape[1]
+    tokens = math.prod(x.shape[:-1])
+    check_factors(lateral_hat, horizontal_hat, n3, rank, core)
+    check_tokens(n3, slice_index, slices, tokens, adapter_ids)
+    expect("x", x, [*x.shape[:-1], slices * n1 if transposed else n2])
+    if z is not None:
+        expect("z", z, [*x.shape[:-1], q])
+    base: Tensor | None = None
+    if weight is not None:
+        base = x @ weight if transposed else torch.nn.functional.linear(x, weight, bias)
+        base = base.contiguous()
+    if materialized:
+        assert base is not None
+        return base
+    arch = launch.arch_of(x.device)
+    exact, precision = launch.dot_precisions(arch, precision, lateral_hat.dtype)
+    if transposed:
+        projected = product(x.reshape(tokens * slices, n1), lateral_hat, arch, precision)
+    elif z is None:
+        projected = product(x.reshape(tokens, x.shape[-1]), horizontal_hat.mT, arch, precision)
+    else:
+        projected = z.reshape(tokens, q).contiguous()
+    blocks = (slices, 1) if transposed else (1, slices)
+    mixed = _apply_core(
+        projected, core, slice_index, slices, scale, transposed, adapter_ids, tokens, arch, exact
+    )
+    features = n2 if transposed else n1
+    right = horizontal_hat if transposed else lateral_hat.mT
+    shape = (*x.shape[:-1], blocks[1] * features)
+    if base is None:
+        update = product(mixed, right, arch, precision)
+        return update.to(x.dtype).reshape(shape)
+    y = base.view(tokens * blocks[1], features)
+    return product(mixed, right, arch, precision, out=y).view(shape)
+
+
+def _apply_core(
+    projected: Tensor,  # [tokens * in_slices, q]
+    core: Tensor,
+    slice_index: int,
+    slices: int,
+    scale: float,
+    transposed: bool,
+    adapter_ids: Tensor | None,
+    tokens: int,
+    arch: str,
+    precision: str,
+) -> Tensor:
+    """[tokens * out_slices, q]: the projected tokens times M_l of their core."""
+    n3, rank = core.shape[-3:-1]
+    in_slices, out_slices = (slices, 1) if transposed else (1, slices)
+    batch = 1 if adapter_ids is None else adapter_ids.shape[0]
+    turned = core.new_empty(batch * slices, n3, rank, rank)
+    mixed = core.new_empty(tokens * out_slices, n3 * rank)
+    turn, apply = launch.row("turn", arch), launch.row("apply", arch)
+    tiles, bins = triton.cdiv(rank, launch.PARTS), n3 // 2 + 1
+    per_row = tokens // max(1, batch)
+    programs = batch * triton.cdiv(per_row, apply.rows)
+    if programs == 0:
+        return mixed
+    ids = core if adapter_ids is None else adapter_ids.contiguous()
+    cores = 1 if adapter_ids is None else core.shape[0]
+    wrap_triton(_turn_kernel)[(bins, tiles * tiles, batch * slices)](
+        core.contiguous(), ids, turned, cores, n3, rank, scale, slices, slice_index,
+        SLICES=turn.slices, PARTS=launch.PARTS, IDS=adapter_ids is not None,
+        num_warps=turn.warps, num_stages=turn.stages,
+    )  # fmt: skip
+    wrap_triton(_apply_kernel)[(programs, bins, tiles * out_slices)](
+        projected, turned, mixed, per_row, n3, rank, slices, in_slices, out_slices,
+        ROWS=apply.rows, PARTS=launch.PARTS, TRANSPOSED=transposed, PRECISION=precision,
+        num_warps=apply.warps, num_stages=apply.stages,
+    )  # fmt: skip
+    return mixed

@@ -1,0 +1,358 @@
+"""``materialize`` in Triton: one pass over the weights of all slices.
+
+With P_k = s w_k / n3 * Ĉ_k Û_k, n1 q numbers that a small kernel makes first, slice l is
+W_l + Σ_k Re(e^{2πikl/n3} P_k R̂_k). A program owns a tile of rows and columns for all slices (of
+long tubes for a part of them). Both steps are products on tensor cores, nothing in between leaves
+the program: A_k + i B_k = P_k R̂_k as one batched product over a chunk of bins with an inner
+size of 2r, [Re P, -Im P] [Re R; Im R] and [Im P, Re P] [Re R; Im R]; then the inverse transform as
+a product with its matrix, over bins. The base is added last, rounded once, each element read and
+written once.
+
+Three forms of the transform, chosen by n3 in the table of `launch`:
+
+- ``direct``: for a few slices, the tile of one slice is one product with inner size q.
+- ``dense``: n3 padded to the tile, one product with the whole matrix.
+- ``folded``: x_l = E_l - O_l and x_{n3-l} = E_l + O_l with E of the cosines alone and O of the
+  sines: half the products. Bin 0, and slice n3/2 of an even n3, are taken out, so that a power of
+  two stays one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import wrap_triton
+
+from . import launch
+from .contract import check_factors, expect
+from .spectra import dot, unit_root
+
+
+@triton.jit
+def _mix_kernel(
+    lateral_ptr,  # [n1, q]
+    core_ptr,  # [n3, r, r]
+    mixed_ptr,  # [n3, n1, RANKS] out: planes of P, its columns padded by zeros
+    roots_ptr,  # [2, K, n3] out: cos and sin of 2 pi k l / n3
+    n1, n3, rank, scale,
+    ROWS: tl.constexpr, RANKS: tl.constexpr, PARTS: tl.constexpr, SLICES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """P_k of one bin for a block of rows, and that bin's row of the transform's matrices."""
+    k = tl.program_id(0)
+    is_pair = (k > 0) & (2 * k < n3)
+    re = tl.where(k > 0, 2 * k - 1, 0)
+    im_rank = tl.where(is_pair, rank, 0)  # a real bin has no imaginary part
+    weight = tl.where(is_pair, 2.0, 1.0) * scale / n3
+    i = (tl.program_id(1) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    part = tl.arange(0, PARTS)
+    for b0 in range(0, RANKS, PARTS):
+        b = b0 + part
+        p_re = tl.zeros([ROWS, PARTS], tl.float32)
+        p_im = tl.zeros([ROWS, PARTS], tl.float32)
+        for a0 in range(0, rank, PARTS):
+            a = a0 + part
+            inside = (a < rank)[:, None] & (b < rank)[None, :]
+            u_re = tl.zeros([PARTS, PARTS], tl.float32)
+            u_im = tl.zeros([PARTS, PARTS], tl.float32)
+            for l0 in range(0, n3, SLICES):
+                l = l0 + tl.arange(0, SLICES)
+                cos, sin = unit_root((k * l) % n3, n3)
+                at = (l[:, None, None] * rank + a[None, :, None]) * rank + b[None, None, :]
+                mask = (l < n3)[:, None, None] & inside[None, :, :]
+                u = tl.load(core_ptr + at, mask=mask, other=0.0)
+                u_re += tl.sum(u * cos[:, None, None], axis=0)
+                u_im -= tl.sum(u * sin[:, None, None], axis=0)
+            at = i[:, None] * (n3 * rank) + re * rank + a[None, :]
+            mask = (i < n1)[:, None] & (a < rank)[None, :]
+            c_re = tl.load(lateral_ptr + at, mask=mask, other=0.0).to(tl.float32)
+            mask = (i < n1)[:, None] & (a < im_rank)[None, :]
+            c_im = tl.load(lateral_ptr + at + rank, mask=mask, other=0.0).to(tl.float32)
+            p_re = dot(c_re, u_re, p_re, PRECISION)
+            p_re = dot(-c_im, u_im, p_re, PRECISION)
+            p_im = dot(c_re, u_im, p_im, PRECISION)
+            p_im = dot(c_im, u_re, p_im, PRECISION)
+        at = (re * n1 + i[:, None]) * RANKS + b[None, :]
+        padded = (b < RANKS)[None, :]
+        tl.store(mixed_ptr + at, weight * p_re, mask=(i < n1)[:, None] & padded)
+        rows = tl.where(is_pair, n1, 0)
+        mask = (i < rows)[:, None] & padded
+        tl.store(mixed_ptr + at + n1 * RANKS, weight * p_im, mask=mask)
+    if tl.program_id(1) == 0:
+        bins = n3 // 2 + 1
+        for l0 in range(0, n3, SLICES):
+            l = l0 + tl.arange(0, SLICES)
+            cos, sin = unit_root((k * l) % n3, n3)
+            tl.store(roots_ptr + k * n3 + l, cos, mask=l < n3)
+            tl.store(roots_ptr + (bins + k) * n3 + l, sin, mask=l < n3)
+
+
+@triton.jit
+def _left(mixed_ptr, plane, used, i, c, n1, RANKS: tl.constexpr):
+    """P of some planes, zeros where not ``used``: [planes, rows, parts]."""
+    at = (plane[:, None].to(tl.int64) * n1 + i[None, :])[:, :, None] * RANKS + c[None, None, :]
+    mask = (used[:, None] & (i < n1)[None, :])[:, :, None]
+    return tl.load(mixed_ptr + at, mask=mask, other=0.0)
+
+
+@triton.jit
+def _right(horizontal_ptr, plane, used, c, j, n2, rank):
+    """R̂ of some planes, zeros where not ``used``: [planes, parts, columns]."""
+    at = (plane[:, None] * rank + c[None, :]).to(tl.int64)[:, :, None] * n2 + j[None, None, :]
+    mask = (used[:, None] & (c < rank)[None, :])[:, :, None] & (j < n2)[None, None, :]
+    return tl.load(horizontal_ptr + at, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _finish(
+    base_ptr, places_ptr, out_ptr, update, l, mask, i, j, n1, n2,
+    ROWS: tl.constexpr, COLS: tl.constexpr, BASE: tl.constexpr,
+):  # fmt: skip
+    """Adds the base to ``update`` [slices, ROWS * COLS] and writes: the one pass over W."""
+    slices: tl.constexpr = update.shape[0]
+    value = tl.reshape(update, [slices, ROWS, COLS])
+    inside = mask[:, None, None] & (i < n1)[None, :, None] & (j < n2)[None, None, :]
+    within = i[None, :, None] * n2 + j[None, None, :]
+    if BASE != "none":
+        if BASE == "layers":
+            place = tl.load(places_ptr + l, mask=mask, other=0)
+        else:
+            place = l.to(tl.int64) * n1 * n2
+        w = tl.load(base_ptr + (place[:, None, None] + within), mask=inside, other=0.0)
+        value += w.to(tl.float32)
+    at = (l.to(tl.int64) * n1 * n2)[:, None, None] + within
+    tl.store(out_ptr + at, value.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _dense_kernel(
+    base_ptr,  # [n3, n1, n2], or the first of the layers' weights [n1, n2]
+    places_ptr,  # [n3] int64: distance of each layer's weight from the first, in elements
+    mixed_ptr,  # [n3, n1, RANKS]: planes of P
+    horizontal_ptr,  # [q, n2]
+    roots_ptr,  # [2, K, n3]
+    out_ptr,  # [n3, n1, n2]
+    n1, n2, n3, rank,
+    ROWS: tl.constexpr, COLS: tl.constexpr, RANKS: tl.constexpr, PARTS: tl.constexpr,
+    BINS: tl.constexpr, SLICES: tl.constexpr,
+    BASE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    col_blocks = tl.cdiv(n2, COLS)
+    i = (tl.program_id(0) // col_blocks * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    j = (tl.program_id(0) % col_blocks * COLS + tl.arange(0, COLS)).to(tl.int64)
+    l = tl.program_id(1) * SLICES + tl.arange(0, SLICES)
+    update = tl.zeros([SLICES, ROWS * COLS], tl.float32)
+    for p0 in range(0, n3, BINS):  # planes here, a bin of a pair has two
+        p = p0 + tl.arange(0, BINS)
+        k = (p + 1) // 2
+        is_pair = (k > 0) & (2 * k < n3)
+        imag = (p % 2 == 0) & is_pair
+        re_plane = tl.where(imag, p - 1, p)
+        partner = tl.where(imag, p - 1, p + 1)
+        sign = tl.where(imag, 1.0, -1.0)
+        planes = tl.zeros([BINS, ROWS, COLS], tl.float32)
+        for c0 in range(0, RANKS, PARTS):
+            # Re = Re P Re R - Im P Im R, and Im = Im P Re R + Re P Im R.
+            c = c0 + tl.arange(0, PARTS)
+            left = _left(mixed_ptr, p, p < n3, i, c, n1, RANKS)
+            right = _right(horizontal_ptr, re_plane, p < n3, c, j, n2, rank)
+            planes = dot(left, right, planes, PRECISION)
+            left = _left(mixed_ptr, partner, is_pair, i, c, n1, RANKS) * sign[:, None, None]
+            right = _right(horizontal_ptr, re_plane + 1, is_pair, c, j, n2, rank)
+            planes = dot(left, right, planes, PRECISION)
+        inside = (l < n3)[:, None] & (p < n3)[None, :]
+        at = tl.where(imag, n3 // 2 + 1, 0) + k
+        table = tl.load(roots_ptr + at[None, :] * n3 + l[:, None], mask=inside, other=0.0)
+        table = tl.where(imag[None, :], -table, table)
+        update = dot(table, tl.reshape(planes, [BINS, ROWS * COLS]), update, PRECISION)
+    _finish(
+        base_ptr, places_ptr, out_ptr, update, l, l < n3, i, j, n1, n2, ROWS, COLS, BASE
+    )  # fmt: skip
+
+
+@triton.jit
+def _folded_kernel(
+    base_ptr,  # as in `_dense_kernel`
+    places_ptr,
+    mixed_ptr,
+    horizontal_ptr,
+    roots_ptr,
+    out_ptr,
+    n1, n2, n3, rank,
+    ROWS: tl.constexpr, COLS: tl.constexpr, RANKS: tl.constexpr, PARTS: tl.constexpr,
+    BINS: tl.constexpr, SLICES: tl.constexpr,
+    BASE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    col_blocks = tl.cdiv(n2, COLS)
+    i = (tl.program_id(0) // col_blocks * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    j = (tl.program_id(0) % col_blocks * COLS + tl.arange(0, COLS)).to(tl.int64)
+    l = tl.program_id(1) * SLICES + tl.arange(0, SLICES)  # and with it n3 - l
+    half = n3 // 2
+    is_even = n3 % 2 == 0
+    firsts = (n3 + 1) // 2  # l = 0 ... firsts - 1
+    even = tl.zeros([SLICES, ROWS * COLS], tl.float32)
+    odd = tl.zeros([SLICES, ROWS * COLS], tl.float32)
+    middle = tl.zeros([BINS, ROWS, COLS], tl.float32)
+    for k0 in range(1, half + 1, BINS):
+        k = k0 + tl.arange(0, BINS)
+        plane = 2 * k - 1
+        re = tl.zeros([BINS, ROWS, COLS], tl.float32)
+        im = tl.zeros([BINS, ROWS, COLS], tl.float32)
+        for c0 in range(0, RANKS, PARTS):
+            c = c0 + tl.arange(0, PARTS)
+            p_re = _left(mixed_ptr, plane, k <= half, i, c, n1, RANKS)
+            r_re = _right(horizontal_ptr, plane, k <= half, c, j, n2, rank)
+            re = dot(p_re, r_re, re, PRECISION)
+            p_im = _left(mixed_ptr, plane + 1, 2 * k < n3, i, c, n1, RANKS)
+            im = dot(p_im, r_re, im, PRECISION)
+            r_im = _right(horizontal_ptr, plane + 1, 2 * k < n3, c, j, n2, rank)
+            im = dot(p_re, r_im, im, PRECISION)
+            re = dot(-p_im, r_im, re, PRECISION)
+        # Slice n3/2, where every cosine is 1 or -1 and every sine 0; summed once, at the end.
+        middle += re * tl.where(k % 2 == 0, 1.0, -1.0)[:, None, None]
+        re_planes = tl.reshape(re, [BINS, ROWS * COLS])
+        im_planes = tl.reshape(im, [BINS, ROWS * COLS])
+        inside = (l < firsts)[:, None] & (k <= half)[None, :]
+        at = roots_ptr + k[None, :] * n3 + l[:, None]
+        cos = tl.load(at, mask=inside, other=0.0)
+        sin = tl.load(at + (half + 1) * n3, mask=inside, other=0.0)
+        even = dot(cos, re_planes, even, PRECISION)
+        odd = dot(sin, im_planes, odd, PRECISION)
+    constant = tl.zeros([ROWS, COLS], tl.float32)
+    for c0 in range(0, RANKS, PARTS):
+        c = c0 + tl.arange(0, PARTS)
+        mask = (i < n1)[:, None]
+        left = tl.load(mixed_ptr + i[:, None] * RANKS + c[None, :], mask=mask, other=0.0)
+        mask = (c < rank)[:, None] & (j < n2)[None, :]
+        at = c.to(tl.int64)[:, None] * n2 + j[None, :]
+        right = tl.load(horizontal_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        constant = dot(left, right, constant, PRECISION)
+    zeroth = tl.reshape(constant, [ROWS * COLS])
+    even += zeroth[None, :]
+    where = l < firsts
+    _finish(
+        base_ptr, places_ptr, out_ptr, even - odd, l, where, i, j, n1, n2, ROWS, COLS, BASE
+    )  # fmt: skip
+    _finish(
+        base_ptr, places_ptr, out_ptr, even + odd, n3 - l, where & (l > 0), i, j, n1, n2,
+        ROWS, COLS, BASE,
+    )  # fmt: skip
+    if is_even & (tl.program_id(1) == 0):
+        update = tl.reshape(tl.sum(middle, axis=0) + constant, [1, ROWS * COLS])
+        l_middle = half + tl.arange(0, 1)
+        _finish(
+            base_ptr, places_ptr, out_ptr, update, l_middle, l_middle < n3,
+            i, j, n1, n2, ROWS, COLS, BASE,
+        )  # fmt: skip
+
+
+@triton.jit
+def _direct_kernel(
+    base_ptr,  # as in `_dense_kernel`
+    places_ptr,
+    mixed_ptr,
+    horizontal_ptr,
+    roots_ptr,
+    out_ptr,
+    n1, n2, n3, rank,
+    ROWS: tl.constexpr, COLS: tl.constexpr, RANKS: tl.constexpr, PARTS: tl.constexpr,
+    BINS: tl.constexpr, SLICES: tl.constexpr,
+    BASE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One slice: W_l + [e^{2 pi i k l / n3} P_k as real columns] R̂, inner size q."""
+    col_blocks = tl.cdiv(n2, COLS)
+    i = (tl.program_id(0) // col_blocks * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    j = (tl.program_id(0) % col_blocks * COLS + tl.arange(0, COLS)).to(tl.int64)
+    l = tl.program_id(1)
+    update = tl.zeros([ROWS, COLS], tl.float32)
+    for c0 in range(0, n3 * RANKS, PARTS):
+        # A chunk lies in one plane: Re(e P) for a real one, -Im(e P) for an imaginary one.
+        p = c0 // RANKS
+        k = (p + 1) // 2
+        imag = (p > 0) & (p % 2 == 0)
+        partner = tl.where(2 * k < n3, tl.where(imag, p - 1, tl.where(p > 0, p + 1, p)), p)
+        cos = tl.load(roots_ptr + k * n3 + l)
+        sin = tl.load(roots_ptr + (n3 // 2 + 1 + k) * n3 + l)
+        c = c0 % RANKS + tl.arange(0, PARTS)
+        mask = (i < n1)[:, None]
+        own_at = (p * n1 + i[:, None]) * RANKS + c[None, :]
+        own = tl.load(mixed_ptr + own_at, mask=mask, other=0.0)
+        other_at = (partner * n1 + i[:, None]) * RANKS + c[None, :]
+        other = tl.load(mixed_ptr + other_at, mask=mask, other=0.0)
+        left = tl.where(imag, -cos, cos) * own - sin * other
+        mask = (c < rank)[:, None] & (j < n2)[None, :]
+        at = (p * rank + c).to(tl.int64)[:, None] * n2 + j[None, :]
+        right = tl.load(horizontal_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        update = dot(left, right, update, PRECISION)
+    slices = l + tl.arange(0, 1)
+    _finish(
+        base_ptr, places_ptr, out_ptr, tl.reshape(update, [1, ROWS * COLS]), slices, slices < n3,
+        i, j, n1, n2, ROWS, COLS, BASE,
+    )  # fmt: skip
+
+
+_FORMS = {"direct": _direct_kernel, "dense": _dense_kernel, "folded": _folded_kernel}
+
+
+def run(
+    weights: Sequence[Tensor],
+    lateral_hat: Tensor,
+    horizontal_hat: Tensor,
+    core: Tensor,
+    scale: float,
+    out: Tensor,
+    precision: str,
+) -> None:
+    """Launches the kernels; writes ``out`` [n3, n1, n2], contiguous."""
+    n3, _, rank = core.shape
+    n1, n2 = lateral_hat.shape[0], horizontal_hat.shape[1]
+    check_factors(lateral_hat, horizontal_hat, n3, rank, core)
+    layers = len(weights) > 0 and weights[0].ndim == 2
+    if len(weights) not in (0, n3 if layers else 1):
+        raise ValueError(f"weights: expected {n3 if layers else 1}, got {len(weights)}")
+    for weight in weights:
+        expect("weights", weight, [n1, n2] if layers else [n3, n1, n2])
+    arch = launch.arch_of(core.device)
+    exact, precision = launch.dot_precisions(arch, precision, lateral_hat.dtype)
+    lateral_hat, horizontal_hat = lateral_hat.contiguous(), horizontal_hat.contiguous()
+    parts, ranks = launch.parts_of(rank, precision)
+    mixed = core.new_empty(n3, n1, ranks)
+    roots = core.new_empty(2, n3 // 2 + 1, n3)
+    mix = launch.row("mix", arch, n3)
+    wrap_triton(_mix_kernel)[(n3 // 2 + 1, triton.cdiv(n1, mix.rows))](
+        lateral_hat, core.contiguous(), mixed, roots, n1, n3, rank, scale,
+        ROWS=mix.rows, RANKS=ranks, PARTS=launch.PARTS, SLICES=mix.slices, PRECISION=exact,
+        num_warps=mix.warps, num_stages=mix.stages,
+    )  # fmt: skip
+    base, places, kind = mixed, mixed, "none"
+    if weights:
+        weights = [weight.contiguous() for weight in weights]
+        base, kind = weights[0], "layers" if layers else "stack"
+    if layers:
+        places = _places(tuple(w.data_ptr() for w in weights), base.element_size(), core.device)
+    chosen = launch.row("materialize", arch, n3)
+    kernel = _FORMS[chosen.form]
+    tiles = triton.cdiv(n1, chosen.rows) * triton.cdiv(n2, chosen.cols)
+    bins = max(chosen.bins, parts)  # an inner size too, of the product with the transform
+    count = (n3 + 1) // 2 if chosen.form == "folded" else n3
+    wrap_triton(kernel)[(tiles, triton.cdiv(count, chosen.slices))](
+        base, places, mixed, horizontal_hat, roots, out, n1, n2, n3, rank,
+        ROWS=chosen.rows, COLS=chosen.cols, RANKS=ranks, PARTS=parts,
+        BINS=bins, SLICES=chosen.slices, BASE=kind, PRECISION=precision,
+        num_warps=chosen.warps, num_stages=chosen.stages,
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=256)
+def _places(addresses: tuple[int, ...], size: int, device: torch.device) -> Tensor:
+    """Distance of each layer's weight from the first one, in elements, [n3] int64.
+
+    A value of the addresses alone, so what is kept cannot be stale.
+    """
+    places = [(address - addresses[0]) // size for address in addresses]
+    return torch.tensor(places, dtype=torch.int64, device=device)

@@ -1,0 +1,85 @@
+"""The Triton kernels: run in the interpreter, by a session of its own, and refused elsewhere."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import tcur_kernels as tcur
+from cases import make_case
+
+TESTS = Path(__file__).parent
+
+
+@pytest.mark.parametrize("file", sorted(p.name for p in (TESTS / "interpreted").glob("test_*.py")))
+def test_in_the_interpreter(file):
+    """Triton asks for its interpreter when it is imported: hence a process for these tests."""
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "not matrix", f"interpreted/{file}"]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    result = subprocess.run(
+        command, cwd=TESTS, env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stdout[-20000:] + result.stderr[-2000:]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device to run on")
+def test_it_does_not_run_on_the_cpu():
+    case = make_case(4, 6, 9, 2)
+    with pytest.raises(ValueError, match=r"backend: .* on cpu, got 'triton', which runs on CUDA"):
+        tcur.cur_product(case.factors, case.core, backend="triton")
+    assert "triton" not in tcur.build_info()["backends"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device to run on")
+def test_compiled_graphs_hold_the_launches():
+    """torch.compile sees through the operators, forward and backward: traced here, run nowhere."""
+    from functorch.compile import make_boxed_func
+    from torch._dynamo.backends.common import aot_autograd
+
+    from tcur_kernels import ops, triton
+
+    assert not triton.INTERPRETED
+    graphs = []
+
+    def trace(graph, inputs):
+        graphs.append(graph.print_readable(print_output=False))
+        (outputs,) = graph.graph.output_node().args
+        values = [node if node is None else node.meta["val"] for node in outputs]
+
+        def run(*args):
+            return [
+                torch.zeros([int(size) for size in value.shape], dtype=value.dtype)
+                if isinstance(value, torch.Tensor)
+                else value
+                for value in values
+            ]
+
+        return make_boxed_func(run)
+
+    case = make_case(5, 6, 9, 2)
+    core, packed, stacked = case.core.requires_grad_(), case.packed, case.weight
+    weights = [w.clone() for w in stacked]
+
+    def step(x, core):
+        linear = ops.operator("cur_linear", "triton")
+        y = linear(x, weights[1], None, *packed, core, 1, 1, 0.5, False, False)
+        op = ops.operator("materialize", "triton")
+        whole = op([stacked], *packed, core, 0.5, torch.float32)
+        layers = op(weights, *packed, core, 0.5, torch.float32)
+        return y.square().sum() + whole.square().sum() + layers.square().sum()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, backend=aot_autograd(fw_compiler=trace), fullgraph=True)
+    compiled(torch.randn(7, 9, requires_grad=True), core).backward()
+    forward, backward = graphs
+    for graph in graphs:
+        assert "triton_kernel_wrapper_functional" in graph
+        assert "cur_linear_triton" not in graph
+        assert "core_grad" not in graph
+    # Addresses of layers exist at run time alone: that launch stays a black box.
+    assert "tcur.materialize_out_triton" in forward
+    assert forward.count("triton_kernel_wrapper_functional") > 4
+    assert backward.count("triton_kernel_wrapper_functional") > 4

@@ -1,0 +1,213 @@
+"""Every launch, compiled for every architecture of the launch table: no GPU is needed.
+
+The launches are those that the operators make, recorded instead of run. What is compiled must fit:
+shared memory of the architecture, no register spilled, products on tensor cores.
+"""
+
+import re
+import subprocess
+from dataclasses import dataclass
+from unittest import mock
+
+import pytest
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from tcur_kernels.triton import (
+    INTERPRETED,
+    blocks,
+    core_grad_dense,
+    core_grad_tokens,
+    cur_linear,
+    launch,
+    materialize,
+    products,
+)
+
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+
+MODULES = (blocks, core_grad_dense, cur_linear, materialize, products)
+ARCHITECTURES = (*launch.NVIDIA, *launch.AMD)
+#: Bytes of shared memory that a program may have.
+SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
+#: One length of tubes for every row of the table, and for even and odd.
+N3 = (1, 4, 12, 47, 48, 128)
+TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64"}
+
+
+@dataclass
+class Launch:
+    """One recorded launch."""
+
+    kernel: object
+    args: tuple
+    options: dict
+
+    @property
+    def name(self):
+        return f"{self.kernel.__name__} {self.options}"
+
+
+@dataclass
+class Recorder:
+    """Stands in for `wrap_triton`."""
+
+    launches: list
+
+    def __call__(self, kernel):
+        def of_grid(grid):
+            assert all(n > 0 for n in grid), (kernel, grid)
+            return lambda *args, **options: self.launches.append(Launch(kernel, args, options))
+
+        return mock.MagicMock(__getitem__=lambda _, grid: of_grid(grid))
+
+
+def record(arch, call):
+    """The launches that ``call`` would make on a device of an architecture."""
+    recorder = Recorder([])
+    with mock.patch.object(launch, "arch_of", return_value=arch):
+        patches = [mock.patch.object(module, "wrap_triton", recorder) for module in MODULES]
+        for patch in patches:
+            patch.start()
+        try:
+            call()
+        finally:
+            for patch in patches:
+                patch.stop()
+    return recorder.launches
+
+
+def launches_of(arch, precision, n3, rank, dtype, n1=768, n2=1024):
+    """Of all operators: W_eff of a stack and of layers, both gradients, a layer both ways."""
+    factors = torch.bfloat16 if precision == "bf16" else torch.float32
+    precision = "ieee" if precision == "bf16" else precision
+
+    def empty(*shape, dtype=torch.float32):
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    packed = empty(n1, n3 * rank, dtype=factors), empty(n3 * rank, n2, dtype=factors)
+    core, w_eff = empty(n3, rank, rank), empty(n3, n1, n2, dtype=dtype)
+    weight, x, y = w_eff[0], empty(512, n2, dtype=dtype), empty(512, n1, dtype=dtype)
+    ids, cores = empty(16, dtype=torch.int64), empty(4, n3, rank, rank)
+
+    def calls():
+        for weights in ([], [w_eff], list(w_eff)):
+            materialize.run(weights, *packed, core, 0.5, w_eff, precision)
+        core_grad_dense.run(w_eff, *packed, precision)
+        args = (x, y, *packed, n3, 0, 1)
+        core_grad_tokens.run(*args, None, 1, precision)
+        core_grad_tokens.run(*args, ids, 4, precision)
+        for transposed in (False, True):
+            args = (y if transposed else x, weight, None, *packed)
+            how = (0, 1, 0.5, False, transposed, None)
+            cur_linear.run(*args, core, *how, None, precision)
+            cur_linear.run(*args, cores, *how, ids, precision)
+
+    return record(arch, calls)
+
+
+def compiled(arch, launched):
+    """Compiles as Triton would at that launch, without the device."""
+    if arch.startswith("gfx"):
+        target = GPUTarget("hip", arch, 64)
+    else:
+        target = GPUTarget("cuda", int(arch[3:]), 32)
+    kernel, options = launched.kernel, dict(launched.options)
+    build = {name: options.pop(name) for name in ("num_warps", "num_stages")}
+    signature, attributes = {}, {}
+    for place, (name, value) in enumerate(zip(kernel.arg_names, launched.args, strict=False)):
+        if isinstance(value, torch.Tensor):
+            signature[name] = "*" + TYPES[value.dtype]
+            aligned = True
+        elif isinstance(value, float):
+            signature[name], aligned = "fp32", False
+        else:
+            signature[name], aligned = "i32", value % 16 == 0
+        if aligned:
+            attributes[(place,)] = [["tt.divisibility", 16]]
+    constants = {name: options[name] for name in kernel.arg_names[len(launched.args) :]}
+    signature.update(dict.fromkeys(constants, "constexpr"))
+    source = ASTSource(kernel, signature, constants, attributes)
+    return triton.compile(source, target=target, options=build)
+
+
+def check_fits(arch, launched, built, path):
+    """Shared memory, registers, tensor cores."""
+    assert built.metadata.shared <= SHARED[arch], launched.name
+    precision = launched.options.get("PRECISION")
+    if arch.startswith("gfx"):
+        assembly = built.asm["amdgcn"]
+        spills = re.findall(r"\.[sv]gpr_spill_count:\s*(\d+)", assembly)
+        assert spills, "the assembly does not say"
+        assert not any(map(int, spills)), f"{launched.name}: {spills} registers spilled"
+        product = r"v_mfma_\w*bf16" if precision == "bf16" else r"v_mfma_\w*f32"
+    else:
+        path.write_bytes(built.asm["cubin"])
+        tool = triton.knobs.nvidia.cuobjdump.path
+        command = [tool, "-res-usage", str(path)]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        stack, local = re.search(r"STACK:(\d+) .*LOCAL:(\d+)", usage).groups()
+        assert (stack, local) == ("0", "0"), f"{launched.name}: spills, {usage}"
+        assembly = built.asm["ptx"]
+        kind = r"(bf16|kind::f16)" if precision == "bf16" else "tf32"
+        product = rf"(mma\.sync|wgmma\.mma_async|tcgen05\.mma)\S*{kind}"
+    if precision is not None:
+        assert re.search(product, assembly), f"{launched.name}: no product on tensor cores"
+
+
+@pytest.fixture(scope="module")
+def _cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+        yield
+
+
+def check_all(arch, launches, tmp_path):
+    seen = set()
+    for launched in launches:
+        key = (launched.name, *(getattr(a, "dtype", type(a)) for a in launched.args))
+        if key not in seen:
+            seen.add(key)
+            check_fits(arch, launched, compiled(arch, launched), tmp_path / "kernel.cubin")
+    return seen
+
+
+PRECISIONS = [
+    ("ieee", torch.float32),
+    ("bf16", torch.bfloat16),
+    pytest.param("tf32", torch.float32, marks=pytest.mark.matrix),
+    pytest.param("ieee", torch.float16, marks=pytest.mark.matrix),
+]
+
+
+@pytest.mark.usefixtures("_cache")
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize(("precision", "dtype"), PRECISIONS, ids=str)
+def test_every_launch_fits(arch, precision, dtype, tmp_path):
+    launches = [launched for n3 in N3 for launched in launches_of(arch, precision, n3, 8, dtype)]
+    assert len(check_all(arch, launches, tmp_path)) >= 12
+
+
+@pytest.mark.matrix
+@pytest.mark.usefixtures("_cache")
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("rank", [1, 16, 32])
+def test_every_launch_fits_at_other_ranks(arch, rank, tmp_path):
+    launches = [
+        launched for n3 in N3 for launched in launches_of(arch, "ieee", n3, rank, torch.float32)
+    ]
+    check_all(arch, launches, tmp_path)
+
+
+def test_every_row_of_the_table_is_launched():
+    """The lengths above reach all rows, and the table has a row for whatever comes."""
+    used = set()
+    for arch in ARCHITECTURES:
+        for n3 in N3:
+            used |= {launch.row(row.kernel, arch, n3) for row in launch.table()}
+    assert used == set(launch.table())
+    for kernel in {row.kernel for row in launch.table()}:
+        for arch in (*ARCHITECTURES, launch.CPU):
+            launch.row(kernel, arch, 1 << 20)
