@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -34,14 +35,20 @@ def test_it_does_not_run_on_the_cpu():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device to run on")
-def test_compiled_graphs_hold_the_launches():
+def test_compiled_graphs_hold_the_launches(monkeypatch):
     """torch.compile sees through the operators, forward and backward: traced here, run nowhere."""
     from functorch.compile import make_boxed_func
     from torch._dynamo.backends.common import aot_autograd
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
 
     from tcur_kernels import ops, triton
 
     assert not triton.INTERPRETED
+    # Tracing a launch asks which device it is for.
+    device = mock.MagicMock()
+    device.get_current_target.return_value = GPUTarget("cuda", 90, 32)
+    monkeypatch.setattr(driver, "_active", device)
     graphs = []
 
     def trace(graph, inputs):
