@@ -7,13 +7,18 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 BUILD_INPUTS := pyproject.toml setup.py constraints.txt $(shell find csrc -name "*.cpp" -o -name "*.cu" -o -name "*.h")
 
-.PHONY: demo test lint format clean
+.PHONY: demo test test-matrix lint format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/unetr_segmentation.py
 
 test: $(VENV)/.installed $(VENV)/.oldest_peft
 	$(BIN)/python -m pytest
+
+# More lengths, ranks and precisions of the Triton kernels: interpreted, then compiled.
+test-matrix: $(VENV)/.installed
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m matrix tests/interpreted
+	$(BIN)/python -m pytest -m matrix tests/test_triton_compile.py
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .

@@ -18,7 +18,7 @@ TESTS = Path(__file__).parent
 @pytest.mark.parametrize("file", sorted(p.name for p in (TESTS / "interpreted").glob("test_*.py")))
 def test_in_the_interpreter(file):
     """Triton asks for its interpreter when it is imported: hence a process for these tests."""
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "not matrix", f"interpreted/{file}"]
+    command = [sys.executable, "-m", "pytest", "-q", f"interpreted/{file}"]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     result = subprocess.run(
         command, cwd=TESTS, env=environment, capture_output=True, text=True, check=False
@@ -79,8 +79,11 @@ def test_compiled_graphs_hold_the_launches(monkeypatch):
         return y.square().sum() + whole.square().sum() + layers.square().sum()
 
     torch._dynamo.reset()
-    compiled = torch.compile(step, backend=aot_autograd(fw_compiler=trace), fullgraph=True)
-    compiled(torch.randn(7, 9, requires_grad=True), core).backward()
+    backend = aot_autograd(fw_compiler=trace)
+    compiled = torch.compile(step, backend=backend, fullgraph=True, dynamic=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for tokens in (7, 11):
+            compiled(torch.randn(tokens, 9, requires_grad=True), core).backward()
     forward, backward = graphs
     for graph in graphs:
         assert "triton_kernel_wrapper_functional" in graph

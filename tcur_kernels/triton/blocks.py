@@ -40,11 +40,11 @@ def diagonal_blocks_kernel(
     SPAN: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One bin, one tile of its block, one block of rows, one slice."""
-    k = tl.program_id(0)
+    block = tl.program_id(0)
+    k = tl.program_id(1)
     tiles = tl.cdiv(rank, PARTS)
-    a = tl.program_id(1) // tiles * PARTS + tl.arange(0, PARTS)
-    b = tl.program_id(1) % tiles * PARTS + tl.arange(0, PARTS)
-    block = tl.program_id(2)
+    a = tl.program_id(2) // tiles * PARTS + tl.arange(0, PARTS)
+    b = tl.program_id(2) % tiles * PARTS + tl.arange(0, PARTS)
     s = block % slices
     pieces = tl.cdiv(rows, SPAN)
     group = block // slices // pieces
@@ -94,9 +94,9 @@ def core_of_partials_kernel(
     SLICES: tl.constexpr, PLANES: tl.constexpr, COLS: tl.constexpr, IDS: tl.constexpr,
 ):  # fmt: skip
     """Adds the partial sums in order and transforms back: inverse DFT along the slices."""
-    which = tl.program_id(2)
-    l = tl.program_id(0) * SLICES + tl.arange(0, SLICES)
-    e = tl.program_id(1) * COLS + tl.arange(0, COLS)
+    which = tl.program_id(0)
+    l = tl.program_id(1) * SLICES + tl.arange(0, SLICES)
+    e = tl.program_id(2) * COLS + tl.arange(0, COLS)
     core = tl.zeros([SLICES, COLS], tl.float32)
     for p0 in range(0, n3, PLANES):
         p = p0 + tl.arange(0, PLANES)
@@ -146,7 +146,7 @@ def core_gradient(
     count = groups * blocks_of_group
     partial = right.new_empty(count, n3, rank, rank, dtype=torch.float32)
     if count:
-        wrap_triton(diagonal_blocks_kernel)[(n3 // 2 + 1, tiles * tiles, count)](
+        wrap_triton(diagonal_blocks_kernel)[(count, n3 // 2 + 1, tiles * tiles)](
             left, right, partial, left.shape[0], rows, n3, rank,
             left.shape[1] // (slices * n3), right.shape[1] // n3, slices, slice_index,
             SPAN=blocks.span, ROWS=blocks.rows, PARTS=launch.PARTS, PRECISION=precision,
@@ -156,7 +156,7 @@ def core_gradient(
     shape = (n3, rank, rank) if adapter_ids is None else (adapters, n3, rank, rank)
     core = partial.new_empty(shape)
     ids = partial if adapter_ids is None else adapter_ids.contiguous()
-    grid = (triton.cdiv(n3, sums.slices), triton.cdiv(square, sums.cols), adapters)
+    grid = (adapters, triton.cdiv(n3, sums.slices), triton.cdiv(square, sums.cols))
     if adapters:
         wrap_triton(core_of_partials_kernel)[grid](
             partial, ids, core, count, blocks_of_group, n3, square,

@@ -32,18 +32,19 @@ def _turn_kernel(
     SLICES: tl.constexpr, PARTS: tl.constexpr, IDS: tl.constexpr,
 ):  # fmt: skip
     """One bin of the core at one slice: s w_k / n3 Σ_m e^{2 pi i k (l - m) / n3} U_m."""
-    k = tl.program_id(0)
+    place = tl.program_id(0)
+    k = tl.program_id(1)
     tiles = tl.cdiv(rank, PARTS)
-    a = tl.program_id(1) // tiles * PARTS + tl.arange(0, PARTS)
-    b = tl.program_id(1) % tiles * PARTS + tl.arange(0, PARTS)
+    a = tl.program_id(2) // tiles * PARTS + tl.arange(0, PARTS)
+    b = tl.program_id(2) % tiles * PARTS + tl.arange(0, PARTS)
     # An id out of range gives NaN: to refuse it would mean to wait for the device.
     mend = 0.0
     if IDS:
-        which = tl.load(ids_ptr + tl.program_id(2) // slices)
+        which = tl.load(ids_ptr + place // slices)
         known = (which >= 0) & (which < cores)
         mend = tl.where(known, 0.0, float("nan"))
         core_ptr += tl.where(known, which, 0) * n3 * rank * rank
-    l = slice_index + tl.program_id(2) % slices
+    l = slice_index + place % slices
     square = rank * rank
     inside = (a < rank)[:, None] & (b < rank)[None, :]
     at = a[:, None] * rank + b[None, :]
@@ -58,7 +59,7 @@ def _turn_kernel(
         im += tl.sum(u * sin[:, None, None], axis=0)
     is_pair = (k > 0) & (2 * k < n3)
     weight = tl.where(is_pair, 2.0, 1.0) * scale / n3 + mend
-    turned_ptr += (tl.program_id(2).to(tl.int64) * n3 + tl.where(k > 0, 2 * k - 1, 0)) * square
+    turned_ptr += (place.to(tl.int64) * n3 + tl.where(k > 0, 2 * k - 1, 0)) * square
     tl.store(turned_ptr + at, weight * re, mask=inside)
     im_rank = tl.where(is_pair, rank, 0)
     tl.store(turned_ptr + square + at, weight * im, mask=inside & (a < im_rank)[:, None])
@@ -198,7 +199,7 @@ def _apply_core(
         return mixed
     ids = core if adapter_ids is None else adapter_ids.contiguous()
     cores = 1 if adapter_ids is None else core.shape[0]
-    wrap_triton(_turn_kernel)[(bins, tiles * tiles, batch * slices)](
+    wrap_triton(_turn_kernel)[(batch * slices, bins, tiles * tiles)](
         core.contiguous(), ids, turned, cores, n3, rank, scale, slices, slice_index,
         SLICES=turn.slices, PARTS=launch.PARTS, IDS=adapter_ids is not None,
         num_warps=turn.warps, num_stages=turn.stages,
