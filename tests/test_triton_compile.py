@@ -174,23 +174,24 @@ def check_all(arch, launches, tmp_path):
     return seen
 
 
-PRECISIONS = [
-    ("ieee", torch.float32),
-    ("bf16", torch.bfloat16),
-    pytest.param("tf32", torch.float32, marks=pytest.mark.matrix),
-    pytest.param("ieee", torch.float16, marks=pytest.mark.matrix),
+MATRIX = pytest.mark.matrix
+CASES = [
+    *[(arch, "ieee", torch.float32) for arch in ARCHITECTURES],
+    *[(arch, "bf16", torch.bfloat16) for arch in ("sm_90", "gfx942")],
+    *[pytest.param(arch, "bf16", torch.bfloat16, marks=MATRIX) for arch in ("sm_80", "sm_100")],
+    *[pytest.param(arch, "tf32", torch.float32, marks=MATRIX) for arch in ARCHITECTURES],
+    *[pytest.param(arch, "ieee", torch.float16, marks=MATRIX) for arch in ARCHITECTURES],
 ]
 
 
 @pytest.mark.usefixtures("_cache")
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize(("precision", "dtype"), PRECISIONS, ids=str)
+@pytest.mark.parametrize(("arch", "precision", "dtype"), CASES, ids=str)
 def test_every_launch_fits(arch, precision, dtype, tmp_path):
     launches = [launched for n3 in N3 for launched in launches_of(arch, precision, n3, 8, dtype)]
     assert len(check_all(arch, launches, tmp_path)) >= 12
 
 
-@pytest.mark.matrix
+@MATRIX
 @pytest.mark.usefixtures("_cache")
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("rank", [1, 16, 32])
