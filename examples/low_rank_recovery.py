@@ -97,11 +97,10 @@ def draw(panels: dict[str, Tensor], path: Path) -> None:
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    colours = colormaps["gray"].copy()
-    colours.set_bad("lightsteelblue")  # what nobody measured
+    colours = colormaps["gray"].with_extremes(bad="lightsteelblue")  # what nobody measured
     figure = Figure(figsize=(9, 7), layout="constrained")
     for axes, (title, tensor) in zip(figure.subplots(2, 3).flat, panels.items(), strict=True):
-        axes.imshow(tensor[len(tensor) // 2].flip(0), cmap=colours, vmin=0, vmax=1)
+        axes.imshow(tensor[len(tensor) // 2].flip(0).numpy(), cmap=colours, vmin=0, vmax=1)
         axes.set_title(title, fontsize=10)
         axes.axis("off")
     figure.savefig(path, dpi=110)

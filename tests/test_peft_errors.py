@@ -110,7 +110,7 @@ def test_weights_that_cannot_be_read(base):
     config = TCURConfig(rank=2)
     broken = copy.deepcopy(base)
     broken.blocks[1].mlp[0].weight[0, 0] = float("nan")
-    with pytest.raises(ValueError, match=r"stack 32x8: .* expected finite weights, got NaN"):
+    with pytest.raises(ValueError, match=r"stack 32x8: .* expected finite numbers, got NaN"):
         get_peft_model(broken, config)
     with pytest.raises(ValueError, match=r"got none .*its weight is on the meta device"):
         get_peft_model(Tiny().to("meta"), config)
