@@ -46,14 +46,18 @@ def on_gpu(n3=48, dtype=torch.float32):
     return SimpleNamespace(device=torch.device("cuda"), n3=n3, dtype=dtype)
 
 
+def language(backend, factors):
+    return functional._language(backend, "materialize", factors, "ieee")
+
+
 def test_without_the_library_a_gpu_takes_another_backend(monkeypatch):
     monkeypatch.setattr(_native, "_cuda", lambda: (None, "no _cuda.so"))
     assert tcur.build_info()["cuda"] == {"built": False, "error": "no _cuda.so"}
-    assert functional._language("auto", "materialize", on_gpu()) != ""
+    assert language("auto", on_gpu()) != ""
     with pytest.raises(
         RuntimeError, match=r"backend: 'cuda' is not built here \(no _cuda.so\).*nvcc"
     ):
-        functional._language("cuda", "materialize", on_gpu())
+        language("cuda", on_gpu())
 
 
 def test_a_library_that_does_not_load_says_why(monkeypatch, tmp_path):
@@ -66,14 +70,14 @@ def test_a_library_that_does_not_load_says_why(monkeypatch, tmp_path):
 
 def test_what_cuda_is_asked_for(monkeypatch):
     monkeypatch.setattr(_native, "_cuda", lambda: (object(), None))
-    assert functional._language("cuda", "materialize", on_gpu()) == ""
-    assert functional._language("auto", "materialize", on_gpu()) == ""
-    assert functional._language("auto", "materialize", on_gpu(dtype=torch.float64)) == "reference"
+    assert language("cuda", on_gpu()) == ""
+    assert language("auto", on_gpu()) == ""
+    assert language("auto", on_gpu(dtype=torch.float64)) == "reference"
     for factors in (on_gpu(dtype=torch.float64), on_gpu(n3=385)):
         with pytest.raises(
             ValueError, match="expected fp32 factors of at most 384 slices for 'cuda'"
         ):
-            functional._language("cuda", "materialize", factors)
+            language("cuda", factors)
     case = make_case(4, 6, 9, 2)
     with pytest.raises(ValueError, match="backend: expected one for tensors on cpu, got 'cuda'"):
         tcur.cur_product(case.factors, case.core, "cuda")

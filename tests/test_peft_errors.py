@@ -49,7 +49,11 @@ def saved(base, tmp_path):
         ({"selection": ([0], [1])}, TypeError, "selection: expected a str, got tuple"),
         ({"stacks": "all"}, ValueError, "stacks: expected one of shape, layer, got 'all'"),
         ({"mode": "fast"}, ValueError, "mode: expected one of auto, .*, got 'fast'"),
-        ({"precision": "fp8"}, ValueError, "precision: expected one of ieee, bf16, got 'fp8'"),
+        (
+            {"precision": "fp8"},
+            ValueError,
+            "precision: expected one of ieee, tf32, bf16, got 'fp8'",
+        ),
         ({"format_version": 2}, ValueError, "format_version: expected 1, got 2; the adapter was"),
         ({"layers_pattern": "h"}, ValueError, "layers_pattern: expected layers_to_transform"),
         (
