@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 
-def is_sharded(tensor: Tensor) -> bool:
+def is_sharded(tensor: object) -> bool:
     """Whether a process holds a part of the tensor only (FSDP2 outside of the module's forward)."""
     return hasattr(tensor, "full_tensor")  # a DTensor, whose module costs an import of its own
 

@@ -28,8 +28,8 @@ def t_product(a: Tensor, b: Tensor) -> Tensor:
         TypeError: a tensor is not floating, or dtypes differ.
         ValueError: shapes do not fit, or devices differ.
     """
-    _check_tensor("a", a)
-    _check_tensor("b", b)
+    check_tensor("a", a)
+    check_tensor("b", b)
     if a.dtype != b.dtype:
         raise TypeError(f"b: expected the dtype of a, {a.dtype}, got {b.dtype}")
     if a.device != b.device:
@@ -51,7 +51,7 @@ def t_transpose(a: Tensor) -> Tensor:
 
     ``[n3, n1, n2]`` -> ``[n3, n2, n1]``; the conjugate transpose of each slice of the spectrum.
     """
-    _check_tensor("a", a)
+    check_tensor("a", a)
     return torch.cat([a[:1], a[1:].flip(0)]).mT.contiguous()
 
 
@@ -78,7 +78,7 @@ def t_pinv(a: Tensor, rtol: float | None = None) -> Tensor:
         rtol: singular values of a slice of the spectrum below ``rtol`` times the largest singular
             value of the whole spectrum count as zero; default ``max(n1, n2) * eps`` of the dtype.
     """
-    _check_tensor("a", a)
+    check_tensor("a", a)
     x = _computable(a)
     if rtol is None:
         rtol = max(a.shape[1], a.shape[2]) * torch.finfo(x.dtype).eps
@@ -99,7 +99,7 @@ def t_svd(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     Gradients are those of ``torch.linalg.svd``: defined for functions that do not depend on the
     signs and phases of the singular vectors, and finite for distinct singular values.
     """
-    _check_tensor("a", a)
+    check_tensor("a", a)
     n3 = a.shape[0]
     spectrum = _spectrum(_computable(a))
     pairs = (n3 - 1) // 2
@@ -122,7 +122,7 @@ def multirank(a: Tensor, rtol: float | None = None) -> Tensor:
         rtol: singular values up to ``rtol`` times the largest of the whole spectrum count as zero;
             default ``max(n1, n2) * eps`` of the dtype.
     """
-    _check_tensor("a", a)
+    check_tensor("a", a)
     values = torch.linalg.svdvals(_spectrum(_computable(a)))
     if rtol is None:
         rtol = max(a.shape[1], a.shape[2]) * torch.finfo(a.dtype).eps
@@ -152,7 +152,8 @@ def _computable(a: Tensor) -> Tensor:
     return a.float() if a.dtype in (torch.float16, torch.bfloat16) else a
 
 
-def _check_tensor(name: str, a: Tensor) -> None:
+def check_tensor(name: str, a: Tensor) -> None:
+    """Refuses anything but a floating tensor [n3, n1, n2]."""
     if not isinstance(a, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(a).__name__}")
     if not a.dtype.is_floating_point:

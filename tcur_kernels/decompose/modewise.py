@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..tubal import check_tensor
 from .rules import pick
-from .stack import SliceStack, check_stack
+from .stack import SliceStack
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def modewise_cur(
     Raises:
         TypeError, ValueError: as `tensor_cur`; a rank beyond its axis or the number of fibres.
     """
-    check_stack("a", a)
+    check_tensor("a", a)
     SliceStack("a", list(a)).check_finite()
     if len(ranks) != 3:
         raise ValueError(f"ranks: expected three, one per axis of a, got {list(ranks)}")

@@ -8,12 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..distributed import is_sharded
 from .stack import MAX_WORKSPACE, Stack, check_matrices
-
-
-def is_sharded(a: object) -> bool:
-    """Whether ``a`` is a DTensor; does not import torch.distributed.tensor for that."""
-    return hasattr(a, "placements") and hasattr(a, "device_mesh")
 
 
 class ShardedStack(Stack):

@@ -235,16 +235,6 @@ def check_matrices(name: str, matrices: Sequence[Tensor], n1: int | None) -> int
     return n1
 
 
-def check_stack(name: str, a: Tensor) -> None:
-    """Refuses anything but a floating tensor [n3, n1, n2]."""
-    if not isinstance(a, Tensor):
-        raise TypeError(f"{name}: expected a torch.Tensor, got {type(a).__name__}")
-    if not a.dtype.is_floating_point:
-        raise TypeError(f"{name}: expected a floating dtype, got {a.dtype}")
-    if a.ndim != 3 or 0 in a.shape:
-        raise ValueError(f"{name}: expected [n3, n1, n2] with no empty axis, got {list(a.shape)}")
-
-
 def check_rank(name: str, rank: int, n1: int, n2: int) -> None:
     """Refuses a rank that is no integer in 1 … min(n1, n2)."""
     if isinstance(rank, bool) or not isinstance(rank, int):

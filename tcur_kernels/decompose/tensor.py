@@ -8,11 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..tubal import t_product
+from ..distributed import is_sharded
+from ..tubal import check_tensor, t_product
 from .cores import CORES, make_core
 from .rules import Selection, select
-from .sharded import ShardedStack, is_sharded
-from .stack import MAX_WORKSPACE, SliceStack, Stack, check_rank, check_stack, half_spectrum
+from .sharded import ShardedStack
+from .stack import MAX_WORKSPACE, SliceStack, Stack, check_rank, half_spectrum
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ def as_stack(
     if isinstance(a, Stack):
         return a
     if isinstance(a, Tensor) or not isinstance(a, Sequence) or isinstance(a, str):
-        check_stack(name, a)
+        check_tensor(name, a)
         matrices = _slices_of(a)
     else:
         matrices = list(a)
