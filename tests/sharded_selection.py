@@ -13,6 +13,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 import tcur_kernels as tcur
 from tcur_kernels import decompose
 from tcur_kernels.decompose import Deim, Leverage
+from torchrun import leave
 
 
 def whole(n3, n1, n2, dtype=torch.float64):
@@ -121,7 +122,7 @@ def main():
     for part in (rules, layers, models, bad_input):
         part(mesh)
     print(f"process {dist.get_rank()} of {dist.get_world_size()}: done", file=sys.stderr)
-    dist.destroy_process_group()
+    leave()
 
 
 main()

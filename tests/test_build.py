@@ -1,6 +1,7 @@
-"""The build: without a C++ compiler it says so in one sentence."""
+"""The build: what it says and does where a compiler is missing."""
 
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +28,22 @@ def test_no_compiler_is_one_clear_sentence(tmp_path):
         "install g++ or clang (C++17), or name one by CXX."
     )
     assert not list(tmp_path.iterdir())
+
+
+def test_without_nvcc_or_architectures_there_is_no_cuda_backend(monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    cuda_extension = runpy.run_path("setup.py")["cuda_extension"]
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    assert cuda_extension().name == "tcur_kernels._cuda"
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "")
+    assert cuda_extension() is None
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST")
+    nvcc.unlink()
+    assert cuda_extension() is None
 
 
 def test_other_processors_get_plain_cpp(tmp_path):
