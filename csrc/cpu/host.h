@@ -34,13 +34,15 @@ inline int64_t round_up(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }
 
-// A tile of kRowBlock rows for all slices, and the base it is added to, should fit half of a 512
-// KiB second-level cache, and wide tiles make long runs for the sweep.
+// Blocks of a tile: all slices of it should fit half of a 512 KiB second-level cache, and tiles
+// should be alike.
 template <class T>
 int64_t tile_blocks(int64_t n2, int64_t n3) {
-  constexpr int64_t budget = 256 * 1024 / (2 * kBlock * sizeof(T)), widest = 16;
+  constexpr int64_t budget = 256 * 1024 / (kBlock * sizeof(T)), widest = 32;
   const int64_t needed = (n2 + kColumnBlock - 1) / kColumnBlock;
-  return std::max<int64_t>(1, std::min({budget / n3, widest, needed}));
+  const int64_t most = std::max<int64_t>(1, std::min(budget / n3, widest));
+  const int64_t tiles = (needed + most - 1) / most;
+  return (needed + tiles - 1) / tiles;
 }
 
 // 64-byte aligned memory, not initialised, that lives as long as the operator call.

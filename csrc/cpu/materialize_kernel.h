@@ -2,9 +2,9 @@
 //
 // One task makes kRowBlock rows of every slice. P_k = Ĉ_k Û_k is formed once per row block; then,
 // block by block of columns, S_k = P_k R̂_k in registers and the inverse DFT of the packed planes,
-// both in the first-level cache; and, tile by tile, a sweep slice by slice that adds the base,
-// rounds, and writes long runs. A tile is swept while the next one is computed. Tiles of all slices
-// stay in the second-level cache; nothing the size of W is written but the result.
+// both in the first-level cache, until a tile is full; then a sweep of the tile, slice by slice,
+// adds the base, rounds, and writes. A tile of all slices stays in the second-level cache; nothing
+// the size of W is written but the result.
 
 namespace tcur::TCUR_ISA {
 
@@ -124,11 +124,24 @@ TCUR_TARGET inline void complex_bin(
   }
 }
 
-// One whole block of a slice, kRowBlock rows row_stride apart; rows must be aligned if STREAM.
+// Bytes of the base that are on their way while others are added: more than memory's latency times
+// its bandwidth, and a fraction of the first-level cache.
+constexpr int64_t kBytesAhead = 12 * 1024;
+
+// One whole block of a slice, kRowBlock rows row_stride apart; rows must be aligned if STREAM. The
+// same block of the base further on is fetched, line by line as this one is used: a tile is too
+// short a piece of each slice for the processor to see it coming.
 template <bool STREAM, bool BASE, class T, class S, class O>
-TCUR_TARGET inline void sweep_block(const S* base, const T* tubes, O* out, int64_t row_stride) {
-  constexpr int lanes = Simd<T>::lanes;
+TCUR_TARGET inline void sweep_block(
+    const S* base, const S* later, const T* tubes, O* out, int64_t row_stride) {
+  constexpr int lanes = Simd<T>::lanes, line = 64 / sizeof(S);
+#pragma GCC unroll 4
   for (int i = 0; i < kRowBlock; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; BASE && j < kColumnBlock; j += line) {
+      fetch(later + i * row_stride + j);
+    }
+#pragma GCC unroll 4
     for (int j = 0; j < kColumnBlock; j += lanes) {
       Vec<T> v = load(tubes + i * kColumnBlock + j);
       if (BASE) {
@@ -146,35 +159,46 @@ struct Finished {
   int64_t row, rows, col, n;
 };
 
-// One block of one slice of a finished tile.
 template <bool STREAM, class T, class S, class O>
-TCUR_TARGET void sweep(
-    const MaterializeArgs<T>& m, const Finished<T>& tile, int64_t slice, int64_t block) {
-  const int64_t n2 = m.f.n2, at = block * kColumnBlock, width = tile.n - at;
-  const T* values = tile.tubes + slice * tile_stride(m.tile_blocks) + block * kBlock;
-  const int64_t here = tile.row * n2 + tile.col + at;
+TCUR_TARGET void sweep(const MaterializeArgs<T>& m, const Finished<T>& tile) {
+  const int64_t n1 = m.f.n1, n2 = m.f.n2, n3 = m.f.n3;
+  const int64_t here = tile.row * n2 + tile.col;
+  // The tile after this one starts where it ends, or in the next rows.
+  const int64_t right = tile.col + tile.n, below = tile.row + tile.rows;
+  const int64_t next = right < n2 ? here + tile.n : below < n1 ? below * n2 : here;
+  const int64_t slice_bytes = tile.rows * tile.n * static_cast<int64_t>(sizeof(S));
+  const int64_t ahead = (kBytesAhead + slice_bytes - 1) / slice_bytes;
   const bool based = m.base_element != Element::none;
-  const S* base = based ? static_cast<const S*>(m.base[slice]) + here : nullptr;
-  O* out = static_cast<O*>(m.out) + slice * m.f.n1 * n2 + here;
-  // Rows of a block are aligned alike where n2 allows it; col is a multiple of the block anyway.
-  const bool aligned = reinterpret_cast<uintptr_t>(out) % 64 == 0 && n2 * sizeof(O) % 64 == 0;
-  if (tile.rows == kRowBlock && width >= kColumnBlock && (aligned || !STREAM)) {
-    if (based) {
-      sweep_block<STREAM, true>(base, values, out, n2);
-    } else {
-      sweep_block<STREAM, false>(base, values, out, n2);
+  for (int64_t slice = 0; slice < n3; ++slice) {
+    const T* values = tile.tubes + slice * tile_stride(m.tile_blocks);
+    const int64_t then = slice + ahead;
+    const S* base = based ? static_cast<const S*>(m.base[slice]) + here : nullptr;
+    const S* later = !based      ? nullptr
+                     : then < n3 ? static_cast<const S*>(m.base[then]) + here
+                                 : static_cast<const S*>(m.base[then % n3]) + next;
+    O* out = static_cast<O*>(m.out) + slice * n1 * n2 + here;
+    // Rows of a block are aligned alike where n2 allows it; col is a multiple of the block anyway.
+    const bool aligned = reinterpret_cast<uintptr_t>(out) % 64 == 0 && n2 * sizeof(O) % 64 == 0;
+    for (int64_t at = 0; at < tile.n; at += kColumnBlock, values += kBlock) {
+      const int64_t width = tile.n - at < kColumnBlock ? tile.n - at : kColumnBlock;
+      if (tile.rows == kRowBlock && width == kColumnBlock && (aligned || !STREAM)) {
+        if (based) {
+          sweep_block<STREAM, true>(base + at, later + at, values, out + at, n2);
+        } else {
+          sweep_block<STREAM, false, T, S>(nullptr, nullptr, values, out + at, n2);
+        }
+        continue;
+      }
+      for (int64_t i = 0; i < tile.rows; ++i) {
+        const S* from = based ? base + i * n2 + at : nullptr;
+        add_row(from, values + i * kColumnBlock, out + i * n2 + at, width);
+      }
     }
-    return;
-  }
-  for (int64_t i = 0; i < tile.rows; ++i) {
-    const S* from = based ? base + i * n2 : nullptr;
-    const int64_t count = width < kColumnBlock ? width : kColumnBlock;
-    add_row(from, values + i * kColumnBlock, out + i * n2, count);
   }
 }
 
 template <class T>
-using Sweep = void (*)(const MaterializeArgs<T>&, const Finished<T>&, int64_t slice, int64_t block);
+using Sweep = void (*)(const MaterializeArgs<T>&, const Finished<T>&);
 
 template <class T, class O>
 Sweep<T> sweep_from(Element base, bool stream) {
@@ -209,68 +233,18 @@ Sweep<T> sweep_for(Element base, Element out, bool stream) {
   return nullptr;
 }
 
-// What goes to and from memory while a block is computed: the base weights of the block are
-// fetched, and the tile before is swept, slice by slice in long runs. Memory waits behind
-// arithmetic, a few lines per bin, instead of in a pass of its own.
-template <class T>
-struct Traffic {
-  const MaterializeArgs<T>& m;
-  Sweep<T> sweep;
-  Finished<T> finished{};
-  int64_t swept = 0, blocks = 0;  // blocks: of the finished tile, all slices
-
-  TCUR_TARGET void finish(const Finished<T>& tile) {
-    finished = tile;
-    swept = 0;
-    blocks = (tile.n + kColumnBlock - 1) / kColumnBlock;
-  }
-
-  TCUR_TARGET void sweep_some(int64_t count) {
-    for (; count > 0 && swept < blocks * m.f.n3; --count, ++swept) {
-      sweep(m, finished, swept / blocks, swept % blocks);
-    }
-  }
-
-  TCUR_TARGET void fetch(int64_t slice, int64_t row, int64_t rows, int64_t col, int64_t n) const {
-    if (m.base_element == Element::none) {
-      return;
-    }
-    const int64_t size = bytes_of(m.base_element);
-    const char* start = static_cast<const char*>(m.base[slice]) + (row * m.f.n2 + col) * size;
-    for (int64_t i = 0; i < rows; ++i) {
-      for (int64_t at = 0; at < n * size; at += 64) {
-        prefetch(start + i * m.f.n2 * size + at);
-      }
-    }
-  }
-};
-
-// planes: [n3, kRowBlock, kColumnBlock], plane_stride apart, = P R̂ of one panel; meanwhile some
-// traffic for the block of rows x n at (row, col).
+// planes: [n3, kRowBlock, kColumnBlock], plane_stride apart, = P R̂ of one panel.
 template <class T>
 TCUR_TARGET void product_planes(
-    const Factors<T>& f,
-    const T* products,
-    Traffic<T>& traffic,
-    int64_t row,
-    int64_t rows,
-    int64_t col,
-    int64_t n,
-    T* planes,
-    int64_t plane_stride) {
+    const Factors<T>& f, const T* products, const T* panel, T* planes, int64_t plane_stride) {
   constexpr int columns = TCUR_REGISTERS == 32 ? 2 : 1;  // 8 accumulators per column vector
   constexpr int step = columns * Simd<T>::lanes;
   static_assert(kColumnBlock % step == 0);
   for (int64_t plane = 0; plane < f.n3;) {
     const bool pair = plane > 0 && plane <= 2 * pairs(f.n3);
     const T* p = products + plane * f.rank * kRowBlock;
-    const T* x = f.panel(col) + plane * f.rank * kColumnBlock;
+    const T* x = panel + plane * f.rank * kColumnBlock;
     T* s = planes + plane * plane_stride;
-    const int64_t next = plane + (pair ? 2 : 1);
-    for (; plane < next; ++plane) {
-      traffic.fetch(plane, row, rows, col, n);
-      traffic.sweep_some(1);
-    }
     for (int64_t c = 0; c < kColumnBlock; c += step) {
       if (pair) {
         complex_bin<T, columns>(p, x + c, f.rank, s + c, plane_stride);
@@ -278,13 +252,14 @@ TCUR_TARGET void product_planes(
         real_bin<T, columns>(p, x + c, f.rank, s + c);
       }
     }
+    plane += pair ? 2 : 1;
   }
 }
 
 template <class T>
 TCUR_TARGET int64_t materialize_scratch(const MaterializeArgs<T>& m) {
   const int64_t planes = m.f.n3 * (kBlock + kPad), tubes = m.f.n3 * tile_stride(m.tile_blocks);
-  return planes + 2 * tubes + m.f.q() * kRowBlock + 2 * m.f.rank;
+  return planes + tubes + m.f.q() * kRowBlock + 2 * m.f.rank;
 }
 
 template <class T>
@@ -294,8 +269,7 @@ TCUR_TARGET void materialize(const MaterializeArgs<T>& m, int64_t task, T* scrat
   const int64_t tube_stride = tile_stride(m.tile_blocks), tile = m.tile_blocks * kColumnBlock;
   T* planes = scratch;  // of one block
   T* tubes = planes + f.n3 * plane_stride;
-  T* other_tubes = tubes + f.n3 * tube_stride;  // the tile before, on its way to memory
-  T* products = other_tubes + f.n3 * tube_stride;
+  T* products = tubes + f.n3 * tube_stride;
   T* line = products + f.q() * kRowBlock;
 
   const int64_t row = task / m.column_chunks * kRowBlock;
@@ -304,24 +278,18 @@ TCUR_TARGET void materialize(const MaterializeArgs<T>& m, int64_t task, T* scrat
   const int64_t chunk = task % m.column_chunks;
   const int64_t first = tiles * chunk / m.column_chunks;
   const int64_t last = tiles * (chunk + 1) / m.column_chunks;
-  Traffic<T> traffic{m, sweep_for<T>(m.base_element, m.out_element, m.stream)};
+  const Sweep<T> sweep = sweep_for<T>(m.base_element, m.out_element, m.stream);
 
   lateral_core_products(f, m.core_hat, row, rows, products, line);
   for (int64_t t = first; t < last; ++t) {
     const int64_t col = t * tile;
     const int64_t n = f.n2 - col < tile ? f.n2 - col : tile;
-    for (int64_t at = 0, block = 0; at < n; at += kColumnBlock, ++block) {
-      const int64_t width = n - at < kColumnBlock ? n - at : kColumnBlock;
-      product_planes(f, products, traffic, row, rows, col + at, width, planes, plane_stride);
-      inverse_dft(*f.dft, planes, plane_stride, tubes + block * kBlock, tube_stride, kBlock);
+    for (int64_t at = 0; at < n; at += kColumnBlock) {
+      product_planes(f, products, f.panel(col + at), planes, plane_stride);
+      inverse_dft(*f.dft, planes, plane_stride, tubes + at * kRowBlock, tube_stride, kBlock);
     }
-    traffic.sweep_some(f.n3 * m.tile_blocks);  // whatever a narrower tile has left
-    traffic.finish({tubes, row, rows, col, n});
-    T* swap = tubes;
-    tubes = other_tubes;
-    other_tubes = swap;
+    sweep(m, {tubes, row, rows, col, n});
   }
-  traffic.sweep_some(f.n3 * m.tile_blocks);
   if (m.stream) {
     stream_fence();
   }
