@@ -102,12 +102,44 @@ struct DftLevel : DftShape {
   std::vector<T> cos, sin;  // [outputs, size]
 };
 
+// A length of two factors, transformed in two steps: outer * inner = n3, both short enough for
+// codelets.h. Bins k = outer * k2 + k1 and values l = inner * l1 + l0; for every k1 a complex
+// transform over k2, a rotation by e^{2πi k1 l0/n3}, and for every l0 a real transform over k1.
+struct DftFactors {
+  int64_t outer = 0, inner = 0;  // 0: none
+};
+
+constexpr int64_t kLongestOuter = 16, kLongestInner = 8;
+
+// The smallest inner factor that leaves a short outer one; lengths up to kLongestOuter need none.
+inline DftFactors dft_factors(int64_t n3) {
+  for (int64_t inner = 1; inner <= kLongestInner; ++inner) {
+    if (n3 % inner == 0 && n3 / inner <= kLongestOuter) {
+      return {n3 / inner, inner};
+    }
+  }
+  return {};
+}
+
+// The transform of tubes of length n3: by two factors where there are such, else by levels.
 template <class T>
-struct FoldedDft {
+struct TubeDft {
   int64_t n3;
+  DftFactors factors;
+  std::vector<T> rotations;         // [pairs(outer), inner, 2]: cos and sin of 2π k1 l0/n3
   std::vector<DftLevel<T>> levels;  // even lengths first, the odd rest last
 
-  explicit FoldedDft(int64_t n3) : n3(n3) {
+  explicit TubeDft(int64_t n3) : n3(n3), factors(dft_factors(n3)) {
+    if (factors.outer > 0) {
+      const UnitRoots roots(n3);
+      for (int64_t k = 1; k <= pairs(factors.outer); ++k) {
+        for (int64_t l = 0; l < factors.inner; ++l) {
+          rotations.push_back(static_cast<T>(roots.cos(k * l)));
+          rotations.push_back(static_cast<T>(roots.sin(k * l)));
+        }
+      }
+      return;
+    }
     for (int64_t length = n3, step = 1;; length /= 2, step *= 2) {
       levels.push_back(level(length, step));
       if (length % 2 != 0) {

@@ -7,8 +7,9 @@ from cases import make_case
 from tcur_kernels import _cpu, ops, reference
 from tolerance import assert_close, bound, relative_error
 
-#: n3 that meet every branch of the folded DFT: no pair, one line, full blocks of lines and a rest.
-N3 = (1, 2, 3, 5, 8, 13, 48, 97)
+#: n3 that meet every branch of the DFTs: no pair, one line, one codelet, two with an odd and an
+#: even outer length, levels with full blocks of lines and a rest, even lengths by levels.
+N3 = (1, 2, 3, 5, 8, 13, 45, 48, 94, 97)
 
 
 @pytest.fixture(params=_cpu.compiled_isas())
@@ -50,6 +51,23 @@ def test_every_variant_is_right(isa, n3, dtype):
     exact_args = (case.double().core, n3 - 1, 1, 0.5)
     exact = reference.slice_update(x.double(), *case.double().spectra, *exact_args)
     assert_close(y, reference.slice_update(x, *case.spectra, *args), exact)
+
+
+def test_every_length_is_transformed_right(isa):
+    """All lengths that one or two codelets make, both ways, in a block that is not whole."""
+    for n3 in [*range(1, 17), *(a * b for b in range(2, 9) for a in range(9, 17))]:
+        case = make_case(n3, 3, 5, 1)
+        exact, grad = case.double(), torch.randn_like(case.weight)
+        assert_close(
+            torch.ops.tcur.materialize([], *case.packed, case.core, 1.0, torch.float32),
+            reference.materialize(None, *case.spectra, case.core, 1.0),
+            reference.materialize(None, *exact.spectra, exact.core, 1.0),
+        )
+        assert_close(
+            torch.ops.tcur.core_grad_dense(grad, *case.packed),
+            reference.core_grad_dense(grad, *case.spectra),
+            reference.core_grad_dense(grad.double(), *exact.spectra),
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -15,7 +15,7 @@ void run(
     const Tensor& lateral_hat,
     const Tensor& horizontal_hat,
     const Tensor& out) {
-  const FoldedDft<T> dft(sizes.n3);
+  const TubeDft<T> dft(sizes.n3);
   const PackedFactors<T> factors(sizes, lateral_hat, horizontal_hat, dft);
   const int64_t row_blocks = (sizes.n1 + kRowBlock - 1) / kRowBlock;
   const int64_t per_task = (row_blocks + kMaxTasks - 1) / kMaxTasks;

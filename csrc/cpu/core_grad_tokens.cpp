@@ -85,7 +85,7 @@ void run(
   starts.push_back(count);
   T* grads = out.mutable_data_ptr<T>();
   std::fill_n(grads, out.numel(), T(0));  // a core without tokens has no other
-  const FoldedDft<T> dft(sizes.n3);
+  const TubeDft<T> dft(sizes.n3);
   const UnitRoots roots(sizes.n3);
   const int64_t used = static_cast<int64_t>(starts.size()) - 1;
   torch::stable::parallel_for(0, used, 1, [&](int64_t begin, int64_t end) {

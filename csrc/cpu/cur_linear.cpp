@@ -72,7 +72,7 @@ Tensor update(
   const int64_t tokens = x.size(0), q = sizes.n3 * sizes.rank;
   const int64_t core_size = q * sizes.rank;
   const ScalarType precision = lateral_hat.scalar_type();
-  const FoldedDft<T> dft(sizes.n3);
+  const TubeDft<T> dft(sizes.n3);
   const UnitRoots roots(sizes.n3);
   const T* core_values = core.const_data_ptr<T>();
   const Kernels<T>& k = kernels<T>();
@@ -98,8 +98,8 @@ Tensor update(
     int64_t ready = -1;
     cores.visit(begin, end, [&](int64_t index, int64_t first, int64_t last) {
       if (index != ready) {
-        const std::vector<T> core_hat =
-            weighted_core_spectrum(dft, core_values + index * core_size, sizes.rank, scale);
+        const std::vector<T> core_hat = weighted_core_spectrum(
+            dft, core_values + index * core_size, sizes.rank, scale, sizes.rank);
         for (int64_t s = 0; s < slices; ++s) {
           T* target = values.data() + s * blocks.size;
           slice_blocks(blocks, roots, core_hat, sizes.rank, slice_index + s, transposed, target);

@@ -1,6 +1,7 @@
-// Real DFT along tubes by the levels of tubes.h. `width` tubes lie side by side, a multiple of the
-// vector length. They are worked on strip by strip of a few vectors, all levels of a strip while it
-// is in the first-level cache. Both transforms overwrite their input.
+// Real DFT along tubes: by two factors (factors_kernel.h) or by the levels of tubes.h. `width`
+// tubes lie side by side, a multiple of the vector length. They are worked on strip by strip of a
+// few vectors, all levels of a strip while it is in the first-level cache. Both transforms
+// overwrite their input.
 
 namespace tcur::TCUR_ISA {
 
@@ -115,11 +116,16 @@ TCUR_TARGET inline void dft_lines(
   const T* a = rows.a;
   const T* b = rows.b;
   for (int64_t k = 0; k < level.size; ++k, a += rows.a_step, b += rows.b_step) {
+    Vec<T> av[COLUMNS], bv[COLUMNS];
     for (int v = 0; v < COLUMNS; ++v) {
-      const Vec<T> av = load(a + v * lanes), bv = load(b + v * lanes);
-      for (int i = 0; i < LINES; ++i) {
-        even[i][v] += cos[i * level.size + k] * av;
-        odd[i][v] += sin[i * level.size + k] * bv;
+      av[v] = load(a + v * lanes);
+      bv[v] = load(b + v * lanes);
+    }
+    for (int i = 0; i < LINES; ++i) {
+      const T c = cos[i * level.size + k], s = sin[i * level.size + k];
+      for (int v = 0; v < COLUMNS; ++v) {
+        even[i][v] += c * av[v];
+        odd[i][v] += s * bv[v];
       }
     }
   }
@@ -152,9 +158,9 @@ TCUR_TARGET inline void dft_single(const DftLevel<T>& level, const LevelRows<T>&
 
 template <class T, bool INVERSE, int COLUMNS>
 TCUR_TARGET inline void dft_strip(
-    const FoldedDft<T>& dft, const FoldedRows<T>& rows, const DftOutput<T, INVERSE>& out) {
-  // With 32 registers 3 x 4 x 2 accumulators leave room for the operands, with 16 only 2 x 2 x 2.
-  constexpr int lines = TCUR_REGISTERS == 32 ? 3 : 2;
+    const TubeDft<T>& dft, const FoldedRows<T>& rows, const DftOutput<T, INVERSE>& out) {
+  // With 32 registers 4 x 2 x 2 accumulators leave room for the operands, with 16 only 2 x 2 x 2.
+  constexpr int lines = TCUR_REGISTERS == 32 ? 4 : 2;
   for (const DftLevel<T>& level : dft.levels) {
     if (level.is_even()) {
       fold_level<T, COLUMNS>(level, rows);
@@ -177,11 +183,11 @@ TCUR_TARGET inline void dft_strip(
 
 template <class T, bool INVERSE>
 TCUR_TARGET inline void dft_strips(
-    const FoldedDft<T>& dft,
+    const TubeDft<T>& dft,
     const FoldedRows<T>& rows,
     const DftOutput<T, INVERSE>& out,
     int64_t width) {
-  constexpr int columns = TCUR_REGISTERS == 32 ? 4 : 2;
+  constexpr int columns = 2;
   constexpr int lanes = Simd<T>::lanes;
   int64_t c = 0;
   for (; c + columns * lanes <= width; c += columns * lanes) {
@@ -196,12 +202,16 @@ TCUR_TARGET inline void dft_strips(
 // the planes already.
 template <class T>
 TCUR_TARGET void inverse_dft(
-    const FoldedDft<T>& dft,
+    const TubeDft<T>& dft,
     T* planes,
     int64_t plane_stride,
     T* tubes,
     int64_t tube_stride,
     int64_t width) {
+  if (dft.factors.outer > 0) {
+    inverse_by_factors(dft, planes, plane_stride, tubes, tube_stride, width);
+    return;
+  }
   const int64_t step = 2 * plane_stride;
   const FoldedRows<T> rows{planes, planes - plane_stride, planes, step, step};
   dft_strips<T, true>(dft, rows, {tubes, tube_stride, dft.n3}, width);
@@ -210,12 +220,16 @@ TCUR_TARGET void inverse_dft(
 // tubes -> planes, as above.
 template <class T>
 TCUR_TARGET void forward_dft(
-    const FoldedDft<T>& dft,
+    const TubeDft<T>& dft,
     T* tubes,
     int64_t tube_stride,
     T* planes,
     int64_t plane_stride,
     int64_t width) {
+  if (dft.factors.outer > 0) {
+    forward_by_factors(dft, tubes, tube_stride, planes, plane_stride, width);
+    return;
+  }
   constexpr int lanes = Simd<T>::lanes;
   for (int64_t l = 1; l <= pairs(dft.n3); ++l) {
     T* low = tubes + l * tube_stride;

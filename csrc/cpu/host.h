@@ -34,11 +34,11 @@ inline int64_t round_up(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }
 
-// Blocks of a tile: all slices of it should fit half of a 512 KiB second-level cache, and tiles
-// should be alike.
+// Blocks of a tile: with all slices and as much of the base it should leave half of a 512 KiB
+// second-level cache to the panels, and tiles should be alike.
 template <class T>
 int64_t tile_blocks(int64_t n2, int64_t n3) {
-  constexpr int64_t budget = 256 * 1024 / (kBlock * sizeof(T)), widest = 32;
+  constexpr int64_t budget = 160 * 1024 / (kBlock * sizeof(T)), widest = 32;
   const int64_t needed = (n2 + kColumnBlock - 1) / kColumnBlock;
   const int64_t most = std::max<int64_t>(1, std::min(budget / n3, widest));
   const int64_t tiles = (needed + most - 1) / most;
@@ -76,7 +76,7 @@ class PackedFactors {
       const Sizes& sizes,
       const Tensor& lateral_hat,
       const Tensor& horizontal_hat,
-      const FoldedDft<T>& dft)
+      const TubeDft<T>& dft)
       : panels_(round_up(sizes.n2, kColumnBlock) * sizes.n3 * sizes.rank) {
     const int64_t q = sizes.n3 * sizes.rank, n2 = sizes.n2;
     const T* rows = horizontal_hat.const_data_ptr<T>();
@@ -102,11 +102,11 @@ class PackedFactors {
   Factors<T> view_;
 };
 
-// Packed spectrum of the core [n3, rank, rank]; plane j multiplied by scale * inverse_weight(j), so
-// that the kernels need no weights.
+// Packed spectrum [n3, rank, row_stride] of the core [n3, rank, rank], rows padded with zeros;
+// plane j multiplied by scale * inverse_weight(j), so that the kernels need no weights.
 template <class T>
 std::vector<T> weighted_core_spectrum(
-    const FoldedDft<T>& dft, const T* core, int64_t rank, double scale) {
+    const TubeDft<T>& dft, const T* core, int64_t rank, double scale, int64_t row_stride) {
   const Kernels<T>& k = kernels<T>();
   const int64_t square = rank * rank, n3 = dft.n3;
   const int64_t width = round_up(square, k.lanes);
@@ -115,11 +115,12 @@ std::vector<T> weighted_core_spectrum(
     std::copy_n(core + l * square, square, tubes.data() + l * width);
   }
   k.forward_dft(dft, tubes.data(), width, planes.data(), width, width);
-  std::vector<T> core_hat(n3 * square);
+  std::vector<T> core_hat(n3 * rank * row_stride);
   for (int64_t plane = 0; plane < n3; ++plane) {
     const T weight = static_cast<T>(scale * inverse_weight(plane, n3));
     for (int64_t i = 0; i < square; ++i) {
-      core_hat[plane * square + i] = weight * planes.data()[plane * width + i];
+      core_hat[(plane * rank + i / rank) * row_stride + i % rank] =
+          weight * planes.data()[plane * width + i];
     }
   }
   return core_hat;
@@ -127,7 +128,7 @@ std::vector<T> weighted_core_spectrum(
 
 // The inverse: core gradient [n3, rank, rank] from the packed ∂Û.
 template <class T>
-void core_from_spectrum(const FoldedDft<T>& dft, const T* core_hat, int64_t rank, T* core) {
+void core_from_spectrum(const TubeDft<T>& dft, const T* core_hat, int64_t rank, T* core) {
   const Kernels<T>& k = kernels<T>();
   const int64_t square = rank * rank, n3 = dft.n3;
   const int64_t width = round_up(square, k.lanes);

@@ -3,6 +3,7 @@
 // torch.
 #pragma once
 
+#include "../codelets.h"
 #include "../tubes.h"
 
 #include <torch/headeronly/util/BFloat16.h>
@@ -20,7 +21,10 @@ using Half = c10::Half;
 enum class Element { none, f32, f64, bf16, f16 };
 
 constexpr int64_t bytes_of(Element element) {
-  return element == Element::f64 ? 8 : element == Element::f32 ? 4 : 2;
+  return element == Element::none  ? 0
+         : element == Element::f64 ? 8
+         : element == Element::f32 ? 4
+                                   : 2;
 }
 
 // A block of all slices: as many rows as keep the rank-r products in registers, and as many columns
@@ -40,7 +44,7 @@ struct Factors {
   // R̂ in panels of one column block, [panels, n3*rank, kColumnBlock], zeros past the last column: a
   // block reads one run of memory instead of a short piece of each of n3*rank rows.
   const T* panels;
-  const FoldedDft<T>* dft;
+  const TubeDft<T>* dft;
 
   int64_t q() const {
     return n3 * rank;
@@ -53,7 +57,8 @@ struct Factors {
 template <class T>
 struct MaterializeArgs {
   Factors<T> f;
-  const T* core_hat;        // [n3, rank, rank], weighted by scale * inverse_weight
+  const T* core_hat;        // [n3, rank, core_stride], weighted by scale * inverse_weight
+  int64_t core_stride;      // of rows, padded with zeros to whole vectors
   const void* const* base;  // n3 pointers to [n1, n2]; unused if base_element is none
   Element base_element;
   void* out;  // [n3, n1, n2]
@@ -100,14 +105,14 @@ struct Kernels {
 
   // planes <-> tubes for `width` tubes side by side; the input is overwritten.
   void (*inverse_dft)(
-      const FoldedDft<T>&,
+      const TubeDft<T>&,
       T* planes,
       int64_t plane_stride,
       T* tubes,
       int64_t tube_stride,
       int64_t width);
   void (*forward_dft)(
-      const FoldedDft<T>&,
+      const TubeDft<T>&,
       T* tubes,
       int64_t tube_stride,
       T* planes,

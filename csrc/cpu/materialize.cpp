@@ -38,11 +38,13 @@ void run(
     const Tensor& core,
     double scale,
     const Tensor& out) {
-  const FoldedDft<T> dft(sizes.n3);
+  const TubeDft<T> dft(sizes.n3);
   const PackedFactors<T> factors(sizes, lateral_hat, horizontal_hat, dft);
   const std::vector<const void*> base = base_pointers(weights, sizes);
+  const Kernels<T>& k = kernels<T>();
+  const int64_t core_stride = round_up(sizes.rank, k.lanes);
   const std::vector<T> core_hat =
-      weighted_core_spectrum(dft, core.const_data_ptr<T>(), sizes.rank, scale);
+      weighted_core_spectrum(dft, core.const_data_ptr<T>(), sizes.rank, scale, core_stride);
   const int64_t row_blocks = (sizes.n1 + kRowBlock - 1) / kRowBlock;
   const int64_t blocks = tile_blocks<T>(sizes.n2, sizes.n3);
   const int64_t tiles = (sizes.n2 + blocks * kColumnBlock - 1) / (blocks * kColumnBlock);
@@ -52,6 +54,7 @@ void run(
   const MaterializeArgs<T> args{
       factors.view(),
       core_hat.data(),
+      core_stride,
       base.data(),
       base.empty() ? Element::none : element_of(weights[0].scalar_type()),
       out.mutable_data_ptr(),
@@ -59,7 +62,6 @@ void run(
       blocks,
       chunks,
       out.numel() * static_cast<int64_t>(out.element_size()) >= kStreamBytes};
-  const Kernels<T>& k = kernels<T>();
   const int64_t scratch_size = k.materialize_scratch(args);
   torch::stable::parallel_for(0, row_blocks * chunks, 1, [&](int64_t begin, int64_t end) {
     Scratch<T> scratch(scratch_size);

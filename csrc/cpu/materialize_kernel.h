@@ -3,57 +3,59 @@
 // One task makes kRowBlock rows of every slice. P_k = Ĉ_k Û_k is formed once per row block; then,
 // block by block of columns, S_k = P_k R̂_k in registers and the inverse DFT of the packed planes,
 // both in the first-level cache, until a tile is full; then a sweep of the tile, slice by slice,
-// adds the base, rounds, and writes. A tile of all slices stays in the second-level cache; nothing
-// the size of W is written but the result.
+// adds the base, rounds, and writes. A tile of all slices and its base stay in the second-level
+// cache; nothing the size of W is written but the result.
 
 namespace tcur::TCUR_ISA {
 
-// P = Ĉ Û for the rows of one block, packed: products[plane][b][row].
+// P = Ĉ Û for the rows of one block, packed: products[plane][b][row]; zeros past the last row.
 template <class T>
 TCUR_TARGET void lateral_core_products(
-    const Factors<T>& f,
-    const T* core_hat,  // [n3, rank, rank]
+    const MaterializeArgs<T>& m,
     int64_t row,
     int64_t rows,
     T* products,  // [n3, rank, kRowBlock]
-    T* line) {    // scratch: 2 * rank
-  const int64_t r = f.rank, square = r * r;
-  T* re = line;
-  T* im = line + r;
+    T* lines) {   // scratch: 2 * kRowBlock vectors
+  constexpr int lanes = Simd<T>::lanes;
+  const int64_t r = m.f.rank, size = r * m.core_stride;
+  const T* c[kRowBlock];
   for (int64_t i = 0; i < kRowBlock; ++i) {
-    const T* c = f.lateral_hat + (row + (i < rows ? i : 0)) * f.q();
-    const T keep = i < rows ? T(1) : T(0);  // rows past the end are zero
-    for (int64_t plane = 0; plane < f.n3;) {
-      const bool pair = plane > 0 && plane <= 2 * pairs(f.n3);
-      const T* u_re = core_hat + plane * square;
-      const T* u_im = u_re + square;
-      for (int64_t b = 0; b < r; ++b) {
-        re[b] = im[b] = T(0);
+    c[i] = m.f.lateral_hat + (i < rows ? row + i : row) * m.f.q();
+  }
+  for (int64_t plane = 0; plane < m.f.n3;) {
+    const bool pair = plane > 0 && plane <= 2 * pairs(m.f.n3);
+    for (int64_t first = 0; first < r; first += lanes) {
+      const T* u = m.core_hat + plane * size + first;
+      Vec<T> re[kRowBlock], im[kRowBlock];
+      for (int i = 0; i < kRowBlock; ++i) {
+        re[i] = im[i] = Vec<T>{};
       }
-      for (int64_t a = 0; a < r; ++a) {
-        const T c_re = keep * c[plane * r + a];
-        const T c_im = pair ? keep * c[(plane + 1) * r + a] : T(0);
-        if (pair) {
-#pragma omp simd
-          for (int64_t b = 0; b < r; ++b) {
-            re[b] += c_re * u_re[a * r + b] - c_im * u_im[a * r + b];
-            im[b] += c_re * u_im[a * r + b] + c_im * u_re[a * r + b];
-          }
-        } else {
-#pragma omp simd
-          for (int64_t b = 0; b < r; ++b) {
-            re[b] += c_re * u_re[a * r + b];
+      for (int64_t a = 0; a < r; ++a, u += m.core_stride) {
+        const Vec<T> u_re = load(u), u_im = pair ? load(u + size) : Vec<T>{};
+        for (int i = 0; i < kRowBlock; ++i) {
+          const T c_re = c[i][plane * r + a], c_im = pair ? c[i][(plane + 1) * r + a] : T(0);
+          re[i] += c_re * u_re;
+          re[i] -= c_im * u_im;
+          im[i] += c_re * u_im;
+          im[i] += c_im * u_re;
+        }
+      }
+      for (int i = 0; i < kRowBlock; ++i) {
+        const T keep = i < rows ? T(1) : T(0);
+        store(lines + i * lanes, Vec<T>(keep * re[i]));
+        store(lines + (kRowBlock + i) * lanes, Vec<T>(keep * im[i]));
+      }
+      const int64_t last = r - first < lanes ? r - first : lanes;
+      for (int64_t part = 0; part < (pair ? 2 : 1); ++part) {
+        T* target = products + ((plane + part) * r + first) * kRowBlock;
+        for (int64_t b = 0; b < last; ++b) {
+          for (int i = 0; i < kRowBlock; ++i) {
+            target[b * kRowBlock + i] = lines[(part * kRowBlock + i) * lanes + b];
           }
         }
       }
-      for (int64_t b = 0; b < r; ++b) {
-        products[(plane * r + b) * kRowBlock + i] = re[b];
-        if (pair) {
-          products[((plane + 1) * r + b) * kRowBlock + i] = im[b];
-        }
-      }
-      plane += pair ? 2 : 1;
     }
+    plane += pair ? 2 : 1;
   }
 }
 
@@ -124,13 +126,13 @@ TCUR_TARGET inline void complex_bin(
   }
 }
 
-// Bytes of the base that are on their way while others are added: more than memory's latency times
-// its bandwidth, and a fraction of the first-level cache.
+// Bytes of the base that come from the second-level cache while others are added: a fraction of the
+// first level.
 constexpr int64_t kBytesAhead = 12 * 1024;
 
 // One whole block of a slice, kRowBlock rows row_stride apart; rows must be aligned if STREAM. The
-// same block of the base further on is fetched, line by line as this one is used: a tile is too
-// short a piece of each slice for the processor to see it coming.
+// same block of a later slice's base is fetched line by line as this one is used: the pieces are
+// too short for the processor to see them coming.
 template <bool STREAM, bool BASE, class T, class S, class O>
 TCUR_TARGET inline void sweep_block(
     const S* base, const S* later, const T* tubes, O* out, int64_t row_stride) {
@@ -139,7 +141,7 @@ TCUR_TARGET inline void sweep_block(
   for (int i = 0; i < kRowBlock; ++i) {
 #pragma GCC unroll 4
     for (int j = 0; BASE && j < kColumnBlock; j += line) {
-      fetch(later + i * row_stride + j);
+      fetch<Cache::first>(later + i * row_stride + j);
     }
 #pragma GCC unroll 4
     for (int j = 0; j < kColumnBlock; j += lanes) {
@@ -163,19 +165,14 @@ template <bool STREAM, class T, class S, class O>
 TCUR_TARGET void sweep(const MaterializeArgs<T>& m, const Finished<T>& tile) {
   const int64_t n1 = m.f.n1, n2 = m.f.n2, n3 = m.f.n3;
   const int64_t here = tile.row * n2 + tile.col;
-  // The tile after this one starts where it ends, or in the next rows.
-  const int64_t right = tile.col + tile.n, below = tile.row + tile.rows;
-  const int64_t next = right < n2 ? here + tile.n : below < n1 ? below * n2 : here;
   const int64_t slice_bytes = tile.rows * tile.n * static_cast<int64_t>(sizeof(S));
   const int64_t ahead = (kBytesAhead + slice_bytes - 1) / slice_bytes;
   const bool based = m.base_element != Element::none;
   for (int64_t slice = 0; slice < n3; ++slice) {
     const T* values = tile.tubes + slice * tile_stride(m.tile_blocks);
-    const int64_t then = slice + ahead;
     const S* base = based ? static_cast<const S*>(m.base[slice]) + here : nullptr;
-    const S* later = !based      ? nullptr
-                     : then < n3 ? static_cast<const S*>(m.base[then]) + here
-                                 : static_cast<const S*>(m.base[then % n3]) + next;
+    const int64_t then = slice + ahead < n3 ? slice + ahead : n3 - 1;
+    const S* later = based ? static_cast<const S*>(m.base[then]) + here : nullptr;
     O* out = static_cast<O*>(m.out) + slice * n1 * n2 + here;
     // Rows of a block are aligned alike where n2 allows it; col is a multiple of the block anyway.
     const bool aligned = reinterpret_cast<uintptr_t>(out) % 64 == 0 && n2 * sizeof(O) % 64 == 0;
@@ -233,23 +230,50 @@ Sweep<T> sweep_for(Element base, Element out, bool stream) {
   return nullptr;
 }
 
-// planes: [n3, kRowBlock, kColumnBlock], plane_stride apart, = P R̂ of one panel.
-template <class T>
+// Asks for the base weights of one block of a slice, elements of BYTES: they travel behind the
+// arithmetic and wait in the second-level cache for the sweep.
+template <int BYTES, class T>
+TCUR_TARGET inline void fetch_base(
+    const MaterializeArgs<T>& m, int64_t slice, int64_t row, int64_t col) {
+  const char* base = static_cast<const char*>(m.base[slice]) + (row * m.f.n2 + col) * BYTES;
+#pragma GCC unroll 4
+  for (int i = 0; i < kRowBlock; ++i) {
+#pragma GCC unroll 4
+    for (int at = 0; at < kColumnBlock * BYTES; at += 64) {
+      fetch<Cache::second>(base + i * m.f.n2 * BYTES + at);
+    }
+  }
+}
+
+// planes: [n3, kRowBlock, kColumnBlock], plane_stride apart, = P R̂ of the block at (row, col).
+template <class T, int BASE_BYTES>
 TCUR_TARGET void product_planes(
-    const Factors<T>& f, const T* products, const T* panel, T* planes, int64_t plane_stride) {
+    const MaterializeArgs<T>& m,
+    const T* products,
+    int64_t row,
+    int64_t col,
+    T* planes,
+    int64_t plane_stride) {
   constexpr int columns = TCUR_REGISTERS == 32 ? 2 : 1;  // 8 accumulators per column vector
   constexpr int step = columns * Simd<T>::lanes;
   static_assert(kColumnBlock % step == 0);
-  for (int64_t plane = 0; plane < f.n3;) {
-    const bool pair = plane > 0 && plane <= 2 * pairs(f.n3);
-    const T* p = products + plane * f.rank * kRowBlock;
-    const T* x = panel + plane * f.rank * kColumnBlock;
+  const int64_t n3 = m.f.n3, rank = m.f.rank;
+  for (int64_t plane = 0; plane < n3;) {
+    const bool pair = plane > 0 && plane <= 2 * pairs(n3);
+    const T* p = products + plane * rank * kRowBlock;
+    const T* x = m.f.panel(col) + plane * rank * kColumnBlock;
     T* s = planes + plane * plane_stride;
+    if constexpr (BASE_BYTES > 0) {
+      fetch_base<BASE_BYTES>(m, plane, row, col);
+      if (pair) {
+        fetch_base<BASE_BYTES>(m, plane + 1, row, col);
+      }
+    }
     for (int64_t c = 0; c < kColumnBlock; c += step) {
       if (pair) {
-        complex_bin<T, columns>(p, x + c, f.rank, s + c, plane_stride);
+        complex_bin<T, columns>(p, x + c, rank, s + c, plane_stride);
       } else {
-        real_bin<T, columns>(p, x + c, f.rank, s + c);
+        real_bin<T, columns>(p, x + c, rank, s + c);
       }
     }
     plane += pair ? 2 : 1;
@@ -257,9 +281,27 @@ TCUR_TARGET void product_planes(
 }
 
 template <class T>
+using ProductPlanes =
+    void (*)(const MaterializeArgs<T>&, const T*, int64_t row, int64_t col, T*, int64_t);
+
+template <class T>
+ProductPlanes<T> product_planes_for(Element base) {
+  switch (bytes_of(base)) {
+    case 2:
+      return &product_planes<T, 2>;
+    case 4:
+      return &product_planes<T, 4>;
+    case 8:
+      return &product_planes<T, 8>;
+    default:
+      return &product_planes<T, 0>;
+  }
+}
+
+template <class T>
 TCUR_TARGET int64_t materialize_scratch(const MaterializeArgs<T>& m) {
   const int64_t planes = m.f.n3 * (kBlock + kPad), tubes = m.f.n3 * tile_stride(m.tile_blocks);
-  return planes + tubes + m.f.q() * kRowBlock + 2 * m.f.rank;
+  return planes + tubes + m.f.q() * kRowBlock + 2 * kRowBlock * Simd<T>::lanes;
 }
 
 template <class T>
@@ -270,7 +312,7 @@ TCUR_TARGET void materialize(const MaterializeArgs<T>& m, int64_t task, T* scrat
   T* planes = scratch;  // of one block
   T* tubes = planes + f.n3 * plane_stride;
   T* products = tubes + f.n3 * tube_stride;
-  T* line = products + f.q() * kRowBlock;
+  T* lines = products + f.q() * kRowBlock;
 
   const int64_t row = task / m.column_chunks * kRowBlock;
   const int64_t rows = f.n1 - row < kRowBlock ? f.n1 - row : kRowBlock;
@@ -278,14 +320,15 @@ TCUR_TARGET void materialize(const MaterializeArgs<T>& m, int64_t task, T* scrat
   const int64_t chunk = task % m.column_chunks;
   const int64_t first = tiles * chunk / m.column_chunks;
   const int64_t last = tiles * (chunk + 1) / m.column_chunks;
+  const ProductPlanes<T> product_planes = product_planes_for<T>(m.base_element);
   const Sweep<T> sweep = sweep_for<T>(m.base_element, m.out_element, m.stream);
 
-  lateral_core_products(f, m.core_hat, row, rows, products, line);
+  lateral_core_products(m, row, rows, products, lines);
   for (int64_t t = first; t < last; ++t) {
     const int64_t col = t * tile;
     const int64_t n = f.n2 - col < tile ? f.n2 - col : tile;
     for (int64_t at = 0; at < n; at += kColumnBlock) {
-      product_planes(f, products, f.panel(col + at), planes, plane_stride);
+      product_planes(m, products, row, col + at, planes, plane_stride);
       inverse_dft(*f.dft, planes, plane_stride, tubes + at * kRowBlock, tube_stride, kBlock);
     }
     sweep(m, {tubes, row, rows, col, n});

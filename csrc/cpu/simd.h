@@ -64,10 +64,13 @@ TCUR_TARGET inline void stream_fence() {
 #endif
 }
 
-// Fetches a line into the first-level cache. Always inline: to GCC a function that only fetches has
-// no effect, and it drops the call.
+enum class Cache { first = 3, second = 2 };
+
+// Asks for a line. Always inline: to GCC a function that only fetches has no effect, and it drops
+// the call.
+template <Cache LEVEL>
 TCUR_TARGET inline __attribute__((always_inline)) void fetch(const void* p) {
-  __builtin_prefetch(p, 0, 3);
+  __builtin_prefetch(p, 0, static_cast<int>(LEVEL));
 }
 
 template <class T>

@@ -3,6 +3,7 @@
 // clang-format off
 #include "simd.h"
 #include "convert_kernel.h"
+#include "factors_kernel.h"
 #include "dft_kernel.h"
 #include "tile_kernel.h"
 #include "materialize_kernel.h"

@@ -1,0 +1,195 @@
+// Real DFT along tubes of a length of two short factors (DftFactors in tubes.h), both by the
+// codelets of codelets.h. One vector of tubes at a time; between the steps they are n3 vectors in
+// the first-level cache, [inner, outer]: for every l0 the packed half spectrum over k1.
+
+namespace tcur::TCUR_ISA {
+
+// Rows of vectors, `step` elements apart.
+template <class T>
+struct Rows {
+  T* data;
+  int64_t step;
+
+  TCUR_TARGET Vec<T> get(int64_t i) const {
+    return load(data + i * step);
+  }
+  TCUR_TARGET void set(int64_t i, Vec<T> v) const {
+    store(data + i * step, v);
+  }
+};
+
+// `count` real transforms of length N, each from rows to rows that lie `*_apart` from the last.
+template <class T, bool INVERSE, int N>
+TCUR_TARGET void real_rows(
+    Rows<T> in, int64_t in_apart, Rows<T> out, int64_t out_apart, int64_t count) {
+  for (; count > 0; --count, in.data += in_apart, out.data += out_apart) {
+    Vec<T> x[N];
+    static_for<N>([&](auto i) __attribute__((always_inline)) { x[i] = in.get(i); });
+    if constexpr (INVERSE) {
+      real_inverse<N, T>(x);
+    } else {
+      real_forward<N, T>(x);
+    }
+    static_for<N>([&](auto i) __attribute__((always_inline)) { out.set(i, x[i]); });
+  }
+}
+
+// Planes of the bins outer * k2 + k1, k2 = 0 … inner-1; beyond n3/2 they are those of n3 - bin,
+// conjugate.
+struct Bin {
+  int64_t plane;  // of the real part; the imaginary part is the next
+  bool conjugate;
+};
+
+inline Bin bin_of(int64_t n3, int64_t bin) {
+  return 2 * bin < n3 ? Bin{2 * bin - 1, false} : Bin{2 * (n3 - bin) - 1, true};
+}
+
+// For k1 = 0, then the pairs, then outer/2 if outer is even: planes -> between (inverse) or back.
+template <class T, bool INVERSE, int INNER>
+TCUR_TARGET void inner_rows(const TubeDft<T>& dft, Rows<T> planes, T* between) {
+  constexpr int lanes = Simd<T>::lanes;
+  const int64_t n3 = dft.n3, outer = dft.factors.outer;
+  const Rows<T> middle{between, outer * lanes};  // row l0 of one k1
+  {
+    Vec<T> x[INNER];
+    // Bins outer * k2: plane 0, pairs, and n3/2.
+    const auto plane = [&](int64_t i) {
+      return i == 0 ? 0 : i % 2 != 0 ? (i + 1) * outer - 1 : i * outer;
+    };
+    static_for<INNER>([&](auto i) __attribute__((always_inline)) {
+      x[i] = INVERSE ? planes.get(plane(i)) : middle.get(i);
+    });
+    if constexpr (INVERSE) {
+      real_inverse<INNER, T>(x);
+    } else {
+      real_forward<INNER, T>(x);
+    }
+    static_for<INNER>([&](auto i) __attribute__((always_inline)) {
+      INVERSE ? middle.set(i, x[i]) : planes.set(plane(i), x[i]);
+    });
+  }
+  const T* rotation = dft.rotations.data();
+  for (int64_t k1 = 1; k1 <= pairs(outer); ++k1, rotation += 2 * INNER) {
+    const Rows<T> reals{between + (2 * k1 - 1) * lanes, middle.step};
+    const Rows<T> imaginaries{between + 2 * k1 * lanes, middle.step};
+    Vec<T> re[INNER], im[INNER];
+    if constexpr (INVERSE) {
+      static_for<INNER>([&](auto k2) __attribute__((always_inline)) {
+        const Bin bin = bin_of(n3, outer * k2 + k1);
+        re[k2] = planes.get(bin.plane);
+        im[k2] = 2 * k2 >= INNER ? Vec<T>(-planes.get(bin.plane + 1)) : planes.get(bin.plane + 1);
+      });
+      complex_inverse<INNER, T>(re, im);
+    }
+    static_for<INNER>([&](auto l0) __attribute__((always_inline)) {
+      const T cos = rotation[2 * l0], sin = rotation[2 * l0 + 1];
+      if constexpr (INVERSE) {
+        reals.set(l0, l0 == 0 ? re[0] : Vec<T>(cos * re[l0] - sin * im[l0]));
+        imaginaries.set(l0, l0 == 0 ? im[0] : Vec<T>(cos * im[l0] + sin * re[l0]));
+      } else {
+        const Vec<T> x = reals.get(l0), y = imaginaries.get(l0);
+        re[l0] = l0 == 0 ? x : Vec<T>(cos * x + sin * y);
+        im[l0] = l0 == 0 ? y : Vec<T>(cos * y - sin * x);
+      }
+    });
+    if constexpr (!INVERSE) {
+      complex_inverse<INNER, T>(im, re);  // exchanged: the forward transform
+      static_for<INNER>([&](auto k2) __attribute__((always_inline)) {
+        const Bin bin = bin_of(n3, outer * k2 + k1);
+        planes.set(bin.plane, re[k2]);
+        planes.set(bin.plane + 1, 2 * k2 >= INNER ? Vec<T>(-im[k2]) : im[k2]);
+      });
+    }
+  }
+  if (outer % 2 == 0) {
+    const Rows<T> last{between + (outer - 1) * lanes, middle.step};
+    Vec<T> x[INNER];
+    // Bins outer * k2 + outer/2; the middle one of an odd number is n3/2.
+    const auto plane = [&](int64_t i) {
+      return i == INNER - 1 && INNER % 2 != 0 ? n3 - 1 : (i / 2 * 2 + 1) * outer - 1 + i % 2;
+    };
+    static_for<INNER>([&](auto i) __attribute__((always_inline)) {
+      x[i] = INVERSE ? planes.get(plane(i)) : last.get(i);
+    });
+    if constexpr (INVERSE) {
+      shifted_inverse<INNER, T>(x);
+    } else {
+      shifted_forward<INNER, T>(x);
+    }
+    static_for<INNER>([&](auto i) __attribute__((always_inline)) {
+      INVERSE ? last.set(i, x[i]) : planes.set(plane(i), x[i]);
+    });
+  }
+}
+
+template <class T>
+using RealRows = void (*)(Rows<T>, int64_t, Rows<T>, int64_t, int64_t);
+template <class T>
+using InnerRows = void (*)(const TubeDft<T>&, Rows<T>, T*);
+
+template <class T, bool INVERSE, int... I>
+RealRows<T> real_rows_for(int64_t length, std::integer_sequence<int, I...>) {
+  static constexpr RealRows<T> all[] = {&real_rows<T, INVERSE, I + 1>...};
+  return all[length - 1];
+}
+
+template <class T, bool INVERSE, int... I>
+InnerRows<T> inner_rows_for(int64_t length, std::integer_sequence<int, I...>) {
+  static constexpr InnerRows<T> all[] = {&inner_rows<T, INVERSE, I + 1>...};
+  return all[length - 1];
+}
+
+template <class T>
+TCUR_TARGET void inverse_by_factors(
+    const TubeDft<T>& dft,
+    T* planes,
+    int64_t plane_stride,
+    T* tubes,
+    int64_t tube_stride,
+    int64_t width) {
+  constexpr int lanes = Simd<T>::lanes;
+  const int64_t outer = dft.factors.outer, inner = dft.factors.inner;
+  const auto outer_rows =
+      real_rows_for<T, true>(outer, std::make_integer_sequence<int, kLongestOuter>{});
+  if (inner == 1) {
+    outer_rows({planes, plane_stride}, lanes, {tubes, tube_stride}, lanes, width / lanes);
+    return;
+  }
+  const auto inner_rows =
+      inner_rows_for<T, true>(inner, std::make_integer_sequence<int, kLongestInner>{});
+  alignas(64) T between[kLongestOuter * kLongestInner * lanes];
+  for (int64_t c = 0; c < width; c += lanes) {
+    inner_rows(dft, {planes + c, plane_stride}, between);
+    const Rows<T> out{tubes + c, inner * tube_stride};
+    outer_rows({between, lanes}, outer * lanes, out, tube_stride, inner);
+  }
+}
+
+template <class T>
+TCUR_TARGET void forward_by_factors(
+    const TubeDft<T>& dft,
+    T* tubes,
+    int64_t tube_stride,
+    T* planes,
+    int64_t plane_stride,
+    int64_t width) {
+  constexpr int lanes = Simd<T>::lanes;
+  const int64_t outer = dft.factors.outer, inner = dft.factors.inner;
+  const auto outer_rows =
+      real_rows_for<T, false>(outer, std::make_integer_sequence<int, kLongestOuter>{});
+  if (inner == 1) {
+    outer_rows({tubes, tube_stride}, lanes, {planes, plane_stride}, lanes, width / lanes);
+    return;
+  }
+  const auto inner_rows =
+      inner_rows_for<T, false>(inner, std::make_integer_sequence<int, kLongestInner>{});
+  alignas(64) T between[kLongestOuter * kLongestInner * lanes];
+  for (int64_t c = 0; c < width; c += lanes) {
+    const Rows<T> in{tubes + c, inner * tube_stride};
+    outer_rows(in, tube_stride, {between, lanes}, outer * lanes, inner);
+    inner_rows(dft, {planes + c, plane_stride}, between);
+  }
+}
+
+}  // namespace tcur::TCUR_ISA
