@@ -12,6 +12,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 // Functions that CUDA kernels call too.
@@ -109,7 +110,7 @@ struct DftFactors {
   int64_t outer = 0, inner = 0;  // 0: none
 };
 
-constexpr int64_t kLongestOuter = 16, kLongestInner = 8;
+constexpr int64_t kLongestOuter = 16, kLongestInner = 9;
 
 // The smallest inner factor that leaves a short outer one; lengths up to kLongestOuter need none.
 inline DftFactors dft_factors(int64_t n3) {
@@ -121,25 +122,94 @@ inline DftFactors dft_factors(int64_t n3) {
   return {};
 }
 
-// The transform of tubes of length n3: by two factors where there are such, else by levels.
+inline bool is_prime(int64_t n) {
+  for (int64_t d = 2; d * d <= n; ++d) {
+    if (n % d == 0) {
+      return false;
+    }
+  }
+  return n > 1;
+}
+
+// The smallest generator of the nonzero residues of an odd prime.
+inline int64_t generator_of(int64_t p) {
+  for (int64_t g = 2;; ++g) {
+    int64_t order = 1;
+    for (int64_t power = g; power > 1; power = power * g % p) {
+      ++order;
+    }
+    if (order == p - 1) {
+      return g;
+    }
+  }
+}
+
+// From here on a prime is faster as a convolution than by its table.
+constexpr int64_t kShortestConvolution = 67;
+
+// The transform of tubes of length n3: by two factors where there are such; of a prime as a
+// convolution of length n3 - 1 where that has them; else by levels.
+//
+// Convolution (C. M. Rader, 1968), for real tubes: with z_k = Re x̂_k + Im x̂_k both transforms are
+// Σ_k z_k (cos - sin)(2πkl/n3), and with k = g^q, l = g^-m for a generator g of the nonzero
+// residues that is the cyclic convolution of z with (cos - sin)(2π g^-j/n3).
 template <class T>
 struct TubeDft {
   int64_t n3;
   DftFactors factors;
-  std::vector<T> rotations;         // [pairs(outer), inner, 2]: cos and sin of 2π k1 l0/n3
-  std::vector<DftLevel<T>> levels;  // even lengths first, the odd rest last
+  std::vector<T> rotations;              // [pairs(outer), inner, 2]: cos and sin of 2π k1 l0/n3
+  std::unique_ptr<TubeDft> convolution;  // of length n3 - 1
+  std::vector<int64_t> order;            // g^q, q = 0 … n3-2
+  std::vector<T> kernel;                 // packed spectrum of half the kernel, weighted
+  std::vector<DftLevel<T>> levels;       // even lengths first, the odd rest last
 
   explicit TubeDft(int64_t n3) : n3(n3), factors(dft_factors(n3)) {
     if (factors.outer > 0) {
-      const UnitRoots roots(n3);
-      for (int64_t k = 1; k <= pairs(factors.outer); ++k) {
-        for (int64_t l = 0; l < factors.inner; ++l) {
-          rotations.push_back(static_cast<T>(roots.cos(k * l)));
-          rotations.push_back(static_cast<T>(roots.sin(k * l)));
-        }
-      }
-      return;
+      rotate();
+    } else if (n3 >= kShortestConvolution && is_prime(n3) && dft_factors(n3 - 1).outer > 0) {
+      convolve();
+    } else {
+      fold();
     }
+  }
+
+ private:
+  void rotate() {
+    const UnitRoots roots(n3);
+    for (int64_t k = 1; k <= pairs(factors.outer); ++k) {
+      for (int64_t l = 0; l < factors.inner; ++l) {
+        rotations.push_back(static_cast<T>(roots.cos(k * l)));
+        rotations.push_back(static_cast<T>(roots.sin(k * l)));
+      }
+    }
+  }
+
+  void convolve() {
+    const int64_t length = n3 - 1, generator = generator_of(n3);
+    convolution = std::make_unique<TubeDft>(length);
+    const UnitRoots roots(n3), bins(length);
+    for (int64_t q = 0, power = 1; q < length; ++q, power = power * generator % n3) {
+      order.push_back(power);
+    }
+    kernel.resize(length);
+    for (int64_t bin = 0; bin <= length / 2; ++bin) {
+      double re = 0, im = 0;
+      for (int64_t j = 0, at = 0; j < length; ++j, at = (at + bin) % length) {
+        const int64_t power = order[j == 0 ? 0 : length - j];
+        const double value = roots.cos(power) - roots.sin(power);
+        re += value * bins.cos(at);
+        im -= value * bins.sin(at);
+      }
+      const int64_t plane = bin == 0 ? 0 : 2 * bin - 1;
+      const double weight = inverse_weight(plane, length) / 2;
+      kernel[plane] = static_cast<T>(weight * re);
+      if (bin > 0 && plane + 1 < length) {
+        kernel[plane + 1] = static_cast<T>(weight * im);
+      }
+    }
+  }
+
+  void fold() {
     for (int64_t length = n3, step = 1;; length /= 2, step *= 2) {
       levels.push_back(level(length, step));
       if (length % 2 != 0) {
@@ -148,7 +218,6 @@ struct TubeDft {
     }
   }
 
- private:
   static DftLevel<T> level(int64_t length, int64_t step) {
     DftLevel<T> made{dft_shape(length, step), {}, {}};
     const UnitRoots roots(length);

@@ -54,8 +54,15 @@ def test_every_variant_is_right(isa, n3, dtype):
 
 
 def test_every_length_is_transformed_right(isa):
-    """All lengths that one or two codelets make, both ways, in a block that is not whole."""
-    for n3 in [*range(1, 17), *(a * b for b in range(2, 9) for a in range(9, 17))]:
+    """All lengths that codelets make and some others, both ways, in a block that is not whole."""
+    primes = (67, 71, 73, 79, 89, 97, 101, 109, 113, 127)
+    neither = (17, 85, 121, 136)
+    for n3 in (
+        *range(1, 17),
+        *primes,
+        *neither,
+        *(a * b for b in range(2, 10) for a in range(9, 17)),
+    ):
         case = make_case(n3, 3, 5, 1)
         exact, grad = case.double(), torch.randn_like(case.weight)
         assert_close(

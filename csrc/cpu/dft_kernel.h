@@ -1,7 +1,7 @@
-// Real DFT along tubes: by two factors (factors_kernel.h) or by the levels of tubes.h. `width`
-// tubes lie side by side, a multiple of the vector length. They are worked on strip by strip of a
-// few vectors, all levels of a strip while it is in the first-level cache. Both transforms
-// overwrite their input.
+// Real DFT along tubes: by two factors or as a convolution (factors_kernel.h), or by the levels of
+// tubes.h. `width` tubes lie side by side, a multiple of the vector length. They are worked on
+// strip by strip of a few vectors, all levels of a strip while it is in the first-level cache. Both
+// transforms overwrite their input.
 
 namespace tcur::TCUR_ISA {
 
@@ -212,6 +212,10 @@ TCUR_TARGET void inverse_dft(
     inverse_by_factors(dft, planes, plane_stride, tubes, tube_stride, width);
     return;
   }
+  if (dft.convolution) {
+    by_convolution<T, true>(dft, planes, plane_stride, tubes, tube_stride, width);
+    return;
+  }
   const int64_t step = 2 * plane_stride;
   const FoldedRows<T> rows{planes, planes - plane_stride, planes, step, step};
   dft_strips<T, true>(dft, rows, {tubes, tube_stride, dft.n3}, width);
@@ -228,6 +232,10 @@ TCUR_TARGET void forward_dft(
     int64_t width) {
   if (dft.factors.outer > 0) {
     forward_by_factors(dft, tubes, tube_stride, planes, plane_stride, width);
+    return;
+  }
+  if (dft.convolution) {
+    by_convolution<T, false>(dft, tubes, tube_stride, planes, plane_stride, width);
     return;
   }
   constexpr int lanes = Simd<T>::lanes;

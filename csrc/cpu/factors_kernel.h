@@ -1,6 +1,7 @@
 // Real DFT along tubes of a length of two short factors (DftFactors in tubes.h), both by the
-// codelets of codelets.h. One vector of tubes at a time; between the steps they are n3 vectors in
-// the first-level cache, [inner, outer]: for every l0 the packed half spectrum over k1.
+// codelets of codelets.h, and of primes by two such transforms. One vector of tubes at a time;
+// between the steps they are n3 vectors in the first-level cache, [inner, outer]: for every l0 the
+// packed half spectrum over k1.
 
 namespace tcur::TCUR_ISA {
 
@@ -189,6 +190,64 @@ TCUR_TARGET void forward_by_factors(
     const Rows<T> in{tubes + c, inner * tube_stride};
     outer_rows(in, tube_stride, {between, lanes}, outer * lanes, inner);
     inner_rows(dft, {planes + c, plane_stride}, between);
+  }
+}
+
+// One vector of tubes of prime length: from planes (inverse) or values to the other.
+template <class T, bool INVERSE>
+TCUR_TARGET inline void convolve_rows(const TubeDft<T>& dft, Rows<T> in, Rows<T> out) {
+  constexpr int lanes = Simd<T>::lanes;
+  const int64_t length = dft.n3 - 1, half = length / 2;
+  const TubeDft<T>& by = *dft.convolution;
+  alignas(64) T first[kLongestOuter * kLongestInner * lanes];
+  alignas(64) T second[kLongestOuter * kLongestInner * lanes];
+  const Rows<T> values{first, lanes}, bins{second, lanes};
+
+  // The residues g^q and g^(q + half) are each other's negative.
+  for (int64_t q = 0; q < half; ++q) {
+    const int64_t k = dft.order[q], negative = dft.order[q + half];
+    if (INVERSE) {
+      const int64_t plane = 2 * (k < negative ? k : negative) - 1;
+      const Vec<T> re = in.get(plane), im = in.get(plane + 1);
+      values.set(k < negative ? q : q + half, re + im);
+      values.set(k < negative ? q + half : q, re - im);
+    } else {
+      values.set(q, in.get(k));
+      values.set(q + half, in.get(negative));
+    }
+  }
+  forward_by_factors(by, first, lanes, second, lanes, lanes);
+  const Vec<T> zero = in.get(0), sum = bins.get(0);
+  out.set(0, Vec<T>(zero + (INVERSE ? T(0.5) : T(1)) * sum));
+  const T* kernel = dft.kernel.data();
+  bins.set(0, Vec<T>(kernel[0] * sum));
+  for (int64_t plane = 1; plane < length - 1; plane += 2) {
+    const Vec<T> re = bins.get(plane), im = bins.get(plane + 1);
+    const T kernel_re = kernel[plane], kernel_im = kernel[plane + 1];
+    bins.set(plane, Vec<T>(kernel_re * re - kernel_im * im));
+    bins.set(plane + 1, Vec<T>(kernel_re * im + kernel_im * re));
+  }
+  bins.set(length - 1, Vec<T>(kernel[length - 1] * bins.get(length - 1)));
+  inverse_by_factors(by, second, lanes, first, lanes, lanes);
+  for (int64_t m = 0; m < half; ++m) {
+    const int64_t k = dft.order[m == 0 ? 0 : length - m], negative = dft.n3 - k;
+    const Vec<T> here = values.get(m), there = values.get(m + half);
+    if (INVERSE) {
+      out.set(k, zero + here);
+      out.set(negative, zero + there);
+    } else {
+      const int64_t plane = 2 * (k < negative ? k : negative) - 1;
+      out.set(plane, zero + (here + there));
+      out.set(plane + 1, k < negative ? Vec<T>(here - there) : Vec<T>(there - here));
+    }
+  }
+}
+
+template <class T, bool INVERSE>
+TCUR_TARGET void by_convolution(
+    const TubeDft<T>& dft, T* in, int64_t in_stride, T* out, int64_t out_stride, int64_t width) {
+  for (int64_t c = 0; c < width; c += Simd<T>::lanes) {
+    convolve_rows<T, INVERSE>(dft, {in + c, in_stride}, {out + c, out_stride});
   }
 }
 
