@@ -4,7 +4,8 @@ A GPT-2 of characters is pretrained on four adventures of Sherlock Holmes and th
 and Juliet in several ways, each with the same steps and batches:
 
 * tCURLoRA (`tcur_kernels.peft`): only the cores U of W + alpha * (C * U * R) train;
-* matrix CUR ("curlora"): the same with a stack for each matrix, C and R drawn, here uniformly;
+* matrix CUR ("curlora"): the same with a stack for each matrix, C and R drawn with CURLoRA's
+  inverted probabilities;
 * LoRA (`peft`), and full fine-tuning, for comparison.
 
 Each method tries the learning rates of a small grid and keeps the one with the lowest perplexity
@@ -44,7 +45,7 @@ from tcur_kernels.peft import TCURConfig
 METHODS: dict[str, Callable[[int], Any]] = {
     "tcurlora": lambda rank: TCURConfig(rank=rank, task_type="CAUSAL_LM"),
     "curlora": lambda rank: TCURConfig(
-        rank=rank, stacks="layer", selection="uniform", task_type="CAUSAL_LM"
+        rank=rank, stacks="layer", selection="inverse", task_type="CAUSAL_LM"
     ),
     "lora": lambda rank: LoraConfig(r=rank, target_modules="all-linear", task_type="CAUSAL_LM"),
     "full": lambda rank: None,

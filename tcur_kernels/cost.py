@@ -26,8 +26,8 @@ import torch
 
 MODES = ("auto", "materialized", "factored")
 
-#: Measured on a two-core AVX-512 machine: 0.4 ns per element, 265 GFLOP/s.
-BALANCE = 53.0
+#: Measured on a two-core AVX-512 machine: 0.28 ns per element, 265 GFLOP/s.
+BALANCE = 37.0
 
 #: Slices that the CUDA kernels take, csrc/cuda/tile.h.
 CUDA_SLICES = 384

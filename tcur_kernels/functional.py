@@ -28,7 +28,7 @@ def cur_product(
         factors: frozen C and R.
         core: U, ``[n3, r, r]``, dtype and device of the factors.
         backend: "auto", "reference", "cpu", "triton" or "cuda".
-        precision: of the products, "ieee", and by Triton "tf32" or "bf16": an error of at most
+        precision: of the products, "ieee", and on GPUs "tf32" or "bf16": an error of at most
             1e-6, 1e-3 or 6e-3 of the norm of C * U * R.
     """
     _check_core(core, factors)
@@ -125,8 +125,8 @@ def cur_linear(
             of the core instead of ``x``, and layers that share ``x`` (q, k, v) can share it.
         dense_grad: form the gradient of the core from dyᵀx rather than from tokens (see `cost`);
             not together with ``z``.
-        precision: of the products of tokens with the factors, "ieee" or "bf16", and by Triton
-            "tf32".
+        precision: of the products of tokens with the factors, "ieee" or "bf16", and on GPUs
+            "tf32", which the backend 'cuda' leaves to torch's own switch for fp32 products.
         adapter_ids: int64 ``[B]``: a core for each row of the batch. The tokens of ``x`` are B rows
             of equal length, and row b goes by ``core[adapter_ids[b]]``; not together with
             ``effective`` or ``dense_grad``.
@@ -298,14 +298,14 @@ def _language(backend: str, name: str, factors: CURFactors, precision: str) -> s
     device = factors.device
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
-    # Only Triton rounds operands to TF32, and those of C * U * R itself to bf16.
+    # Only kernels for GPUs round operands to TF32, and those of C * U * R itself to bf16.
     rounds = precision == "tf32" or (precision == "bf16" and name == "materialize")
     if backend == "auto":
-        backend = _best_backend(name, factors, rounds)
-    if rounds and backend != "triton":
+        backend = _best_backend(name, factors)
+    if rounds and backend not in ("triton", "cuda"):
         raise ValueError(
             f"precision: expected {'ieee' if name == 'materialize' else 'ieee or bf16'} for "
-            f"backend '{backend}', got '{precision}', which is for backend 'triton'"
+            f"backend '{backend}', got '{precision}', which is for backends 'triton' and 'cuda'"
         )
     if backend == "reference":
         return "reference"
@@ -325,13 +325,13 @@ def _language(backend: str, name: str, factors: CURFactors, precision: str) -> s
             f"backend: expected fp32 factors of at most {cost.CUDA_SLICES} slices for 'cuda', "
             f"got {factors.dtype} and {factors.n3}; use 'auto' or 'reference'"
         )
-    return ""
+    return ops.CUDA_TF32 if precision == "tf32" else ""
 
 
-def _best_backend(name: str, factors: CURFactors, rounds: bool) -> str:
+def _best_backend(name: str, factors: CURFactors) -> str:
     if factors.device.type == "cuda":
         here = ["triton"] if _TRITON_INSTALLED else []
-        if _native.cuda_error() is None and not rounds:
+        if _native.cuda_error() is None:
             here.append("cuda")
         n3, dtype = factors.n3, factors.dtype
         return cost.choose_gpu_backend(name, n3=n3, dtype=dtype, available=here)

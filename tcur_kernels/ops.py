@@ -49,6 +49,8 @@ _library = torch.library.Library("tcur", "DEF")
 #: Suffix of the operators of each language; "" are those whose kernels are compiled. Those of
 #: Triton are defined, under the same contract, when the subpackage ``triton`` is imported.
 LANGUAGES = ("", "reference")
+#: Compiled for CUDA alone: operands of the products that make C * U * R rounded to TF32.
+CUDA_TF32 = "cuda_tf32"
 
 _SCHEMAS = {
     "materialize": (
@@ -445,7 +447,7 @@ def complete(language: str) -> None:
 def _register_all() -> None:
     schemas = {**_SCHEMAS, "materialize_out": _OUT_SCHEMA}
     reference_kernels = {**_REFERENCE, "materialize_out": _materialize_reference_out}
-    for language in LANGUAGES:
+    for language in (*LANGUAGES, CUDA_TF32):
         for name, schema in schemas.items():
             torch.library.define(_qualified(name, language), schema, lib=_library)
         complete(language)

@@ -25,6 +25,7 @@ from tcur_kernels import ops
 ROOT = Path(__file__).parent.parent
 SOURCES = ROOT / "csrc"
 LANGUAGE = "cudahost"
+LANGUAGE_TF32 = "cudahost_tf32"
 #: Orders of the fibers of a block, and of the blocks: forward, reverse, and two seeds of a shuffle.
 ORDERS = (-1, -2, 7, 8)
 
@@ -84,16 +85,17 @@ def run(command):
 @functools.cache
 def load(library=None):
     """Registers the operators of the host build; returns the library."""
-    for name, schema in {**ops._SCHEMAS, "materialize_out": ops._OUT_SCHEMA}.items():
-        torch.library.define(f"tcur::{name}_{LANGUAGE}", schema, lib=ops._library)
-    ops.complete(LANGUAGE)
+    for language in (LANGUAGE, LANGUAGE_TF32):
+        for name, schema in {**ops._SCHEMAS, "materialize_out": ops._OUT_SCHEMA}.items():
+            torch.library.define(f"tcur::{name}_{language}", schema, lib=ops._library)
+        ops.complete(language)
     host = ctypes.CDLL(str(library or build()))
     host.tcur_host_order.argtypes = [ctypes.c_int64]
     return host
 
 
-def operator(name):
-    return ops.operator(name, LANGUAGE)
+def operator(name, precision="ieee"):
+    return ops.operator(name, LANGUAGE_TF32 if precision == "tf32" else LANGUAGE)
 
 
 def results():

@@ -57,6 +57,28 @@ def test_every_size_of_a_tile(n3, n1, n2, rank):
     assert_close(operator("core_grad_dense")(case.weight, *case.packed), same, exact)
 
 
+@pytest.mark.parametrize("n3", [1, 12, 47])
+@pytest.mark.parametrize("rank", [1, 8, 9])
+@pytest.mark.parametrize("precision", ["tf32", "bf16"])
+def test_rounded_operands_keep_their_promise(n3, rank, precision):
+    """And they are rounded: the error is not that of fp32."""
+    case = make_case(n3, 17, 36, rank)
+    packed = case.packed
+    if precision == "bf16":
+        packed = tuple(factor.bfloat16() for factor in packed)
+    core = case.core.clone().requires_grad_()
+    product = operator("materialize", precision)([], *packed, core, 1.0, torch.float32)
+    product.backward(case.weight)
+    out = torch.empty_like(product)
+    operator("materialize_out", precision)([], *packed, case.core, 1.0, out=out)
+    assert torch.equal(out, product)
+    double = case.double()
+    exact = oracle.cur_product(case.lateral, case.core, case.horizontal)
+    exact_grad = reference.core_grad_dense(double.weight, *double.spectra)
+    for actual, expected in ((product, exact), (core.grad, exact_grad)):
+        assert 1e-6 < relative_error(actual, expected) <= PROMISE[precision]
+
+
 @pytest.mark.parametrize("layers", [False, True], ids=["stack", "layers"])
 @pytest.mark.parametrize("weight_dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("out_dtype", DTYPES, ids=str)

@@ -29,6 +29,7 @@ struct ProjectArgs {
   int64_t n1, n2;
   int n3, rank, splits;
   int64_t tiles_per_split;
+  Precision precision;
   Tile tile;
   Element element;
   bool vector;  // rows start at multiples of four elements
@@ -113,7 +114,7 @@ TCUR_DEVICE void project(
           const bool is_re = (k < columns) != is_lower;
           value = is_re ? re[at] : k < columns ? -im[at] : im[at];
         }
-        left.set(i, value);
+        left.set(i, value, args.precision);
       }
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
@@ -124,9 +125,9 @@ TCUR_DEVICE void project(
         if (k < depth && b < rank && column < args.n2) {
           value = args.horizontal_hat[row * args.n2 + column];
         }
-        right.set(i, value);
+        right.set(i, value, args.precision);
       }
-      multiply(sums, left, right);
+      multiply(sums, left, right, args.precision);
     }
     const int64_t row = corner.row + g;
 #pragma unroll
@@ -175,18 +176,18 @@ Tile choose_tile(int64_t n3, const SharedLimits& limits) {
   return {kRows, 2};
 }
 
+template <bool TF32>
 Tensor core_grad_dense(Tensor grad, Tensor lateral_hat, Tensor horizontal_hat) {
   STD_TORCH_CHECK(grad.dim() == 3, "tcur: grad must be [n3, n1, n2]");
-  const Sizes sizes = check_factors(lateral_hat, horizontal_hat, grad.size(0));
+  const Sizes sizes = check_packed(lateral_hat, horizontal_hat, grad.size(0));
   check_shape("grad", grad, {sizes.n3, sizes.n1, sizes.n2});
   const Call call(lateral_hat);
-  call.check("lateral_hat", lateral_hat, ScalarType::Float);
-  call.check("horizontal_hat", horizontal_hat, ScalarType::Float);
+  const Precision precision = call.precision(lateral_hat, horizontal_hat, TF32);
   call.check("grad", grad);
   check_slices(sizes.n3);
   const Tensor g = torch::stable::contiguous(grad);
   const Tensor l = torch::stable::contiguous(lateral_hat);
-  const Tensor h = torch::stable::contiguous(horizontal_hat);
+  const Tensor h = torch::stable::contiguous(cast(horizontal_hat, ScalarType::Float));
   const int n3 = static_cast<int>(sizes.n3), rank = static_cast<int>(sizes.rank);
   const Spectrum tables(call, n3);
 
@@ -212,6 +213,7 @@ Tensor core_grad_dense(Tensor grad, Tensor lateral_hat, Tensor horizontal_hat) {
       rank,
       splits,
       per_split,
+      precision,
       tile,
       element,
       sizes.n2 % 4 == 0 && is_aligned(g.const_data_ptr(), 4 * bytes_of(element))};
@@ -225,7 +227,8 @@ Tensor core_grad_dense(Tensor grad, Tensor lateral_hat, Tensor horizontal_hat) {
         args);
   }
   const Tensor out = call.floats({sizes.n3, sizes.rank, sizes.rank});
-  const TokenRows p{l.const_data_ptr(), Element::f32, sizes.n3 * sizes.rank, sizes.n1};
+  const TokenRows p{
+      l.const_data_ptr(), element_of(l.scalar_type()), sizes.n3 * sizes.rank, sizes.n1};
   const TokenRows z_rows{
       z.const_data_ptr(), Element::f32, sizes.n3 * sizes.rank, splits * sizes.n1};
   const TokenCores one(z_rows.rows, std::nullopt, 1);
@@ -236,7 +239,8 @@ Tensor core_grad_dense(Tensor grad, Tensor lateral_hat, Tensor horizontal_hat) {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(tcur, TCUR_DISPATCH_KEY, m) {
-  m.impl("core_grad_dense" TCUR_LANGUAGE, TORCH_BOX(&core_grad_dense));
+  m.impl("core_grad_dense" TCUR_LANGUAGE, TORCH_BOX(&core_grad_dense<false>));
+  m.impl("core_grad_dense" TCUR_LANGUAGE_TF32, TORCH_BOX(&core_grad_dense<true>));
 }
 
 }  // namespace tcur

@@ -66,6 +66,8 @@ Tensor core_grad_tokens(
 
 STABLE_TORCH_LIBRARY_IMPL(tcur, TCUR_DISPATCH_KEY, m) {
   m.impl("core_grad_tokens" TCUR_LANGUAGE, TORCH_BOX(&core_grad_tokens));
+  // Products of tokens are torch's, and follow its own switch for TF32.
+  m.impl("core_grad_tokens" TCUR_LANGUAGE_TF32, TORCH_BOX(&core_grad_tokens));
 }
 
 }  // namespace tcur

@@ -264,6 +264,8 @@ Tensor cur_linear(
 
 STABLE_TORCH_LIBRARY_IMPL(tcur, TCUR_DISPATCH_KEY, m) {
   m.impl("cur_linear" TCUR_LANGUAGE, TORCH_BOX(&cur_linear));
+  // Products of tokens are torch's, and follow its own switch for TF32.
+  m.impl("cur_linear" TCUR_LANGUAGE_TF32, TORCH_BOX(&cur_linear));
 }
 
 }  // namespace tcur

@@ -8,7 +8,8 @@
 // TF32 has 11 significant bits. A number is split into the TF32 nearest to it and the TF32 nearest
 // to the rest, which loses at most 2^-23 of it, and a product is made of all four products of
 // parts. The usual three (3xTF32) leave out up to 2^-22 of it, which is twice the eps of fp32: too
-// much where a sum is short.
+// much where a sum is short. On request operands are rounded to TF32 or bf16 instead, and there is
+// one product.
 #pragma once
 
 #include "launch.h"
@@ -36,13 +37,28 @@ TCUR_DEVICE float to_tf32(float x) {
 #endif
 }
 
+// The nearest bf16, ties to even, which is a TF32 too; NaN stays NaN.
+TCUR_DEVICE float to_bf16(float x) {
+  if (x != x) {
+    return x;
+  }
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  bits = (bits + 0x7FFFU + ((bits >> 16) & 1U)) & 0xFFFF0000U;
+  memcpy(&x, &bits, sizeof bits);
+  return x;
+}
+
+// Of the operands of rank-r products: as good as fp32, or rounded to TF32 or bf16. Sums are fp32.
+enum class Precision { ieee, tf32, bf16 };
+
 template <int N>
 struct Fragment {
   float big[N], small[N];
 
-  TCUR_DEVICE void set(int i, float x) {
-    big[i] = to_tf32(x);
-    small[i] = to_tf32(x - big[i]);
+  TCUR_DEVICE void set(int i, float x, Precision precision) {
+    big[i] = precision == Precision::bf16 ? to_bf16(x) : to_tf32(x);
+    small[i] = precision == Precision::ieee ? to_tf32(x - big[i]) : 0.0f;
   }
 };
 using FragmentA = Fragment<4>;
@@ -95,11 +111,14 @@ TCUR_DEVICE void multiply_tf32(float (&d)[4], const float (&a)[4], const float (
 #endif
 }
 
-// d += a b in the accuracy of fp32; the smallest parts first.
-TCUR_DEVICE void multiply(float (&d)[4], const FragmentA& a, const FragmentB& b) {
-  multiply_tf32(d, a.small, b.small);
-  multiply_tf32(d, a.small, b.big);
-  multiply_tf32(d, a.big, b.small);
+// d += a b; the smallest parts first.
+TCUR_DEVICE void multiply(
+    float (&d)[4], const FragmentA& a, const FragmentB& b, Precision precision) {
+  if (precision == Precision::ieee) {
+    multiply_tf32(d, a.small, b.small);
+    multiply_tf32(d, a.small, b.big);
+    multiply_tf32(d, a.big, b.small);
+  }
   multiply_tf32(d, a.big, b.big);
 }
 

@@ -32,6 +32,7 @@ struct MaterializeArgs {
   void* out;                    // [n3, n1, n2]
   int64_t n1, n2, tiles_in_row;
   int n3, rank;
+  Precision precision;
   Tile tile;
   Element base_element, out_element;  // base_element none: no base
   bool vector;                        // rows start at multiples of four elements
@@ -101,7 +102,7 @@ TCUR_DEVICE void form_planes(const MaterializeArgs& args, const Corner& corner, 
             value = p[!is_lower ? k : k < rank ? k + rank : k - rank];
             value = !is_lower && k >= rank ? -value : value;
           }
-          left[m].set(i, value);
+          left[m].set(i, value, args.precision);
         }
       }
 #pragma unroll
@@ -119,11 +120,11 @@ TCUR_DEVICE void form_planes(const MaterializeArgs& args, const Corner& corner, 
             value =
                 args.horizontal_hat[(static_cast<int64_t>(plane) * rank + k) * args.n2 + column];
           }
-          right.set(i, value);
+          right.set(i, value, args.precision);
         }
-        multiply(sums[0][n], left[0], right);
+        multiply(sums[0][n], left[0], right, args.precision);
         if (tile.rows > 8) {
-          multiply(sums[1][n], left[1], right);
+          multiply(sums[1][n], left[1], right, args.precision);
         }
       }
     }
@@ -269,21 +270,21 @@ void set_base(MaterializeArgs& args, const std::vector<Tensor>& weights, const S
   }
 }
 
-void materialize_out(
+void write_materialized(
     std::vector<Tensor> weights,
-    Tensor lateral_hat,
-    Tensor horizontal_hat,
-    Tensor core,
+    const Tensor& lateral_hat,
+    const Tensor& horizontal_hat,
+    const Tensor& core,
     double scale,
-    Tensor out) {
+    const Tensor& out,
+    bool tf32) {
   STD_TORCH_CHECK(core.dim() == 3, "tcur: core must be [n3, rank, rank]");
-  const Sizes sizes = check_factors(lateral_hat, horizontal_hat, core.size(0));
+  const Sizes sizes = check_packed(lateral_hat, horizontal_hat, core.size(0));
   check_shape("core", core, {sizes.n3, sizes.rank, sizes.rank});
   check_shape("out", out, {sizes.n3, sizes.n1, sizes.n2});
   STD_TORCH_CHECK(out.is_contiguous(), "tcur: out must be contiguous");
   const Call call(lateral_hat);
-  call.check("lateral_hat", lateral_hat, ScalarType::Float);
-  call.check("horizontal_hat", horizontal_hat, ScalarType::Float);
+  const Precision precision = call.precision(lateral_hat, horizontal_hat, tf32);
   call.check("core", core, ScalarType::Float);
   call.check("out", out);
   check_slices(sizes.n3);
@@ -294,8 +295,8 @@ void materialize_out(
   if (out.numel() == 0) {
     return;
   }
-  const Tensor l = torch::stable::contiguous(lateral_hat);
-  const Tensor h = torch::stable::contiguous(horizontal_hat);
+  const Tensor l = torch::stable::contiguous(cast(lateral_hat, ScalarType::Float));
+  const Tensor h = torch::stable::contiguous(cast(horizontal_hat, ScalarType::Float));
   const Tensor c = torch::stable::contiguous(core);
   const int n3 = static_cast<int>(sizes.n3), rank = static_cast<int>(sizes.rank);
   const int64_t q = sizes.n3 * sizes.rank;
@@ -323,6 +324,7 @@ void materialize_out(
       in_row,
       n3,
       rank,
+      precision,
       tile,
       Element::none,
       element,
@@ -342,6 +344,18 @@ void materialize_out(
       args);
 }
 
+template <bool TF32>
+void materialize_out(
+    std::vector<Tensor> weights,
+    Tensor lateral_hat,
+    Tensor horizontal_hat,
+    Tensor core,
+    double scale,
+    Tensor out) {
+  write_materialized(std::move(weights), lateral_hat, horizontal_hat, core, scale, out, TF32);
+}
+
+template <bool TF32>
 Tensor materialize(
     std::vector<Tensor> weights,
     Tensor lateral_hat,
@@ -354,15 +368,17 @@ Tensor materialize(
       "tcur: materialize takes packed factors [n1, q], [q, n2] and a core [n3, rank, rank]");
   Tensor out = torch::stable::new_empty(
       core, {core.size(0), lateral_hat.size(0), horizontal_hat.size(1)}, out_dtype);
-  materialize_out(std::move(weights), lateral_hat, horizontal_hat, core, scale, out);
+  write_materialized(std::move(weights), lateral_hat, horizontal_hat, core, scale, out, TF32);
   return out;
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(tcur, TCUR_DISPATCH_KEY, m) {
-  m.impl("materialize" TCUR_LANGUAGE, TORCH_BOX(&materialize));
-  m.impl("materialize_out" TCUR_LANGUAGE, TORCH_BOX(&materialize_out));
+  m.impl("materialize" TCUR_LANGUAGE, TORCH_BOX(&materialize<false>));
+  m.impl("materialize_out" TCUR_LANGUAGE, TORCH_BOX(&materialize_out<false>));
+  m.impl("materialize" TCUR_LANGUAGE_TF32, TORCH_BOX(&materialize<true>));
+  m.impl("materialize_out" TCUR_LANGUAGE_TF32, TORCH_BOX(&materialize_out<true>));
 }
 
 }  // namespace tcur

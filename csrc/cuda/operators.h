@@ -1,10 +1,11 @@
 // What the operators do before and after their kernels, on the CUDA side. They are registered for
 // CUDA tensors; the host build registers the same functions for CPU tensors, as the language
-// "cudahost" of the tests.
+// "cudahost" of the tests. Languages that end in "_tf32" round the operands of rank-r products.
 #pragma once
 
 #include "../check.h"
 #include "elements.h"
+#include "fragments.h"
 #include "spectrum.h"
 #include "tile.h"
 
@@ -17,9 +18,11 @@
 #ifdef __CUDACC__
 #define TCUR_DISPATCH_KEY CUDA
 #define TCUR_LANGUAGE ""
+#define TCUR_LANGUAGE_TF32 "_cuda_tf32"
 #else
 #define TCUR_DISPATCH_KEY CPU
 #define TCUR_LANGUAGE "_cudahost"
+#define TCUR_LANGUAGE_TF32 "_cudahost_tf32"
 #endif
 
 namespace tcur {
@@ -93,6 +96,14 @@ class Call {
   void check(const char* name, const Tensor& tensor, ScalarType dtype) const {
     check(name, tensor);
     check_dtype(name, tensor, dtype);
+  }
+  // What factors in fp32 or bf16 ask for.
+  Precision precision(const Tensor& lateral_hat, const Tensor& horizontal_hat, bool tf32) const {
+    const bool is_bf16 = lateral_hat.scalar_type() == ScalarType::BFloat16;
+    const ScalarType dtype = is_bf16 ? ScalarType::BFloat16 : ScalarType::Float;
+    check("lateral_hat", lateral_hat, dtype);
+    check("horizontal_hat", horizontal_hat, dtype);
+    return is_bf16 ? Precision::bf16 : tf32 ? Precision::tf32 : Precision::ieee;
   }
 
  private:
