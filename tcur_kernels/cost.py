@@ -6,7 +6,10 @@ W_eff, and W_eff costs a pass over n1 * n2 numbers once per core version. Both m
     tokens = BALANCE * n1 * n2 / (q * (n1 + n2))
 
 where BALANCE is half of (seconds of `materialize` per weight element) x (operations per second of a
-matrix product): the balance of the machine.
+matrix product), the balance of the machine: 37 on two AVX-512 cores (0.28 ns, 265 GFLOP/s). A
+training step meets W_eff twice and forms z and p for the gradient anyway, and inference meets it
+again and again; measured on forward and backward (docs/performance.md), W_eff pays from less than
+half of that on.
 
 The gradient of the core takes z = x R̂ᵀ and p = dy Ĉ, 2 q (n1 + n2) operations per token, or the
 dense G = dyᵀx, 2 n1 n2 per token, and then 2 q n1 n2 once. Below rho = n1 n2 / (q (n1 + n2)) = 1
@@ -26,8 +29,8 @@ import torch
 
 MODES = ("auto", "materialized", "factored")
 
-#: Measured on a two-core AVX-512 machine: 0.28 ns per element, 265 GFLOP/s.
-BALANCE = 37.0
+#: Measured on a two-core AVX-512 machine, forward and backward.
+BALANCE = 15.0
 
 #: Slices that the CUDA kernels take, csrc/cuda/tile.h.
 CUDA_SLICES = 384

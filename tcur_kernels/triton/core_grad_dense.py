@@ -147,16 +147,19 @@ def run(grad: Tensor, lateral_hat: Tensor, horizontal_hat: Tensor, precision: st
     exact, precision = launch.dot_precisions(arch, precision, lateral_hat.dtype)
     parts, ranks = launch.parts_of(rank, precision)
     chosen = launch.row("core_grad_dense", arch, n3)
+    bins = chosen.bins
     if chosen.form == "direct":
-        programs = triton.cdiv(n3 * ranks, chosen.bins)
+        programs = triton.cdiv(n3 * ranks, bins)
     else:
-        programs = max(1, triton.cdiv(n3 // 2, chosen.bins)) * (ranks // parts)
+        if ranks > parts == 16:
+            bins //= 2  # ranks beyond one part take the registers that are left
+        programs = max(1, triton.cdiv(n3 // 2, bins)) * (ranks // parts)
     spans = triton.cdiv(n2, chosen.span)
     y = lateral_hat.new_empty(spans * n1, n3 * ranks, dtype=torch.float32)
     wrap_triton(_FORMS[chosen.form])[(programs, triton.cdiv(n1, chosen.rows), spans)](
         grad.contiguous(), horizontal_hat.contiguous(), y, n1, n2, n3, rank,
         ROWS=chosen.rows, COLS=chosen.cols, SPAN=chosen.span, RANKS=ranks, PARTS=parts,
-        BINS=chosen.bins, SLICES=chosen.slices, PRECISION=precision,
+        BINS=bins, SLICES=chosen.slices, PRECISION=precision,
         num_warps=chosen.warps, num_stages=chosen.stages,
     )  # fmt: skip
     left = lateral_hat.contiguous()

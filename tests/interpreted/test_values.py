@@ -49,6 +49,11 @@ def test_core_grad_dense_of_several_spans(n3):
     check("core_grad_dense", torch.randn_like(case.weight), *case.packed)
 
 
+def test_core_grad_dense_of_more_ranks_than_a_product_takes():
+    case = make_case(12, 36, 40, 34)
+    check("core_grad_dense", torch.randn_like(case.weight), *case.packed)
+
+
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_core_grad_dense_dtypes(dtype):
     case = make_case(5, 6, 20, 3)
