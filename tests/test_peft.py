@@ -255,11 +255,13 @@ def test_an_adapter_for_each_row(shared, x):
             exact[name] = copy.deepcopy(model).double()(x.double())
         names = ["second", "__base__", "default", "second"]
         together = model.eval()(x, adapter_names=names)
-        for row, name in enumerate(names):
-            assert_close(together[row], alone[name][row], exact[name][row])
+        apart, wanted = (
+            torch.stack([rows[name][i] for i, name in enumerate(names)]) for rows in (alone, exact)
+        )
+        assert_close(together, apart, wanted)
         assert_close(model(x), alone["default"], exact["default"])
         beams = model(x.repeat_interleave(2, 0), adapter_names=[n for n in names for _ in "ab"])
-        assert_close(beams[::2], together, torch.stack([exact[n][i] for i, n in enumerate(names)]))
+        assert_close(beams[::2], apart, wanted)
         with pytest.raises(ValueError, match="adapter_names: expected some of __base__, default"):
             model(x, adapter_names=["third"] * 4)
         with pytest.raises(
