@@ -80,6 +80,19 @@ inline Sizes check_token_factors(
   return check_packed(lateral_hat, horizontal_hat, n3);
 }
 
+// Room for W_eff [n3, n1, n2], where materialize is not given any.
+inline Tensor empty_w_eff(
+    const Tensor& lateral_hat,
+    const Tensor& horizontal_hat,
+    const Tensor& core,
+    ScalarType out_dtype) {
+  STD_TORCH_CHECK(
+      core.dim() == 3 && lateral_hat.dim() == 2 && horizontal_hat.dim() == 2,
+      "tcur: materialize takes packed factors [n1, q], [q, n2] and a core [n3, rank, rank]");
+  return torch::stable::new_empty(
+      core, {core.size(0), lateral_hat.size(0), horizontal_hat.size(1)}, out_dtype);
+}
+
 // Tokens of one row, of which adapter_ids, int64 [rows], has one entry each.
 inline int64_t check_adapter_ids(const Tensor& adapter_ids, int64_t tokens) {
   STD_TORCH_CHECK(

@@ -170,21 +170,29 @@ TCUR_CODELET void real_inverse(V (&x)[N]) {
   }
 }
 
-// A tube becomes its packed half spectrum.
+// The sums of a sequence: e[l] = Σ_k cos(2πkl/N) x[k], o[l] = Σ_k sin(2πkl/N) x[k], all k.
 template <int N, class T, class V>
-TCUR_CODELET void real_forward(V (&x)[N]) {
+TCUR_CODELET void folded_sums(const V (&x)[N], V (&e)[N / 2 + 1], V (&o)[N / 2 + 1]) {
   constexpr int half = N / 2, last = (N - 1) / 2;
-  V a[half + 1], b[half + 1], e[half + 1], o[half + 1];
+  V a[half + 1], b[half + 1];
   a[0] = x[0];
-  static_for<last>([&](auto l) __attribute__((always_inline)) {
-    a[l + 1] = x[l + 1] + x[N - 1 - l];
-    b[l + 1] = x[l + 1] - x[N - 1 - l];
+  static_for<last>([&](auto k) __attribute__((always_inline)) {
+    a[k + 1] = x[k + 1] + x[N - 1 - k];
+    b[k + 1] = x[k + 1] - x[N - 1 - k];
   });
   if constexpr (N % 2 == 0) {
     a[half] = x[half];
   }
   cosine_sums<N, T, V>(a, e);
   sine_sums<N, T, V>(b, o);
+}
+
+// A tube becomes its packed half spectrum.
+template <int N, class T, class V>
+TCUR_CODELET void real_forward(V (&x)[N]) {
+  constexpr int half = N / 2, last = (N - 1) / 2;
+  V e[half + 1], o[half + 1];
+  folded_sums<N, T, V>(x, e, o);
   x[0] = e[0];
   static_for<last>([&](auto k) __attribute__((always_inline)) {
     x[2 * k + 1] = e[k + 1];
@@ -199,22 +207,9 @@ TCUR_CODELET void real_forward(V (&x)[N]) {
 template <int N, class T, class V>
 TCUR_CODELET void complex_inverse(V (&re)[N], V (&im)[N]) {
   constexpr int half = N / 2, last = (N - 1) / 2;
-  V a[half + 1], b[half + 1], e_re[half + 1], o_re[half + 1], e_im[half + 1], o_im[half + 1];
-  const auto sums = [&](const V(&x)[N], V(&e)[half + 1], V(&o)[half + 1])
-                        __attribute__((always_inline)) {
-                          a[0] = x[0];
-                          static_for<last>([&](auto k) __attribute__((always_inline)) {
-                            a[k + 1] = x[k + 1] + x[N - 1 - k];
-                            b[k + 1] = x[k + 1] - x[N - 1 - k];
-                          });
-                          if constexpr (N % 2 == 0) {
-                            a[half] = x[half];
-                          }
-                          cosine_sums<N, T, V>(a, e);
-                          sine_sums<N, T, V>(b, o);
-                        };
-  sums(re, e_re, o_re);
-  sums(im, e_im, o_im);
+  V e_re[half + 1], o_re[half + 1], e_im[half + 1], o_im[half + 1];
+  folded_sums<N, T, V>(re, e_re, o_re);
+  folded_sums<N, T, V>(im, e_im, o_im);
   re[0] = e_re[0];
   im[0] = e_im[0];
   static_for<last>([&](auto l) __attribute__((always_inline)) {

@@ -137,8 +137,8 @@ RealRows<T> real_rows_for(int64_t length, std::integer_sequence<int, I...>) {
 
 template <class T, bool INVERSE, int... I>
 InnerRows<T> inner_rows_for(int64_t length, std::integer_sequence<int, I...>) {
-  static constexpr InnerRows<T> all[] = {&inner_rows<T, INVERSE, I + 1>...};
-  return all[length - 1];
+  static constexpr InnerRows<T> all[] = {&inner_rows<T, INVERSE, I + 2>...};
+  return all[length - 2];
 }
 
 template <class T>
@@ -151,19 +151,19 @@ TCUR_TARGET void inverse_by_factors(
     int64_t width) {
   constexpr int lanes = Simd<T>::lanes;
   const int64_t outer = dft.factors.outer, inner = dft.factors.inner;
-  const auto outer_rows =
+  const auto outer_step =
       real_rows_for<T, true>(outer, std::make_integer_sequence<int, kLongestOuter>{});
   if (inner == 1) {
-    outer_rows({planes, plane_stride}, lanes, {tubes, tube_stride}, lanes, width / lanes);
+    outer_step({planes, plane_stride}, lanes, {tubes, tube_stride}, lanes, width / lanes);
     return;
   }
-  const auto inner_rows =
-      inner_rows_for<T, true>(inner, std::make_integer_sequence<int, kLongestInner>{});
+  const auto inner_step =
+      inner_rows_for<T, true>(inner, std::make_integer_sequence<int, kLongestInner - 1>{});
   alignas(64) T between[kLongestOuter * kLongestInner * lanes];
   for (int64_t c = 0; c < width; c += lanes) {
-    inner_rows(dft, {planes + c, plane_stride}, between);
+    inner_step(dft, {planes + c, plane_stride}, between);
     const Rows<T> out{tubes + c, inner * tube_stride};
-    outer_rows({between, lanes}, outer * lanes, out, tube_stride, inner);
+    outer_step({between, lanes}, outer * lanes, out, tube_stride, inner);
   }
 }
 
@@ -177,19 +177,19 @@ TCUR_TARGET void forward_by_factors(
     int64_t width) {
   constexpr int lanes = Simd<T>::lanes;
   const int64_t outer = dft.factors.outer, inner = dft.factors.inner;
-  const auto outer_rows =
+  const auto outer_step =
       real_rows_for<T, false>(outer, std::make_integer_sequence<int, kLongestOuter>{});
   if (inner == 1) {
-    outer_rows({tubes, tube_stride}, lanes, {planes, plane_stride}, lanes, width / lanes);
+    outer_step({tubes, tube_stride}, lanes, {planes, plane_stride}, lanes, width / lanes);
     return;
   }
-  const auto inner_rows =
-      inner_rows_for<T, false>(inner, std::make_integer_sequence<int, kLongestInner>{});
+  const auto inner_step =
+      inner_rows_for<T, false>(inner, std::make_integer_sequence<int, kLongestInner - 1>{});
   alignas(64) T between[kLongestOuter * kLongestInner * lanes];
   for (int64_t c = 0; c < width; c += lanes) {
     const Rows<T> in{tubes + c, inner * tube_stride};
-    outer_rows(in, tube_stride, {between, lanes}, outer * lanes, inner);
-    inner_rows(dft, {planes + c, plane_stride}, between);
+    outer_step(in, tube_stride, {between, lanes}, outer * lanes, inner);
+    inner_step(dft, {planes + c, plane_stride}, between);
   }
 }
 

@@ -110,11 +110,7 @@ Tensor materialize(
     Tensor core,
     double scale,
     ScalarType out_dtype) {
-  STD_TORCH_CHECK(
-      core.dim() == 3 && lateral_hat.dim() == 2 && horizontal_hat.dim() == 2,
-      "tcur: materialize takes packed factors [n1, q], [q, n2] and a core [n3, rank, rank]");
-  Tensor out = torch::stable::new_empty(
-      core, {core.size(0), lateral_hat.size(0), horizontal_hat.size(1)}, out_dtype);
+  Tensor out = empty_w_eff(lateral_hat, horizontal_hat, core, out_dtype);
   materialize_out(std::move(weights), lateral_hat, horizontal_hat, core, scale, out);
   return out;
 }

@@ -151,7 +151,7 @@ def run(grad: Tensor, lateral_hat: Tensor, horizontal_hat: Tensor, precision: st
     if chosen.form == "direct":
         programs = triton.cdiv(n3 * ranks, bins)
     else:
-        if ranks > parts == 16:
+        if parts == 16 and ranks > parts:
             bins //= 2  # ranks beyond one part take the registers that are left
         programs = max(1, triton.cdiv(n3 // 2, bins)) * (ranks // parts)
     spans = triton.cdiv(n2, chosen.span)
