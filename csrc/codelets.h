@@ -18,7 +18,7 @@ namespace tcur {
 // cos and sin of 2πm/n for the compiler: series on the eighth of the circle around the next axis.
 constexpr double kPi = 3.14159265358979323846;
 
-constexpr double series(double x, int first) {
+TCUR_HOST_DEVICE constexpr double series(double x, int first) {
   double term = first == 0 ? 1 : x, total = term;
   for (int i = first + 1; i < 24; i += 2) {
     term *= -x * x / (i * (i + 1));
@@ -27,7 +27,7 @@ constexpr double series(double x, int first) {
   return total;
 }
 
-constexpr double unit_cos(int m, int n) {
+TCUR_HOST_DEVICE constexpr double unit_cos(int m, int n) {
   m = (m % n + n) % n;
   const int quarter = (4 * m + n / 2) / n;  // of the axis next to 2πm/n
   const double x = 2 * kPi * (4 * m - quarter * n) / (4.0 * n);
@@ -35,16 +35,26 @@ constexpr double unit_cos(int m, int n) {
   return axis[quarter % 4];
 }
 
-constexpr double unit_sin(int m, int n) {
+TCUR_HOST_DEVICE constexpr double unit_sin(int m, int n) {
   return unit_cos(4 * m - n, 4 * n);
 }
 
+// An integer known by its type, as std::integral_constant, on the device too.
+template <int I>
+struct Constant {
+  TCUR_HOST_DEVICE constexpr operator int() const {
+    return I;
+  }
+};
+
 // f(0) … f(N-1), each with its index as a constant.
+template <class F, int... I>
+TCUR_CODELET void static_for(F&& f, std::integer_sequence<int, I...>) {
+  (f(Constant<I>{}), ...);
+}
 template <int N, class F>
 TCUR_CODELET void static_for(F&& f) {
-  [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) {
-    (f(std::integral_constant<int, I>{}), ...);
-  }(std::make_integer_sequence<int, N>{});
+  static_for(f, std::make_integer_sequence<int, N>{});
 }
 
 // A linear combination, one term at a time.

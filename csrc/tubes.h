@@ -80,15 +80,15 @@ struct DftShape {
   int64_t outputs;             // pairs (l, n3-l); l = step * frequency(i), i = 0 … outputs-1
   int64_t size;                // rows of A and of B that are multiplied by a table
 
-  TCUR_HOST_DEVICE bool is_even() const {
+  bool is_even() const {
     return length % 2 == 0;
   }
-  TCUR_HOST_DEVICE int64_t frequency(int64_t i) const {
+  int64_t frequency(int64_t i) const {
     return is_even() ? 2 * i + 1 : i + 1;
   }
 };
 
-TCUR_HOST_DEVICE inline DftShape dft_shape(int64_t length, int64_t step) {
+inline DftShape dft_shape(int64_t length, int64_t step) {
   const int64_t half = length / 2;
   if (length % 2 != 0) {
     return {length, half, step, half, half};
@@ -113,13 +113,31 @@ struct DftFactors {
 constexpr int64_t kLongestOuter = 16, kLongestInner = 9;
 
 // The smallest inner factor that leaves a short outer one; lengths up to kLongestOuter need none.
-inline DftFactors dft_factors(int64_t n3) {
+TCUR_HOST_DEVICE constexpr DftFactors dft_factors(int64_t n3) {
   for (int64_t inner = 1; inner <= kLongestInner; ++inner) {
     if (n3 % inner == 0 && n3 / inner <= kLongestOuter) {
       return {n3 / inner, inner};
     }
   }
   return {};
+}
+
+// Planes of the bins outer * k2 + k1, k2 = 0 … inner-1, for each k1. For k1 = 0 they are the half
+// spectrum of a tube of length inner: number i of it.
+template <class Int>
+TCUR_HOST_DEVICE constexpr Int first_plane(Int outer, Int i) {
+  return i == 0 ? 0 : i % 2 != 0 ? (i + 1) * outer - 1 : i * outer;
+}
+// For k1 = outer/2 they are pairs, the middle one of an odd number being the real bin n3/2.
+template <class Int>
+TCUR_HOST_DEVICE constexpr Int last_plane(Int outer, Int inner, Int i) {
+  return i == inner - 1 && inner % 2 != 0 ? outer * inner - 1 : (i / 2 * 2 + 1) * outer - 1 + i % 2;
+}
+// For the others they are pairs: the plane of the real part. Beyond n3/2, which is for 2 * k2 >=
+// inner, a bin is that of n3 - bin, conjugate.
+template <class Int>
+TCUR_HOST_DEVICE constexpr Int pair_plane(Int n3, Int bin) {
+  return 2 * (2 * bin < n3 ? bin : n3 - bin) - 1;
 }
 
 inline bool is_prime(int64_t n) {

@@ -17,8 +17,9 @@ the dense way is the cheaper one for many tokens. By tokens, z can be formed in 
 is the same work, and what is kept for the backward pass is then q numbers per token, not n2.
 
 On a GPU there may be two backends. Nothing was measured there yet, so the choice is by count: the
-CUDA kernels transform tubes by fp32 multiplications, and stay below the time that the same number
-of bytes takes as long as these are few per number; the Triton kernels transform on tensor cores.
+CUDA kernels transform tubes of two short factors by a few fp32 operations in registers, all others
+as a product with the matrix of the transform, which stays below the time that the same number of
+bytes takes up to a length; the Triton kernels always multiply by the matrix, a third of the work.
 """
 
 from __future__ import annotations
@@ -33,12 +34,16 @@ MODES = ("auto", "materialized", "factored")
 BALANCE = 15.0
 
 #: Slices that the CUDA kernels take, csrc/cuda/tile.h.
-CUDA_SLICES = 384
+CUDA_SLICES = 2048
 
-#: Multiplications of a tube's transform per number, up to which they are hidden behind memory: an
-#: H100 reads and writes 8 bytes in 2.7 ps by its copy rate, in which its fp32 units do 80, and half
-#: of them is what a kernel can count on beside its other instructions.
-HIDDEN_MULTIPLICATIONS = 40.0
+#: Factors of a tube's length for which there are codelets, csrc/tubes.h.
+LONGEST_OUTER, LONGEST_INNER = 16, 9
+
+#: Slices up to which the product with the matrix is hidden behind memory: it takes about 2 n3
+#: multiplications per number on tensor cores (n3/2, four times for fp32), and in the 2.7 ps in
+#: which an H100 reads and writes 8 bytes by its copy rate they do 670. Half of them is what a
+#: kernel can count on beside its other work.
+HIDDEN_SLICES = 160
 
 
 def tokens_worth_materializing(n1: int, n2: int, n3: int, rank: int) -> float:
@@ -88,14 +93,10 @@ def choose_gradient(tokens: int, n1: int, n2: int, n3: int, rank: int) -> str:
     return "z" if q < n2 else "x"
 
 
-def transform_multiplications(n3: int) -> float:
-    """Multiplications per number of the folded transform of csrc/tubes.h."""
-    total, length = 0, n3
-    while length % 2 == 0:
-        half = length // 2
-        total += 2 * (half // 2) * ((half + 1) // 2 - 1)
-        length = half
-    return (total + 2 * (length // 2) ** 2) / n3
+def has_codelets(n3: int) -> bool:
+    """Whether n3 is a product of two factors for which csrc/codelets.h makes transforms."""
+    inners = range(1, LONGEST_INNER + 1)
+    return any(n3 % inner == 0 and n3 // inner <= LONGEST_OUTER for inner in inners)
 
 
 def cuda_takes(n3: int, dtype: torch.dtype) -> bool:
@@ -115,7 +116,7 @@ def choose_gpu_backend(
         available: those of "cuda" and "triton" that are here.
     """
     if "cuda" in available and cuda_takes(n3, dtype):
-        is_light = transform_multiplications(n3) <= HIDDEN_MULTIPLICATIONS
+        is_light = has_codelets(n3) or n3 <= HIDDEN_SLICES
         if is_light or name == "cur_linear" or "triton" not in available:
             return "cuda"
     if "triton" in available and dtype == torch.float32:

@@ -73,9 +73,9 @@ def test_what_cuda_is_asked_for(monkeypatch):
     assert language("cuda", on_gpu()) == ""
     assert language("auto", on_gpu()) == ""
     assert language("auto", on_gpu(dtype=torch.float64)) == "reference"
-    for factors in (on_gpu(dtype=torch.float64), on_gpu(n3=385)):
+    for factors in (on_gpu(dtype=torch.float64), on_gpu(n3=2049)):
         with pytest.raises(
-            ValueError, match="expected fp32 factors of at most 384 slices for 'cuda'"
+            ValueError, match="expected fp32 factors of at most 2048 slices for 'cuda'"
         ):
             language("cuda", factors)
     case = make_case(4, 6, 9, 2)
@@ -89,19 +89,20 @@ def test_the_rule_on_a_gpu():
 
     assert choose() == "cuda"
     assert choose(n3=128) == "cuda"
-    assert choose(n3=127) == "triton"  # a prime: 63 multiplications per number
-    assert choose(n3=127, available=["cuda"]) == "cuda"
-    assert choose("cur_linear", n3=127) == "cuda"
+    assert choose(n3=127) == "cuda"  # a prime: by the matrix, behind memory
     assert choose(n3=500) == "triton"
+    assert choose(n3=500, available=["cuda"]) == "cuda"
+    assert choose("cur_linear", n3=500) == "cuda"
+    assert choose(n3=3000) == "triton"
     assert choose(available=["triton"]) == "triton"
     assert choose(available=[]) == "reference"
-    assert choose(n3=500, available=["cuda"]) == "reference"
+    assert choose(n3=3000, available=["cuda"]) == "reference"
     assert choose(dtype=torch.float64) == "reference"
 
 
-def test_multiplications_are_those_of_the_levels():
-    assert cost.transform_multiplications(1) == 0
-    assert cost.transform_multiplications(7) == pytest.approx(18 / 7)
-    # 48, 24, 12, 6, 3: outputs x rows, of cosines and of sines
-    products = 12 * 11 + 6 * 5 + 3 * 2 + 1 * 1 + 1 * 1
-    assert cost.transform_multiplications(48) == pytest.approx(2 * products / 48)
+def test_lengths_with_codelets():
+    lengths = [n3 for n3 in range(1, 200) if cost.has_codelets(n3)]
+    assert lengths[:17] == [*range(1, 17), 18]
+    assert {48, 64, 96, 128, 144} < set(lengths)
+    assert not {17, 47, 127, 145, 160} & set(lengths)
+    assert max(lengths) == 144

@@ -12,7 +12,7 @@ import cuda_host
 import oracle
 from cases import N3, make_case
 from cuda_host import operator
-from tcur_kernels import ops, reference
+from tcur_kernels import cost, ops, reference
 from tolerance import PROMISE, assert_close, relative_error
 
 #: (n1, n2, rank): one number; a ragged edge; several tiles; rows that are no multiple of 16 bytes.
@@ -42,11 +42,37 @@ def test_materialize_update(n3, shape):
 
 @pytest.mark.parametrize(
     ("n3", "n1", "n2", "rank"),
-    [(1, 1030, 1030, 1), (96, 17, 20, 9), (96, 9, 20, 3), (128, 9, 20, 9), (384, 9, 10, 2)],
+    [
+        (1, 1030, 1030, 1),
+        (96, 17, 20, 9),
+        (96, 9, 20, 3),
+        (128, 9, 20, 9),
+        # By the matrix: 16, 32, 64 and 128 lines, and then two and three launches of them.
+        (17, 9, 70, 2),
+        (47, 17, 40, 9),
+        (127, 9, 20, 3),
+        (251, 9, 10, 2),
+        (256, 9, 9, 2),
+        (600, 3, 5, 1),
+    ],
 )
 def test_every_size_of_a_tile(n3, n1, n2, rank):
     """From wide tiles of few slices to narrow ones of as many as there may be."""
     case = make_case(n3, n1, n2, rank)
+    double = case.double()
+    exact = reference.materialize(double.weight, *double.spectra, double.core, 0.5)
+    same = reference.materialize(case.weight, *case.spectra, case.core, 0.5)
+    args = (*case.packed, case.core, 0.5, torch.float32)
+    assert_close(operator("materialize")([case.weight], *args), same, exact)
+    exact = reference.core_grad_dense(double.weight, *double.spectra)
+    same = reference.core_grad_dense(case.weight, *case.spectra)
+    assert_close(operator("core_grad_dense")(case.weight, *case.packed), same, exact)
+
+
+@pytest.mark.parametrize("n3", [n3 for n3 in range(1, 148) if cost.has_codelets(n3)] + [146, 147])
+def test_every_length_of_two_factors(n3):
+    """Each outer codelet with each inner one, both directions; and the lengths behind them."""
+    case = make_case(n3, 3, 7, 1)
     double = case.double()
     exact = reference.materialize(double.weight, *double.spectra, double.core, 0.5)
     same = reference.materialize(case.weight, *case.spectra, case.core, 0.5)
@@ -83,8 +109,9 @@ def test_rounded_operands_keep_their_promise(n3, rank, precision):
 @pytest.mark.parametrize("weight_dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("out_dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("n2", [37, 40], ids=["scalar", "vector"])
-def test_materialize_dtypes(layers, weight_dtype, out_dtype, n2):
-    case = make_case(12, 6, n2, 3, torch.float32, weight_dtype)
+@pytest.mark.parametrize("n3", [12, 17], ids=["codelet", "matrix"])
+def test_materialize_dtypes(layers, weight_dtype, out_dtype, n2, n3):
+    case = make_case(n3, 6, n2, 3, torch.float32, weight_dtype)
     double = case.double()
     exact = oracle.w_eff(double.weight, double.lateral, double.core, double.horizontal, 0.5)
     torch_same = reference.materialize(case.weight, *case.spectra, case.core, 0.5).to(out_dtype)
@@ -127,9 +154,10 @@ def test_core_grad_dense(n3, shape):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_core_grad_dense_dtypes(dtype):
-    case = make_case(12, 6, 70, 3)
-    grad = torch.randn(12, 6, 70).to(dtype)
+@pytest.mark.parametrize("n3", [12, 17], ids=["codelet", "matrix"])
+def test_core_grad_dense_dtypes(dtype, n3):
+    case = make_case(n3, 6, 70, 3)
+    grad = torch.randn(n3, 6, 70).to(dtype)
     exact = reference.core_grad_dense(grad.double(), *case.double().spectra)
     same = reference.core_grad_dense(grad.float(), *case.spectra)
     assert_close(operator("core_grad_dense")(grad, *case.packed), same, exact)
@@ -286,8 +314,8 @@ def test_what_the_kernels_cannot_do_is_refused():
     double = make_case(4, 6, 9, 2, torch.float64)
     with pytest.raises(RuntimeError, match="lateral_hat must be fp32, bf16 or fp16 for CUDA"):
         operator("materialize")([], *double.packed, double.core, 1.0, torch.float32)
-    case = make_case(385, 2, 3, 1)
-    with pytest.raises(RuntimeError, match="at most 384 slices, got 385"):
+    case = make_case(2049, 1, 1, 1)
+    with pytest.raises(RuntimeError, match="at most 2048 slices, got 2049"):
         operator("materialize")([], *case.packed, case.core, 1.0, torch.float32)
     case = make_case(4, 6, 9, 2)
     with pytest.raises(RuntimeError, match="core has an unexpected shape"):

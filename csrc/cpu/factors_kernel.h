@@ -35,17 +35,6 @@ TCUR_TARGET void real_rows(
   }
 }
 
-// Planes of the bins outer * k2 + k1, k2 = 0 … inner-1; beyond n3/2 they are those of n3 - bin,
-// conjugate.
-struct Bin {
-  int64_t plane;  // of the real part; the imaginary part is the next
-  bool conjugate;
-};
-
-inline Bin bin_of(int64_t n3, int64_t bin) {
-  return 2 * bin < n3 ? Bin{2 * bin - 1, false} : Bin{2 * (n3 - bin) - 1, true};
-}
-
 // For k1 = 0, then the pairs, then outer/2 if outer is even: planes -> between (inverse) or back.
 template <class T, bool INVERSE, int INNER>
 TCUR_TARGET void inner_rows(const TubeDft<T>& dft, Rows<T> planes, T* between) {
@@ -54,10 +43,7 @@ TCUR_TARGET void inner_rows(const TubeDft<T>& dft, Rows<T> planes, T* between) {
   const Rows<T> middle{between, outer * lanes};  // row l0 of one k1
   {
     Vec<T> x[INNER];
-    // Bins outer * k2: plane 0, pairs, and n3/2.
-    const auto plane = [&](int64_t i) {
-      return i == 0 ? 0 : i % 2 != 0 ? (i + 1) * outer - 1 : i * outer;
-    };
+    const auto plane = [&](int64_t i) { return first_plane(outer, i); };
     static_for<INNER>([&](auto i) __attribute__((always_inline)) {
       x[i] = INVERSE ? planes.get(plane(i)) : middle.get(i);
     });
@@ -77,9 +63,9 @@ TCUR_TARGET void inner_rows(const TubeDft<T>& dft, Rows<T> planes, T* between) {
     Vec<T> re[INNER], im[INNER];
     if constexpr (INVERSE) {
       static_for<INNER>([&](auto k2) __attribute__((always_inline)) {
-        const Bin bin = bin_of(n3, outer * k2 + k1);
-        re[k2] = planes.get(bin.plane);
-        im[k2] = 2 * k2 >= INNER ? Vec<T>(-planes.get(bin.plane + 1)) : planes.get(bin.plane + 1);
+        const int64_t plane = pair_plane(n3, outer * k2 + k1);
+        re[k2] = planes.get(plane);
+        im[k2] = 2 * k2 >= INNER ? Vec<T>(-planes.get(plane + 1)) : planes.get(plane + 1);
       });
       complex_inverse<INNER, T>(re, im);
     }
@@ -97,19 +83,16 @@ TCUR_TARGET void inner_rows(const TubeDft<T>& dft, Rows<T> planes, T* between) {
     if constexpr (!INVERSE) {
       complex_inverse<INNER, T>(im, re);  // exchanged: the forward transform
       static_for<INNER>([&](auto k2) __attribute__((always_inline)) {
-        const Bin bin = bin_of(n3, outer * k2 + k1);
-        planes.set(bin.plane, re[k2]);
-        planes.set(bin.plane + 1, 2 * k2 >= INNER ? Vec<T>(-im[k2]) : im[k2]);
+        const int64_t plane = pair_plane(n3, outer * k2 + k1);
+        planes.set(plane, re[k2]);
+        planes.set(plane + 1, 2 * k2 >= INNER ? Vec<T>(-im[k2]) : im[k2]);
       });
     }
   }
   if (outer % 2 == 0) {
     const Rows<T> last{between + (outer - 1) * lanes, middle.step};
     Vec<T> x[INNER];
-    // Bins outer * k2 + outer/2; the middle one of an odd number is n3/2.
-    const auto plane = [&](int64_t i) {
-      return i == INNER - 1 && INNER % 2 != 0 ? n3 - 1 : (i / 2 * 2 + 1) * outer - 1 + i % 2;
-    };
+    const auto plane = [&](int64_t i) { return last_plane<int64_t>(outer, INNER, i); };
     static_for<INNER>([&](auto i) __attribute__((always_inline)) {
       x[i] = INVERSE ? planes.get(plane(i)) : last.get(i);
     });

@@ -1,18 +1,21 @@
 // tcur::core_grad_dense, CUDA: ∂U [n3, rank, rank] = Cᵀ * G * Rᵀ from G [n3, n1, n2].
 //
 // The adjoint of materialize.cu: a block reads tiles of all slices of G, 8 rows high, one after
-// another along its part of the columns. A tile is folded as it is read, transformed along the
-// tubes (dft.h) into a second tile of packed planes, and multiplied with R̂ on tensor cores:
+// another along its part of the columns. A tile is transformed along the tubes, by codelets as it
+// comes from memory (dft.h), or for other lengths as a product with the matrix (dft_matrix.h), into
+// packed planes in shared memory, and these are multiplied with R̂ on tensor cores:
 //     [z_re; z_im] = [G_re, G_im; -G_im, G_re] [R_reᵀ; R_imᵀ]
 // which is the conjugate of Ĝ_k R̂_kᴴ, [n1, n3*rank] in all: rows like those of projected tokens,
-// with Ĉ for their p. What is left is the work of products.h. G is read once and never transformed
-// as a whole.
+// with Ĉ for their p. What is left is the work of products.h. G is never transformed as a whole,
+// and is read once; for lengths beyond 255 that have no two short factors once for every 128 bins.
 //
 // Per element of G: 4 (2) bytes of device memory, 4*rank/8 bytes of R̂ from the second-level cache,
-// 16*rank operations of tensor cores, and the multiplications of the transform.
-// Planned: 256 threads, up to 128 registers, 2 blocks per multiprocessor, each with two tiles in
-// shared memory: 96 KiB for 48 slices of 8 x 32.
-#include "fragments.h"
+// 16*rank operations of tensor cores, and the transform: by codelets 4 to 23 fp32 operations, or
+// about 4*n3 of tensor cores.
+// Planned: 256 threads, up to 128 registers, 2 blocks per multiprocessor, each with a tile in
+// shared memory: 96 KiB for 48 slices of 8 x 64.
+#include "dft.h"
+#include "dft_matrix.h"
 #include "operators.h"
 #include "products.h"
 
@@ -24,82 +27,99 @@ constexpr int kThreads = 256, kRows = 8;
 struct ProjectArgs {
   const void* grad;             // [n3, n1, n2]
   const float* horizontal_hat;  // [n3*rank, n2]
-  const float* dft;             // coefficients of dft.h
-  float* z;                     // [splits, n1, n3*rank]
+  Tables tables;
+  float* z;  // [splits, n1, n3*rank]
   int64_t n1, n2;
   int n3, rank, splits;
   int64_t tiles_per_split;
   Precision precision;
   Tile tile;
+  Lines lines;  // of the product with the matrix: bins
   Element element;
   bool vector;  // rows start at multiples of four elements
 };
 
-// Rows of the transform: x_0, x_l + x_{n3-l}, x_l - x_{n3-l}, x_{n3/2}.
-template <int BYTES>
-TCUR_DEVICE void read_folded(const ProjectArgs& args, const Corner& corner, float* rows) {
+// Where a quad of positions lies in every slice, and how many of its numbers are there.
+struct Place {
+  int64_t at, count;
+};
+TCUR_DEVICE Place place_of(const ProjectArgs& args, const Corner& corner, int position) {
   const Tile& tile = args.tile;
-  const int n3 = args.n3, quads = tile.positions() / 4, stride = tile.positions();
-  const int64_t slice = args.n1 * args.n2;
-  for (int i = threadIdx.x; i < (n3 / 2 + 1) * quads; i += kThreads) {
-    const int l = i / quads, position = 4 * (i - l * quads);
-    const int tile_row = position >> tile.log_columns;
-    const int64_t row = corner.row + tile_row;
-    const int64_t column = corner.column + tile.swizzled(tile_row, position & (tile.columns() - 1));
-    const int64_t count = row < args.n1 ? args.n2 - column : 0, at = row * args.n2 + column;
-    const auto read = [&](int which) {
-      const auto raw = load_four<BYTES>(args.grad, which * slice + at, count, args.vector);
-      return Four<BYTES>::widened(raw, args.element);
-    };
-    const float4 x = read(l);
-    float4* low = reinterpret_cast<float4*>(rows + l * stride + position);
-    if (l == 0 || 2 * l == n3) {
-      *low = x;
-      continue;
+  const int tile_row = position >> tile.log_columns;
+  const int64_t row = corner.row + tile_row;
+  const int64_t column = corner.column + tile.swizzled(tile_row, position & (tile.columns() - 1));
+  return {row * args.n2 + column, row < args.n1 ? args.n2 - column : 0};
+}
+
+template <int BYTES>
+TCUR_DEVICE Quad read_slice(const ProjectArgs& args, int slice, const Place& place) {
+  const int64_t at = slice * args.n1 * args.n2 + place.at;
+  const auto raw = load_four<BYTES>(args.grad, at, place.count, args.vector);
+  return Four<BYTES>::widened(raw, args.element);
+}
+
+// Slices -> what is between the two steps of dft.h.
+template <int BYTES, int OUTER>
+TCUR_DEVICE void read_transformed(const ProjectArgs& args, const Corner& corner, float* rows) {
+  const int positions = args.tile.positions(), quads = positions / 4, inner = args.n3 / OUTER;
+  for (int i = threadIdx.x; i < inner * quads; i += kThreads) {
+    const int l0 = i / quads, position = 4 * (i - l0 * quads);
+    const Place place = place_of(args, corner, position);
+    Quad x[OUTER];
+#pragma unroll
+    for (int j = 0; j < OUTER; ++j) {
+      x[j] = read_slice<BYTES>(args, l0 + inner * j, place);
     }
-    const float4 y = read(n3 - l);
-    *low = {x.x + y.x, x.y + y.y, x.z + y.z, x.w + y.w};
-    *reinterpret_cast<float4*>(rows + (n3 - l) * stride + position) = {
-        x.x - y.x, x.y - y.y, x.z - y.z, x.w - y.w};
+    real_forward<OUTER, float>(x);
+    for_middle_rows<OUTER>(args.n3, l0, [&](int j, int row) __attribute__((always_inline)) {
+      lanes_at<4>(rows + row * positions + position) = x[j];
+    });
   }
 }
 
-// Folded rows -> packed planes.
-TCUR_DEVICE void transform(const ProjectArgs& args, const float* rows, float* planes) {
-  const int quads = args.tile.positions() / 4, stride = args.tile.positions();
-  for (int i = threadIdx.x; i < line_blocks(args.n3) * quads; i += kThreads) {
-    const int index = i / quads, position = 4 * (i - index * quads);
-    const LineBlock block = line_block(args.n3, index);
-    float4 even[kLines], odd[kLines];
-    dft_lines<false>(rows, args.n3, stride, position, block, args.dft, even, odd);
-#pragma unroll
-    for (int j = 0; j < kLines; ++j) {
-      if (j < block.lines) {
-        const int k = block.output(j), plane = k == 0 ? 0 : 2 * k - 1;
-        float4* re = reinterpret_cast<float4*>(planes + plane * stride + position);
-        *re = even[j];
-        if (block.is_pair(j)) {
-          *reinterpret_cast<float4*>(planes + (plane + 1) * stride + position) = {
-              -odd[j].x, -odd[j].y, -odd[j].z, -odd[j].w};
-        }
+// Slices first … first+count-1 and their mirror images -> A and B of dft_matrix.h, zeros beyond
+// n3/2.
+template <int BYTES>
+TCUR_DEVICE void read_folded(
+    const ProjectArgs& args, const Corner& corner, int first, int count, float* rows) {
+  const int stride = matrix_stride(args.tile), quads = args.tile.positions() / 4;
+  for (int i = threadIdx.x; i < count * quads; i += kThreads) {
+    const int j = i / quads, position = 4 * (i - j * quads), l = first + j;
+    const Place place = place_of(args, corner, position);
+    Quad a{}, b{};
+    if (l <= args.n3 / 2) {
+      a = read_slice<BYTES>(args, l, place);
+      if (l > 0 && 2 * l < args.n3) {
+        const Quad mirrored = read_slice<BYTES>(args, args.n3 - l, place);
+        b = a - mirrored;
+        a = a + mirrored;
       }
     }
+    float* to = rows + 2 * j * stride + position;
+    lanes_at<4>(to) = a;
+    lanes_at<4>(to + stride) = b;
   }
 }
 
-// z += planes R̂ᵀ; every number of z has one thread of one block that adds to it.
+// z += planes R̂ᵀ for some bins; every number of z has one thread of one block that adds to it.
 TCUR_DEVICE void project(
-    const ProjectArgs& args, const Corner& corner, const float* planes, float* z, bool is_first) {
+    const ProjectArgs& args,
+    const Corner& corner,
+    const Planes& planes,
+    int bins,
+    float* z,
+    bool is_first) {
   const Tile& tile = args.tile;
   const int rank = args.rank, columns = tile.columns();
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int fragments = (rank + 7) / 8;
-  for (int item = warp; item < (args.n3 / 2 + 1) * fragments; item += kThreads / 32) {
-    const int bin = item / fragments, b0 = (item - bin * fragments) * 8;
+  for (int item = warp; item < bins * fragments; item += kThreads / 32) {
+    const int index = item / fragments, b0 = (item - index * fragments) * 8;
+    const int bin = planes.first + index;
     const bool is_pair = bin > 0 && bin <= pairs(args.n3);
     const int plane = bin == 0 ? 0 : 2 * bin - 1, depth = is_pair ? 2 * columns : columns;
-    const float* re = planes + plane * tile.positions();
-    const float* im = re + tile.positions();
+    const float* re = planes.real_row(bin);
+    const float* im = re + planes.stride;
     float sums[4] = {};
     for (int k0 = 0; k0 < depth; k0 += 8) {
       FragmentA left;
@@ -141,11 +161,9 @@ TCUR_DEVICE void project(
   }
 }
 
-template <int BYTES>
-TCUR_KERNEL(kThreads, 2)
-project_kernel(const TCUR_PARAMETER ProjectArgs args) {
-  float* rows = shared_memory<float>();
-  float* planes = rows + args.n3 * args.tile.positions();
+// The tiles of a block, one after another: `work(corner, z, is_first)` is what is done with each.
+template <class F>
+TCUR_DEVICE void for_tiles(const ProjectArgs& args, F&& work) {
   const int split = blockIdx.x % args.splits;
   float* z = args.z + split * args.n1 * args.n3 * args.rank;
   Corner corner{blockIdx.x / args.splits * static_cast<int64_t>(kRows), 0};
@@ -154,12 +172,63 @@ project_kernel(const TCUR_PARAMETER ProjectArgs args) {
     if (corner.column >= args.n2 && i > 0) {
       return;  // all threads together; the first tile is there to clear z
     }
-    read_folded<BYTES>(args, corner, rows);
-    fold_tile<false>(rows, args.n3, args.tile.positions() / 4);
-    transform(args, rows, planes);
-    __syncthreads();
-    project(args, corner, planes, z, i == 0);
+    work(corner, z, i == 0);
   }
+}
+
+template <int OUTER>
+TCUR_KERNEL(kThreads, 2)
+project_kernel(const TCUR_PARAMETER ProjectArgs args) {
+  float* rows = shared_memory<float>();
+  const int positions = args.tile.positions();
+  for_tiles(
+      args, [&](const Corner& corner, float* z, bool is_first) __attribute__((always_inline)) {
+        if (args.element == Element::f32) {
+          read_transformed<4, OUTER>(args, corner, rows);
+        } else {
+          read_transformed<2, OUTER>(args, corner, rows);
+        }
+        __syncthreads();
+        if (args.n3 > OUTER) {
+          inner_steps<false, OUTER>(rows, positions, args.tables);
+          __syncthreads();
+        }
+        project(args, corner, {rows, positions, 0, true}, args.n3 / 2 + 1, z, is_first);
+        __syncthreads();
+      });
+}
+
+TCUR_KERNEL(kThreads, 2)
+project_matrix_kernel(const TCUR_PARAMETER ProjectArgs args) {
+  float* rows = shared_memory<float>();
+  const Lines& lines = args.lines;
+  const int stride = matrix_stride(args.tile);
+  for_tiles(
+      args, [&](const Corner& corner, float* z, bool is_first) __attribute__((always_inline)) {
+        LineSums sums(lines);
+        for (int l = 0; l <= args.n3 / 2; l += lines.count) {
+          const int count = chunk_bins(args.n3, lines, l);
+          if (args.element == Element::f32) {
+            read_folded<4>(args, corner, l, count, rows);
+          } else {
+            read_folded<2>(args, corner, l, count, rows);
+          }
+          __syncthreads();
+          sums.add(rows, stride, l, count, lines, args.tables);
+          __syncthreads();
+        }
+        sums.store(rows, stride, -1.0f);
+        __syncthreads();
+        const int bins = lines.end(args.n3) - lines.first;
+        project(args, corner, {rows, stride, lines.first, false}, bins, z, is_first);
+        __syncthreads();
+      });
+}
+
+template <int... I>
+auto kernel_for(int64_t outer, std::integer_sequence<int, I...>) {
+  static constexpr void (*all[])(ProjectArgs) = {&project_kernel<I + 1>...};
+  return all[outer - 1];
 }
 
 // The widest tile of which two fit a multiprocessor, or else one.
@@ -167,13 +236,13 @@ Tile choose_tile(int64_t n3, const SharedLimits& limits) {
   constexpr int64_t reserved = 1024;
   const int64_t half = std::min(limits.block, limits.multiprocessor / 2 - reserved);
   for (const int64_t budget : {half, limits.block}) {
-    for (int log_columns = 6; log_columns >= 2; --log_columns) {
-      if (2 * n3 * (kRows << log_columns) * static_cast<int64_t>(sizeof(float)) <= budget) {
+    for (int log_columns = 6; log_columns >= 3; --log_columns) {
+      if (n3 * (kRows << log_columns) * static_cast<int64_t>(sizeof(float)) <= budget) {
         return {kRows, log_columns};
       }
     }
   }
-  return {kRows, 2};
+  return {kRows, 3};
 }
 
 template <bool TF32>
@@ -191,10 +260,12 @@ Tensor core_grad_dense(Tensor grad, Tensor lateral_hat, Tensor horizontal_hat) {
   const int n3 = static_cast<int>(sizes.n3), rank = static_cast<int>(sizes.rank);
   const Spectrum tables(call, n3);
 
-  // Blocks enough for every multiprocessor twice, by the shape alone: the sums are then the same
-  // on every device.
-  constexpr int64_t wanted = 512;
-  const Tile tile = choose_tile(n3, call.limits());
+  // Two blocks for each of 132 multiprocessors, by the shape alone: the sums are then the same on
+  // every device.
+  constexpr int64_t wanted = 264;
+  const bool has_factors = dft_factors(n3).outer > 0;
+  const Lines lines = first_lines(n3);
+  const Tile tile = has_factors ? choose_tile(n3, call.limits()) : matrix_tile(lines);
   const int64_t row_tiles = tiles_of(sizes.n1, kRows);
   const int64_t tiles = std::max<int64_t>(1, tiles_of(sizes.n2, tile.columns()));
   const int64_t at_most = std::max<int64_t>(1, tiles_of(wanted, std::max<int64_t>(1, row_tiles)));
@@ -202,10 +273,10 @@ Tensor core_grad_dense(Tensor grad, Tensor lateral_hat, Tensor horizontal_hat) {
   const int splits = static_cast<int>(tiles_of(tiles, per_split));
   const Tensor z = call.floats({splits, sizes.n1, sizes.n3 * sizes.rank});
   const Element element = element_of(grad.scalar_type());
-  const ProjectArgs args{
+  ProjectArgs args{
       g.const_data_ptr(),
       h.const_data_ptr<float>(),
-      tables.tables().dft(),
+      tables.tables(),
       z.mutable_data_ptr<float>(),
       sizes.n1,
       sizes.n2,
@@ -215,14 +286,25 @@ Tensor core_grad_dense(Tensor grad, Tensor lateral_hat, Tensor horizontal_hat) {
       per_split,
       precision,
       tile,
+      lines,
       element,
       sizes.n2 % 4 == 0 && is_aligned(g.const_data_ptr(), 4 * bytes_of(element))};
-  if (sizes.n1 > 0) {
+  if (sizes.n1 > 0 && has_factors) {
     launch(
-        element == Element::f32 ? project_kernel<4> : project_kernel<2>,
+        kernel_for(dft_factors(n3).outer, std::make_integer_sequence<int, kLongestOuter>{}),
         row_tiles * splits,
         kThreads,
-        2 * n3 * tile.positions() * static_cast<int64_t>(sizeof(float)),
+        sizes.n3 * tile.positions() * static_cast<int64_t>(sizeof(float)),
+        call.stream(),
+        args);
+  }
+  for (; sizes.n1 > 0 && !has_factors && args.lines.first <= n3 / 2;
+       args.lines.first += lines.count) {
+    launch(
+        project_matrix_kernel,
+        row_tiles * splits,
+        kThreads,
+        matrix_bytes(lines, tile),
         call.stream(),
         args);
   }

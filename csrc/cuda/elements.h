@@ -12,6 +12,42 @@
 
 namespace tcur {
 
+// W neighbours in registers, read and written at once; the codelets compute with them.
+template <int W>
+struct alignas(4 * W) Lanes {
+  float v[W];
+
+  template <class F>
+  TCUR_HOST_DEVICE static Lanes of(F&& f) {
+    Lanes made;
+#pragma unroll
+    for (int i = 0; i < W; ++i) {
+      made.v[i] = f(i);
+    }
+    return made;
+  }
+  TCUR_HOST_DEVICE friend Lanes operator+(const Lanes& x, const Lanes& y) {
+    return of([&](int i) __attribute__((always_inline)) { return x.v[i] + y.v[i]; });
+  }
+  TCUR_HOST_DEVICE friend Lanes operator-(const Lanes& x, const Lanes& y) {
+    return of([&](int i) __attribute__((always_inline)) { return x.v[i] - y.v[i]; });
+  }
+  TCUR_HOST_DEVICE friend Lanes operator*(float factor, const Lanes& x) {
+    return of([&](int i) __attribute__((always_inline)) { return factor * x.v[i]; });
+  }
+  TCUR_HOST_DEVICE Lanes operator-() const {
+    return of([&](int i) __attribute__((always_inline)) { return -v[i]; });
+  }
+};
+using Pair = Lanes<2>;
+using Quad = Lanes<4>;
+
+// The W numbers of shared memory that start here, at a multiple of W.
+template <int W>
+TCUR_DEVICE Lanes<W>& lanes_at(float* start) {
+  return *reinterpret_cast<Lanes<W>*>(start);
+}
+
 // Element type of a tensor in memory.
 enum class Element { none, f32, bf16, f16 };
 
@@ -58,12 +94,12 @@ template <int BYTES>
 struct Four;
 template <>
 struct Four<4> {
-  using Raw = float4;
+  using Raw = Quad;
   using Scalar = float;
-  TCUR_DEVICE static float4 widened(const Raw& raw, Element) {
+  TCUR_DEVICE static Quad widened(const Raw& raw, Element) {
     return raw;
   }
-  TCUR_DEVICE static Raw narrowed(const float4& value, Element) {
+  TCUR_DEVICE static Raw narrowed(const Quad& value, Element) {
     return value;
   }
 };
@@ -71,17 +107,18 @@ template <>
 struct Four<2> {
   using Raw = uint2;
   using Scalar = unsigned short;
-  TCUR_DEVICE static float4 widened(const Raw& raw, Element element) {
-    return {
-        widen(static_cast<unsigned short>(raw.x), element),
-        widen(static_cast<unsigned short>(raw.x >> 16), element),
-        widen(static_cast<unsigned short>(raw.y), element),
-        widen(static_cast<unsigned short>(raw.y >> 16), element)};
+  TCUR_DEVICE static Quad widened(const Raw& raw, Element element) {
+    return Quad::of([&](int i) __attribute__((always_inline)) {
+      return widen(static_cast<unsigned short>((i < 2 ? raw.x : raw.y) >> (i % 2 * 16)), element);
+    });
   }
-  TCUR_DEVICE static Raw narrowed(const float4& value, Element element) {
-    const unsigned x = narrow(value.x, element), y = narrow(value.y, element);
-    const unsigned z = narrow(value.z, element), w = narrow(value.w, element);
-    return {x | y << 16, z | w << 16};
+  TCUR_DEVICE static Raw narrowed(const Quad& value, Element element) {
+    unsigned bits[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      bits[i] = narrow(value.v[i], element);
+    }
+    return {bits[0] | bits[1] << 16, bits[2] | bits[3] << 16};
   }
 };
 
@@ -101,7 +138,7 @@ TCUR_DEVICE typename Four<BYTES>::Raw load_four(
   for (int i = 0; i < 4; ++i) {
     if (i < count) {
       if constexpr (BYTES == 4) {
-        (&raw.x)[i] = from[i];
+        raw.v[i] = from[i];
       } else {
         bits[i] = from[i];
       }
@@ -126,7 +163,7 @@ TCUR_DEVICE void store_four(
   for (int i = 0; i < 4; ++i) {
     if (i < count) {
       if constexpr (BYTES == 4) {
-        to[i] = (&raw.x)[i];
+        to[i] = raw.v[i];
       } else {
         to[i] = static_cast<unsigned short>((i < 2 ? raw.x : raw.y) >> (i % 2 * 16));
       }

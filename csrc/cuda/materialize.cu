@@ -1,17 +1,20 @@
 // tcur::materialize, CUDA: W_eff [n3, n1, n2] = W + scale * C*U*R.
 //
-// A block makes one tile of all slices: 16 or 8 rows, 8 to 128 columns. Its warps form the packed
-// planes S_k = P_k R̂_k on tensor cores, bin by bin, into shared memory: a pair of planes is one
-// real product [P_re, -P_im; P_im, P_re] [R_re; R_im], with 8 rows of each kind in the 16 of a
-// fragment. Then the inverse DFT along the tubes (dft.h), whose outputs meet the base in registers:
-// it is read while the sums are formed, and W_eff is written once.
+// A block makes one tile of all slices. Its warps form the packed planes S_k = P_k R̂_k on tensor
+// cores, bin by bin, into shared memory: a pair of planes is one real product
+// [P_re, -P_im; P_im, P_re] [R_re; R_im], with 8 rows of each kind in the 16 of a fragment.
+// Meanwhile the base of the tile comes into the second-level cache. Then the inverse DFT along the
+// tubes: by codelets, whose outputs meet the base in registers (dft.h), or for other lengths as a
+// product with its matrix on tensor cores (dft_matrix.h). The base is read and W_eff written once.
 //
 // Per element of W_eff: 8 bytes of device memory (6 for bf16), 4*rank/rows + 4*rank/columns bytes
-// of R̂ and P from the second-level cache, 16*rank operations of tensor cores, and about
-// n3/6 … n3/2 fp32 multiplications. docs/design.md compares them with what a multiprocessor can do.
+// of R̂ and P from the second-level cache, 16*rank operations of tensor cores, and by codelets 4 to
+// 23 fp32 operations, or about 4*n3 of tensor cores. docs/design.md compares them with what a
+// multiprocessor can do.
 // Planned: 256 threads, up to 128 registers, 2 blocks per multiprocessor, each with as much shared
 // memory as its tile needs: 96 KiB for 48 slices of 16 x 32.
-#include "fragments.h"
+#include "dft.h"
+#include "dft_matrix.h"
 #include "operators.h"
 
 namespace tcur {
@@ -25,22 +28,28 @@ struct MixArgs {
   int n3, rank;
 };
 
+// Slices that one launch writes, at most: all that codelets take, or both mirror images of lines.
+constexpr int kMostBases = 2 * kMostLines;
+static_assert(kLongestOuter * kLongestInner <= kMostBases, "codelets take more slices");
+
 struct MaterializeArgs {
   const float* mixed;           // [n1, n3*rank]
   const float* horizontal_hat;  // [n3*rank, n2]
-  const float* dft;             // coefficients of dft.h
-  void* out;                    // [n3, n1, n2]
+  Tables tables;
+  void* out;  // [n3, n1, n2]
   int64_t n1, n2, tiles_in_row;
   int n3, rank;
   Precision precision;
   Tile tile;
+  Lines lines;                        // of the product with the matrix
   Element base_element, out_element;  // base_element none: no base
   bool vector;                        // rows start at multiples of four elements
-  const void* base[kMaxSlices];       // each [n1, n2]
+  int bases;
+  const void* base[kMostBases];  // each [n1, n2]: slice l; or lines.first + j, then their mirror
+                                 // images, null where there is none
 };
 
 constexpr int kThreads = 256;
-constexpr int kGroup = 4;  // fragments of 8 columns that a warp works on together
 
 // One thread per number of P.
 TCUR_KERNEL(kThreads, 4) mix_kernel(const TCUR_PARAMETER MixArgs args) {
@@ -75,22 +84,41 @@ TCUR_KERNEL(kThreads, 4) mix_kernel(const TCUR_PARAMETER MixArgs args) {
   args.mixed[index] = sum;
 }
 
-// The packed planes of the tile.
-TCUR_DEVICE void form_planes(const MaterializeArgs& args, const Corner& corner, float* planes) {
+TCUR_DEVICE void prefetch_base(const MaterializeArgs& args, const Corner& corner) {
+  constexpr int kLine = 128;  // bytes
+  const Tile& tile = args.tile;
+  const int bytes = bytes_of(args.base_element);
+  const int in_row = (tile.columns() * bytes + kLine - 1) / kLine, in_base = tile.rows * in_row;
+  for (int i = threadIdx.x; i < args.bases * in_base; i += kThreads) {
+    const int which = i / in_base, row = (i - which * in_base) / in_row, line = i % in_row;
+    const int64_t column = corner.column + line * (kLine / bytes);
+    const char* base = static_cast<const char*>(args.base[which]);
+    if (base != nullptr && corner.row + row < args.n1 && column < args.n2) {
+      prefetch(base + ((corner.row + row) * args.n2 + column) * bytes);
+    }
+  }
+}
+
+// The planes of the bins first … first+count-1 of the tile, zeros beyond n3/2. HALVES: of 16 rows,
+// 8 or all.
+template <int HALVES>
+TCUR_DEVICE void form_planes(
+    const MaterializeArgs& args, const Corner& corner, const Planes& planes, int count) {
   const int rank = args.rank, q = args.n3 * rank;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const Tile& tile = args.tile;
-  const int bins = args.n3 / 2 + 1, fragments = tile.columns() / 8;
-  const int groups = (fragments + kGroup - 1) / kGroup;
-  for (int item = warp; item < bins * groups; item += kThreads / 32) {
-    const int bin = item / groups, first = (item - bin * groups) * kGroup;
+  constexpr int kGroup = 2 * HALVES;  // fragments of 8 columns that a warp works on together
+  const int fragments = tile.columns() / 8, groups = (fragments + kGroup - 1) / kGroup;
+  for (int item = warp; item < count * groups; item += kThreads / 32) {
+    const int index = item / groups, first = (item - index * groups) * kGroup;
+    const int bin = planes.first + index, plane = bin == 0 ? 0 : 2 * bin - 1;
     const bool is_pair = bin > 0 && bin <= pairs(args.n3);
-    const int plane = bin == 0 ? 0 : 2 * bin - 1, depth = is_pair ? 2 * rank : rank;
-    float sums[2][kGroup][4] = {};
+    const int depth = is_pair ? 2 * rank : bin <= args.n3 / 2 ? rank : 0;
+    float sums[HALVES][kGroup][4] = {};
     for (int k0 = 0; k0 < depth; k0 += 8) {
-      FragmentA left[2];
+      FragmentA left[HALVES];
 #pragma unroll
-      for (int m = 0; m < 2; ++m) {
+      for (int m = 0; m < HALVES; ++m) {
         const int64_t row = corner.row + 8 * m + g;
         const float* p = args.mixed + row * q + plane * rank;
 #pragma unroll
@@ -123,22 +151,23 @@ TCUR_DEVICE void form_planes(const MaterializeArgs& args, const Corner& corner, 
           right.set(i, value, args.precision);
         }
         multiply(sums[0][n], left[0], right, args.precision);
-        if (tile.rows > 8) {
-          multiply(sums[1][n], left[1], right, args.precision);
+        if (HALVES > 1 && tile.rows > 8) {
+          multiply(sums[HALVES - 1][n], left[HALVES - 1], right, args.precision);
         }
       }
     }
-    float* to = planes + plane * tile.positions();
+    float* re = planes.real_row(bin);
+    float* im = re + planes.stride;
 #pragma unroll
-    for (int m = 0; m < 2; ++m) {
+    for (int m = 0; m < HALVES; ++m) {
 #pragma unroll
       for (int n = 0; n < kGroup; ++n) {
         if (8 * m < tile.rows && first + n < fragments) {
           const int at = tile.position(8 * m + g, 8 * (first + n) + 2 * t);
           const float* sum = sums[m][n];
-          *reinterpret_cast<float2*>(to + at) = {sum[0], sum[1]};
-          if (is_pair) {
-            *reinterpret_cast<float2*>(to + tile.positions() + at) = {sum[2], sum[3]};
+          lanes_at<2>(re + at) = {sum[0], sum[1]};
+          if (is_pair || !planes.is_packed) {
+            lanes_at<2>(im + at) = {sum[2], sum[3]};
           }
         }
       }
@@ -146,73 +175,123 @@ TCUR_DEVICE void form_planes(const MaterializeArgs& args, const Corner& corner, 
   }
 }
 
-// One output of the transform and what it is added to.
-template <int IN, int OUT>
-TCUR_DEVICE void write_sum(
-    const MaterializeArgs& args,
-    int slice,
-    int64_t at,
-    int64_t count,
-    const typename Four<IN>::Raw& raw,
-    const float4& update) {
-  float4 sum = update;
-  if (args.base_element != Element::none) {
-    const float4 base = Four<IN>::widened(raw, args.base_element);
-    sum = {base.x + update.x, base.y + update.y, base.z + update.z, base.w + update.w};
-  }
-  store_four<OUT>(
-      args.out,
-      slice * args.n1 * args.n2 + at,
-      count,
-      args.vector,
-      Four<OUT>::narrowed(sum, args.out_element));
+// Where a quad of positions lies in every slice, and how many of its numbers are there.
+struct Place {
+  int64_t at, count;
+};
+TCUR_DEVICE Place place_of(const MaterializeArgs& args, const Corner& corner, int position) {
+  const Tile& tile = args.tile;
+  const int tile_row = position >> tile.log_columns;
+  const int64_t row = corner.row + tile_row;
+  const int64_t column = corner.column + tile.swizzled(tile_row, position & (tile.columns() - 1));
+  return {row * args.n2 + column, row < args.n1 ? args.n2 - column : 0};
 }
 
-template <int IN, int OUT>
+// The numbers first, first + step, … of something.
+struct Steps {
+  int first, step;
+
+  TCUR_DEVICE int operator[](int i) const {
+    return first + i * step;
+  }
+};
+
+template <int BYTES, int N>
+TCUR_DEVICE void add_base(
+    const MaterializeArgs& args, const Steps& bases, const Place& place, Quad (&x)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    const auto raw = load_four<BYTES>(args.base[bases[i]], place.at, place.count, args.vector);
+    x[i] = x[i] + Four<BYTES>::widened(raw, args.base_element);
+  }
+}
+
+template <int BYTES, int N>
+TCUR_DEVICE void store_slices(
+    const MaterializeArgs& args, const Steps& slices, const Place& place, const Quad (&x)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    const int64_t at = slices[i] * args.n1 * args.n2 + place.at;
+    const auto raw = Four<BYTES>::narrowed(x[i], args.out_element);
+    store_four<BYTES>(args.out, at, place.count, args.vector, raw);
+  }
+}
+
+// Some slices of W_eff for a quad of positions, from what is added to the base.
+template <int N>
+TCUR_DEVICE void write_slices(
+    const MaterializeArgs& args,
+    const Steps& bases,
+    const Steps& slices,
+    const Place& place,
+    Quad (&x)[N]) {
+  if (args.base_element == Element::f32) {
+    add_base<4>(args, bases, place, x);
+  } else if (args.base_element != Element::none) {
+    add_base<2>(args, bases, place, x);
+  }
+  if (args.out_element == Element::f32) {
+    store_slices<4>(args, slices, place, x);
+  } else {
+    store_slices<2>(args, slices, place, x);
+  }
+}
+
+template <int OUTER>
 TCUR_KERNEL(kThreads, 2)
 materialize_kernel(const TCUR_PARAMETER MaterializeArgs args) {
-  float* planes = shared_memory<float>();
+  float* rows = shared_memory<float>();
+  const int positions = args.tile.positions(), quads = positions / 4, inner = args.n3 / OUTER;
+  const Corner corner = corner_of(args.tile, blockIdx.x, args.tiles_in_row);
+  prefetch_base(args, corner);
+  form_planes<2>(args, corner, {rows, positions, 0, true}, args.n3 / 2 + 1);
+  __syncthreads();
+  if (inner > 1) {
+    inner_steps<true, OUTER>(rows, positions, args.tables);
+    __syncthreads();
+  }
+  for (int i = threadIdx.x; i < inner * quads; i += kThreads) {
+    const int l0 = i / quads, position = 4 * (i - l0 * quads);
+    Quad x[OUTER];
+    for_middle_rows<OUTER>(args.n3, l0, [&](int j, int row) __attribute__((always_inline)) {
+      x[j] = lanes_at<4>(rows + row * positions + position);
+    });
+    real_inverse<OUTER, float>(x);
+    const Steps slices{l0, inner};
+    write_slices(args, slices, slices, place_of(args, corner, position), x);
+  }
+}
+
+TCUR_KERNEL(kThreads, 2)
+materialize_matrix_kernel(const TCUR_PARAMETER MaterializeArgs args) {
+  float* rows = shared_memory<float>();
   const Tile& tile = args.tile;
-  const int n3 = args.n3, quads = tile.positions() / 4;
+  const Lines& lines = args.lines;
+  const int stride = matrix_stride(tile), quads = tile.positions() / 4;
   const Corner corner = corner_of(tile, blockIdx.x, args.tiles_in_row);
-  form_planes(args, corner, planes);
-  fold_tile<true>(planes, n3, quads);
-  const int work = line_blocks(n3) * quads;
-  for (int i = threadIdx.x; i < work; i += kThreads) {
-    const int index = i / quads, position = 4 * (i - index * quads);
-    const int tile_row = position >> tile.log_columns;
-    const int64_t row = corner.row + tile_row;
-    const int64_t column = corner.column + tile.swizzled(tile_row, position & (tile.columns() - 1));
-    const int64_t count = row < args.n1 ? args.n2 - column : 0, at = row * args.n2 + column;
-    const LineBlock block = line_block(n3, index);
-    typename Four<IN>::Raw low[kLines] = {}, high[kLines] = {};
-    if (args.base_element != Element::none) {
-#pragma unroll
-      for (int j = 0; j < kLines; ++j) {
-        if (j < block.lines) {
-          const int l = block.output(j);
-          low[j] = load_four<IN>(args.base[l], at, count, args.vector);
-          if (block.is_pair(j)) {
-            high[j] = load_four<IN>(args.base[n3 - l], at, count, args.vector);
-          }
-        }
-      }
-    }
-    float4 even[kLines], odd[kLines];
-    dft_lines<true>(planes, n3, 4 * quads, position, block, args.dft, even, odd);
-#pragma unroll
-    for (int j = 0; j < kLines; ++j) {
-      if (j < block.lines) {
-        const int l = block.output(j);
-        const float4 e = even[j];
-        const float4 o = block.is_pair(j) ? odd[j] : float4{0.0f, 0.0f, 0.0f, 0.0f};
-        const float4 minus{e.x - o.x, e.y - o.y, e.z - o.z, e.w - o.w};
-        write_sum<IN, OUT>(args, l, at, count, low[j], minus);
-        if (block.is_pair(j)) {
-          const float4 plus{e.x + o.x, e.y + o.y, e.z + o.z, e.w + o.w};
-          write_sum<IN, OUT>(args, n3 - l, at, count, high[j], plus);
-        }
-      }
+  prefetch_base(args, corner);
+  LineSums sums(lines);
+  for (int bin = 0; bin <= args.n3 / 2; bin += lines.count) {
+    const int bins = chunk_bins(args.n3, lines, bin);
+    form_planes<1>(args, corner, {rows, stride, bin, false}, bins);
+    __syncthreads();
+    sums.add(rows, stride, bin, bins, lines, args.tables);
+    __syncthreads();
+  }
+  sums.store(rows, stride, 1.0f);
+  __syncthreads();
+  for (int i = threadIdx.x; i < (lines.end(args.n3) - lines.first) * quads; i += kThreads) {
+    const int j = i / quads, position = 4 * (i - j * quads), l = lines.first + j;
+    float* even = rows + 2 * j * stride + position;
+    const Quad e = lanes_at<4>(even);
+    const Place place = place_of(args, corner, position);
+    if (l == 0 || 2 * l == args.n3) {
+      Quad x[1] = {e};
+      write_slices(args, {j, 0}, {l, 0}, place, x);
+    } else {
+      const Quad o = lanes_at<4>(even + stride);
+      Quad x[2] = {e - o, e + o};
+      write_slices(args, {j, lines.count}, {l, args.n3 - 2 * l}, place, x);
     }
   }
 }
@@ -243,30 +322,94 @@ Tile choose_tile(const Sizes& sizes, const SharedLimits& limits) {
   return {8, 3};
 }
 
-// The base as n3 tensors [n1, n2], whether it comes as one tensor, as layers, or not at all.
-void set_base(MaterializeArgs& args, const std::vector<Tensor>& weights, const Sizes& s) {
-  args.base_element = Element::none;
-  if (weights.empty()) {
-    return;
-  }
-  args.base_element = element_of(weights[0].scalar_type());
-  const bool is_stack = weights.size() == 1 && weights[0].dim() == 3;
-  if (is_stack) {
-    check_shape("weights", weights[0], {s.n3, s.n1, s.n2});
-  } else {
-    STD_TORCH_CHECK(
-        static_cast<int64_t>(weights.size()) == s.n3, "tcur: weights must be n3 tensors [n1, n2]");
-  }
-  for (int64_t l = 0; l < s.n3; ++l) {
-    if (is_stack) {
-      const char* data = static_cast<const char*>(weights[0].const_data_ptr());
-      args.base[l] = data + l * s.n1 * s.n2 * bytes_of(args.base_element);
-    } else {
-      check_shape("weights", weights[l], {s.n1, s.n2});
-      check_dtype("weights", weights[l], weights[0].scalar_type());
-      args.base[l] = weights[l].const_data_ptr();
+// The base as n3 matrices [n1, n2], whether it comes as one tensor, as layers, or not at all.
+class Base {
+ public:
+  Base(const std::vector<Tensor>& weights, const Sizes& s) {
+    if (weights.empty()) {
+      return;
     }
-    args.vector = args.vector && is_aligned(args.base[l], 4 * bytes_of(args.base_element));
+    element_ = element_of(weights[0].scalar_type());
+    const bool is_stack = weights.size() == 1 && weights[0].dim() == 3;
+    if (is_stack) {
+      check_shape("weights", weights[0], {s.n3, s.n1, s.n2});
+    } else {
+      STD_TORCH_CHECK(
+          static_cast<int64_t>(weights.size()) == s.n3,
+          "tcur: weights must be n3 tensors [n1, n2]");
+    }
+    for (int64_t l = 0; l < s.n3; ++l) {
+      if (is_stack) {
+        const char* data = static_cast<const char*>(weights[0].const_data_ptr());
+        slices_.push_back(data + l * s.n1 * s.n2 * bytes_of(element_));
+      } else {
+        check_shape("weights", weights[l], {s.n1, s.n2});
+        check_dtype("weights", weights[l], weights[0].scalar_type());
+        slices_.push_back(weights[l].const_data_ptr());
+      }
+    }
+  }
+
+  bool is_aligned_for(int64_t numbers) const {
+    return std::all_of(slices_.begin(), slices_.end(), [&](const void* slice) {
+      return is_aligned(slice, numbers * bytes_of(element_));
+    });
+  }
+  Element element() const {
+    return element_;
+  }
+  const void* operator[](int64_t l) const {
+    return slices_.empty() ? nullptr : slices_[l];
+  }
+
+ private:
+  Element element_ = Element::none;
+  std::vector<const void*> slices_;
+};
+
+template <int... I>
+auto kernel_for(int64_t outer, std::integer_sequence<int, I...>) {
+  static constexpr void (*all[])(MaterializeArgs) = {&materialize_kernel<I + 1>...};
+  return all[outer - 1];
+}
+
+void launch_by_codelets(
+    const Call& call, const Sizes& sizes, const Base& base, MaterializeArgs args) {
+  args.tile = choose_tile(sizes, call.limits());
+  args.tiles_in_row = tiles_of(sizes.n2, args.tile.columns());
+  args.bases = base.element() == Element::none ? 0 : args.n3;
+  for (int l = 0; l < args.bases; ++l) {
+    args.base[l] = base[l];
+  }
+  launch(
+      kernel_for(dft_factors(sizes.n3).outer, std::make_integer_sequence<int, kLongestOuter>{}),
+      tiles_of(sizes.n1, args.tile.rows) * args.tiles_in_row,
+      kThreads,
+      sizes.n3 * args.tile.positions() * static_cast<int64_t>(sizeof(float)),
+      call.stream(),
+      args);
+}
+
+void launch_by_matrix(
+    const Call& call, const Sizes& sizes, const Base& base, MaterializeArgs args) {
+  args.lines = first_lines(args.n3);
+  args.tile = matrix_tile(args.lines);
+  args.tiles_in_row = tiles_of(sizes.n2, args.tile.columns());
+  args.bases = base.element() == Element::none ? 0 : 2 * args.lines.count;
+  for (; args.lines.first <= args.n3 / 2; args.lines.first += args.lines.count) {
+    for (int j = 0; j < args.bases / 2; ++j) {
+      const int l = args.lines.first + j;
+      const bool is_line = l < args.lines.end(args.n3), is_single = l == 0 || 2 * l == args.n3;
+      args.base[j] = is_line ? base[l] : nullptr;
+      args.base[args.lines.count + j] = is_line && !is_single ? base[args.n3 - l] : nullptr;
+    }
+    launch(
+        materialize_matrix_kernel,
+        tiles_of(sizes.n1, args.tile.rows) * args.tiles_in_row,
+        kThreads,
+        matrix_bytes(args.lines, args.tile),
+        call.stream(),
+        args);
   }
 }
 
@@ -311,37 +454,26 @@ void write_materialized(
       rank};
   launch(mix_kernel, tiles_of(sizes.n1 * q, kThreads), kThreads, 0, call.stream(), mix);
 
-  const Tile tile = choose_tile(sizes, call.limits());
-  const int64_t in_row = tiles_of(sizes.n2, tile.columns());
-  const Element element = element_of(out.scalar_type());
-  MaterializeArgs args{
-      mixed.const_data_ptr<float>(),
-      h.const_data_ptr<float>(),
-      spectrum.tables().dft(),
-      out.mutable_data_ptr(),
-      sizes.n1,
-      sizes.n2,
-      in_row,
-      n3,
-      rank,
-      precision,
-      tile,
-      Element::none,
-      element,
-      sizes.n2 % 4 == 0 && is_aligned(out.const_data_ptr(), 4 * bytes_of(element)),
-      {}};
-  set_base(args, weights, sizes);
-  const bool is_half_in = args.base_element == Element::bf16 || args.base_element == Element::f16;
-  const auto kernel =
-      is_half_in ? (element == Element::f32 ? materialize_kernel<2, 4> : materialize_kernel<2, 2>)
-                 : (element == Element::f32 ? materialize_kernel<4, 4> : materialize_kernel<4, 2>);
-  launch(
-      kernel,
-      tiles_of(sizes.n1, tile.rows) * in_row,
-      kThreads,
-      sizes.n3 * tile.positions() * static_cast<int64_t>(sizeof(float)),
-      call.stream(),
-      args);
+  const Base base(weights, sizes);
+  MaterializeArgs args{};
+  args.mixed = mixed.const_data_ptr<float>();
+  args.horizontal_hat = h.const_data_ptr<float>();
+  args.tables = spectrum.tables();
+  args.out = out.mutable_data_ptr();
+  args.n1 = sizes.n1;
+  args.n2 = sizes.n2;
+  args.n3 = n3;
+  args.rank = rank;
+  args.precision = precision;
+  args.base_element = base.element();
+  args.out_element = element_of(out.scalar_type());
+  args.vector = sizes.n2 % 4 == 0 && base.is_aligned_for(4) &&
+                is_aligned(args.out, 4 * bytes_of(args.out_element));
+  if (dft_factors(sizes.n3).outer > 0) {
+    launch_by_codelets(call, sizes, base, args);
+  } else {
+    launch_by_matrix(call, sizes, base, args);
+  }
 }
 
 template <bool TF32>

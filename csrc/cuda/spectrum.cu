@@ -35,33 +35,6 @@ TCUR_DEVICE Plane plane_of(int plane, int n3) {
   return {(plane + 1) / 2, plane > 0 && plane % 2 == 0 && plane <= 2 * pairs(n3)};
 }
 
-TCUR_DEVICE void fill_tables(const SpectrumArgs& args, const double2* roots) {
-  const Tables& tables = args.tables;
-  const int n3 = tables.n3, stride = gridDim.x * kThreads;
-  const int first = blockIdx.x * kThreads + threadIdx.x;
-  for (int m = first; m < n3; m += stride) {
-    tables.data[2 * m] = static_cast<float>(roots[m].x);
-    tables.data[2 * m + 1] = static_cast<float>(roots[m].y);
-  }
-  float* coefficients = tables.data + Tables::roots_size(n3);
-  for (int index = 0, blocks = line_blocks(n3); index < blocks; ++index) {
-    const LineBlock block = line_block(n3, index);
-    const int size = static_cast<int>(block.level.size);
-    const int length = static_cast<int>(block.level.length);
-    for (int j = first; j < size * kLines; j += stride) {
-      const int k = j / kLines + 1, i = j % kLines;
-      double2 root{0.0, 0.0};
-      if (i < block.lines) {
-        const int f = line_frequency(block.level, block.first + i);
-        root = roots[k * f % length * (n3 / length)];
-        root.y = block.is_pair(i) ? root.y : 0.0;
-      }
-      coefficients[block.offset + (k - 1) * 2 * kLines + i] = static_cast<float>(root.x);
-      coefficients[block.offset + (k - 1) * 2 * kLines + kLines + i] = static_cast<float>(root.y);
-    }
-  }
-}
-
 TCUR_KERNEL(kThreads, 4) spectrum_kernel(const TCUR_PARAMETER SpectrumArgs args) {
   double2* roots = shared_memory<double2>();
   const int n3 = args.tables.n3, square = args.rank * args.rank;
@@ -69,7 +42,10 @@ TCUR_KERNEL(kThreads, 4) spectrum_kernel(const TCUR_PARAMETER SpectrumArgs args)
     roots[m] = unit_root(m, n3);
   }
   __syncthreads();
-  fill_tables(args, roots);
+  for (int m = blockIdx.x * kThreads + threadIdx.x; m < n3; m += gridDim.x * kThreads) {
+    args.tables.data[2 * m] = static_cast<float>(roots[m].x);
+    args.tables.data[2 * m + 1] = static_cast<float>(roots[m].y);
+  }
   const int64_t size = static_cast<int64_t>(n3) * square;
   for (int64_t i = blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x; i < args.count * size;
        i += gridDim.x * static_cast<int64_t>(kThreads)) {

@@ -1,24 +1,18 @@
-// The core and its packed half spectrum, and the tables that other kernels read.
+// The core and its packed half spectrum, and the table that other kernels read.
 #pragma once
 
-#include "dft.h"
+#include "launch.h"
 
 namespace tcur {
 
-// What one launch of `make_spectrum` leaves for the kernels after it, in device memory:
-// cos and sin of 2πm/n3 for m = 0 … n3-1, and the coefficients of dft.h.
+// What one launch of `make_spectrum` leaves for the kernels after it, in device memory: cos and sin
+// of 2πm/n3 for m = 0 … n3-1.
 struct Tables {
   float* data;
   int n3;
 
-  TCUR_HOST_DEVICE static int roots_size(int n3) {
-    return (2 * n3 + 3) / 4 * 4;
-  }
   static int64_t size(int n3) {
-    return roots_size(n3) + line_block(n3, line_blocks(n3)).offset;
-  }
-  TCUR_HOST_DEVICE const float* dft() const {
-    return data + roots_size(n3);
+    return 2 * static_cast<int64_t>(n3);
   }
   // cos and sin of 2πm/n3, 0 <= m < n3.
   TCUR_DEVICE float2 root(int m) const {

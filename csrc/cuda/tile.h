@@ -1,5 +1,5 @@
-// A tile of a stack: all n3 slices of `rows` x `columns` numbers in shared memory, one row of
-// positions per plane. And the host's choice of its size.
+// A tile of a stack, `rows` x `columns` numbers of its slices in shared memory, and its planes
+// there: a row of positions for each.
 #pragma once
 
 #include "launch.h"
@@ -8,9 +8,9 @@
 
 namespace tcur {
 
-// Slices that kernels on tiles can hold, at 4 bytes and 8 x 8 positions and more, twice for the
-// adjoint with 4 columns, on every architecture from sm_80 on.
-constexpr int kMaxSlices = 384;
+// Slices whose core one block of spectrum.cu transforms, at 80 bytes of shared memory each, on
+// every architecture from sm_80 on.
+constexpr int kMaxSlices = 2048;
 
 struct Tile {
   int rows, log_columns;
@@ -30,6 +30,21 @@ struct Tile {
   }
   TCUR_HOST_DEVICE int position(int row, int column) const {
     return (row << log_columns) + swizzled(row, column);
+  }
+};
+
+// Planes of a tile: all of them, packed; or those of some bins, two rows for each, the second of
+// zeros for a real bin.
+struct Planes {
+  float* rows;
+  int stride;  // of rows
+  int first;   // bin of the first row
+  bool is_packed;
+
+  // Of the real part; the imaginary part is the next row.
+  TCUR_DEVICE float* real_row(int bin) const {
+    const int packed = bin == 0 ? 0 : 2 * bin - 1;
+    return rows + (is_packed ? packed : 2 * (bin - first)) * stride;
   }
 };
 
