@@ -94,11 +94,14 @@ class Machine {
       makecontext(&fiber.context, &Machine::enter, 0);
     }
     const std::vector<unsigned> turns = permutation(threads);
+    // In order, a warp runs to its next barrier before the next one starts, so that it is as far
+    // ahead as it may be; shuffled threads take turns at every operation of their warps.
+    const unsigned together = order == kForward || order == kReverse ? kWarp : threads;
     while (!is_over()) {
       bool progress = false;
-      for (const unsigned t : turns) {
-        if (fibers_[t].state == State::ready) {
-          resume(t);
+      for (unsigned first = 0; first < threads; first += together) {
+        const unsigned last = std::min(first + together, threads);
+        while (resume_ready(&turns[first], &turns[0] + last)) {
           progress = true;
         }
       }
@@ -158,6 +161,17 @@ class Machine {
       }
     }
     return released;
+  }
+
+  bool resume_ready(const unsigned* turn, const unsigned* end) {
+    bool any = false;
+    for (; turn != end; ++turn) {
+      if (fibers_[*turn].state == State::ready) {
+        resume(*turn);
+        any = true;
+      }
+    }
+    return any;
   }
 
   void resume(unsigned t) {
