@@ -198,7 +198,7 @@ inline Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<
       torch::stable::detail::from(x),
       torch::stable::detail::from(weight),
       torch::stable::detail::from(bias)};
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(
       torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
 }

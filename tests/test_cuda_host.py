@@ -29,6 +29,18 @@ def plain(name):
     return ops.operator(name, "reference")
 
 
+def check_both_transforms(case):
+    """`materialize` and `core_grad_dense` against float64."""
+    double = case.double()
+    exact = reference.materialize(double.weight, *double.spectra, double.core, 0.5)
+    same = reference.materialize(case.weight, *case.spectra, case.core, 0.5)
+    args = (*case.packed, case.core, 0.5, torch.float32)
+    assert_close(operator("materialize")([case.weight], *args), same, exact)
+    exact = reference.core_grad_dense(double.weight, *double.spectra)
+    same = reference.core_grad_dense(case.weight, *case.spectra)
+    assert_close(operator("core_grad_dense")(case.weight, *case.packed), same, exact)
+
+
 @pytest.mark.parametrize("n3", N3)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_materialize_update(n3, shape):
@@ -58,29 +70,13 @@ def test_materialize_update(n3, shape):
 )
 def test_every_size_of_a_tile(n3, n1, n2, rank):
     """From wide tiles of few slices to narrow ones of as many as there may be."""
-    case = make_case(n3, n1, n2, rank)
-    double = case.double()
-    exact = reference.materialize(double.weight, *double.spectra, double.core, 0.5)
-    same = reference.materialize(case.weight, *case.spectra, case.core, 0.5)
-    args = (*case.packed, case.core, 0.5, torch.float32)
-    assert_close(operator("materialize")([case.weight], *args), same, exact)
-    exact = reference.core_grad_dense(double.weight, *double.spectra)
-    same = reference.core_grad_dense(case.weight, *case.spectra)
-    assert_close(operator("core_grad_dense")(case.weight, *case.packed), same, exact)
+    check_both_transforms(make_case(n3, n1, n2, rank))
 
 
 @pytest.mark.parametrize("n3", [n3 for n3 in range(1, 148) if cost.has_codelets(n3)] + [146, 147])
 def test_every_length_of_two_factors(n3):
     """Each outer codelet with each inner one, both directions; and the lengths behind them."""
-    case = make_case(n3, 3, 7, 1)
-    double = case.double()
-    exact = reference.materialize(double.weight, *double.spectra, double.core, 0.5)
-    same = reference.materialize(case.weight, *case.spectra, case.core, 0.5)
-    args = (*case.packed, case.core, 0.5, torch.float32)
-    assert_close(operator("materialize")([case.weight], *args), same, exact)
-    exact = reference.core_grad_dense(double.weight, *double.spectra)
-    same = reference.core_grad_dense(case.weight, *case.spectra)
-    assert_close(operator("core_grad_dense")(case.weight, *case.packed), same, exact)
+    check_both_transforms(make_case(n3, 3, 7, 1))
 
 
 @pytest.mark.parametrize("n3", [1, 12, 47])

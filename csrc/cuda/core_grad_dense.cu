@@ -39,18 +39,6 @@ struct ProjectArgs {
   bool vector;  // rows start at multiples of four elements
 };
 
-// Where a quad of positions lies in every slice, and how many of its numbers are there.
-struct Place {
-  int64_t at, count;
-};
-TCUR_DEVICE Place place_of(const ProjectArgs& args, const Corner& corner, int position) {
-  const Tile& tile = args.tile;
-  const int tile_row = position >> tile.log_columns;
-  const int64_t row = corner.row + tile_row;
-  const int64_t column = corner.column + tile.swizzled(tile_row, position & (tile.columns() - 1));
-  return {row * args.n2 + column, row < args.n1 ? args.n2 - column : 0};
-}
-
 template <int BYTES>
 TCUR_DEVICE Quad read_slice(const ProjectArgs& args, int slice, const Place& place) {
   const int64_t at = slice * args.n1 * args.n2 + place.at;
@@ -64,7 +52,7 @@ TCUR_DEVICE void read_transformed(const ProjectArgs& args, const Corner& corner,
   const int positions = args.tile.positions(), quads = positions / 4, inner = args.n3 / OUTER;
   for (int i = threadIdx.x; i < inner * quads; i += kThreads) {
     const int l0 = i / quads, position = 4 * (i - l0 * quads);
-    const Place place = place_of(args, corner, position);
+    const Place place = place_of(args.tile, corner, args.n1, args.n2, position);
     Quad x[OUTER];
 #pragma unroll
     for (int j = 0; j < OUTER; ++j) {
@@ -72,7 +60,7 @@ TCUR_DEVICE void read_transformed(const ProjectArgs& args, const Corner& corner,
     }
     real_forward<OUTER, float>(x);
     for_middle_rows<OUTER>(args.n3, l0, [&](int j, int row) __attribute__((always_inline)) {
-      lanes_at<4>(rows + row * positions + position) = x[j];
+      store_lanes<4>(rows + row * positions + position, x[j]);
     });
   }
 }
@@ -85,7 +73,7 @@ TCUR_DEVICE void read_folded(
   const int stride = matrix_stride(args.tile), quads = args.tile.positions() / 4;
   for (int i = threadIdx.x; i < count * quads; i += kThreads) {
     const int j = i / quads, position = 4 * (i - j * quads), l = first + j;
-    const Place place = place_of(args, corner, position);
+    const Place place = place_of(args.tile, corner, args.n1, args.n2, position);
     Quad a{}, b{};
     if (l <= args.n3 / 2) {
       a = read_slice<BYTES>(args, l, place);
@@ -96,8 +84,8 @@ TCUR_DEVICE void read_folded(
       }
     }
     float* to = rows + 2 * j * stride + position;
-    lanes_at<4>(to) = a;
-    lanes_at<4>(to + stride) = b;
+    store_lanes<4>(to, a);
+    store_lanes<4>(to + stride, b);
   }
 }
 

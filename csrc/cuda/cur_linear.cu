@@ -162,7 +162,7 @@ void add_product_to(const Call& call, const Tensor& y, const Tensor& mixed, cons
   const ScalarType dtype = y.scalar_type();
   if (dtype == mixed.scalar_type()) {
     const Tensor flat = torch::stable::view(y, {mixed.size(0), factor.size(1)});
-    STABLE_TORCH_ERROR_CODE_CHECK(
+    TORCH_ERROR_CODE_CHECK(
         TCUR_ADDMM(flat.get(), flat.get(), mixed.get(), factor.get(), 1.0, 1.0));
     return;
   }

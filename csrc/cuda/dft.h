@@ -36,21 +36,23 @@ template <bool INVERSE, int INNER, int W>
 TCUR_DEVICE void inner_step(float* column, int stride, int k1, const Tables& tables) {
   using V = Lanes<W>;
   const int n3 = tables.n3, outer = n3 / INNER;
-  const auto row = [&](int plane) __attribute__((always_inline)) -> V& {
-    return lanes_at<W>(column + plane * stride);
+  const auto get = [&](int plane) __attribute__((always_inline)) {
+    return load_lanes<W>(column + plane * stride);
   };
+  const auto set = [&](int plane, const V& x)
+                       __attribute__((always_inline)) { store_lanes(column + plane * stride, x); };
   if (k1 == 0 || 2 * k1 == outer) {
     const auto plane = [&](int i) __attribute__((always_inline)) {
       return k1 == 0 ? first_plane(outer, i) : last_plane(outer, INNER, i);
     };
     V x[INNER];
-    static_for<INNER>([&](auto i) __attribute__((always_inline)) { x[i] = row(plane(i)); });
+    static_for<INNER>([&](auto i) __attribute__((always_inline)) { x[i] = get(plane(i)); });
     if (k1 == 0) {
       INVERSE ? real_inverse<INNER, float>(x) : real_forward<INNER, float>(x);
     } else {
       INVERSE ? shifted_inverse<INNER, float>(x) : shifted_forward<INNER, float>(x);
     }
-    static_for<INNER>([&](auto i) __attribute__((always_inline)) { row(plane(i)) = x[i]; });
+    static_for<INNER>([&](auto i) __attribute__((always_inline)) { set(plane(i), x[i]); });
     return;
   }
   const auto plane = [&](int k2)
@@ -58,8 +60,8 @@ TCUR_DEVICE void inner_step(float* column, int stride, int k1, const Tables& tab
   V re[INNER], im[INNER];
   static_for<INNER>([&](auto i) __attribute__((always_inline)) {
     const int at = plane(i);
-    re[i] = row(at);
-    im[i] = row(at + 1);
+    re[i] = get(at);
+    im[i] = get(at + 1);
   });
   if constexpr (INVERSE) {
     static_for<INNER>([&](auto k2) __attribute__((always_inline)) {
@@ -83,8 +85,8 @@ TCUR_DEVICE void inner_step(float* column, int stride, int k1, const Tables& tab
   }
   static_for<INNER>([&](auto i) __attribute__((always_inline)) {
     const int at = plane(i);
-    row(at) = re[i];
-    row(at + 1) = im[i];
+    set(at, re[i]);
+    set(at + 1, im[i]);
   });
 }
 

@@ -100,8 +100,8 @@ class LineSums {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         float* to = rows + 2 * (line_ + g + 8 * h) * stride + column_ + 8 * n + 2 * t;
-        lanes_at<2>(to) = {even_[n][2 * h], even_[n][2 * h + 1]};
-        lanes_at<2>(to + stride) = {sign * odd_[n][2 * h], sign * odd_[n][2 * h + 1]};
+        store_lanes<2>(to, {even_[n][2 * h], even_[n][2 * h + 1]});
+        store_lanes<2>(to + stride, {sign * odd_[n][2 * h], sign * odd_[n][2 * h + 1]});
       }
     }
   }

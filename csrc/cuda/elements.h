@@ -10,6 +10,8 @@
 #include <torch/headeronly/util/Half.h>
 #endif
 
+#include <cstring>
+
 namespace tcur {
 
 // W neighbours in registers, read and written at once; the codelets compute with them.
@@ -42,10 +44,36 @@ struct alignas(4 * W) Lanes {
 using Pair = Lanes<2>;
 using Quad = Lanes<4>;
 
-// The W numbers of shared memory that start here, at a multiple of W.
+// CUDA's vector of as many: what is read and written by one instruction.
 template <int W>
-TCUR_DEVICE Lanes<W>& lanes_at(float* start) {
-  return *reinterpret_cast<Lanes<W>*>(start);
+struct VectorOf;
+template <>
+struct VectorOf<1> {
+  using Type = float;
+};
+template <>
+struct VectorOf<2> {
+  using Type = float2;
+};
+template <>
+struct VectorOf<4> {
+  using Type = float4;
+};
+
+// W numbers of shared memory, from a multiple of W on.
+template <int W>
+TCUR_DEVICE Lanes<W> load_lanes(const float* from) {
+  const auto vector = *reinterpret_cast<const typename VectorOf<W>::Type*>(from);
+  Lanes<W> lanes;
+  memcpy(&lanes, &vector, sizeof lanes);
+  return lanes;
+}
+
+template <int W>
+TCUR_DEVICE void store_lanes(float* to, const Lanes<W>& lanes) {
+  typename VectorOf<W>::Type vector;
+  memcpy(&vector, &lanes, sizeof lanes);
+  *reinterpret_cast<typename VectorOf<W>::Type*>(to) = vector;
 }
 
 // Element type of a tensor in memory.

@@ -165,26 +165,14 @@ TCUR_DEVICE void form_planes(
         if (8 * m < tile.rows && first + n < fragments) {
           const int at = tile.position(8 * m + g, 8 * (first + n) + 2 * t);
           const float* sum = sums[m][n];
-          lanes_at<2>(re + at) = {sum[0], sum[1]};
+          store_lanes<2>(re + at, {sum[0], sum[1]});
           if (is_pair || !planes.is_packed) {
-            lanes_at<2>(im + at) = {sum[2], sum[3]};
+            store_lanes<2>(im + at, {sum[2], sum[3]});
           }
         }
       }
     }
   }
-}
-
-// Where a quad of positions lies in every slice, and how many of its numbers are there.
-struct Place {
-  int64_t at, count;
-};
-TCUR_DEVICE Place place_of(const MaterializeArgs& args, const Corner& corner, int position) {
-  const Tile& tile = args.tile;
-  const int tile_row = position >> tile.log_columns;
-  const int64_t row = corner.row + tile_row;
-  const int64_t column = corner.column + tile.swizzled(tile_row, position & (tile.columns() - 1));
-  return {row * args.n2 + column, row < args.n1 ? args.n2 - column : 0};
 }
 
 // The numbers first, first + step, … of something.
@@ -254,11 +242,11 @@ materialize_kernel(const TCUR_PARAMETER MaterializeArgs args) {
     const int l0 = i / quads, position = 4 * (i - l0 * quads);
     Quad x[OUTER];
     for_middle_rows<OUTER>(args.n3, l0, [&](int j, int row) __attribute__((always_inline)) {
-      x[j] = lanes_at<4>(rows + row * positions + position);
+      x[j] = load_lanes<4>(rows + row * positions + position);
     });
     real_inverse<OUTER, float>(x);
     const Steps slices{l0, inner};
-    write_slices(args, slices, slices, place_of(args, corner, position), x);
+    write_slices(args, slices, slices, place_of(args.tile, corner, args.n1, args.n2, position), x);
   }
 }
 
@@ -283,13 +271,13 @@ materialize_matrix_kernel(const TCUR_PARAMETER MaterializeArgs args) {
   for (int i = threadIdx.x; i < (lines.end(args.n3) - lines.first) * quads; i += kThreads) {
     const int j = i / quads, position = 4 * (i - j * quads), l = lines.first + j;
     float* even = rows + 2 * j * stride + position;
-    const Quad e = lanes_at<4>(even);
-    const Place place = place_of(args, corner, position);
+    const Quad e = load_lanes<4>(even);
+    const Place place = place_of(args.tile, corner, args.n1, args.n2, position);
     if (l == 0 || 2 * l == args.n3) {
       Quad x[1] = {e};
       write_slices(args, {j, 0}, {l, 0}, place, x);
     } else {
-      const Quad o = lanes_at<4>(even + stride);
+      const Quad o = load_lanes<4>(even + stride);
       Quad x[2] = {e - o, e + o};
       write_slices(args, {j, lines.count}, {l, args.n3 - 2 * l}, place, x);
     }

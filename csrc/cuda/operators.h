@@ -64,7 +64,7 @@ class Call {
   Stream stream() const {
 #ifdef __CUDACC__
     void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_, &stream));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_, &stream));
     return static_cast<Stream>(stream);
 #else
     return {};
