@@ -61,12 +61,14 @@ class Effective:
             return torch.equal(core, self._core)
         return version_of(core) == self._core_version
 
-    @torch.inference_mode(False)
     def view_of(self, layer: Layer) -> Tensor:
         """The slices of one layer, ``[out_features, in_features]``."""
-        if layer.slice_index not in self._views:
-            self._views[layer.slice_index] = slices_of(self.buffer, layer)
-        return self._views[layer.slice_index]
+        view = self._views.get(layer.slice_index)
+        if view is None:
+            with torch.inference_mode(False):
+                view = slices_of(self.buffer, layer)
+            self._views[layer.slice_index] = view
+        return view
 
     def reclaim(self, dtype: torch.dtype, device: torch.device) -> Tensor | None:
         """The buffer, if it fits and nobody else (a pending backward) holds a view of it."""
@@ -80,18 +82,35 @@ class Effective:
 class Projected:
     """z of the latest input, for the next layer that has the same one. Keeps neither alive."""
 
-    def __init__(self, x: Tensor, z: Tensor, precision: str) -> None:
-        self._x, self._version = TensorWeakRef(x), version_of(x)
-        self._z, self._precision = TensorWeakRef(z), precision
-        self._grad = z.requires_grad
+    __slots__ = ("_grad", "_horizontal_hat", "_version", "_x", "_z", "held")
 
-    def z_of(self, x: Tensor, precision: str) -> Tensor | None:
+    def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """As if nothing had been projected yet."""
+        self._x: TensorWeakRef | None = None
+        self._z: TensorWeakRef | None = None
+        self._horizontal_hat: Tensor | None = None
+        self._version = (0, 0)
+        self._grad = False
+        #: z itself, where no graph keeps it.
+        self.held: Tensor | None = None
+
+    def put(self, x: Tensor, z: Tensor, horizontal_hat: Tensor, hold: bool) -> None:
+        """z of ``x`` by these packed factors; ``hold``: kept alive until the next one."""
+        self._x, self._version = TensorWeakRef(x), version_of(x)
+        self._z, self._horizontal_hat = TensorWeakRef(z), horizontal_hat
+        self._grad = z.requires_grad
+        self.held = z if hold else None
+
+    def z_of(self, x: Tensor, horizontal_hat: Tensor) -> Tensor | None:
         """z, if ``x`` is that very tensor, unchanged, and z is still around."""
+        if self._x is None or self._z is None or horizontal_hat is not self._horizontal_hat:
+            return None
         if x.is_inference():  # counts no versions: written to in place, it would look the same
             return None
-        if self._x() is not x or version_of(x) != self._version or precision != self._precision:
-            return None
-        if self._grad != x.requires_grad:
+        if self._x() is not x or version_of(x) != self._version or self._grad != x.requires_grad:
             return None
         z: Tensor | None = self._z()
         return z

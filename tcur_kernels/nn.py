@@ -13,8 +13,9 @@ from torch.nn import functional as F
 from . import cost
 from .decompose import MAX_WORKSPACE, Selection, Stack, as_stack, check_rank, select_slices
 from .distributed import ReentrantGuard, is_sharded, whole
+from .eager import Call, is_traced, project, run_layer, without_autocast
 from .factors import PRECISIONS, CURFactors
-from .functional import cur_linear, materialize, project
+from .functional import check_cores, cur_linear, materialize, prepare
 from .kept import Effective, Layer, Projected, slices_of
 from .linear import TProductLinear, check_linears, slices_in
 
@@ -123,10 +124,10 @@ class TProductStack(nn.Module):
         self._backup: list[Tensor] | None = None  # base weights while merged
         self._batch: tuple[Tensor, Tensor] | None = None  # cores and adapter_ids of the batch
         self._guard = ReentrantGuard()
-        self._held: Tensor | None = None  # z of the latest input, within a batch
         self._built: Effective | None = None
         self._factors: CURFactors | None = None
-        self._projected: Projected | None = None
+        self._calls: dict[tuple[int, str, torch.dtype], Call] = {}
+        self._projected = Projected()
         self.layers: list[Layer] = []
         start = 0
         for linear, count in zip(linears, counts, strict=True):
@@ -189,61 +190,96 @@ class TProductStack(nn.Module):
             x = x.to(dtype)
             bias = None if bias is None else bias.to(dtype)
             precision = "bf16" if dtype == torch.bfloat16 else precision
-        if not self.enabled or self.is_merged:
+        if not self.enabled or self._backup is not None:
             return F.linear(x, weight.to(dtype), bias)
-        if self.core.dtype == torch.float64:
-            precision = "ieee"
         core, adapter_ids = (self.core, None) if self._batch is None else self._batch
-        core = core.to(self.lateral_hat.dtype)  # FSDP2 may have cast it as it casts weights
+        wide = self.lateral_hat.dtype
+        if wide == torch.float64:
+            precision = "ieee"
+        if core.dtype != wide:
+            core = core.to(wide)  # FSDP2 may have cast it as it casts weights
         if adapter_ids is not None and x.shape[0] % max(1, adapter_ids.shape[0]):
             raise ValueError(
                 f"x: expected {adapter_ids.shape[0]} rows, one for each of adapter_ids, as first "
                 f"axis, got {list(x.shape)}"
             )
-        tokens = x.numel() // max(1, self.n2)
-        sizes = {"n1": self.n1, "n2": self.n2, "n3": self.n3, "rank": self.rank}
-        is_built = False
-        if torch.compiler.is_compiling() or adapter_ids is not None:
-            mode = "factored"  # a traced graph cannot see the kept buffer, and that has one core
-        else:
-            is_built = self._is_built(dtype, [layer])
-            mode = cost.choose_mode(
-                self.mode, tokens=tokens, weight_dtype=weight.dtype, is_built=is_built, **sizes
-            )
-            if mode == "materialized" and not is_built:
-                mode = self._mode_if_sharded()
-        if not torch.compiler.is_compiling():
-            self._factors = self.factors
-            if core.requires_grad:
-                self._guard.check()
-        effective = z = None
-        if mode == "materialized":
-            if not is_built:
-                self.effective(dtype)
-            assert self._built is not None
-            effective = self._built.view_of(layer)
-        gradient = "x"
-        if not torch.compiler.is_compiling():
-            if adapter_ids is not None:
-                gradient = "z"  # which q, k, v share; dyᵀx would mix the tokens of all cores
-            elif torch.is_grad_enabled() and core.requires_grad:
-                gradient = cost.choose_gradient(tokens, **sizes)
-            if gradient == "z":
-                z = self._project(source, x, precision)
-        return cur_linear(
-            x,
-            weight.to(dtype) if effective is None else effective,
-            bias,
-            self.factors,
-            core,
-            layer.slice_index,
-            self.alpha,
-            effective=effective,
-            z=z,
-            dense_grad=gradient == "dense",
-            precision=precision,
-            adapter_ids=adapter_ids,
+        fits = (
+            x.dtype == dtype
+            and x.ndim > 0
+            and x.shape[-1] == self.n2
+            and x.device == core.device
+            and not weight.requires_grad
+            and (bias is None or not bias.requires_grad)
         )
+        if not fits or is_traced():
+            # By the operators, which say what does not fit. There is no W_eff on this way: a traced
+            # graph cannot see the kept buffer.
+            return cur_linear(
+                x,
+                weight.to(dtype),
+                bias,
+                self.factors,
+                core,
+                layer.slice_index,
+                self.alpha,
+                precision=precision,
+                adapter_ids=adapter_ids,
+            )
+        if core.requires_grad:
+            self._guard.check()
+        tokens = x.numel() // max(1, self.n2)
+        is_materialized = adapter_ids is None and self._is_materialized(layer, dtype, tokens)
+        if is_materialized:
+            assert self._built is not None
+            weight = self._built.view_of(layer)
+        elif weight.dtype != dtype:
+            weight = weight.to(dtype)
+        call = self._calls.get((layer.slice_index, precision, dtype))
+        if call is None:
+            self._factors = self.factors
+            call = prepare(weight, bias, self._factors, layer.slice_index, precision)
+            self._calls[layer.slice_index, precision, dtype] = call
+        gradient, z = "x", None
+        if adapter_ids is not None:
+            gradient = "z"  # which q, k, v share; dyᵀx would mix the tokens of all cores
+        elif core.requires_grad and torch.is_grad_enabled():
+            gradient = cost.choose_gradient(tokens, self.n1, self.n2, self.n3, self.rank)
+        with without_autocast():
+            if gradient == "z":
+                z = self._project(source, x, call.horizontal_hat)
+            return run_layer(
+                call,
+                x,
+                weight,
+                bias,
+                core,
+                self.alpha,
+                z=z,
+                materialized=is_materialized,
+                dense_grad=gradient == "dense",
+                adapter_ids=adapter_ids,
+            )
+
+    def _is_materialized(self, layer: Layer, dtype: torch.dtype, tokens: int) -> bool:
+        """Whether a call of a layer goes by W_eff, which is there then."""
+        is_built = self._is_built(dtype, [layer])
+        mode = cost.choose_mode(
+            self.mode,
+            tokens=tokens,
+            n1=self.n1,
+            n2=self.n2,
+            n3=self.n3,
+            rank=self.rank,
+            weight_dtype=layer.weight.dtype,
+            is_built=is_built,
+        )
+        if mode == "factored":
+            return False
+        if not is_built:
+            if self._mode_if_sharded() == "factored":
+                return False
+            self.effective(dtype)
+        return True
 
     def _mode_if_sharded(self) -> str:
         """How to run where W_eff is wanted but other layers' weights may be on other processes."""
@@ -255,15 +291,14 @@ class TProductStack(nn.Module):
             )
         return "factored"
 
-    def _project(self, source: Tensor, x: Tensor, precision: str) -> Tensor:
+    def _project(self, source: Tensor, x: Tensor, horizontal_hat: Tensor) -> Tensor:
         """z of ``x``; layers that share their input (q, k, v) share z too."""
-        kept = self._projected.z_of(source, precision) if self._projected is not None else None
-        if kept is None:
-            kept = project(x, self.factors, precision)
-            self._projected = Projected(source, kept, precision)
+        z = self._projected.z_of(source, horizontal_hat)
+        if z is None:
+            z = project(x, horizontal_hat)
             # In training the graph keeps z for the next layer, in serving nobody would.
-            self._held = kept if self._batch is not None else None
-        return kept
+            self._projected.put(source, z, horizontal_hat, hold=self._batch is not None)
+        return z
 
     def core_of(self, name: str | None) -> nn.Parameter:
         """The core of that name among those of `add_core`; None: the active one."""
@@ -298,12 +333,17 @@ class TProductStack(nn.Module):
         Args:
             cores: ``[A, n3, r, r]``, dtype and device of ``core``; the gradient reaches them.
             adapter_ids: int64 ``[B]``. Batches come first among the axes of every input.
+
+        Raises:
+            TypeError, ValueError: cores or ids that do not fit.
         """
+        check_cores(cores, self.factors, adapter_ids)
         before, self._batch = self._batch, (cores, adapter_ids)
         try:
             yield
         finally:
-            self._batch, self._held = before, None
+            self._batch = before
+            self._projected.forget()
 
     def merge(self) -> None:
         """Writes W_eff into the layers' weights, keeping a copy of the base."""
@@ -349,7 +389,9 @@ class TProductStack(nn.Module):
             wide = torch.promote_types(moved.dtype, torch.float32)
             return moved if moved.dtype == wide else tensor.to(device=moved.device, dtype=wide)
 
-        self._built = self._factors = self._projected = None
+        self._built = self._factors = None
+        self._calls.clear()
+        self._projected.forget()
         super()._apply(keep_precision, recurse)
         if self._backup is not None:
             self._backup = [fn(weight) for weight in self._backup]
@@ -357,5 +399,10 @@ class TProductStack(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # W_eff is rebuilt on demand; a copy or a pickle of the stack does without it.
-        kept = dict.fromkeys(("_built", "_factors", "_projected", "_held"))
-        return {**self.__dict__, **kept}
+        nothing: dict[str, Any] = {
+            "_built": None,
+            "_factors": None,
+            "_calls": {},
+            "_projected": Projected(),
+        }
+        return {**self.__dict__, **nothing}
