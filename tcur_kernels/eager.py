@@ -9,6 +9,7 @@ stack. Graphs that are traced or transformed go through the operators instead.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -35,6 +36,10 @@ def without_autocast() -> Any:
     return _NoAutocast(_AUTOCAST)
 
 
+def _nothing() -> None:
+    """What most stacks do."""
+
+
 class Call:
     """What all calls of one layer have in common: factors, slices, operators.
 
@@ -42,6 +47,9 @@ class Call:
         lateral_hat, horizontal_hat: packed factors in the precision of the products.
         slice_index, slices: of the layer.
         language: of the operators.
+
+    Attributes:
+        on_gradient: called when a gradient of the core is formed.
     """
 
     __slots__ = (
@@ -49,6 +57,7 @@ class Call:
         "cur_linear",
         "horizontal_hat",
         "lateral_hat",
+        "on_gradient",
         "slice_index",
         "slices",
     )
@@ -63,6 +72,7 @@ class Call:
     ) -> None:
         self.lateral_hat, self.horizontal_hat = lateral_hat, horizontal_hat
         self.slice_index, self.slices = slice_index, slices
+        self.on_gradient: Callable[[], None] = _nothing
         self.cur_linear = ops.operator("cur_linear", language)
         self.core_grad_tokens = ops.operator("core_grad_tokens", language)
 
@@ -179,6 +189,7 @@ def _gradients(
             rest = (scale, materialized, True, None, False, adapter_ids)
             grad_x = call.cur_linear(grad_y, weight, None, *factors, core, *where, *rest)
     if needs_core:
+        call.on_gradient()
         grad_core = ops.core_gradient(
             call.core_grad_tokens, x, z, grad_y, *factors, core, *where, dense_grad, adapter_ids
         )

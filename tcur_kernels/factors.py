@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import reference
+from . import reference, streams
 
 #: Of products with the factors, always summed in fp32: as exact as fp32, operands rounded to TF32
 #: (tensor cores of a GPU), or operands rounded to bf16.
@@ -106,11 +106,13 @@ class CURFactors:
             )
         if precision != "bf16":
             return self.lateral_hat, self.horizontal_hat
-        if self._narrow is None:
-            with torch.inference_mode(False):  # what is kept must also serve a training step
-                narrow = torch.bfloat16
-                self._narrow = (self.lateral_hat.to(narrow), self.horizontal_hat.to(narrow))
-        return self._narrow
+        if self._narrow is not None:
+            return self._narrow
+        with torch.inference_mode(False):  # what is kept must also serve a training step
+            narrow = (self.lateral_hat.to(torch.bfloat16), self.horizontal_hat.to(torch.bfloat16))
+        if torch.compiler.is_compiling() or not streams.capture_of(self.device):
+            self._narrow = narrow  # made in a capture, it has no values until a replay
+        return narrow
 
     def __repr__(self) -> str:
         return (

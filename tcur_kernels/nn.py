@@ -16,7 +16,7 @@ from .distributed import ReentrantGuard, is_sharded, whole
 from .eager import Call, is_traced, project, run_layer, without_autocast
 from .factors import PRECISIONS, CURFactors
 from .functional import check_cores, cur_linear, materialize, prepare
-from .kept import Effective, Layer, Projected, slices_of
+from .kept import Effective, Kept, Layer, Projected, slices_of
 from .linear import TProductLinear, check_linears, slices_in
 
 
@@ -124,7 +124,7 @@ class TProductStack(nn.Module):
         self._backup: list[Tensor] | None = None  # base weights while merged
         self._batch: tuple[Tensor, Tensor] | None = None  # cores and adapter_ids of the batch
         self._guard = ReentrantGuard()
-        self._built: Effective | None = None
+        self._kept = Kept()
         self._factors: CURFactors | None = None
         self._calls: dict[tuple[int, str, torch.dtype], Call] = {}
         self._projected = Projected()
@@ -158,8 +158,6 @@ class TProductStack(nn.Module):
         for weight in weights:
             yield from whole(weight.detach()).split(self.n1)
 
-    @torch.inference_mode(False)  # what is kept must also serve a training step
-    @torch.no_grad()
     def effective(self, dtype: torch.dtype) -> Tensor:
         """W_eff ``[n3, n1, n2]`` for the present core, rebuilt only when it changed.
 
@@ -167,18 +165,41 @@ class TProductStack(nn.Module):
         the kernel. While a graph still holds a view of it for its backward, the next version goes
         to a new buffer instead.
         """
-        if not self._is_built(dtype, self.layers):
-            buffer = None
-            if self._built is not None:
-                buffer = self._built.reclaim(dtype, self.core.device)
-                self._built = None
-            if buffer is None:
-                shape = (self.n3, self.n1, self.n2)
-                buffer = torch.empty(shape, dtype=dtype, device=self.core.device)
-            materialize(self.base_slices(), self.factors, self.core, self.alpha, out=buffer)
-            self._built = Effective(buffer, self.core, self.layers)
-        assert self._built is not None
-        return self._built.buffer
+        kept, core = self._kept, self.core
+        capture = kept.capture_of(core.device)
+        weights = [layer.weight for layer in self.layers]
+        for layer, weight in zip(self.layers, weights, strict=True):
+            built = kept.find(dtype, core, layer, weight, capture)
+            if built is None:
+                return self._build(dtype, weights, capture).buffer
+        assert built is not None
+        return built.buffer
+
+    @torch.inference_mode(False)  # what is kept must also serve a training step
+    @torch.no_grad()
+    def _build(self, dtype: torch.dtype, weights: Sequence[Tensor], capture: int) -> Effective:
+        core, shape = self.core, (self.n3, self.n1, self.n2)
+        built = self._kept.to_fill(dtype, core.device, shape, capture)
+        slices: list[Tensor] = []
+        for weight in self._backup or weights:
+            slices.extend([weight] if weight.shape[0] == self.n1 else weight.split(self.n1))
+        materialize(slices, self.factors, core, self.alpha, out=built.buffer)
+        self._kept.put(built, core, self.layers, weights, capture)
+        return built
+
+    def invalidate(self) -> None:
+        """Has W_eff built before it is used again.
+
+        For code that writes the core, or the base weights, past torch's version counters and at
+        another time than between a backward and the next forward; see docs/adapters.md.
+        """
+        self._kept.invalidate()
+        self._projected.forget()
+
+    def train(self, mode: bool = True) -> TProductStack:
+        """As of any module. Averages of the weights come and go with it, so W_eff is in doubt."""
+        self._kept.doubt()
+        return super().train(mode)
 
     def forward_slices(self, x: Tensor, layer: Layer) -> Tensor:
         """``x`` through one layer of this stack; see `TProductLinear.forward`."""
@@ -228,17 +249,21 @@ class TProductStack(nn.Module):
         if core.requires_grad:
             self._guard.check()
         tokens = x.numel() // max(1, self.n2)
-        is_materialized = adapter_ids is None and self._is_materialized(layer, dtype, tokens)
-        if is_materialized:
-            assert self._built is not None
-            weight = self._built.view_of(layer)
+        capture = self._kept.capture_of(core.device)
+        built = None
+        if adapter_ids is None:
+            built = self._effective_for(layer, weight, dtype, tokens, capture)
+        if built is not None:
+            weight = built.view_of(layer)
         elif weight.dtype != dtype:
             weight = weight.to(dtype)
         call = self._calls.get((layer.slice_index, precision, dtype))
         if call is None:
             self._factors = self.factors
             call = prepare(weight, bias, self._factors, layer.slice_index, precision)
-            self._calls[layer.slice_index, precision, dtype] = call
+            call.on_gradient = self._kept.doubt
+            if not capture:  # what is made in a capture has no values until the graph is replayed
+                self._calls[layer.slice_index, precision, dtype] = call
         gradient, z = "x", None
         if adapter_ids is not None:
             gradient = "z"  # which q, k, v share; dyᵀx would mix the tokens of all cores
@@ -246,7 +271,7 @@ class TProductStack(nn.Module):
             gradient = cost.choose_gradient(tokens, self.n1, self.n2, self.n3, self.rank)
         with without_autocast():
             if gradient == "z":
-                z = self._project(source, x, call.horizontal_hat)
+                z = self._project(source, x, call.horizontal_hat, capture)
             return run_layer(
                 call,
                 x,
@@ -255,14 +280,18 @@ class TProductStack(nn.Module):
                 core,
                 self.alpha,
                 z=z,
-                materialized=is_materialized,
+                materialized=built is not None,
                 dense_grad=gradient == "dense",
                 adapter_ids=adapter_ids,
             )
 
-    def _is_materialized(self, layer: Layer, dtype: torch.dtype, tokens: int) -> bool:
-        """Whether a call of a layer goes by W_eff, which is there then."""
-        is_built = self._is_built(dtype, [layer])
+    def _effective_for(
+        self, layer: Layer, weight: Tensor, dtype: torch.dtype, tokens: int, capture: int
+    ) -> Effective | None:
+        """W_eff if a call of a layer goes by it, built where it has to be."""
+        if self.mode == "factored":
+            return None
+        built = self._kept.find(dtype, self.core, layer, weight, capture)
         mode = cost.choose_mode(
             self.mode,
             tokens=tokens,
@@ -270,16 +299,14 @@ class TProductStack(nn.Module):
             n2=self.n2,
             n3=self.n3,
             rank=self.rank,
-            weight_dtype=layer.weight.dtype,
-            is_built=is_built,
+            weight_dtype=weight.dtype,
+            is_built=built is not None,
         )
         if mode == "factored":
-            return False
-        if not is_built:
-            if self._mode_if_sharded() == "factored":
-                return False
-            self.effective(dtype)
-        return True
+            return None
+        if built is None and self._mode_if_sharded() == "materialized":
+            built = self._build(dtype, [each.weight for each in self.layers], capture)
+        return built
 
     def _mode_if_sharded(self) -> str:
         """How to run where W_eff is wanted but other layers' weights may be on other processes."""
@@ -291,13 +318,14 @@ class TProductStack(nn.Module):
             )
         return "factored"
 
-    def _project(self, source: Tensor, x: Tensor, horizontal_hat: Tensor) -> Tensor:
+    def _project(self, source: Tensor, x: Tensor, horizontal_hat: Tensor, capture: int) -> Tensor:
         """z of ``x``; layers that share their input (q, k, v) share z too."""
-        z = self._projected.z_of(source, horizontal_hat)
+        z = self._projected.z_of(source, horizontal_hat, capture)
         if z is None:
             z = project(x, horizontal_hat)
             # In training the graph keeps z for the next layer, in serving nobody would.
-            self._projected.put(source, z, horizontal_hat, hold=self._batch is not None)
+            hold = self._batch is not None
+            self._projected.put(source, z, horizontal_hat, capture, hold)
         return z
 
     def core_of(self, name: str | None) -> nn.Parameter:
@@ -359,7 +387,7 @@ class TProductStack(nn.Module):
         with torch.no_grad():
             for layer in self.layers:
                 layer.weight.copy_(slices_of(w_eff, layer))
-        self._built = None
+        self._kept.forget()
 
     def unmerge(self) -> None:
         """Restores the base weights bit for bit from the copy that `merge` kept."""
@@ -377,10 +405,6 @@ class TProductStack(nn.Module):
             f"mode={self.mode}"
         )
 
-    def _is_built(self, dtype: torch.dtype, layers: Sequence[Layer]) -> bool:
-        built = self._built
-        return built is not None and built.is_current(dtype, self.core, layers)
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TProductStack:
         """Moves with the model, but keeps at least fp32 whatever dtype the model is cast to."""
 
@@ -389,20 +413,29 @@ class TProductStack(nn.Module):
             wide = torch.promote_types(moved.dtype, torch.float32)
             return moved if moved.dtype == wide else tensor.to(device=moved.device, dtype=wide)
 
-        self._built = self._factors = None
-        self._calls.clear()
-        self._projected.forget()
+        before = self._storages()
         super()._apply(keep_precision, recurse)
+        if self._storages() != before:
+            # Else all that was made of them stays: a captured graph may read it.
+            self._kept.forget()
+            self._projected.forget()
+            self._calls.clear()
+            self._factors = None
         if self._backup is not None:
             self._backup = [fn(weight) for weight in self._backup]
         return self
 
+    def _storages(self) -> list[int]:
+        """Which memory core and factors are in."""
+        tensors = (self.core, self.lateral, self.lateral_hat, self.horizontal_hat)
+        return [each.untyped_storage()._cdata for each in tensors]
+
     def __getstate__(self) -> dict[str, Any]:
         # W_eff is rebuilt on demand; a copy or a pickle of the stack does without it.
         nothing: dict[str, Any] = {
-            "_built": None,
+            "_kept": Kept(),
+            "_projected": Projected(),
             "_factors": None,
             "_calls": {},
-            "_projected": Projected(),
         }
         return {**self.__dict__, **nothing}

@@ -51,8 +51,9 @@ MAY_IMPORT = {
         "decompose.tensor",
     },
     "ops": {"reference"},
-    "factors": {"reference"},
-    "kept": set(),
+    "factors": {"reference", "streams"},
+    "kept": {"streams"},
+    "streams": set(),
     "functional": {"_native", "cost", "eager", "factors", "ops", "triton"},
     "triton": {"triton.operators"},
     "triton.operators": {
