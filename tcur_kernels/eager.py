@@ -20,10 +20,19 @@ from . import ops
 
 HALVES = (torch.bfloat16, torch.float16)
 
-_BelowAutograd = torch._C._AutoDispatchBelowAutograd
-_NoAutocast = torch._C._ExcludeDispatchKeyGuard
 _KEYS = torch._C.DispatchKey
-_AUTOCAST = torch._C.DispatchKeySet(_KEYS.AutocastCPU) | torch._C.DispatchKeySet(_KEYS.AutocastCUDA)
+
+
+def _keys(*names: str) -> torch._C.DispatchKeySet:
+    keys = torch._C.DispatchKeySet(getattr(_KEYS, names[0]))
+    for name in names[1:]:
+        keys = keys | torch._C.DispatchKeySet(getattr(_KEYS, name))
+    return keys
+
+
+_AUTOCAST = _keys("AutocastCPU", "AutocastCUDA", "AutocastMPS", "AutocastXPU")
+_AUTOGRAD = _keys("AutogradFunctionality", "AutogradOther", "AutogradNestedTensor")
+_AUTOCAST_AUTOGRAD = _AUTOCAST | _AUTOGRAD
 
 
 def is_traced() -> bool:
@@ -33,7 +42,12 @@ def is_traced() -> bool:
 
 def without_autocast() -> Any:
     """Context in which autocast reaches no product; a tenth of what ``torch.autocast`` costs."""
-    return _NoAutocast(_AUTOCAST)
+    return torch._C._ExcludeDispatchKeyGuard(_AUTOCAST)
+
+
+def _kernels_alone() -> Any:
+    """Context in which an operator is its kernel: no autograd, no autocast."""
+    return torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_AUTOGRAD)
 
 
 def _nothing() -> None:
@@ -123,7 +137,7 @@ def _value(
         return F.linear(x, weight, bias)
     factors = (call.lateral_hat, call.horizontal_hat, core)
     how = (call.slice_index, call.slices, scale, False, False, z, False, adapter_ids)
-    with _BelowAutograd():
+    with _kernels_alone():
         if x.dtype not in HALVES:
             y: Tensor = call.cur_linear(x, weight, bias, *factors, *how)
             return y
@@ -164,7 +178,7 @@ class _Layer(torch.autograd.Function):
         if torch.is_grad_enabled():  # to be differentiated again, which the operators can be
             grads = _gradients(needs_x, needs_core, saved, ctx.how, grad_y, True)
         else:
-            with _BelowAutograd(), without_autocast():
+            with _kernels_alone():
                 grads = _gradients(needs_x, needs_core, saved, ctx.how, grad_y, False)
         return (*grads, *[None] * 8)
 

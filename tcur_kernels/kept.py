@@ -284,11 +284,13 @@ class Projected:
 
         On another stream or in another capture z is formed anew, which is less than to wait.
         """
-        if self._x is None or self._z is None or horizontal_hat is not self._horizontal_hat:
+        if self._x is None or self._z is None or self._x() is not x:
             return None
         if x.is_inference():  # counts no versions: written to in place, it would look the same
             return None
-        if self._x() is not x or version_of(x) != self._version or self._grad != x.requires_grad:
+        if horizontal_hat is not self._horizontal_hat or self._grad != x.requires_grad:
+            return None
+        if version_of(x) != self._version:
             return None
         if capture != self._capture or streams.current(x.device) != self._stream:
             return None

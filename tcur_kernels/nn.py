@@ -269,21 +269,21 @@ class TProductStack(nn.Module):
             gradient = "z"  # which q, k, v share; dyᵀx would mix the tokens of all cores
         elif core.requires_grad and torch.is_grad_enabled():
             gradient = cost.choose_gradient(tokens, self.n1, self.n2, self.n3, self.rank)
-        with without_autocast():
-            if gradient == "z":
+        if gradient == "z":
+            with without_autocast():
                 z = self._project(source, x, call.horizontal_hat, capture)
-            return run_layer(
-                call,
-                x,
-                weight,
-                bias,
-                core,
-                self.alpha,
-                z=z,
-                materialized=built is not None,
-                dense_grad=gradient == "dense",
-                adapter_ids=adapter_ids,
-            )
+        return run_layer(
+            call,
+            x,
+            weight,
+            bias,
+            core,
+            self.alpha,
+            z=z,
+            materialized=built is not None,
+            dense_grad=gradient == "dense",
+            adapter_ids=adapter_ids,
+        )
 
     def _effective_for(
         self, layer: Layer, weight: Tensor, dtype: torch.dtype, tokens: int, capture: int

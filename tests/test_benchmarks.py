@@ -71,8 +71,9 @@ def test_overhead_is_measured_and_checked(benchmarks, monkeypatch, capsys):
     import benchmarks.overhead as overhead
 
     monkeypatch.setattr(overhead, "LAYERS", 8)
-    assert set(overhead.measure("tiny_16", 2)) == {"linear", "materialized", "factored"}
-    assert "factored: " in capsys.readouterr().out
+    names = {"linear", *overhead.MODES, *(f"{mode}_kernels" for mode in overhead.MODES)}
+    assert set(overhead.measure("tiny_16", 2)) == names
+    assert "factored: a layer takes" in capsys.readouterr().out
     monkeypatch.setattr(overhead, "LIMIT", 1e-12)
     with pytest.raises(RuntimeError, match="gradients of the core differ by"):
         overhead.measure("tiny_16", 2)
@@ -173,6 +174,7 @@ def test_rows_and_tables(benchmarks, monkeypatch, tmp_path):
             "cast",
             "step",
             "memory",
+            "overhead",
             "serving",
             "selection",
             "selection_memory",

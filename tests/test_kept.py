@@ -14,36 +14,14 @@ from torch.utils.checkpoint import checkpoint
 
 import tcur_kernels as tcur
 import tcur_kernels.nn as tcur_nn
+from fake_cuda import FakeStreams
 from tcur_kernels import streams
-
-
-class FakeStreams:
-    """The current stream and capture, and what was asked of them."""
-
-    def __init__(self):
-        self.stream, self.capture, self.log = 1, 0, []
-
-    def mark(self, device):
-        return f"event of {self.stream}"
-
-    def wait_for(self, event, tensor):
-        self.log.append(f"{self.stream} waits for {event}")
-        return self.stream
-
-    def wait_for_stream(self, stream):
-        self.log.append(f"{self.stream} waits for stream {stream}")
 
 
 @pytest.fixture
 def cuda(monkeypatch):
     """As if tensors were on a GPU."""
-    fake = FakeStreams()
-    monkeypatch.setattr(streams, "are_used", lambda device: True)
-    monkeypatch.setattr(streams, "capture_of", lambda device: fake.capture)
-    monkeypatch.setattr(streams, "current", lambda device: fake.stream)
-    for name in ("mark", "wait_for", "wait_for_stream"):
-        monkeypatch.setattr(streams, name, getattr(fake, name))
-    return fake
+    return FakeStreams(monkeypatch)
 
 
 @pytest.fixture
