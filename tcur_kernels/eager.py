@@ -252,7 +252,9 @@ class Dithered(torch.autograd.Function):
 
 def _dithered(update: Tensor, bias: Tensor) -> Tensor:
     dropped = 16 if update.dtype == torch.bfloat16 else 13
-    bits = (update.float() + bias.float()).view(torch.int32)
     mask = (1 << dropped) - 1
-    noise = ((bits * 0x2C1B3C6D) >> (32 - dropped)) & mask
-    return ((bits + noise) & ~mask).view(torch.float32).to(update.dtype)
+    total = update.float().add_(bias)  # in place: each step is a launch, none need be more
+    bits = total.view(torch.int32)
+    noise = (bits * 0x2C1B3C6D).bitwise_right_shift_(32 - dropped).bitwise_and_(mask)
+    bits.add_(noise).bitwise_and_(~mask)
+    return total.to(update.dtype)

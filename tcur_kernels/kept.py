@@ -50,11 +50,12 @@ class Effective:
     of gradients and captures.
 
     Args:
-        buffer: ``[n3, n1, n2]``, to be filled.
+        buffer: ``[n3, n1, n2]``, to be filled; or with its slices transposed, ``[n3, n2, n1]``.
+        transposed: which of them.
     """
 
-    def __init__(self, buffer: Tensor) -> None:
-        self.buffer = buffer
+    def __init__(self, buffer: Tensor, transposed: bool) -> None:
+        self.buffer, self.transposed = buffer, transposed
         self._views: dict[int, Tensor] = {}
 
     def filled(
@@ -96,6 +97,11 @@ class Effective:
         return not self.is_doubtful or is_within_backward()
 
     @property
+    def w_eff(self) -> Tensor:
+        """``[n3, n1, n2]``."""
+        return self.buffer.mT if self.transposed else self.buffer
+
+    @property
     def is_by_value(self) -> bool:
         """Whether values of the core are compared."""
         return self._value is not None
@@ -109,7 +115,7 @@ class Effective:
         view = self._views.get(layer.slice_index)
         if view is None:
             with torch.inference_mode(False):
-                view = slices_of(self.buffer, layer)
+                view = slices_of(self.w_eff, layer)
             self._views[layer.slice_index] = view
         if self._event is not None:
             stream = streams.current(self.buffer.device)
@@ -118,13 +124,13 @@ class Effective:
         self.taken.add(layer.slice_index)
         return view
 
-    def reclaim(self, dtype: torch.dtype, device: torch.device) -> bool:
+    def reclaim(self, dtype: torch.dtype, device: torch.device, transposed: bool) -> bool:
         """Whether the buffer can be filled anew: it fits, no pending backward holds a view of it.
 
         If so, the current stream waits for those that have read it.
         """
         views = self._views.values()  # those who hold one in C++ have a count of their own in torch
-        if self.buffer.dtype != dtype or self.buffer.device != device:
+        if (self.buffer.dtype, self.buffer.device, self.transposed) != (dtype, device, transposed):
             return False
         if views and (
             max(view._use_count() for view in views) > 1  # type: ignore[attr-defined]
@@ -208,19 +214,26 @@ class Kept:
         return built if built.is_of(dtype, core) else None
 
     def to_fill(
-        self, dtype: torch.dtype, device: torch.device, shape: Sequence[int], capture: int
+        self,
+        dtype: torch.dtype,
+        device: torch.device,
+        shape: tuple[int, int, int],
+        transposed: bool,
+        capture: int,
     ) -> Effective:
-        """A buffer for W_eff: the last one if that is free, else a new one."""
+        """A buffer for W_eff of ``shape`` [n3, n1, n2]: the last one if free, else a new one."""
         last = self._captured if capture else self._eager
         if last is not None:
-            if last.reclaim(dtype, device):
+            if last.reclaim(dtype, device, transposed):
                 last.is_void = True
                 return last
             if capture:
                 self._worn.append(last.buffer)
             else:
                 self._eager = last = None  # gives its memory back before more is asked for
-        return Effective(torch.empty(shape, dtype=dtype, device=device))
+        n3, n1, n2 = shape
+        stored = (n3, n2, n1) if transposed else shape
+        return Effective(torch.empty(stored, dtype=dtype, device=device), transposed)
 
     def put(
         self,

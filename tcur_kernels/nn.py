@@ -171,19 +171,27 @@ class TProductStack(nn.Module):
         for layer, weight in zip(self.layers, weights, strict=True):
             built = kept.find(dtype, core, layer, weight, capture)
             if built is None:
-                return self._build(dtype, weights, capture).buffer
+                return self._build(dtype, weights, capture).w_eff
         assert built is not None
-        return built.buffer
+        return built.w_eff
 
     @torch.inference_mode(False)  # what is kept must also serve a training step
     @torch.no_grad()
     def _build(self, dtype: torch.dtype, weights: Sequence[Tensor], capture: int) -> Effective:
-        core, shape = self.core, (self.n3, self.n1, self.n2)
-        built = self._kept.to_fill(dtype, core.device, shape, capture)
+        core, factors, shape = self.core, self.factors, (self.n3, self.n1, self.n2)
         slices: list[Tensor] = []
         for weight in self._backup or weights:
             slices.extend([weight] if weight.shape[0] == self.n1 else weight.split(self.n1))
-        materialize(slices, self.factors, core, self.alpha, out=built.buffer)
+        # Stored (in, out), as by Conv1D: (C * U * R)ᵀ slice by slice is Rᵀ * Uᵀ * Cᵀ, and no weight
+        # has to be copied for the kernels.
+        transposed = all(each.mT.is_contiguous() and not each.is_contiguous() for each in slices)
+        built = self._kept.to_fill(dtype, core.device, shape, transposed, capture)
+        if transposed:
+            slices = [each.mT for each in slices]
+            materialize(slices, factors.transposed(), core.mT, self.alpha, out=built.buffer)
+        else:
+            materialize(slices, factors, core, self.alpha, out=built.buffer)
+        self._factors = factors
         self._kept.put(built, core, self.layers, weights, capture)
         return built
 

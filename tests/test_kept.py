@@ -404,7 +404,7 @@ def test_a_buffer_is_free_when_nobody_holds_a_view(cuda):
     built = stack._kept._eager
 
     def is_free():
-        return built.reclaim(torch.float32, x.device)
+        return built.reclaim(torch.float32, x.device, False)
 
     view = built.view_of(stack.layers[1])
     assert not is_free()
@@ -418,7 +418,8 @@ def test_a_buffer_is_free_when_nobody_holds_a_view(cuda):
     assert not is_free()
     del graph
     assert is_free()
-    assert not built.reclaim(torch.bfloat16, x.device)
+    assert not built.reclaim(torch.bfloat16, x.device, False)
+    assert not built.reclaim(torch.float32, x.device, True)
 
 
 class _Runs(nn.Module):
