@@ -79,8 +79,11 @@ class Effective:
             layer.slice_index: version_of(weight)
             for layer, weight in zip(layers, weights, strict=True)
         }
-        self._stream, self._readers = streams.current(device), dict[int, Any]()
-        self._event = streams.mark(device) if streams.are_used(device) else None
+        self._mark = streams.mark(device) if streams.are_used(device) else None
+        # The streams that use it: they know it is whole, and are waited for before it is not.
+        self._users: dict[int, Any] = {}
+        if self._mark is not None:
+            self._users[streams.current(device)] = self._mark.stream
 
     def is_of(self, dtype: torch.dtype, core: Tensor) -> bool:
         """Whether this is W_eff of ``core`` in ``dtype``, as far as the core is concerned."""
@@ -117,17 +120,20 @@ class Effective:
             with torch.inference_mode(False):
                 view = slices_of(self.w_eff, layer)
             self._views[layer.slice_index] = view
-        if self._event is not None:
+        if self._mark is not None:
             stream = streams.current(self.buffer.device)
-            if stream != self._stream and stream not in self._readers:
-                self._readers[stream] = streams.wait_for(self._event, self.buffer)
+            if stream not in self._users:
+                self._users[stream] = streams.wait_for(self._mark, self.buffer)
         self.taken.add(layer.slice_index)
         return view
 
-    def reclaim(self, dtype: torch.dtype, device: torch.device, transposed: bool) -> bool:
+    def reclaim(
+        self, dtype: torch.dtype, device: torch.device, transposed: bool, capture: int
+    ) -> bool:
         """Whether the buffer can be filled anew: it fits, no pending backward holds a view of it.
 
-        If so, the current stream waits for those that have read it.
+        If so, the current stream waits for the others that have used it. Of another capture it
+        waits for none: what graphs do, they do when they are replayed.
         """
         views = self._views.values()  # those who hold one in C++ have a count of their own in torch
         if (self.buffer.dtype, self.buffer.device, self.transposed) != (dtype, device, transposed):
@@ -137,8 +143,11 @@ class Effective:
             or max(map(sys.getrefcount, views)) > _ALONE
         ):
             return False
-        for stream in self._readers.values():
-            streams.wait_for_stream(stream)
+        if capture == self.capture:
+            here = streams.current(device)
+            for number, stream in self._users.items():
+                if number != here:
+                    streams.wait_for_stream(stream)
         return True
 
 
@@ -224,7 +233,7 @@ class Kept:
         """A buffer for W_eff of ``shape`` [n3, n1, n2]: the last one if free, else a new one."""
         last = self._captured if capture else self._eager
         if last is not None:
-            if last.reclaim(dtype, device, transposed):
+            if last.reclaim(dtype, device, transposed, capture):
                 last.is_void = True
                 return last
             if capture:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -51,19 +51,27 @@ def current(device: torch.device) -> int:
     return handle
 
 
-def mark(device: torch.device) -> Any:
-    """An event behind all that the current stream was given so far."""
-    return torch.cuda.current_stream(device).record_event()
+class Mark(NamedTuple):
+    """A place in a stream's work."""
+
+    stream: Any
+    event: Any
 
 
-def wait_for(event: Any, tensor: Tensor) -> Any:
-    """Lets the current stream, which is returned, use a tensor of another one after the event."""
+def mark(device: torch.device) -> Mark:
+    """Behind all that the current stream was given so far."""
+    stream = torch.cuda.current_stream(device)
+    return Mark(stream, stream.record_event())
+
+
+def wait_for(mark: Mark, tensor: Tensor) -> Any:
+    """Lets the current stream, which is returned, use a tensor of another one from a mark on."""
     stream = torch.cuda.current_stream(tensor.device)
-    stream.wait_event(event)
+    stream.wait_event(mark.event)
     tensor.record_stream(stream)
     return stream
 
 
 def wait_for_stream(stream: Any) -> None:
-    """Lets the current stream write what another one was reading."""
+    """Lets the current stream write what another one has used so far."""
     torch.cuda.current_stream(stream.device).wait_stream(stream)

@@ -21,10 +21,10 @@ class FakeStreams:
             monkeypatch.setattr(streams, name, getattr(self, name))
 
     def mark(self, device):
-        return f"event of {self.stream}"
+        return streams.Mark(self.stream, f"event of {self.stream}")
 
-    def wait_for(self, event, tensor):
-        self.log.append(f"{self.stream} waits for {event}")
+    def wait_for(self, mark, tensor):
+        self.log.append(f"{self.stream} waits for {mark.event}")
         return self.stream
 
     def wait_for_stream(self, stream):

@@ -290,6 +290,24 @@ def test_another_stream_waits(cuda):
         cuda.stream = 2
         run(stack, x)
         assert cuda.log[2:] == ["2 waits for event of 1"]
+        cuda.stream = 3
+        stack.core.mul_(2)
+        run(stack, x)
+        assert cuda.log[3:] == ["3 waits for stream 1", "3 waits for stream 2"]
+
+
+def test_a_capture_waits_for_nothing_outside(cuda):
+    """Such a wait would break it."""
+    stack, x = make_stack(), torch.randn(5, 9)
+    with torch.no_grad():
+        run(stack, x)
+        for number in (2, 3):  # each on a stream of its own
+            cuda.stream = cuda.capture = number
+            run(stack, x)
+        assert not cuda.log
+        cuda.stream = 4  # a fork within the capture
+        run(stack, x)
+        assert cuda.log == ["4 waits for stream 3"]
 
 
 def test_z_is_shared_on_one_stream_and_in_one_capture(cuda, monkeypatch):
@@ -404,7 +422,7 @@ def test_a_buffer_is_free_when_nobody_holds_a_view(cuda):
     built = stack._kept._eager
 
     def is_free():
-        return built.reclaim(torch.float32, x.device, False)
+        return built.reclaim(torch.float32, x.device, False, 0)
 
     view = built.view_of(stack.layers[1])
     assert not is_free()
@@ -418,8 +436,8 @@ def test_a_buffer_is_free_when_nobody_holds_a_view(cuda):
     assert not is_free()
     del graph
     assert is_free()
-    assert not built.reclaim(torch.bfloat16, x.device, False)
-    assert not built.reclaim(torch.float32, x.device, True)
+    assert not built.reclaim(torch.bfloat16, x.device, False, 0)
+    assert not built.reclaim(torch.float32, x.device, True, 0)
 
 
 class _Runs(nn.Module):
