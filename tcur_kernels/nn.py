@@ -170,7 +170,7 @@ class TProductStack(nn.Module):
         weights = [layer.weight for layer in self.layers]
         for layer, weight in zip(self.layers, weights, strict=True):
             built = kept.find(dtype, core, layer, weight, capture)
-            if built is None:
+            if built is None or kept.has_graphs:  # this is no pass, of which each layer counts one
                 return self._build(dtype, weights, capture).w_eff
         assert built is not None
         return built.w_eff
