@@ -70,6 +70,9 @@ class Call {
     return {};
 #endif
   }
+  int device() const {
+    return device_;
+  }
   SharedLimits limits() const {
     return shared_limits(device_);
   }
