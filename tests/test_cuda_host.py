@@ -321,6 +321,19 @@ def test_projected_tokens_of_another_dtype(dtype, factors):
     assert relative_error(y, exact) <= (1e-6 if factors == torch.float32 else PROMISE["bf16"])
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("precision", ["ieee", "bf16"])
+def test_the_update_is_added_to_any_number_of_outputs(dtype, precision):
+    """Outputs of no multiple of four numbers, of another dtype than the factors or the same."""
+    case = make_case(4, 37, 40, 3, torch.float32, dtype)
+    packed, x = case.factors.packed(precision), torch.randn(71, 40).to(dtype)
+    how = (2, 1, 0.5, False, False)
+    y = operator("cur_linear")(x, case.weight[2], None, *packed, case.core, *how)
+    wide = [t.double() for t in (x, case.weight[2], *case.packed, case.core)]
+    exact = plain("cur_linear")(*wide[:2], None, *wide[2:], *how)
+    assert relative_error(y, exact) <= max(4 * torch.finfo(dtype).eps, PROMISE[precision])
+
+
 def test_long_sums_over_tokens():
     """Several parts for every group of threads that adds them up, and several tokens a thread."""
     case = make_case(12, 8, 8, 8)

@@ -37,8 +37,8 @@ constexpr int kSlab = 32;         // columns of Û in shared memory at a time
 constexpr int kMostThreads = 64;  // for one token, so that a slab is at most 64 KiB
 
 // Tokens of a thread at most.
-TCUR_HOST_DEVICE constexpr int tokens_of(Element element, bool transposed) {
-  return element == Element::f32 || transposed ? 2 : 4;
+TCUR_HOST_DEVICE constexpr int tokens_of(Element element, bool transposed, bool vector) {
+  return element == Element::f32 || transposed || !vector ? 2 : 4;
 }
 
 struct ApplyArgs {
@@ -55,21 +55,28 @@ struct ApplyArgs {
 // [count, re and im, threads of a token, 4], zeros beyond the rank and without a core.
 template <bool TRANSPOSED>
 TCUR_DEVICE void load_slab(
-    const ApplyArgs& args, const Seat& seat, const float* core, int first, int count, float* to) {
+    const ApplyArgs& args,
+    const Item& seat,
+    int item,
+    int group,
+    const float* core,
+    int first,
+    int count,
+    float* to) {
   const int rank = args.rank, square = rank * rank, per_token = args.grid.threads_per_token();
-  for (int b = seat.group; b < count && seat.group < args.grid.groups; b += args.grid.groups) {
+  for (int b = group; b < count && group < args.grid.groups; b += args.grid.groups) {
 #pragma unroll
     for (int part = 0; part < 2; ++part) {
       float values[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int row = 4 * seat.tile + i, column = first + b;
-        const bool is_there = core != nullptr && seat.works && row < rank && column < rank &&
+        const bool is_there = core != nullptr && seat.is_there && row < rank && column < rank &&
                               (part == 0 || seat.is_pair);
         const int entry = TRANSPOSED ? column * rank + row : row * rank + column;
         values[i] = is_there ? core[part * square + entry] : 0.0f;
       }
-      *reinterpret_cast<float4*>(to + ((2 * b + part) * per_token + seat.item) * 4) =
+      *reinterpret_cast<float4*>(to + ((2 * b + part) * per_token + item) * 4) =
           float4{values[0], values[1], values[2], values[3]};
     }
   }
@@ -78,13 +85,18 @@ TCUR_DEVICE void load_slab(
 template <Element E, bool TRANSPOSED, bool VECTOR>
 TCUR_KERNEL(kThreads, 2)
 apply_kernel(const TCUR_PARAMETER ApplyArgs args) {
-  constexpr int kTokens = tokens_of(E, TRANSPOSED);
+  constexpr int kTokens = tokens_of(E, TRANSPOSED, VECTOR);
   const TokenGrid& grid = args.grid;
   const int rank = args.rank, n3 = args.tables.n3, q = n3 * rank;
   const int in_slices = TRANSPOSED ? args.slices : 1, out_slices = TRANSPOSED ? 1 : args.slices;
-  const Seat seat(grid, n3);
-  const int column = seat.plane * rank, a = 4 * seat.tile, per_token = grid.threads_per_token();
-  const int64_t token = seat.begin + seat.group, which = args.entries[seat.row];
+  const int per_token = grid.threads_per_token();
+  const int group = grid.by_threads_per_token.quotient(threadIdx.x);
+  const int item = threadIdx.x - group * per_token;
+  const Share share(grid);
+  const Item seat(grid, share, item, n3);
+  const bool works = seat.is_there && group < grid.groups;
+  const int column = seat.plane * rank, a = 4 * seat.tile;
+  const int64_t token = share.begin + group, which = args.entries[share.row];
   const bool is_valid = args.entries.is_valid(which);
   const float* core =
       is_valid ? args.core_hat + (which * n3 + seat.plane) * static_cast<int64_t>(rank) * rank
@@ -97,7 +109,7 @@ apply_kernel(const TCUR_PARAMETER ApplyArgs args) {
 #pragma unroll
         for (int u = 0; u < kTokens; ++u) {
           const int64_t t = token + u * grid.groups;
-          const int count = seat.works && t < seat.end ? (rank - b < 4 ? rank - b : 4) : 0;
+          const int count = works && t < share.end ? (rank - b < 4 ? rank - b : 4) : 0;
           const int64_t at = (t * in_slices + slice) * q + column + b;
           to[u] = load_pair<E, VECTOR>(args.in, at, rank, count, seat.is_pair);
         }
@@ -114,9 +126,9 @@ apply_kernel(const TCUR_PARAMETER ApplyArgs args) {
     if (first > 0) {
       __syncthreads();
     }
-    load_slab<TRANSPOSED>(args, seat, core, first, columns, slab);
+    load_slab<TRANSPOSED>(args, seat, item, group, core, first, columns, slab);
     __syncthreads();
-    for (int b = first; b < first + columns && seat.works; b += 4) {
+    for (int b = first; b < first + columns && works; b += 4) {
       Pairs x[kTokens] = {};
       Turn turn = first_turn;
       const float2 root = TRANSPOSED ? args.tables.root(turn.next()) : float2{1.0f, 0.0f};
@@ -142,7 +154,7 @@ apply_kernel(const TCUR_PARAMETER ApplyArgs args) {
       }
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        const float* from = slab + (2 * (b - first + j) * per_token + seat.item) * 4;
+        const float* from = slab + (2 * (b - first + j) * per_token + item) * 4;
         const Numbers u_re = Packed<Element::f32>{*reinterpret_cast<const float4*>(from)}.widened();
         const Numbers u_im =
             Packed<Element::f32>{*reinterpret_cast<const float4*>(from + per_token * 4)}.widened();
@@ -159,12 +171,12 @@ apply_kernel(const TCUR_PARAMETER ApplyArgs args) {
     }
   }
   Turn turn = first_turn;
-  for (int s = 0; s < out_slices && seat.works; ++s) {
+  for (int s = 0; s < out_slices && works; ++s) {
     const float2 root = TRANSPOSED ? float2{1.0f, 0.0f} : args.tables.root(turn.next());
 #pragma unroll
     for (int u = 0; u < kTokens; ++u) {
       const int64_t t = token + u * grid.groups;
-      const int count = t < seat.end ? (rank - a < 4 ? rank - a : 4) : 0;
+      const int count = t < share.end ? (rank - a < 4 ? rank - a : 4) : 0;
       const int64_t at = (t * out_slices + s) * q + column + a;
       Pairs turned;
 #pragma unroll
@@ -192,18 +204,44 @@ auto kernel_for(bool transposed, bool vector) {
 struct AddArgs {
   void* y;
   const void* delta;
-  Element y_element, delta_element;
   int64_t size;
 };
 
-// y += delta, in fp32, rounded once.
-TCUR_KERNEL(kThreads, 4) add_kernel(const TCUR_PARAMETER AddArgs args) {
-  for (int64_t i = blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x; i < args.size;
-       i += gridDim.x * static_cast<int64_t>(kThreads)) {
-    const float sum =
-        load_number(args.y, i, args.y_element) + load_number(args.delta, i, args.delta_element);
-    store_number(args.y, i, sum, args.y_element);
+// y += delta, in fp32, rounded once. Two times four numbers of both are asked for together.
+template <Element Y, Element DELTA, bool VECTOR>
+TCUR_KERNEL(kThreads, 2)
+add_kernel(const TCUR_PARAMETER AddArgs args) {
+  const int64_t first = 8 * kThreads * static_cast<int64_t>(blockIdx.x) + 4 * threadIdx.x;
+  Packed<Y> y[2];
+  Packed<DELTA> delta[2];
+  int count[2];
+#pragma unroll
+  for (int u = 0; u < 2; ++u) {
+    const int64_t at = first + 4 * kThreads * u, rest = args.size - at;
+    count[u] = rest < 4 ? static_cast<int>(rest) : 4;
+    y[u] = load_packed<Y, VECTOR>(args.y, at, count[u]);
+    delta[u] = load_packed<DELTA, VECTOR>(args.delta, at, count[u]);
   }
+#pragma unroll
+  for (int u = 0; u < 2; ++u) {
+    Numbers sum = y[u].widened();
+    const Numbers other = delta[u].widened();
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      sum.v[i] += other.v[i];
+    }
+    store_packed<Y, VECTOR>(args.y, first + 4 * kThreads * u, count[u], sum);
+  }
+}
+
+template <bool VECTOR>
+auto add_kernel_for(Element y, Element delta) {
+  if (delta == Element::f32) {
+    return y == Element::bf16 ? add_kernel<Element::bf16, Element::f32, VECTOR>
+                              : add_kernel<Element::f16, Element::f32, VECTOR>;
+  }
+  return y == Element::f32 ? add_kernel<Element::f32, Element::bf16, VECTOR>
+                           : add_kernel<Element::f16, Element::bf16, VECTOR>;
 }
 
 Tensor matmul_transposed(const Tensor& a, const Tensor& b) {
@@ -231,14 +269,14 @@ Tensor apply_core(
   const int64_t q = sizes.n3 * sizes.rank;
   const Tensor out = torch::stable::new_empty(
       in, {transposed ? sizes.tokens : sizes.tokens * slices, q}, in.scalar_type());
-  const bool is_f32 = in.scalar_type() == ScalarType::Float;
+  const Element element = element_of(in.scalar_type());
+  const bool vector = rank % 4 == 0 && is_aligned(in.const_data_ptr(), 4 * bytes_of(element)) &&
+                      is_aligned(out.const_data_ptr(), 4 * bytes_of(element));
   constexpr int64_t wanted = 264;  // blocks, two for each of 132 multiprocessors
   TokenGrid grid = token_grid(n3, rank, (rank + 3) / 4, kMostThreads, cores);
   const int64_t per_thread =
       tiles_of(sizes.tokens * grid.bin_blocks * grid.tile_blocks, wanted * grid.groups);
-  cut_rows(
-      grid,
-      std::clamp<int64_t>(per_thread, 1, tokens_of(element_of(in.scalar_type()), transposed)));
+  cut_rows(grid, std::clamp<int64_t>(per_thread, 1, tokens_of(element, transposed, vector)));
   const ApplyArgs args{
       in.const_data_ptr(),
       out.mutable_data_ptr(),
@@ -249,14 +287,12 @@ Tensor apply_core(
       rank,
       static_cast<int>(slice_index),
       static_cast<int>(slices)};
-  const int bytes = 4 * bytes_of(element_of(in.scalar_type()));
-  const bool vector = rank % 4 == 0 && is_aligned(args.in, bytes) && is_aligned(args.out, bytes);
   const int64_t numbers =
       8 * std::min<int64_t>(kSlab, (rank + 3) / 4 * 4) * grid.threads_per_token();
   if (grid.blocks() > 0) {
     launch(
-        is_f32 ? kernel_for<Element::f32>(transposed, vector)
-               : kernel_for<Element::bf16>(transposed, vector),
+        element == Element::f32 ? kernel_for<Element::f32>(transposed, vector)
+                                : kernel_for<Element::bf16>(transposed, vector),
         grid.blocks(),
         kThreads,
         numbers * static_cast<int64_t>(sizeof(float)),
@@ -266,7 +302,7 @@ Tensor apply_core(
   return out;
 }
 
-// y += mixed factor, in place; y is [..., columns of factor].
+// y += mixed factor, in place; y is [..., columns of factor], mixed and factor are fp32 or bf16.
 void add_product_to(const Call& call, const Tensor& y, const Tensor& mixed, const Tensor& factor) {
   const ScalarType dtype = y.scalar_type();
   if (dtype == mixed.scalar_type()) {
@@ -275,15 +311,18 @@ void add_product_to(const Call& call, const Tensor& y, const Tensor& mixed, cons
     return;
   }
   const Tensor delta = torch::stable::contiguous(torch::stable::matmul(mixed, factor));
-  const AddArgs args{
-      y.mutable_data_ptr(),
-      delta.const_data_ptr(),
-      element_of(dtype),
-      element_of(delta.scalar_type()),
-      y.numel()};
+  const Element to = element_of(dtype), from = element_of(delta.scalar_type());
+  const AddArgs args{y.mutable_data_ptr(), delta.const_data_ptr(), y.numel()};
+  const bool vector = args.size % 4 == 0 && is_aligned(args.y, 4 * bytes_of(to)) &&
+                      is_aligned(args.delta, 4 * bytes_of(from));
   if (args.size > 0) {
-    const int64_t blocks = std::min<int64_t>(tiles_of(args.size, kThreads), 4096);
-    launch(add_kernel, blocks, kThreads, 0, call.stream(), args);
+    launch(
+        vector ? add_kernel_for<true>(to, from) : add_kernel_for<false>(to, from),
+        tiles_of(args.size, 8 * kThreads),
+        kThreads,
+        0,
+        call.stream(),
+        args);
   }
 }
 

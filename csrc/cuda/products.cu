@@ -29,7 +29,8 @@ struct ProductArgs {
   float* parts;  // [rows, chunks, n3, rank, rank]
   TokenGrid grid;
   Tables tables;
-  int rank, side;  // side: quads of a rank
+  int rank;
+  Divisor side;  // quads of a rank
   int slice_index, slices;
 };
 
@@ -38,16 +39,20 @@ TCUR_KERNEL(kThreads, 2)
 products_kernel(const TCUR_PARAMETER ProductArgs args) {
   constexpr int kBatch = P == Element::f32 || Z == Element::f32 || !VECTOR ? 2 : 4;  // tokens
   const TokenGrid& grid = args.grid;
-  const int rank = args.rank, side = args.side, n3 = args.tables.n3;
-  const Seat seat(grid, n3);
-  const int a = seat.tile / side * 4, b = (seat.tile - seat.tile / side * side) * 4;
+  const int rank = args.rank, side = args.side.value, n3 = args.tables.n3;
+  const int per_token = grid.threads_per_token();
+  const int group = grid.by_threads_per_token.quotient(threadIdx.x);
+  const Share share(grid);
+  const Item seat(grid, share, threadIdx.x - group * per_token, n3);
+  const int tile_row = args.side.quotient(seat.tile);
+  const int a = tile_row * 4, b = (seat.tile - tile_row * side) * 4;
   float re[4][4] = {}, im[4][4] = {};
-  if (seat.works) {
+  if (seat.is_there && group < grid.groups) {
     const int count_a = rank - a < 4 ? rank - a : 4, count_b = rank - b < 4 ? rank - b : 4;
     const int column = seat.plane * rank, q = n3 * rank;
     Turn second_turn(seat.bin, args.slice_index, n3);
     const float2 root = args.tables.root(second_turn.next());
-    int64_t token = seat.begin + seat.group, p_row = token, p_step = grid.groups;
+    int64_t token = share.begin + group, p_row = token, p_step = grid.groups;
     if (p_row >= args.p.rows) {
       p_row %= args.p.rows;
     }
@@ -57,14 +62,14 @@ products_kernel(const TCUR_PARAMETER ProductArgs args) {
     const auto next_row = [&](int64_t row) __attribute__((always_inline)) {
       return row + p_step >= args.p.rows ? row + p_step - args.p.rows : row + p_step;
     };
-    for (; token < seat.end; token += kBatch * grid.groups) {
+    for (; token < share.end; token += kBatch * grid.groups) {
       PackedPair<Z> z_raw[kBatch];
       PackedPair<P> p_raw[kBatch];
       const int64_t first_p_row = p_row;
 #pragma unroll
       for (int u = 0; u < kBatch; ++u) {
         const int64_t t = token + u * grid.groups;
-        const bool is_there = t < seat.end;
+        const bool is_there = t < share.end;
         z_raw[u] = load_pair<Z, VECTOR>(
             args.z.data,
             t * args.z.stride + column + b,
@@ -86,7 +91,7 @@ products_kernel(const TCUR_PARAMETER ProductArgs args) {
         p.add_turned(p_raw[u], root);
         Turn turn = second_turn;
         for (int s = 1; s < args.slices; ++s) {
-          const int count = token + u * grid.groups < seat.end ? count_a : 0;
+          const int count = token + u * grid.groups < share.end ? count_a : 0;
           const int64_t at = p_row * args.p.stride + s * q + column + a;
           const auto raw = load_pair<P, VECTOR>(args.p.data, at, rank, count, seat.is_pair);
           p.add_turned(raw, args.tables.root(turn.next()));
@@ -112,29 +117,26 @@ products_kernel(const TCUR_PARAMETER ProductArgs args) {
   }
   __syncthreads();
   // One thread per number: the groups' sums in order.
-  const int per_token = grid.threads_per_token(), square = rank * rank;
-  const int tile_block = blockIdx.x / grid.bin_blocks % grid.tile_blocks;
-  const int bin_block = blockIdx.x % grid.bin_blocks;
+  const int square = rank * rank;
   float* out =
-      args.parts + (seat.row * grid.chunks + seat.chunk) * static_cast<int64_t>(n3) * square;
+      args.parts + (share.row * grid.chunks + share.chunk) * static_cast<int64_t>(n3) * square;
   for (int i = threadIdx.x; i < per_token * 16; i += kThreads) {
-    const int item = i / 16, corner = i % 16, local_bin = item / grid.tiles;
-    const int bin = bin_block * grid.width + local_bin;
-    const int tile = tile_block * grid.tiles + item - local_bin * grid.tiles;
-    const int row = tile / side * 4 + corner / 4;
-    const int column = (tile - tile / side * side) * 4 + corner % 4;
-    if (bin >= grid.bins || row >= rank || column >= rank) {
+    const int item = i / 16, corner = i % 16;
+    const Item of(grid, share, item, n3);
+    const int tile_row = args.side.quotient(of.tile);
+    const int row = tile_row * 4 + corner / 4;
+    const int column = (of.tile - tile_row * side) * 4 + corner % 4;
+    if (!of.is_there || row >= rank || column >= rank) {
       continue;
     }
     float sum_re = 0.0f, sum_im = 0.0f;
-    for (int group = 0; group < grid.groups; ++group) {
-      sum_re += sums[corner * kStride + group * per_token + item];
-      sum_im += sums[(16 + corner) * kStride + group * per_token + item];
+    for (int other = 0; other < grid.groups; ++other) {
+      sum_re += sums[corner * kStride + other * per_token + item];
+      sum_im += sums[(16 + corner) * kStride + other * per_token + item];
     }
-    const int plane = bin == 0 ? 0 : 2 * bin - 1;
-    float* to = out + static_cast<int64_t>(plane) * square + row * rank + column;
+    float* to = out + static_cast<int64_t>(of.plane) * square + row * rank + column;
     to[0] = sum_re;
-    if (bin > 0 && bin <= pairs(n3)) {
+    if (of.is_pair) {
       to[square] = sum_im;
     }
   }
@@ -182,7 +184,7 @@ void core_from_products(
       grid,
       tables,
       rank,
-      side,
+      Divisor(side),
       static_cast<int>(slice_index),
       static_cast<int>(slices)};
   const bool vector = rank % 4 == 0 && starts_at_vectors(p) && starts_at_vectors(z);

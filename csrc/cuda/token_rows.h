@@ -25,37 +25,40 @@ template <>
 struct Packed<Element::f32> {
   using Number = float;
   float4 raw;
-
-  TCUR_DEVICE static Packed of(const float (&bits)[4]) {
-    return {{bits[0], bits[1], bits[2], bits[3]}};
-  }
   TCUR_DEVICE Numbers widened() const {
     return {{raw.x, raw.y, raw.z, raw.w}};
   }
 };
-template <>
-struct Packed<Element::bf16> {
+// Two halves of a word each.
+template <Element E>
+struct PackedHalves {
   using Number = unsigned short;
   uint2 raw;
 
-  TCUR_DEVICE static Packed of(const unsigned short (&bits)[4]) {
-    return {
-        {bits[0] | static_cast<unsigned>(bits[1]) << 16,
-         bits[2] | static_cast<unsigned>(bits[3]) << 16}};
-  }
   TCUR_DEVICE static float number(unsigned bits) {
-    float made;
-    memcpy(&made, &bits, sizeof made);
-    return made;
+    return widen(static_cast<unsigned short>(bits), E);
   }
   TCUR_DEVICE Numbers widened() const {
-    return {
-        {number(raw.x << 16),
-         number(raw.x & 0xFFFF0000U),
-         number(raw.y << 16),
-         number(raw.y & 0xFFFF0000U)}};
+    return {{number(raw.x), number(raw.x >> 16), number(raw.y), number(raw.y >> 16)}};
   }
 };
+template <>
+struct Packed<Element::bf16> : PackedHalves<Element::bf16> {};
+template <>
+struct Packed<Element::f16> : PackedHalves<Element::f16> {};
+
+template <class Packed>
+TCUR_DEVICE Packed pack(const float (&bits)[4]) {
+  return {{bits[0], bits[1], bits[2], bits[3]}};
+}
+template <class Packed>
+TCUR_DEVICE Packed pack(const unsigned short (&bits)[4]) {
+  Packed made{};
+  made.raw = {
+      bits[0] | static_cast<unsigned>(bits[1]) << 16,
+      bits[2] | static_cast<unsigned>(bits[3]) << 16};
+  return made;
+}
 
 // `count` numbers from `at` on, zeros behind them.
 template <Element E, bool VECTOR>
@@ -76,7 +79,7 @@ TCUR_DEVICE Packed<E> load_packed(const void* data, int64_t at, int count) {
         bits[i] = from[i];
       }
     }
-    return Packed<E>::of(bits);
+    return pack<Packed<E>>(bits);
   }
 }
 
@@ -95,7 +98,7 @@ TCUR_DEVICE void store_packed(void* data, int64_t at, int count, const Numbers& 
   }
   if constexpr (VECTOR) {
     if (count > 0) {
-      const Packed<E> made = Packed<E>::of(bits);
+      const auto made = pack<Packed<E>>(bits);
       *reinterpret_cast<std::remove_const_t<decltype(made.raw)>*>(to) = made.raw;
     }
   } else {
@@ -153,6 +156,26 @@ struct Turn {
   }
 };
 
+// Division by what a launch fixes: a product and a shift in place of some thirty instructions,
+// which every thread of a short kernel would wait for. With value <= 2^s the factor, 2^(31+s)/value
+// rounded up, makes n * factor too large by less than 2^(31+s)/value for 0 <= n < 2^31, too little
+// to reach the next quotient; with 2^(s-1) < value it has 32 bits.
+struct Divisor {
+  int value = 1, shift = 31;
+  unsigned factor = 1U << 31;
+
+  Divisor() = default;
+  explicit Divisor(int value_) : value(value_) {
+    while (1LL << (shift - 31) < value) {
+      ++shift;
+    }
+    factor = static_cast<unsigned>(((1ULL << shift) + value - 1) / value);
+  }
+  TCUR_DEVICE int quotient(int n) const {
+    return static_cast<int>(static_cast<uint64_t>(static_cast<unsigned>(n)) * factor >> shift);
+  }
+};
+
 // How a grid of blocks of kTokenThreads threads shares rows of tokens, row_length each: a block has
 // `groups` tokens side by side, each with `width` bins, and for each of them `tiles` threads.
 struct TokenGrid {
@@ -160,6 +183,7 @@ struct TokenGrid {
   int tiles_per_bin, tiles, tile_blocks;
   int groups, chunk, chunks;  // tokens side by side, of a block, and blocks for a row of tokens
   int64_t rows, row_length;
+  Divisor by_bin_blocks, by_tile_blocks, by_chunks, by_threads_per_token, by_tiles;
 
   int64_t blocks() const {
     return rows * chunks * bin_blocks * tile_blocks;
@@ -193,38 +217,45 @@ inline TokenGrid token_grid(
 inline void cut_rows(TokenGrid& grid, int64_t per_thread) {
   grid.chunk = static_cast<int>(grid.groups * per_thread);
   grid.chunks = static_cast<int>(tiles_of(grid.row_length, grid.chunk));
+  grid.by_bin_blocks = Divisor(grid.bin_blocks);
+  grid.by_tile_blocks = Divisor(grid.tile_blocks);
+  grid.by_chunks = Divisor(std::max(grid.chunks, 1));
+  grid.by_threads_per_token = Divisor(grid.threads_per_token());
+  grid.by_tiles = Divisor(grid.tiles);
 }
 
-// What a thread of such a grid works on.
-struct Seat {
-  int bin, plane, tile, item, group;  // item: its number among those of one token
-  bool is_pair, works;
-  int chunk;
-  int64_t row, begin, end;  // row of tokens, and the tokens of the block
+// What a block of such a grid works on: its first bin and tile, its row of tokens, and the tokens.
+struct Share {
+  int first_bin, first_tile, chunk;
+  int64_t row, begin, end;
 
-  TCUR_DEVICE Seat(const TokenGrid& grid, int n3) {
-    int block = blockIdx.x;
-    int next = block / grid.bin_blocks;
-    const int bin_block = block - next * grid.bin_blocks;
-    block = next;
-    next = block / grid.tile_blocks;
-    const int tile_block = block - next * grid.tile_blocks;
-    block = next;
-    next = block / grid.chunks;
-    chunk = block - next * grid.chunks;
-    row = next;
-    const int thread = threadIdx.x, per_token = grid.threads_per_token();
-    group = thread / per_token;
-    item = thread - group * per_token;
-    const int local_bin = item / grid.tiles;
-    bin = bin_block * grid.width + local_bin;
-    tile = tile_block * grid.tiles + item - local_bin * grid.tiles;
-    plane = bin == 0 ? 0 : 2 * bin - 1;
-    is_pair = bin > 0 && bin <= pairs(n3);
-    works = group < grid.groups && bin < grid.bins && tile < grid.tiles_per_bin;
+  TCUR_DEVICE explicit Share(const TokenGrid& grid) {
+    const int block = blockIdx.x;
+    const int tile_block = grid.by_bin_blocks.quotient(block);
+    const int part = grid.by_tile_blocks.quotient(tile_block);
+    const int which = grid.by_chunks.quotient(part);
+    first_bin = (block - tile_block * grid.bin_blocks) * grid.width;
+    first_tile = (tile_block - part * grid.tile_blocks) * grid.tiles;
+    chunk = part - which * grid.chunks;
+    row = which;
     begin = row * grid.row_length + static_cast<int64_t>(chunk) * grid.chunk;
     const int64_t last = (row + 1) * grid.row_length;
     end = begin + grid.chunk < last ? begin + grid.chunk : last;
+  }
+};
+
+// The number `item` of the threads that a block has for a token.
+struct Item {
+  int bin, plane, tile;
+  bool is_pair, is_there;
+
+  TCUR_DEVICE Item(const TokenGrid& grid, const Share& share, int item, int n3) {
+    const int local_bin = grid.by_tiles.quotient(item);
+    bin = share.first_bin + local_bin;
+    tile = share.first_tile + item - local_bin * grid.tiles;
+    plane = bin == 0 ? 0 : 2 * bin - 1;
+    is_pair = bin > 0 && 2 * bin < n3;
+    is_there = bin < grid.bins && tile < grid.tiles_per_bin;
   }
 };
 
