@@ -3,7 +3,8 @@
 // counts the digits of neighbouring rows, the counts are summed up digit by digit and thread by
 // thread, and each thread takes its rows to their places. Work grows with rows and with cores, not
 // with their product: 4096 rows of 4096 cores take four turns of about 2 µs.
-// Planned: 512 threads, up to 64 registers, 2 blocks per multiprocessor, 37 KiB of shared memory.
+// Planned: 512 threads, up to 128 registers, 1 blocks per multiprocessor, with 38 KiB of shared
+// memory.
 #include "row_order.h"
 
 namespace tcur {
@@ -57,7 +58,7 @@ TCUR_DEVICE void for_rows(const OrderArgs& args, int turn, F&& f) {
   }
 }
 
-TCUR_KERNEL(kThreads, 2) order_kernel(const TCUR_PARAMETER OrderArgs args) {
+TCUR_KERNEL(kThreads, 1) order_kernel(const TCUR_PARAMETER OrderArgs args) {
   int* counters = shared_memory<int>();
   int* sums = counters + place_of(kCounters);  // [2, kThreads]
   const int thread = threadIdx.x;

@@ -24,7 +24,7 @@ namespace {
 
 constexpr int kThreads = 512;
 constexpr int kLines = 4;               // of a thread, where there are many
-constexpr int kBatch = 4;               // parts that a thread asks for at a time
+constexpr int BATCH = 4;                // parts that a thread asks for at a time
 constexpr int64_t kShared = 96 * 1024;  // at most, so that it fits every architecture
 
 // Entries of one core that a block transforms.
@@ -94,6 +94,7 @@ TCUR_DEVICE void transform(const Rows& rows, F&& f) {
 struct SpectrumBlock {
   SpectrumArgs args;
   Entries entries;
+  double weight;  // of a bin that stands for itself alone
 };
 
 template <int L>
@@ -137,7 +138,7 @@ spectrum_kernel(const TCUR_PARAMETER SpectrumBlock block) {
     if (first + entry < square) {
       const int plane = k == 0 ? 0 : 2 * k - 1;
       const bool is_pair = k > 0 && 2 * k < n3;
-      const double weight = args.scale * (is_pair ? 2.0 : 1.0) / n3;
+      const double weight = is_pair ? 2.0 * block.weight : block.weight;
       out[static_cast<int64_t>(plane) * square + entry] = static_cast<float>(weight * even);
       if (is_pair) {
         out[static_cast<int64_t>(plane + 1) * square + entry] = static_cast<float>(-weight * odd);
@@ -149,7 +150,8 @@ spectrum_kernel(const TCUR_PARAMETER SpectrumBlock block) {
 struct CoreBlock {
   CoreArgs args;
   Entries entries;
-  int groups;  // of threads that share the parts of a core
+  double weight;  // of a bin that stands for itself alone
+  int groups;     // of threads that share the parts of a core
 };
 
 // Neighbours of a part, read at once.
@@ -167,8 +169,8 @@ TCUR_DEVICE void load_entries(const float* from, float (&to)[W]) {
 }
 
 // Sums of the parts of a core, W entries of a plane at a time, each group of threads every
-// groups-th part: [groups, n3, entries].
-template <int W>
+// groups-th part, BATCH of them asked for at a time: [groups, n3, entries].
+template <int BATCH, int W>
 TCUR_DEVICE void sum_parts(const CoreBlock& block, int core, int first, double* sums) {
   const CoreArgs& args = block.args;
   const int n3 = args.tables.n3, square = args.rank * args.rank;
@@ -176,23 +178,24 @@ TCUR_DEVICE void sum_parts(const CoreBlock& block, int core, int first, double* 
   const int columns = n3 << log_columns, per_row = static_cast<int>(args.parts_per_row);
   const int groups = block.groups;
   const bool is_ordered = args.order.rows != nullptr;
-  const int64_t first_row = is_ordered ? args.order.begin[core] : 0;
-  const int64_t last_row = is_ordered ? args.order.end[core] : args.rows;
+  const int first_row = is_ordered ? args.order.begin[core] : 0;
+  const int last_row = is_ordered ? args.order.end[core] : static_cast<int>(args.rows);
   const int row_step = per_row > 0 ? groups / per_row : 0;
   const int part_step = groups - row_step * per_row;
   const int64_t size = static_cast<int64_t>(n3) * square;
+#pragma unroll 1
   for (int i = threadIdx.x; i < columns * groups; i += kThreads) {
     const int group = i / columns, column = i - group * columns;
     const int plane = column >> log_columns;
     const int entry = (column & ((1 << log_columns) - 1)) * W;
     const float* parts = args.parts + static_cast<int64_t>(plane) * square + first + entry;
     double sum[W] = {};
-    int64_t row = per_row > 0 ? first_row + group / per_row : last_row;
+    int row = per_row > 0 ? first_row + group / per_row : last_row;
     int part = per_row > 0 ? group % per_row : 0;
     while (first + entry < square && row < last_row) {
-      float values[kBatch][W];
+      float values[BATCH][W];
 #pragma unroll
-      for (int u = 0; u < kBatch; ++u) {
+      for (int u = 0; u < BATCH; ++u) {
 #pragma unroll
         for (int w = 0; w < W; ++w) {
           values[u][w] = 0.0f;
@@ -209,7 +212,7 @@ TCUR_DEVICE void sum_parts(const CoreBlock& block, int core, int first, double* 
         }
       }
 #pragma unroll
-      for (int u = 0; u < kBatch; ++u) {
+      for (int u = 0; u < BATCH; ++u) {
 #pragma unroll
         for (int w = 0; w < W; ++w) {
           sum[w] += values[u][w];
@@ -223,7 +226,7 @@ TCUR_DEVICE void sum_parts(const CoreBlock& block, int core, int first, double* 
   }
 }
 
-template <int L>
+template <int L, int W>
 TCUR_KERNEL(kThreads, 2)
 core_kernel(const TCUR_PARAMETER CoreBlock block) {
   const CoreArgs& args = block.args;
@@ -234,11 +237,8 @@ core_kernel(const TCUR_PARAMETER CoreBlock block) {
   double2* roots = shared_memory<double2>();
   const Rows rows{reinterpret_cast<double*>(roots + n3), roots, n3, log_count};
   load_roots(args.tables, roots);
-  if (log_count >= 2 && square % 4 == 0) {
-    sum_parts<4>(block, core, first, rows.data);
-  } else {
-    sum_parts<1>(block, core, first, rows.data);
-  }
+  // Where cores are many, so are the blocks that wait for memory, and few the parts of each.
+  sum_parts<L == 1 ? 4 : 2, W>(block, core, first, rows.data);
   __syncthreads();
   for (int i = threadIdx.x; i < count; i += kThreads) {
     double sum = rows.data[i];
@@ -247,7 +247,7 @@ core_kernel(const TCUR_PARAMETER CoreBlock block) {
     }
     const int plane = i >> log_count;
     const bool is_single = plane == 0 || (n3 % 2 == 0 && plane == n3 - 1);
-    rows.data[i] = sum * (is_single ? 1.0 : 2.0) / n3;
+    rows.data[i] = sum * (is_single ? block.weight : 2.0 * block.weight);
   }
   __syncthreads();
   float* out = args.core + core * static_cast<int64_t>(n3) * square + first;
@@ -378,7 +378,7 @@ void make_spectrum(const SpectrumArgs& args, Stream stream) {
       kThreads,
       shared_bytes(entries, n3, 1),
       stream,
-      SpectrumBlock{args, entries});
+      SpectrumBlock{args, entries, args.scale / n3});
 }
 
 void make_core(const CoreArgs& args, Stream stream) {
@@ -395,13 +395,15 @@ void make_core(const CoreArgs& args, Stream stream) {
   while (groups > 1 && shared_bytes(entries, n3, groups) > kShared) {
     --groups;
   }
+  const bool many = has_many_lines(entries, n3);
   launch(
-      has_many_lines(entries, n3) ? core_kernel<kLines> : core_kernel<1>,
+      by_four ? (many ? core_kernel<kLines, 4> : core_kernel<1, 4>)
+              : (many ? core_kernel<kLines, 1> : core_kernel<1, 1>),
       args.cores * entries.blocks,
       kThreads,
       shared_bytes(entries, n3, groups),
       stream,
-      CoreBlock{args, entries, groups});
+      CoreBlock{args, entries, 1.0 / n3, groups});
 }
 
 }  // namespace tcur
