@@ -170,3 +170,25 @@ def test_small_edges(device, backend):
             result = tcur.cur_product(factors, core, backend)
         torch.cuda.current_stream().wait_stream(stream)
         assert torch.equal(result, expected)
+
+
+def test_roots_first_asked_for_within_a_capture(device, backend):
+    """They are made beside the capture, and the graph finds them at every replay."""
+    if backend != "cuda":
+        pytest.skip("only the CUDA kernels keep tables of roots")
+    op = ops.operator("core_grad_tokens", language(backend))
+
+    def arguments(n3):
+        factors = make_case(n3, 6, 9, 2).factors.to(device)
+        x, grad_y = torch.randn(30, 9, device=device), torch.randn(30, 6, device=device)
+        return x, grad_y, *factors.packed(), n3, 1, 1
+
+    op(*arguments(23))  # what torch sets up at the first product must not be part of the graph
+    args = arguments(29)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        grad = op(*args)
+    for _ in range(2):
+        args[0].normal_()
+        graph.replay()
+        assert torch.equal(grad, op(*args))
