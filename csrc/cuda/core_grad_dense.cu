@@ -255,6 +255,7 @@ Tensor project_by_tubes(const Call& call, const Sizes& sizes, const Tensor& h, P
   lay_out.rank = args.rank;
   lay_out.quads = quads;
   lay_out.columns = tubes.columns;
+  lay_out.vector = sizes.n2 % 4 == 0 && is_aligned(lay_out.horizontal_hat, 16);
   prepare(lay_out, call.stream());
   const Walk walk(sizes, tubes.rows, tubes.columns, 792);
   const Tensor z = call.floats({walk.splits, sizes.n1, sizes.n3 * sizes.rank});

@@ -178,7 +178,7 @@ inline bool can_launch_early(int) {
   return false;
 }
 
-// Those of compute capability 9.0.
+// Those of an H100.
 inline SharedLimits shared_limits(int) {
   return {228 * 1024, 227 * 1024};
 }

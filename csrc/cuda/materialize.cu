@@ -380,12 +380,14 @@ void launch_tubes(
       args.rank,
       args.quads,
       tubes.columns,
+      sizes.n2 % 4 == 0 && is_aligned(args.horizontal_hat, 16),
       lateral_hat,
       core,
       mixed.mutable_data_ptr<float>(),
       sizes.n1,
       rows,
       tubes.rows,
+      args.tables,
       scale};
   prepare(arguments, call.stream());
   args.mixed = mixed.const_data_ptr<float>();
@@ -393,6 +395,11 @@ void launch_tubes(
   for (int l = 0; l < args.n3; ++l) {
     args.base[l] = base[l];
   }
+  // Asking ahead pays while what all blocks ask for stays in the second-level cache; measured on an
+  // H100, with 50 MB of it: 6 % gained on stacks of 113 MB, 7 to 15 % lost on stacks of 1 GB and more.
+  constexpr int64_t most = 512LL * 1024 * 1024;
+  args.prefetches = base.element() != Element::none &&
+                    sizes.n1 * sizes.n2 * sizes.n3 * bytes_of(base.element()) <= most;
   launch_early(
       call.device(),
       tubes.kernel,

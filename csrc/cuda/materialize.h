@@ -22,6 +22,7 @@ struct MaterializeArgs {
   int64_t n1, n2, tiles_in_row;
   int n3, rank;
   int quads;  // of the rank, for tubes
+  bool prefetches;  // for tubes: whether a block asks for its bases as it begins
   Precision precision;
   Tile tile;
   Lines lines;                        // of the product with the matrix

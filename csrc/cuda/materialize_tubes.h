@@ -227,6 +227,36 @@ TCUR_DEVICE void store_slices_of(
   }
 }
 
+// The step of the outer factor: W_eff of a tile whose middle numbers are in shared memory.
+template <int N3>
+TCUR_DEVICE void write_tile(
+    const MaterializeArgs& args, const float* rows, int64_t first_row, int64_t first_column) {
+  using T = Tubes<N3>;
+  T::for_outer([&](int l0, int row, int column) __attribute__((always_inline)) {
+    const int64_t r = first_row + row, c = first_column + column;
+    if (r >= args.n1 || c >= args.n2) {
+      return;
+    }
+    Lanes<T::kWide> x[T::kOuter];
+    const float* from = rows + row * T::kColumns + column;
+    for_middle_rows<T::kOuter>(N3, l0, [&](int j, int plane) __attribute__((always_inline)) {
+      x[j] = load_lanes<T::kWide>(from + plane * T::kPositions);
+    });
+    real_inverse<T::kOuter, float>(x);
+    const auto at = static_cast<unsigned>(r * args.n2 + c);
+    if (args.base_element == Element::f32) {
+      add_bases<4, N3>(args, l0, at, x);
+    } else if (args.base_element != Element::none) {
+      add_bases<2, N3>(args, l0, at, x);
+    }
+    if (args.out_element == Element::f32) {
+      store_slices_of<4, N3>(args, l0, at, x);
+    } else {
+      store_slices_of<2, N3>(args, l0, at, x);
+    }
+  });
+}
+
 // Quads of the rank that are staged at a time.
 template <int N3>
 struct Stages {
@@ -245,7 +275,7 @@ materialize_tubes_kernel(const TCUR_PARAMETER MaterializeArgs args) {
   float* staged = rows + T::kTileFloats;
   const int64_t first_row = blockIdx.x / args.tiles_in_row * T::kRows;
   const int64_t first_column = blockIdx.x % args.tiles_in_row * T::kColumns;
-  if (args.base_element != Element::none) {
+  if (args.prefetches) {
     prefetch_bases<N3>(args, first_row, first_column);
   }
   const int64_t numbers = static_cast<int64_t>(args.quads) * 4 * N3;  // of a row of P, a column of R̂
@@ -270,29 +300,7 @@ materialize_tubes_kernel(const TCUR_PARAMETER MaterializeArgs args) {
     planes.transform(k1, args.tables, rows);
   }
   __syncthreads();
-  T::for_outer([&](int l0, int row, int column) __attribute__((always_inline)) {
-    const int64_t r = first_row + row, c = first_column + column;
-    if (r >= args.n1 || c >= args.n2) {
-      return;
-    }
-    Lanes<T::kWide> x[T::kOuter];
-    const float* from = rows + row * T::kColumns + column;
-    for_middle_rows<T::kOuter>(N3, l0, [&](int j, int plane) __attribute__((always_inline)) {
-      x[j] = load_lanes<T::kWide>(from + plane * T::kPositions);
-    });
-    real_inverse<T::kOuter, float>(x);
-    const auto at = static_cast<unsigned>(r * args.n2 + c);
-    if (args.base_element == Element::f32) {
-      add_bases<4, N3>(args, l0, at, x);
-    } else if (args.base_element != Element::none) {
-      add_bases<2, N3>(args, l0, at, x);
-    }
-    if (args.out_element == Element::f32) {
-      store_slices_of<4, N3>(args, l0, at, x);
-    } else {
-      store_slices_of<2, N3>(args, l0, at, x);
-    }
-  });
+  write_tile<N3>(args, rows, first_row, first_column);
 }
 
 template <int N3>

@@ -9,7 +9,6 @@
 #include "prepare.h"
 
 #include "elements.h"
-#include "roots.h"
 
 namespace tcur {
 namespace {
@@ -21,37 +20,35 @@ struct Blocks {
   int64_t of_p;  // for each bin
 };
 
-TCUR_DEVICE void lay_out_horizontal(const PrepareArgs& args, int64_t index) {
-  const int quads_in_tile = args.columns / 4, ranks = 4 * args.quads;
-  const int at = static_cast<int>(index % quads_in_tile);
-  index /= quads_in_tile;
-  const int i = static_cast<int>(index % 4);
-  index /= 4;
-  const int plane = static_cast<int>(index % args.n3);
-  index /= args.n3;
-  const int quad = static_cast<int>(index % args.quads);
-  const int64_t tile = index / args.quads, column = tile * args.columns + 4 * at;
-  if (tile * args.columns >= args.n2) {
+TCUR_DEVICE void lay_out_horizontal(const PrepareArgs& args, unsigned index) {
+  const unsigned quads_in_tile = args.columns / 4, n3 = args.n3, quads = args.quads;
+  const unsigned rest = index / quads_in_tile, at = index - rest * quads_in_tile;
+  const unsigned i = rest % 4, block = rest / 4 / n3, plane = rest / 4 - block * n3;
+  const unsigned tile = block / quads, quad = block - tile * quads, c = 4 * quad + i;
+  const int64_t column = static_cast<int64_t>(tile) * args.columns + 4 * at;
+  if (static_cast<int64_t>(tile) * args.columns >= args.n2) {
     return;
   }
-  const int c = 4 * quad + i;
-  const float* row = args.horizontal_hat + (static_cast<int64_t>(plane) * args.rank + c) * args.n2;
+  const int64_t row = static_cast<int64_t>(plane) * args.rank + c;
+  const float* from = args.horizontal_hat + row * args.n2 + column;
   Quad values{};
-  if (c < args.rank) {
+  if (c < static_cast<unsigned>(args.rank)) {
+    if (args.vector) {
+      values = column < args.n2 ? load_constant(from) : values;
+    } else {
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      values.v[j] = column + j < args.n2 ? row[column + j] : 0.0f;
+      for (int j = 0; j < 4; ++j) {
+        values.v[j] = column + j < args.n2 ? from[j] : 0.0f;
+      }
     }
   }
-  float* to = args.tiles + tile * args.columns * ranks * args.n3;
-  store_lanes(
-      to + ((static_cast<int64_t>(quad) * args.n3 + plane) * 4 + i) * args.columns + 4 * at, values);
+  store_lanes(args.tiles + 4 * static_cast<int64_t>(index), values);
 }
 
-// Û of one bin, weighted, from the core: u [2, rank, rank] in shared memory. `parts` is as much again
-// as the block has threads, twice.
-TCUR_DEVICE void transform_core(
-    const PrepareArgs& args, int bin, const double2* roots, double* parts, float* u) {
+// Û of one bin, weighted, from the core: u [2, rank, rank] in shared memory, as `parts` are: twice as
+// many as the block has threads.
+TCUR_DEVICE void transform_core(const PrepareArgs& args, int bin, double* parts, float* u) {
+  constexpr int kBatch = 12;  // loads under way
   const int n3 = args.n3, square = args.rank * args.rank;
   const double weight = args.scale * inverse_weight(bin == 0 ? 0 : 2 * bin - 1, n3);
   // Threads side by side take numbers side by side; what is left of them shares the slices.
@@ -61,11 +58,20 @@ TCUR_DEVICE void transform_core(
     const int entry = first + static_cast<int>(threadIdx.x) % numbers;
     double re = 0.0, im = 0.0;
     if (share < shares && entry < square) {
-#pragma unroll 8
-      for (int l = share; l < n3; l += shares) {
-        const double x = args.core[static_cast<int64_t>(l) * square + entry];
-        re += x * roots[l].x;
-        im -= x * roots[l].y;
+      for (int begin = share; begin < n3; begin += kBatch * shares) {
+        float x[kBatch];
+        double2 root[kBatch];
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) {
+          const int l = begin + i * shares, at = l < n3 ? l : begin;
+          x[i] = l < n3 ? args.core[static_cast<int64_t>(at) * square + entry] : 0.0f;
+          root[i] = args.tables.exact[bin * at % n3];
+        }
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) {
+          re += x[i] * root[i].x;
+          im -= x[i] * root[i].y;
+        }
       }
     }
     parts[threadIdx.x] = re;
@@ -85,27 +91,40 @@ TCUR_DEVICE void transform_core(
   }
 }
 
+// Shared memory of a block that makes P.
+struct PrepareMemory {
+  double* parts;     // [2, kThreads]
+  float *u, *slice;  // [2, rank, rank]; rows of Ĉ_k [kRows, 2, rank]
+
+  TCUR_HOST_DEVICE static int64_t bytes(int64_t rank) {
+    return 2 * kThreads * static_cast<int64_t>(sizeof(double)) +
+           2 * rank * (rank + kRows) * static_cast<int64_t>(sizeof(float));
+  }
+};
+
 TCUR_KERNEL(kThreads, 4) prepare_kernel(const TCUR_PARAMETER PrepareArgs args, Blocks blocks) {
   let_next_launch_begin();
   const int n3 = args.n3, rank = args.rank, square = rank * rank, ranks = 4 * args.quads;
   const int64_t block = static_cast<int64_t>(blockIdx.x) - blocks.bins * blocks.of_p;
   if (block >= 0) {
-    lay_out_horizontal(args, block * kThreads + threadIdx.x);
+    lay_out_horizontal(args, static_cast<unsigned>(block) * kThreads + threadIdx.x);
     return;
   }
   const int bin = static_cast<int>(blockIdx.x % blocks.bins);
   const int64_t first = blockIdx.x / blocks.bins * static_cast<int64_t>(kRows);
   const bool is_pair = bin > 0 && bin <= pairs(n3);
-  const int plane = bin == 0 ? 0 : 2 * bin - 1;
-  double2* roots = shared_memory<double2>();  // e^{2πikl/n3} for l = 0 … n3-1
-  double* parts = reinterpret_cast<double*>(roots + n3);
-  float* u_re = reinterpret_cast<float*>(parts + 2 * kThreads);
-  float* u_im = u_re + square;
-  for (int l = threadIdx.x; l < n3; l += kThreads) {
-    roots[l] = unit_root(bin * l % n3, n3);
+  const int plane = bin == 0 ? 0 : 2 * bin - 1, width = is_pair ? 2 * rank : rank;
+  PrepareMemory memory{shared_memory<double>()};
+  memory.u = reinterpret_cast<float*>(memory.parts + 2 * kThreads);
+  memory.slice = memory.u + 2 * square;
+  // Ĉ_k comes while the core is transformed.
+  for (int i = threadIdx.x; i < kRows * width; i += kThreads) {
+    const int row = i / width, a = i - row * width;
+    const int64_t r = first + row < args.n1 ? first + row : args.n1 - 1;
+    memory.slice[row * 2 * rank + a] = args.lateral_hat[(r * n3 + plane) * rank + a];
   }
-  __syncthreads();
-  transform_core(args, bin, roots, parts, u_re);
+  transform_core(args, bin, memory.parts, memory.u);
+  const float *u_re = memory.u, *u_im = u_re + square;
   for (int i = threadIdx.x; i < kRows * ranks; i += kThreads) {
     const int64_t row = first + i / ranks;
     const int b = i % ranks;
@@ -114,8 +133,7 @@ TCUR_KERNEL(kThreads, 4) prepare_kernel(const TCUR_PARAMETER PrepareArgs args, B
     }
     float re = 0.0f, im = 0.0f;
     if (b < rank && row < args.n1) {
-      const float* c_re = args.lateral_hat + row * n3 * rank + plane * rank;
-#pragma unroll 4
+      const float* c_re = memory.slice + i / ranks * 2 * rank;
       for (int a = 0; a < rank; ++a) {
         const float c = c_re[a], d = is_pair ? c_re[rank + a] : 0.0f;
         re += c * u_re[a * rank + b] - d * u_im[a * rank + b];
@@ -139,13 +157,11 @@ void prepare(const PrepareArgs& args, Stream stream) {
   const int64_t quads = tiles * args.columns * args.quads * args.n3;
   const Blocks blocks{
       args.n3 / 2 + 1, args.mixed == nullptr ? 0 : (args.rows + kRows - 1) / kRows};
-  const int64_t square = static_cast<int64_t>(args.rank) * args.rank;
-  const int64_t shared = static_cast<int64_t>(args.n3 + kThreads) * sizeof(double2) + 2 * square * 4;
   launch(
       prepare_kernel,
       blocks.bins * blocks.of_p + (quads + kThreads - 1) / kThreads,
       kThreads,
-      shared,
+      PrepareMemory::bytes(args.rank),
       stream,
       args,
       blocks);

@@ -59,7 +59,12 @@ struct Tubes {
   static_assert(kVectors % 32 == 0, "a warp works on one l0");
 
   // Blocks per multiprocessor: a quarter of it has registers for four or five of these warps.
-  static constexpr int kBlocks = kWarps > 8 || kInner > 8 ? 1 : kWarps > 5 ? 2 : kWarps > 4 ? 3 : 4;
+  static constexpr int kBlocks = kWarps > 8 || kInner > 8        ? 1
+                                 : kWarps > 6                  ? 2
+                                 : kWarps == 6 && kInner == 1 ? 3
+                                 : kWarps > 5                  ? 2
+                                 : kWarps > 4                  ? 3
+                                                               : 4;
   // Shared memory of one of so many.
   static constexpr int kMostBytes = (228 / (kBlocks < 2 ? 2 : kBlocks) - 1) * 1024;
 
@@ -99,11 +104,13 @@ struct Staged {
   static constexpr int kRight = N3 * 4 * T::kColumns, kLeft = WITH_P ? N3 * 4 * T::kRows : 0;
   static constexpr int kFloats = kRight + kLeft;  // of one quad
 
-  // Quads first … first+count-1 of the tiles `right` and `left`.
+  // Quads first … first+count-1 of the tiles `right` and `left`; null: no new ones.
   TCUR_DEVICE static void ask(
       const float* right, const float* left, int first, int count, float* to) {
     for (int quad = first; quad < first + count; ++quad, to += kFloats) {
-      copy(to, right + static_cast<int64_t>(quad) * kRight, kRight);
+      if (right != nullptr) {
+        copy(to, right + static_cast<int64_t>(quad) * kRight, kRight);
+      }
       if constexpr (WITH_P) {
         copy(to + kRight, left + static_cast<int64_t>(quad) * kLeft, kLeft);
       }
