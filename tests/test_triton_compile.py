@@ -1,7 +1,8 @@
 """Every launch, compiled for every architecture of the launch table: no GPU is needed.
 
 The launches are those that the operators make, recorded instead of run. What is compiled must fit:
-shared memory of the architecture, no register spilled, products on tensor cores.
+shared memory of the architecture, no register spilled, products on tensor cores, and none of them
+at a precision that was not asked for. `test_triton_oldest.py` runs a part with the oldest Triton.
 """
 
 import re
@@ -157,6 +158,35 @@ def check_fits(arch, launched, built, path):
         assert re.search(product, assembly), f"{launched.name}: no product on tensor cores"
 
 
+def check_precisions(launched, built):
+    """Products in TF32 only where they were asked for, and three of them where fp32 was.
+
+    What looks like a sum of products may become a product in TF32 on its own. In a kernel that
+    splits fp32 into TF32 it shows by standing alone: the others come as chains of three.
+    """
+    precision = launched.options.get("PRECISION")
+    operands, value = r"tensor<[\dx]*(\w+)> \* tensor<[\dx]*(\w+)>", r"(%[\w#:]+)"
+    dot = rf"{value} = tt\.dot {value}, {value}, {value}(.*?) : {operands}"
+    dots = re.findall(dot, built.asm["ttir"])
+    assert len(dots) == built.asm["ttir"].count("= tt.dot "), "a product of another spelling"
+    assert bool(dots) == (precision is not None), launched.name
+    if precision == "bf16":
+        assert all(d[5:] == ("bf16", "bf16") for d in dots), launched.name
+        return
+    assert all(d[5:] == ("f32", "f32") for d in dots), launched.name
+    stated = {"ieee": ""}.get(precision, ", inputPrecision = tf32")
+    assert all(d[4] == stated for d in dots), f"{launched.name}: {dots}"
+    if precision == "3xtf32":
+        adds_to = {result: addend for result, _, _, addend, *_ in dots}
+        for last in set(adds_to) - set(adds_to.values()):
+            chain = [last]
+            while chain[-1] in adds_to:
+                chain.append(adds_to[chain[-1]])
+            assert len(chain) == 1 + 3, f"{launched.name}: a product that is not one of three"
+    later = set(re.findall(r"inputPrecision = (\w+)", built.asm["ttgir"]))
+    assert later <= ({"tf32", "0"} if stated else set()), launched.name  # 0 is TF32 for Hopper
+
+
 @pytest.fixture(scope="module")
 def _cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
@@ -170,7 +200,9 @@ def check_all(arch, launches, tmp_path):
         key = (launched.name, *(getattr(a, "dtype", type(a)) for a in launched.args))
         if key not in seen:
             seen.add(key)
-            check_fits(arch, launched, compiled(arch, launched), tmp_path / "kernel.cubin")
+            built = compiled(arch, launched)
+            check_precisions(launched, built)
+            check_fits(arch, launched, built, tmp_path / "kernel.cubin")
     return seen
 
 
