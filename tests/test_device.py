@@ -170,3 +170,24 @@ def test_small_edges(device, backend):
             result = tcur.cur_product(factors, core, backend)
         torch.cuda.current_stream().wait_stream(stream)
         assert torch.equal(result, expected)
+
+
+def test_another_device_than_the_current_one(device, backend):
+    """Kernels run where their tensors are, on that device's current stream."""
+    if device.type != "cuda" or torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs and --device cuda")
+    case = make_case(12, 20, 36, 8)
+    there = torch.device("cuda", 1)
+
+    def run(device):
+        factors, weight, core = on(device, case)
+        x = torch.ones(4, 36, device=device)
+        w_eff = tcur.materialize(weight, factors, core, backend=backend)
+        grad = ops.operator("core_grad_dense", language(backend))(weight, *factors.packed())
+        return w_eff, grad, tcur.cur_linear(x, weight[0], None, factors, core, 0, backend=backend)
+
+    with torch.cuda.device(0):
+        away = run(there)
+    for ours, theirs in zip(run(torch.device("cuda", 0)), away, strict=True):
+        assert theirs.device == there
+        assert torch.equal(ours.cpu(), theirs.cpu())

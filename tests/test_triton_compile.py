@@ -7,6 +7,7 @@ at a precision that was not asked for. `test_triton_oldest.py` runs a part with 
 
 import re
 import subprocess
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from unittest import mock
 
@@ -16,6 +17,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from cases import make_case
+from tcur_kernels import ops
 from tcur_kernels.triton import (
     INTERPRETED,
     blocks,
@@ -24,6 +27,7 @@ from tcur_kernels.triton import (
     cur_linear,
     launch,
     materialize,
+    operators,
     products,
 )
 
@@ -65,9 +69,9 @@ class Recorder:
         return mock.MagicMock(__getitem__=lambda _, grid: of_grid(grid))
 
 
-def record(arch, call):
+def record(arch, call, launches=None):
     """The launches that ``call`` would make on a device of an architecture."""
-    recorder = Recorder([])
+    recorder = Recorder([] if launches is None else launches)
     with mock.patch.object(launch, "arch_of", return_value=arch):
         patches = [mock.patch.object(module, "wrap_triton", recorder) for module in MODULES]
         for patch in patches:
@@ -232,6 +236,47 @@ def test_every_launch_fits_at_other_ranks(arch, rank, tmp_path):
         launched for n3 in N3 for launched in launches_of(arch, "ieee", n3, rank, torch.float32)
     ]
     check_all(arch, launches, tmp_path)
+
+
+def test_every_launch_is_made_on_the_device_of_its_tensors(monkeypatch):
+    """Triton launches on the current device, whatever its arguments are on."""
+    current = []
+
+    class Guarded(list):
+        def append(self, launched):
+            assert current, f"{launched.name} is not under the guard"
+            super().append(launched)
+
+    @contextmanager
+    def guard(tensor):
+        current.append(tensor.device)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(operators, "_device_of", guard)
+    case = make_case(5, 6, 9, 2)
+    core, packed, weights = case.core, case.packed, list(case.weight)
+    x, y = torch.randn(7, 9), torch.randn(7, 6)
+
+    def calls():
+        for given in ([case.weight], weights):
+            ops.operator("materialize", "triton")(given, *packed, core, 0.5, torch.float32)
+        ops.operator("core_grad_dense", "triton")(case.weight, *packed)
+        ops.operator("core_grad_tokens", "triton")(x, y, *packed, 5, 0, 1)
+        args = (x, weights[0], None, *packed, core, 0, 1, 0.5, False, False)
+        ops.operator("cur_linear", "triton")(*args)
+
+    assert len(record("sm_90", calls, Guarded())) == 2 + 2 + 3 + 4 + 4
+    assert not current
+
+
+def test_the_guard_is_for_the_device_that_is_named(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext(device))
+    there = mock.Mock(device=torch.device("cuda", 1))
+    with operators._device_of(there) as device:
+        assert device == there.device
+    with operators._device_of(torch.ones(1)) as device:
+        assert device is None
 
 
 def test_every_row_of_the_table_is_launched():
