@@ -191,3 +191,31 @@ def test_another_device_than_the_current_one(device, backend):
     for ours, theirs in zip(run(torch.device("cuda", 0)), away, strict=True):
         assert theirs.device == there
         assert torch.equal(ours.cpu(), theirs.cpu())
+
+
+def test_layers_in_a_cuda_graph(device, backend):
+    """Weights of layers are read where they are, a table of their addresses with every replay."""
+    if device.type != "cuda":
+        pytest.skip("needs --device cuda")
+    case = make_case(12, 20, 36, 8)
+    factors, weight, core = on(device, case)
+    layers, out = [w.clone() for w in weight], torch.empty_like(weight)
+
+    def run():
+        tcur.materialize(layers, factors, core, out=out, backend=backend)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()  # compiles, and puts the addresses on the device
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    for layer in layers:
+        layer.add_(1.0)
+    core.mul_(2.0)
+    graph.replay()
+    replayed = out.clone()
+    run()
+    assert torch.equal(replayed, out)

@@ -238,6 +238,22 @@ def test_every_launch_fits_at_other_ranks(arch, rank, tmp_path):
     check_all(arch, launches, tmp_path)
 
 
+@pytest.mark.usefixtures("_cache")
+@pytest.mark.parametrize(("arch", "n3"), [("sm_80", 4), ("sm_90", 12), ("sm_90", 48)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_weights_of_layers_are_read_by_vectors(arch, n3, dtype):
+    """As those of a stack are, where their addresses allow it."""
+
+    def vectors(launched):
+        return compiled(arch, launched).asm["ptx"].count("ld.global.v4.b32")
+
+    launches = launches_of(arch, "ieee", n3, 8, dtype)
+    none, stack, layers = [launched for launched in launches if "BASE" in launched.options]
+    assert vectors(layers) == vectors(stack) > vectors(none)
+    layers.options["ALIGNED"] = 1  # one address is not a multiple of 16
+    assert vectors(layers) == vectors(none)
+
+
 def test_every_launch_is_made_on_the_device_of_its_tensors(monkeypatch):
     """Triton launches on the current device, whatever its arguments are on."""
     current = []

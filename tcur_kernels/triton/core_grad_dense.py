@@ -14,11 +14,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import wrap_triton
 
 from . import launch
 from .blocks import core_gradient
 from .contract import check_factors, expect
+from .launch import wrap_triton
 from .spectra import dot, unit_root
 
 

@@ -11,8 +11,11 @@ import csv
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from importlib import resources
+from typing import Any
 
 import torch
+from torch.library import wrap_triton as _wrap_triton
+from triton.runtime.jit import JITFunction
 
 #: Oldest first: a device takes the rows of the newest architecture that is not newer than its own.
 NVIDIA = ("sm_80", "sm_90", "sm_100")
@@ -25,6 +28,11 @@ CPU = "cpu"
 PARTS = 16
 #: Ranks at a time where real and imaginary parts lie side by side in one inner size of PARTS.
 PART = PARTS // 2
+
+
+def wrap_triton(kernel: Any) -> Any:
+    """torch's own, which before torch 2.13 refuses kernels of Triton's interpreter."""
+    return _wrap_triton(kernel) if isinstance(kernel, JITFunction) else kernel
 
 
 @dataclass(frozen=True)

@@ -20,16 +20,16 @@ Three forms of the transform, chosen by n3 in the table of `launch`:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import wrap_triton
 
 from . import launch
 from .contract import check_factors, expect
+from .launch import wrap_triton
 from .spectra import dot, unit_root
 
 
@@ -125,7 +125,7 @@ def _right(horizontal_ptr, plane, used, is_pair, c0, j, n2, rank, PARTS: tl.cons
 @triton.jit
 def _finish(
     base_ptr, places_ptr, out_ptr, update, l, mask, i, j, n1, n2,
-    ROWS: tl.constexpr, COLS: tl.constexpr, BASE: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, BASE: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """Adds the base to ``update`` [slices, ROWS * COLS] and writes: the one pass over W."""
     slices: tl.constexpr = update.shape[0]
@@ -134,7 +134,7 @@ def _finish(
     within = i[None, :, None] * n2 + j[None, None, :]
     if BASE != "none":
         if BASE == "layers":
-            place = tl.load(places_ptr + l, mask=mask, other=0)
+            place = tl.multiple_of(tl.load(places_ptr + l, mask=mask, other=0), ALIGNED)
         else:
             place = l.to(tl.int64) * n1 * n2
         w = tl.load(base_ptr + (place[:, None, None] + within), mask=inside, other=0.0)
@@ -146,7 +146,8 @@ def _finish(
 @triton.jit
 def _dense_kernel(
     base_ptr,  # [n3, n1, n2], or the first of the layers' weights [n1, n2]
-    places_ptr,  # [n3] int64: distance of each layer's weight from the first, in elements
+    places_ptr,  # [n3] int64: distance of each layer's weight from the first, in elements,
+    # each a multiple of ALIGNED
     mixed_ptr,  # [n3, n1, RANKS]: planes of P
     horizontal_ptr,  # [q, n2]
     roots_ptr,  # [2, K, n3]
@@ -154,7 +155,7 @@ def _dense_kernel(
     n1, n2, n3, rank,
     ROWS: tl.constexpr, COLS: tl.constexpr, RANKS: tl.constexpr, PARTS: tl.constexpr,
     BINS: tl.constexpr, SLICES: tl.constexpr,
-    BASE: tl.constexpr, PRECISION: tl.constexpr,
+    BASE: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     col_blocks = tl.cdiv(n2, COLS)
     i = (tl.program_id(0) // col_blocks * ROWS + tl.arange(0, ROWS)).to(tl.int64)
@@ -182,7 +183,8 @@ def _dense_kernel(
         table = tl.where(imag[None, :], -table, table)
         update = dot(table, tl.reshape(planes, [BINS, ROWS * COLS]), update, PRECISION)
     _finish(
-        base_ptr, places_ptr, out_ptr, update, l, l < n3, i, j, n1, n2, ROWS, COLS, BASE
+        base_ptr, places_ptr, out_ptr, update, l, l < n3, i, j, n1, n2, ROWS, COLS, BASE,
+        ALIGNED,
     )  # fmt: skip
 
 
@@ -197,7 +199,7 @@ def _folded_kernel(
     n1, n2, n3, rank,
     ROWS: tl.constexpr, COLS: tl.constexpr, RANKS: tl.constexpr, PARTS: tl.constexpr,
     BINS: tl.constexpr, SLICES: tl.constexpr,
-    BASE: tl.constexpr, PRECISION: tl.constexpr,
+    BASE: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     col_blocks = tl.cdiv(n2, COLS)
     i = (tl.program_id(0) // col_blocks * ROWS + tl.arange(0, ROWS)).to(tl.int64)
@@ -245,18 +247,19 @@ def _folded_kernel(
     even += zeroth[None, :]
     where = l < firsts
     _finish(
-        base_ptr, places_ptr, out_ptr, even - odd, l, where, i, j, n1, n2, ROWS, COLS, BASE
+        base_ptr, places_ptr, out_ptr, even - odd, l, where, i, j, n1, n2, ROWS, COLS, BASE,
+        ALIGNED,
     )  # fmt: skip
     _finish(
         base_ptr, places_ptr, out_ptr, even + odd, n3 - l, where & (l > 0), i, j, n1, n2,
-        ROWS, COLS, BASE,
+        ROWS, COLS, BASE, ALIGNED,
     )  # fmt: skip
     if is_even & (tl.program_id(1) == 0):
         update = tl.reshape(tl.sum(middle, axis=0) + constant, [1, ROWS * COLS])
         l_middle = half + tl.arange(0, 1)
         _finish(
             base_ptr, places_ptr, out_ptr, update, l_middle, l_middle < n3,
-            i, j, n1, n2, ROWS, COLS, BASE,
+            i, j, n1, n2, ROWS, COLS, BASE, ALIGNED,
         )  # fmt: skip
 
 
@@ -271,7 +274,7 @@ def _direct_kernel(
     n1, n2, n3, rank,
     ROWS: tl.constexpr, COLS: tl.constexpr, RANKS: tl.constexpr, PARTS: tl.constexpr,
     BINS: tl.constexpr, SLICES: tl.constexpr,
-    BASE: tl.constexpr, PRECISION: tl.constexpr,
+    BASE: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One slice: W_l + [e^{2 pi i k l / n3} P_k as real columns] R̂, inner size q."""
     col_blocks = tl.cdiv(n2, COLS)
@@ -301,7 +304,7 @@ def _direct_kernel(
     slices = l + tl.arange(0, 1)
     _finish(
         base_ptr, places_ptr, out_ptr, tl.reshape(update, [1, ROWS * COLS]), slices, slices < n3,
-        i, j, n1, n2, ROWS, COLS, BASE,
+        i, j, n1, n2, ROWS, COLS, BASE, ALIGNED,
     )  # fmt: skip
 
 
@@ -326,6 +329,8 @@ def run(
         raise ValueError(f"weights: expected {n3 if layers else 1}, got {len(weights)}")
     for weight in weights:
         expect("weights", weight, [n1, n2] if layers else [n3, n1, n2])
+        if weight.dtype != weights[0].dtype:
+            raise TypeError(f"weights: expected {weights[0].dtype}, got {weight.dtype}")
     arch = launch.arch_of(core.device)
     exact, precision = launch.dot_precisions(arch, precision, lateral_hat.dtype)
     lateral_hat, horizontal_hat = lateral_hat.contiguous(), horizontal_hat.contiguous()
@@ -338,12 +343,17 @@ def run(
         ROWS=mix.rows, RANKS=ranks, PARTS=launch.PARTS, SLICES=mix.slices, PRECISION=exact,
         num_warps=mix.warps, num_stages=mix.stages,
     )  # fmt: skip
-    base, places, kind = mixed, mixed, "none"
+    base, places, kind, aligned = mixed, mixed, "none", 1
+    if layers and not all(weight.is_contiguous() for weight in weights):
+        # A copy in any case; of one tensor, so that no table is kept for addresses of copies.
+        weights, layers = [torch.stack(list(weights))], False
     if weights:
-        weights = [weight.contiguous() for weight in weights]
-        base, kind = weights[0], "layers" if layers else "stack"
+        base, kind = weights[0].contiguous(), "layers" if layers else "stack"
     if layers:
-        places = _places(tuple(w.data_ptr() for w in weights), base.element_size(), core.device)
+        addresses = tuple(weight.data_ptr() for weight in weights)
+        places = _places(addresses, base.element_size(), core.device)
+        if all(address % 16 == 0 for address in addresses):
+            aligned = 16 // base.element_size()  # what a thread loads at once
     chosen = launch.row("materialize", arch, n3)
     kernel = _FORMS[chosen.form]
     tiles = triton.cdiv(n1, chosen.rows) * triton.cdiv(n2, chosen.cols)
@@ -351,16 +361,23 @@ def run(
     wrap_triton(kernel)[(tiles, triton.cdiv(count, chosen.slices))](
         base, places, mixed, horizontal_hat, roots, out, n1, n2, n3, rank,
         ROWS=chosen.rows, COLS=chosen.cols, RANKS=ranks, PARTS=launch.PARTS,
-        BINS=chosen.bins, SLICES=chosen.slices, BASE=kind, PRECISION=precision,
+        BINS=chosen.bins, SLICES=chosen.slices, BASE=kind, ALIGNED=aligned, PRECISION=precision,
         num_warps=chosen.warps, num_stages=chosen.stages,
     )  # fmt: skip
 
 
-@lru_cache(maxsize=256)
+@cache
 def _places(addresses: tuple[int, ...], size: int, device: torch.device) -> Tensor:
     """Distance of each layer's weight from the first one, in elements, [n3] int64.
 
-    A value of the addresses alone, so what is kept cannot be stale.
+    A value of the addresses alone, so what is kept cannot be stale; and nothing is ever dropped,
+    since a captured graph may read the table as long as the process lives. It is half a kilobyte
+    for each set of weights that stays where it is.
     """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "weights: expected layers whose addresses are on the device already, as after one call "
+            "before the capture of a CUDA graph, got layers that are seen in a capture first"
+        )
     places = [(address - addresses[0]) // size for address in addresses]
     return torch.tensor(places, dtype=torch.int64, device=device)
