@@ -180,34 +180,32 @@ def test_rows_and_tables(benchmarks, monkeypatch, tmp_path):
 
 def test_dry_run_of_the_gpu_command(tmp_path):
     """`python -m benchmarks.gpu` in toy sizes on the CPU: every section, every row on disk."""
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.gpu",
-        "--device",
-        "cpu",
-        "--tiny",
-        "--out",
-        tmp_path,
-    ]
+    command = [sys.executable, "-m", "benchmarks.gpu", "--device", "cpu", "--tiny"]
+    command += ["--commit", "abc1234", "--out", tmp_path]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
     with open(tmp_path / "rows.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     sections = {row["section"] for row in rows}
     operators = {"materialize", "core_grad_dense", "core_grad_tokens", "cur_linear"}
-    assert sections == operators | {"rates", "tests", "sanitizer", "step", "cuda_graph", "serving"}
+    others = {"build", "rates", "kernels", "ncu", "gradients", "gradient_way", "step", "serving"}
+    assert sections == operators | others | {"tests", "sanitizer", "sweep"}
+    assert {row["commit"] for row in rows} == {"abc1234"}
     timed = {(row["section"], row["contender"]) for row in rows if row["ms"]}
-    assert {("materialize", c) for c in ("cpu", "eager", "compile", "S1", "S2")} <= timed
-    assert {
-        ("step", c) for c in ("frozen", "full", "lora_8", "lora_32", "tcur", "tcur_bf16")
-    } <= timed
-    assert not [row for row in rows if row["note"].startswith(("FAILED", "WRONG"))]
+    forms = ("copy", "stack", "layers", "eager", "compile", "S1", "S2")
+    ways = ("frozen", "full", "lora_8", "lora_32", "tcur", "tcur_bf16")
+    assert {("materialize", form) for form in forms} <= timed
+    assert {("step", way) for way in ways} <= timed
+    shares = [r for r in rows if r["section"] == "materialize" and r["contender"] == "layers"]
+    for row in shares:
+        if row["ms"]:
+            share = 100 * float(row["copy_ms"]) / float(row["ms"])
+            assert float(row["percent_of_copy"]) == pytest.approx(share, rel=1e-3)
+    assert not [row for row in rows if row["note"].startswith(("FAILED", "WRONG", "left out: no"))]
     assert "rows, 0 failed" in result.stdout
 
 
-def test_what_goes_wrong_on_a_gpu_is_a_row_and_an_exit_status(tmp_path):
-    (tmp_path / "log").write_text("")
+def test_what_goes_wrong_on_a_gpu_is_a_row_and_an_exit_status(tmp_path, benchmarks):
     import benchmarks.gpu_build as gpu_build
 
     command = [sys.executable, "-c", "raise SystemExit('torn')"]
