@@ -60,6 +60,7 @@ SECTIONS = {
     "tests": Section("benchmarks.gpu_checks", "tests", 200, files=".", stuck=200),
     "sanitizer": Section("benchmarks.gpu_checks", "sanitizer", 140, files=".", stuck=200),
     "serving": Section("benchmarks.gpu_models", "serving", 40),
+    "unetr": Section("benchmarks.gpu_unetr", "run", 120),
     "sweep": Section("benchmarks.gpu_operators", "sweep", 100),
 }
 BUILD = Section("benchmarks.gpu_build", "run", 220, files="build.log", stuck=300)

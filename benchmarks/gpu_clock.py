@@ -72,7 +72,7 @@ class Clock:
         self.device, self.tiny, self._until = device, tiny, until
         self.on_gpu = device.type == "cuda"
         properties = torch.cuda.get_device_properties(device) if self.on_gpu else None
-        self.l2_bytes = properties.L2_cache_size if properties else 0
+        self.l2_bytes = getattr(properties, "L2_cache_size", 0)
 
     @property
     def left(self) -> float:

@@ -125,6 +125,8 @@ def measured(run: Callable[[], object], count: int = CALLS) -> dict[str, tuple[f
     for event in profiler.events():
         if event.device_type == torch.autograd.DeviceType.CUDA:
             found[short(event.name)].append(event.time_range.elapsed_us())
+    if not found:
+        raise RuntimeError("the profiler saw no kernel")
     return {name: (sum(us) / len(us), len(us) / count) for name, us in found.items()}
 
 

@@ -65,11 +65,12 @@ def _steps(bench: Bench, case: str, tokens: int, autocast: bool) -> None:
         return
     for name in launched:
         row = Row("step", case, name, "kernels")
-        bench.guarded(row, partial(_kernels, bench, row, launched[name]))
+        bench.guarded(row, partial(kernels, bench, row, launched[name]))
     bench.guarded(Row("step", case, "tcur", "replay"), partial(_replayed, base, tokens, autocast))
 
 
-def _kernels(bench: Bench, row: Row, step: Run) -> None:
+def kernels(bench: Bench, row: Row, step: Run) -> None:
+    """Adds a row with the time of a step's kernels alone, and the longest of them."""
     if bench.clock.left > 0:
         found = measured(step, 2)
         ms = sum(us * count for us, count in found.values()) / 1e3

@@ -213,8 +213,8 @@ def run(bench: Bench) -> None:
         for dtypes in DTYPES if name in VIT_B else DTYPES[:2]:
             case = f"{name} {text(shape)} {'->'.join(map(name_of, dtypes))}"
             bench.piece(section, case, partial(materialize, bench, section, case, shape, dtypes))
-    for name in [*VIT_B, "llama_8b_k_v"] if not bench.tiny else shapes:
-        for narrow in (FP32, BF16):
+    for narrow in (FP32, BF16):
+        for name in [*VIT_B, "llama_8b_k_v"] if not bench.tiny else shapes:
             case = f"{name} {text(shapes[name])} fp32->{name_of(narrow)} plain torch"
             work = partial(baselines, bench, section, case, shapes[name], narrow)
             bench.piece(section, case, work)

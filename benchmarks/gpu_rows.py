@@ -48,7 +48,7 @@ def facts(device: torch.device, commit: str) -> dict[str, str | int]:
         "triton": _version("triton"),
         "driver": _driver() if on_gpu else "",
         "device": properties.name if properties else "cpu",
-        "l2_bytes": properties.L2_cache_size if properties else 0,
+        "l2_bytes": getattr(properties, "L2_cache_size", 0),
     }
 
 
