@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -96,14 +98,15 @@ def run(bench: Bench, log: Path) -> None:
     missing = [name for name in ("cuda", "cpu") if name not in here]
     for name in here:
         bench.rows.add(Row("build", name, "", note="here already"))
-    if bench.device.type != "cuda":
+    if bench.device.type != "cuda" or "cuda" in here:
         for name in missing:
-            bench.rows.add(Row("build", name, "", note="left out: only on a GPU"))
+            bench.rows.add(Row("build", name, "", note="left out: not needed"))
         return
     major, minor = torch.cuda.get_device_capability(bench.device)
     environment = {"TORCH_CUDA_ARCH_LIST": f"{major}.{minor}"}
     started, until = time.monotonic(), bench.clock.left
-    logs = {name: log.with_name(f"{log.stem}_{name}.part") for name in missing}
+    folder = Path(tempfile.mkdtemp())
+    logs = {name: folder / f"{name}.log" for name in missing}
     processes = {
         name: start([sys.executable, "-c", COMMAND.format(name)], logs[name], environment)
         for name in missing
@@ -114,10 +117,10 @@ def run(bench: Bench, log: Path) -> None:
         ended = finish(process, logs[name], seconds if name == "cuda" else min(seconds, 20.0))
         with open(log, "a", encoding="utf-8") as file:
             file.write(logs[name].read_text(encoding="utf-8", errors="replace"))
-            logs[name].unlink()
             if name == "cuda":
                 for report in sorted((ROOT / "build").glob("temp*/cuda/*.log")):
                     file.write(f"\n{report.name}\n{report.read_text(encoding='utf-8')}")
         if ended != "passed" and name == "cuda":
             ended += "; Triton alone from here on"
         bench.rows.add(Row("build", name, "", note=ended))
+    shutil.rmtree(folder)

@@ -13,7 +13,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -24,7 +24,9 @@ ROUNDS = 15
 CASE_MS = 2000.0  # of all rounds of a case
 CACHES = 8  # data of all sets of buffers, in second-level caches
 SETS = 96  # of buffers, at most
-LAUNCHES = 24  # calls between two events at most, for the queue of the device to hold them all
+#: Launched calls between two events at most, and milliseconds that the host needs for them, so that
+#: the queue of the device holds them all.
+LAUNCHES, QUEUE_MS = 24, 4.0
 CYCLES_PER_MS = 2e6  # of a device's clock, about
 
 
@@ -133,22 +135,21 @@ class Clock:
         peak = self._peak_mb(runs[-1], before)
         host_ms = self.issue_ms(_sequence(runs, 1), 5) / len(runs)
         measured = (1e3 * host_ms, peak)
-        count = min(len(runs), LAUNCHES)
-        once = Ready(contender, _sequence(runs[:count], 1), count, count * host_ms)
-        if contender.mode == "wall":
-            once = replace(once, note="wall")
+        most = max(1, min(LAUNCHES, int(QUEUE_MS / max(1e-3, host_ms))))
+        runs, all_runs = runs[:most], runs
+        note = "wall" if contender.mode == "wall" else "launched"
+        once = Ready(contender, _sequence(runs, 1), len(runs), len(runs) * host_ms, note=note)
         each_ms = max(1e-3, min(self.time(once) for _ in range(2)))
-        loops = max(1, min(400, math.ceil(BLOCK_MS / each_ms / len(runs))))
+        if contender.mode == "graph":
+            loops = max(1, min(400, math.ceil(BLOCK_MS / each_ms / len(all_runs))))
+            if (replay := capture(_sequence(all_runs, loops))) is not None:
+                block, calls = _sequence([replay], 2), 2 * loops * len(all_runs)
+                block()
+                return Ready(contender, block, calls, self.issue_ms(block), *measured, "graph")
+        loops = math.ceil(BLOCK_MS / each_ms / len(runs))
+        loops = max(3, loops) if note == "wall" else max(1, min(loops, most // len(runs)))
         calls = loops * len(runs)
-        block = _sequence(runs, loops)
-        if contender.mode == "graph" and (replay := capture(block)) is not None:
-            block = _sequence([replay], 2)
-            block()
-            return Ready(contender, block, 2 * calls, self.issue_ms(block), *measured, "graph")
-        if calls > LAUNCHES:
-            block, calls = once.block, once.calls
-        note = once.note or "launched"
-        return Ready(contender, block, calls, calls * host_ms, *measured, note)
+        return Ready(contender, _sequence(runs, loops), calls, calls * host_ms, *measured, note)
 
     def _peak_mb(self, run: Run, before: int) -> float:
         """Peak of a call; what earlier ones keep, like W_eff, belongs to it."""

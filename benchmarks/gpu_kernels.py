@@ -10,6 +10,7 @@ import itertools
 import re
 import shutil
 import sys
+import tempfile
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
@@ -161,18 +162,21 @@ def _counters(bench: Bench, out: Path) -> None:
     if tool is None or not bench.clock.on_gpu:
         bench.rows.add(Row("ncu", "counters", "", note="absent"))
         return
-    log, program = out / "ncu.txt", out / "ncu_program.part"
     command = [tool, "--clock-control", "none", "--profile-from-start", "off", "--csv"]
-    command += ["--target-processes", "application-only", "--log-file", str(log)]
+    command += ["--target-processes", "application-only"]
     ours = [sys.executable, "-m", "benchmarks.gpu_kernels"]
     for chosen in (list(METRICS.values()), BRIEF):
-        asked = ["--metrics", ",".join(chosen)]
-        ended = logged([*command, *asked, *ours], program, min(75.0, bench.clock.left))
-        text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
-        with open(log, "a", encoding="utf-8") as file:
-            file.write("\n" + program.read_text(encoding="utf-8", errors="replace"))
-        program.unlink()
-        if _read(bench, text) or ended.startswith("FAILED: not done"):
+        with tempfile.TemporaryDirectory() as folder:
+            log, program = Path(folder, "log"), Path(folder, "program")
+            asked = ["--metrics", ",".join(chosen), "--log-file", str(log)]
+            ended = logged([*command, *asked, *ours], program, min(75.0, bench.clock.left))
+            found, said = (
+                file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""
+                for file in (log, program)
+            )
+        with open(out / "ncu.txt", "a", encoding="utf-8") as file:
+            file.write(f"{said}\n{found}\n")
+        if _read(bench, found) or ended.startswith("FAILED: not done"):
             break
     if ended != "passed":
         bench.rows.add(Row("ncu", "counters", "", note=ended))

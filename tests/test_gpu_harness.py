@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import importlib
 import time
 from pathlib import Path
 
@@ -70,7 +71,7 @@ def bench(harness, monkeypatch, tmp_path):
     for name, stub in stubs.items():
         monkeypatch.setattr(torch.cuda, name, stub)
     gpu = harness.gpu
-    clock = gpu.Clock(torch.device("cpu"), time.time() + 100, False)
+    clock = gpu.Clock(torch.device("cpu"), time.time() + 1000, False)
     clock.on_gpu, clock.l2_bytes = True, 1000
     rows = gpu.Rows(tmp_path / "rows.csv", gpu.facts(clock.device, "abc"))
     monkeypatch.setattr(Graph, "replays", 0)
@@ -155,6 +156,33 @@ def test_what_fails_is_a_row_and_the_next_goes_on(harness, bench, monkeypatch):
     assert rows_of(harness, bench)["late", ""].note == "left out: no time"
 
 
+SECTIONS = ("gpu_ceilings.run", "gpu_operators.run", "gpu_operators.sweep", "gpu_gradients.run")
+SECTIONS += ("gpu_models.training", "gpu_models.serving", "gpu_kernels.run")
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_every_section_takes_the_ways_of_a_gpu(
+    harness, bench, monkeypatch, request, tmp_path, section
+):
+    """In toy sizes; compiled baselines and the profiler are left out."""
+    module = importlib.import_module(f"benchmarks.{section.partition('.')[0]}")
+    threads = torch.get_num_threads()
+    request.addfinalizer(lambda: torch.set_num_threads(threads))
+    torch.set_num_threads(1)  # there is nothing to share
+    monkeypatch.setattr(torch, "compile", lambda function, backend: function)
+    for name in ("gpu_kernels", "gpu_models"):
+        own = importlib.import_module(f"benchmarks.{name}")
+        monkeypatch.setattr(own, "measured", lambda *args: {"some_kernel": (2.0, 3.0)})
+    monkeypatch.setattr(harness.gpu_kernels.shutil, "which", lambda *args, **how: None)
+    bench.tiny = bench.clock.tiny = True
+    files = [tmp_path] if section.startswith("gpu_kernels") else []
+    getattr(module, section.partition(".")[2])(bench, *files)
+    rows = harness.gpu_rows.read(bench.rows._path)
+    assert [row for row in rows if row.is_bad] == []
+    assert any(row.ms is not None for row in rows)
+    assert not any("left out" in row.note for row in rows)
+
+
 def test_a_lost_device_ends_the_process_and_the_next_goes_on_behind_it(harness, bench, monkeypatch):
     Contender = harness.gpu_bench.Contender
     DeviceLost = harness.gpu_bench.DeviceLost
@@ -225,14 +253,14 @@ def test_a_section_goes_on_behind_what_breaks_it(harness, monkeypatch, tmp_path)
     args = argparse.Namespace(out=tmp_path, device="cpu", tiny=True, commit="abc")
     rows = gpu.Rows(tmp_path / "rows.csv", gpu.facts(torch.device("cpu"), "abc"))
     driver = gpu.Driver(args, rows, time.time() + 200)
-    driver.run("s", gpu.Section("breaking_section", "run", 200, stuck=20), tmp_path)
+    driver.run("s", gpu.Section("breaking_section", "run", 200, stuck=30), tmp_path)
     found = gpu.read(tmp_path / "rows.csv")
     notes = [(row.case, row.contender, row.note) for row in found]
     assert notes[0][0] == "race|s bad "
     assert notes[0][2].startswith("FAILED: SIGSEGV")
     assert notes[1:] == [
         ("race", "good", ""),
-        ("hang", "", "FAILED: stopped after 20 s without an end"),
+        ("hang", "", "FAILED: stopped after 30 s without an end"),
         ("lost", "", "FAILED: lost"),
         ("last", "", "reached"),
     ]
