@@ -206,7 +206,8 @@ def test_dry_run_of_the_gpu_command(tmp_path):
     assert "rows, 0 failed" in result.stdout
 
 
-def test_what_goes_wrong_on_a_gpu_is_a_row_and_an_exit_status(tmp_path, benchmarks):
+def test_what_goes_wrong_on_a_gpu_is_a_row_and_an_exit_status(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
     import benchmarks.gpu_build as gpu_build
 
     command = [sys.executable, "-c", "raise SystemExit('torn')"]
@@ -271,7 +272,8 @@ class FakeClock:
 TABLE = []
 
 
-def test_tuning_takes_the_fastest_and_writes_as_it_goes(tmp_path, capsys, benchmarks, monkeypatch):
+def test_tuning_takes_the_fastest_and_writes_as_it_goes(tmp_path, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
     from benchmarks import tune
 
     monkeypatch.setattr(tune, "workload", lambda row, device: (int, None))
