@@ -39,6 +39,12 @@ LAYOUT = {
         ("tcur_bf16", "lora"),
     ),
     "memory": (("tcur", "lora"), ("fourierft", "lora"), ("full", "lora"), ("frozen", "lora")),
+    "overhead": (
+        ("materialized", "linear"),
+        ("factored", "linear"),
+        ("materialized", "materialized_kernels"),
+        ("factored", "factored_kernels"),
+    ),
     "serving": (
         ("thousand", "one"),
         ("one_by_factors", "one"),

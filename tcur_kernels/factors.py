@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import reference
+from . import reference, streams
 
 #: Of products with the factors, always summed in fp32: as exact as fp32, operands rounded to TF32
 #: (tensor cores of a GPU), or operands rounded to bf16.
@@ -65,6 +65,7 @@ class CURFactors:
         self.horizontal_hat = planes.reshape(n3 * rank, -1).to(dtype).contiguous()
         self.n1, self.n2, self.n3, self.rank = n1, horizontal.shape[2], n3, rank
         self._narrow: tuple[Tensor, Tensor] | None = None
+        self._transposed: CURFactors | None = None
 
     @classmethod
     def from_packed(
@@ -76,7 +77,7 @@ class CURFactors:
         self.lateral_hat, self.horizontal_hat = lateral_hat, horizontal_hat
         self.n3, self.n1, self.rank = lateral.shape
         self.n2 = horizontal.shape[2]
-        self._narrow = None
+        self._narrow = self._transposed = None
         return self
 
     @property
@@ -106,11 +107,30 @@ class CURFactors:
             )
         if precision != "bf16":
             return self.lateral_hat, self.horizontal_hat
-        if self._narrow is None:
-            with torch.inference_mode(False):  # what is kept must also serve a training step
-                narrow = torch.bfloat16
-                self._narrow = (self.lateral_hat.to(narrow), self.horizontal_hat.to(narrow))
-        return self._narrow
+        if self._narrow is not None:
+            return self._narrow
+        with torch.inference_mode(False):  # what is kept must also serve a training step
+            narrow = (self.lateral_hat.to(torch.bfloat16), self.horizontal_hat.to(torch.bfloat16))
+        if self._may_keep():
+            self._narrow = narrow
+        return narrow
+
+    def transposed(self) -> CURFactors:
+        """Rᵀ and Cᵀ, slice by slice: those of transposed weights, with the transposed core."""
+        if self._transposed is not None:
+            return self._transposed
+        with torch.inference_mode(False):
+            pairs = (self.horizontal, self.lateral), (self.horizontal_hat, self.lateral_hat)
+            turned = CURFactors.from_packed(
+                *(each.mT.contiguous() for pair in pairs for each in pair)
+            )
+        if self._may_keep():
+            self._transposed = turned
+        return turned
+
+    def _may_keep(self) -> bool:
+        """What is made in a capture has no values until the graph is replayed."""
+        return torch.compiler.is_compiling() or not streams.capture_of(self.device)
 
     def __repr__(self) -> str:
         return (

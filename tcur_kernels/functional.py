@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _native, cost, ops
+from . import _native, cost, eager, ops
 from .factors import CURFactors, check_device, check_dtype, check_floating, check_frozen
 
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
@@ -138,29 +138,14 @@ def cur_linear(
     if adapter_ids is None:
         _check_core(core, factors)
     else:
-        _check_cores(core, factors, adapter_ids, x)
+        check_cores(core, factors, adapter_ids)
+        _check_rows(adapter_ids, x)
     check_floating("x", x)
-    check_floating("weight", weight)
-    check_frozen("weight", weight)
-    n1, n2 = factors.n1, factors.n2
-    if weight.ndim != 2 or weight.shape[1] != n2 or weight.shape[0] % n1 or weight.shape[0] == 0:
-        raise ValueError(
-            f"weight: expected [slices * {n1}, {n2}] for these factors, got {list(weight.shape)}"
-        )
-    if x.ndim < 1 or x.shape[-1] != n2:
-        raise ValueError(f"x: expected [..., {n2}], got {list(x.shape)}")
+    slices = _check_layer(weight, bias, factors, slice_index)
+    if x.ndim < 1 or x.shape[-1] != factors.n2:
+        raise ValueError(f"x: expected [..., {factors.n2}], got {list(x.shape)}")
     check_dtype("x", x, weight.dtype)
-    _check_precision("weight", weight, factors)
-    for name, tensor in (("x", x), ("weight", weight)):
-        check_device(name, tensor, factors.device)
-    if bias is not None:
-        check_frozen("bias", bias)
-        check_dtype("bias", bias, weight.dtype)
-        check_device("bias", bias, factors.device)
-        if bias.shape != weight.shape[:1]:
-            raise ValueError(f"bias: expected [{weight.shape[0]}], got {list(bias.shape)}")
-    slices = weight.shape[0] // n1
-    _check_slice(slice_index, slices, factors.n3)
+    check_device("x", x, factors.device)
     if effective is not None:
         check_frozen("effective", effective)
         check_dtype("effective", effective, x.dtype)
@@ -183,54 +168,26 @@ def cur_linear(
         )
     op = ops.operator("cur_linear", _language(backend, "cur_linear", factors, precision))
     where = (*factors.packed(precision), core, slice_index, slices, float(scale))
-    if effective is None and x.dtype in (torch.bfloat16, torch.float16):
+    if effective is None and x.dtype in eager.HALVES:
         update = op(x, None, None, *where, False, False, z, dense_grad, adapter_ids)
-        return _added_before_rounding(x, weight, bias, update)
+        added = update if bias is None else eager.Dithered.apply(update, bias)
+        return eager.added_to_product(x, weight, added)
     y: Tensor = op(
         x, weight, bias, *where, effective is not None, False, z, dense_grad, adapter_ids
     )
     return y
 
 
-def _added_before_rounding(
-    x: Tensor, weight: Tensor, bias: Tensor | None, update: Tensor
-) -> Tensor:
-    """``x weightᵀ + bias + update`` in 16 bits, where a small update must not be lost.
+def prepare(
+    weight: Tensor, bias: Tensor | None, factors: CURFactors, slice_index: int, precision: str
+) -> eager.Call:
+    """What all calls of one layer of a stack have in common, for `eager.run_layer`; checked here.
 
-    Added to a product that is rounded already, an update below half a unit in the last place is
-    lost nearly always. Added within the product it decides on the rounding, and survives in the
-    mean.
+    Args as for `cur_linear`; the backend is the best one for the factors' device.
     """
-    added = update if bias is None else _Dithered.apply(update, bias)
-    rows = (math.prod(x.shape[:-1]), x.shape[-1])
-    y = torch.addmm(added.reshape(rows[0], -1), x.reshape(rows), weight.mT)
-    return y.view(update.shape)
-
-
-class _Dithered(torch.autograd.Function):
-    """``update + bias`` rounded up or down so that the mean stays; a bias alone stays as it is.
-
-    The noise is a hash of the sum, so the result is a function of the input: checkpointing
-    and every process get the same.
-    """
-
-    @staticmethod
-    def forward(update: Tensor, bias: Tensor) -> Tensor:
-        """The sum in fp32, noise below the last bit that is kept, the rest cut off."""
-        dropped = 16 if update.dtype == torch.bfloat16 else 13
-        bits = (update.float() + bias.float()).view(torch.int32)
-        mask = (1 << dropped) - 1
-        noise = ((bits * 0x2C1B3C6D) >> (32 - dropped)) & mask
-        return ((bits + noise) & ~mask).view(torch.float32).to(update.dtype)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        """Nothing is needed: the derivative is one."""
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        """As if the sum were exact."""
-        return grad, None
+    slices = _check_layer(weight, bias, factors, slice_index)
+    language = _language("auto", "cur_linear", factors, precision)
+    return eager.Call(*factors.packed(precision), slice_index, slices, language)
 
 
 def slice_update(
@@ -266,7 +223,7 @@ def project(x: Tensor, factors: CURFactors, precision: str = "ieee") -> Tensor:
         raise ValueError(f"x: expected [..., {factors.n2}], got {list(x.shape)}")
     _, horizontal_hat = factors.packed(precision)
     with torch.autocast(x.device.type, enabled=False):
-        return x.to(horizontal_hat.dtype) @ horizontal_hat.mT
+        return eager.project(x, horizontal_hat)
 
 
 def build_info() -> dict[str, Any]:
@@ -382,8 +339,11 @@ def _check_core(core: Tensor, factors: CURFactors) -> None:
     check_device("core", core, factors.device)
 
 
-def _check_cores(cores: Tensor, factors: CURFactors, adapter_ids: Tensor, x: Tensor) -> None:
-    """A core for each row of the batch."""
+def check_cores(cores: Tensor, factors: CURFactors, adapter_ids: Tensor) -> None:
+    """Refuses cores that are not ``[A, n3, r, r]`` for these factors, and ids that are not int64.
+
+    Ids must be ``[B]`` on that device, each 0 to A - 1.
+    """
     if not isinstance(factors, CURFactors):
         raise TypeError(f"factors: expected CURFactors, got {type(factors).__name__}")
     check_floating("core", cores)
@@ -394,6 +354,9 @@ def _check_cores(cores: Tensor, factors: CURFactors, adapter_ids: Tensor, x: Ten
     check_dtype("core", cores, factors.dtype)
     check_device("core", cores, factors.device)
     check_adapter_ids(adapter_ids, cores.shape[0], factors.device)
+
+
+def _check_rows(adapter_ids: Tensor, x: Tensor) -> None:
     if isinstance(x, Tensor) and x.ndim:
         rows, tokens = adapter_ids.shape[0], math.prod(x.shape[:-1])
         if tokens % rows if rows else tokens:
@@ -447,6 +410,28 @@ def _check_out(out: Tensor, out_dtype: torch.dtype | None, factors: CURFactors) 
     if out_dtype is not None:
         check_dtype("out", out, out_dtype)
     check_device("out", out, factors.device)
+
+
+def _check_layer(weight: Tensor, bias: Tensor | None, factors: CURFactors, slice_index: int) -> int:
+    """Refuses a layer that is not frozen or does not fit the factors; how many slices it has."""
+    check_floating("weight", weight)
+    check_frozen("weight", weight)
+    n1, n2 = factors.n1, factors.n2
+    if weight.ndim != 2 or weight.shape[1] != n2 or weight.shape[0] % n1 or weight.shape[0] == 0:
+        raise ValueError(
+            f"weight: expected [slices * {n1}, {n2}] for these factors, got {list(weight.shape)}"
+        )
+    _check_precision("weight", weight, factors)
+    check_device("weight", weight, factors.device)
+    if bias is not None:
+        check_frozen("bias", bias)
+        check_dtype("bias", bias, weight.dtype)
+        check_device("bias", bias, factors.device)
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(f"bias: expected [{weight.shape[0]}], got {list(bias.shape)}")
+    slices = weight.shape[0] // n1
+    _check_slice(slice_index, slices, factors.n3)
+    return slices
 
 
 def _check_slice(slice_index: int, slices: int, n3: int) -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import TensorWeakRef
+
+from . import streams
 
 
 class Layer(Protocol):
@@ -39,59 +43,278 @@ class Stack(Protocol):
 
 
 class Effective:
-    """W_eff of one core version, and what tells whether it is still that of the present core."""
+    """W_eff of one state of the core, and what tells whether it is still that of the present one.
 
-    def __init__(self, buffer: Tensor, core: Tensor, layers: Sequence[Layer]) -> None:
-        self.buffer = buffer
+    On the CPU by value: writes through ``core.data`` leave the version as it was, the core is
+    small, and nothing has to wait for a comparison. Elsewhere by version, and by what `Kept` hears
+    of gradients and captures.
+
+    Args:
+        buffer: ``[n3, n1, n2]``, to be filled; or with its slices transposed, ``[n3, n2, n1]``.
+        transposed: which of them.
+    """
+
+    def __init__(self, buffer: Tensor, transposed: bool) -> None:
+        self.buffer, self.transposed = buffer, transposed
         self._views: dict[int, Tensor] = {}
-        self._core = core.detach().clone()
+
+    def filled(
+        self, core: Tensor, layers: Sequence[Layer], weights: Sequence[Tensor], capture: int
+    ) -> None:
+        """To be said when the buffer was filled: of what, and in which capture (0: in none)."""
+        device = core.device
+        self.capture = capture
+        is_by_value = device.type == "cpu" and not streams.are_used(device)
+        #: The core may have been written since, without a trace.
+        self.is_doubtful = False
+        #: Nothing of it holds any more.
+        self.is_void = False
+        #: First slices of the layers that have used it.
+        self.taken: set[int] = set()
+        self._requires_grad = core.requires_grad
+        self._value = core.detach().clone() if is_by_value else None
+        self._core = TensorWeakRef(core)
         self._core_version = version_of(core)
-        self._weight_versions = {layer.slice_index: version_of(layer.weight) for layer in layers}
+        self._weight_versions = {
+            layer.slice_index: version_of(weight)
+            for layer, weight in zip(layers, weights, strict=True)
+        }
+        self._mark = streams.mark(device) if streams.are_used(device) else None
+        # The streams that use it: they know it is whole, and are waited for before it is not.
+        self._users: dict[int, Any] = {}
+        if self._mark is not None:
+            self._users[streams.current(device)] = self._mark.stream
 
-    def is_current(self, dtype: torch.dtype, core: Tensor, layers: Sequence[Layer]) -> bool:
-        """Whether this is W_eff of ``core`` in ``dtype``, as far as ``layers`` are concerned."""
-        if dtype != self.buffer.dtype:
+    def is_of(self, dtype: torch.dtype, core: Tensor) -> bool:
+        """Whether this is W_eff of ``core`` in ``dtype``, as far as the core is concerned."""
+        if self.is_void or dtype != self.buffer.dtype:
             return False
-        for layer in layers:
-            if version_of(layer.weight) != self._weight_versions[layer.slice_index]:
-                return False
-        if core.device.type == "cpu":
-            # Writes through core.data leave the version as it was. The core is small, and on the
-            # CPU nothing has to wait for a comparison: never train on a stale W_eff.
-            return torch.equal(core, self._core)
-        return version_of(core) == self._core_version
+        if self._value is not None:
+            return torch.equal(core, self._value)
+        if version_of(core) != self._core_version or self._core() is not core:
+            return False
+        if core.requires_grad and not self._requires_grad:  # nobody listened for its gradient
+            return False
+        # No optimizer steps within a backward: a checkpoint's second forward takes what the first
+        # one took.
+        return not self.is_doubtful or is_within_backward()
 
-    @torch.inference_mode(False)
+    @property
+    def w_eff(self) -> Tensor:
+        """``[n3, n1, n2]``."""
+        return self.buffer.mT if self.transposed else self.buffer
+
+    @property
+    def is_by_value(self) -> bool:
+        """Whether values of the core are compared."""
+        return self._value is not None
+
+    def holds(self, layer: Layer, weight: Tensor) -> bool:
+        """Whether the weight of a layer is still the one that was added to."""
+        return version_of(weight) == self._weight_versions[layer.slice_index]
+
     def view_of(self, layer: Layer) -> Tensor:
-        """The slices of one layer, ``[out_features, in_features]``."""
-        if layer.slice_index not in self._views:
-            self._views[layer.slice_index] = slices_of(self.buffer, layer)
-        return self._views[layer.slice_index]
+        """The slices of one layer, ``[out_features, in_features]``, for the current stream."""
+        view = self._views.get(layer.slice_index)
+        if view is None:
+            with torch.inference_mode(False):
+                view = slices_of(self.w_eff, layer)
+            self._views[layer.slice_index] = view
+        if self._mark is not None:
+            stream = streams.current(self.buffer.device)
+            if stream not in self._users:
+                self._users[stream] = streams.wait_for(self._mark, self.buffer)
+        self.taken.add(layer.slice_index)
+        return view
 
-    def reclaim(self, dtype: torch.dtype, device: torch.device) -> Tensor | None:
-        """The buffer, if it fits and nobody else (a pending backward) holds a view of it."""
-        lent = [TensorWeakRef(view) for view in self._views.values()]
-        self._views.clear()
-        in_use = any(ref() is not None for ref in lent)
-        fits = self.buffer.dtype == dtype and self.buffer.device == device
-        return self.buffer if fits and not in_use else None
+    def reclaim(
+        self, dtype: torch.dtype, device: torch.device, transposed: bool, capture: int
+    ) -> bool:
+        """Whether the buffer can be filled anew: it fits, no pending backward holds a view of it.
+
+        If so, the current stream waits for the others that have used it. Of another capture it
+        waits for none: what graphs do, they do when they are replayed.
+        """
+        views = self._views.values()  # those who hold one in C++ have a count of their own in torch
+        if (self.buffer.dtype, self.buffer.device, self.transposed) != (dtype, device, transposed):
+            return False
+        if views and (
+            max(view._use_count() for view in views) > 1  # type: ignore[attr-defined]
+            or max(map(sys.getrefcount, views)) > _ALONE
+        ):
+            return False
+        if capture == self.capture:
+            here = streams.current(device)
+            for number, stream in self._users.items():
+                if number != here:
+                    streams.wait_for_stream(stream)
+        return True
+
+
+#: What `sys.getrefcount` says of a tensor that the dict of views alone refers to.
+_ALONE = max(map(sys.getrefcount, {0: object()}.values()))
+
+
+class Kept:
+    """W_eff of one stack, so that it is built when the core has changed and not at each call.
+
+    There are two: one for eager code, and one that is made anew within every captured graph that
+    reads it, at each replay. Neither is ever taken for the other. A graph reads its buffer as long
+    as there is a replay, so it lives as long as the stack; all captures share it, since each fills
+    it before it reads.
+
+    What may write the core without a trace, and what is done about it (on the CPU nothing, there
+    values are compared):
+
+    - Fused optimizers, those of old and foreign ones do not count versions. Before an optimizer
+      steps there is a gradient: from then on W_eff is in doubt, and the next forward builds it.
+    - An optimizer within a captured graph runs when the graph is replayed, which nobody is told.
+      From the first capture on, a layer that meets the same W_eff a second time has it built.
+    - Averages of weights are swapped in for an evaluation: ``train`` and ``eval`` raise doubt.
+    """
+
+    __slots__ = ("_captured", "_eager", "_handle", "_watched", "_worn", "has_graphs")
+
+    def __init__(self) -> None:
+        self._eager: Effective | None = None
+        self._captured: Effective | None = None
+        self._worn: list[Tensor] = []  # read by a captured graph, not written any more
+        self._handle: RemovableHandle | None = None
+        self._watched: TensorWeakRef | None = None
+        #: Whether a captured graph may change the core.
+        self.has_graphs = False
+
+    def capture_of(self, device: torch.device) -> int:
+        """The capture that is going on, 0 for none; to be asked in every forward."""
+        capture = streams.capture_of(device)
+        if capture:
+            self.has_graphs = True
+            if self._eager is not None:
+                self._eager.is_doubtful = True
+        return capture
+
+    def doubt(self) -> None:
+        """From now on the core may be written without a trace."""
+        if self._eager is not None:
+            self._eager.is_doubtful = True
+        if self._captured is not None:
+            self._captured.is_doubtful = True
+
+    def invalidate(self) -> None:
+        """W_eff is built before it is used again."""
+        for built in (self._eager, self._captured):
+            if built is not None:
+                built.is_void = True
+
+    def forget(self) -> None:
+        """Lets go of everything."""
+        self._eager = self._captured = None
+        self._worn.clear()
+
+    def find(
+        self, dtype: torch.dtype, core: Tensor, layer: Layer, weight: Tensor, capture: int
+    ) -> Effective | None:
+        """W_eff of the present core, as far as one layer is concerned, if it is there."""
+        built = self._captured if capture else self._eager
+        if built is None or built.capture != capture or not built.holds(layer, weight):
+            return None
+        if self.has_graphs and layer.slice_index in built.taken and not is_within_backward():
+            return None
+        return built if built.is_of(dtype, core) else None
+
+    def to_fill(
+        self,
+        dtype: torch.dtype,
+        device: torch.device,
+        shape: tuple[int, int, int],
+        transposed: bool,
+        capture: int,
+    ) -> Effective:
+        """A buffer for W_eff of ``shape`` [n3, n1, n2]: the last one if free, else a new one."""
+        last = self._captured if capture else self._eager
+        if last is not None:
+            if last.reclaim(dtype, device, transposed, capture):
+                last.is_void = True
+                return last
+            if capture:
+                self._worn.append(last.buffer)
+            else:
+                self._eager = last = None  # gives its memory back before more is asked for
+        n3, n1, n2 = shape
+        stored = (n3, n2, n1) if transposed else shape
+        return Effective(torch.empty(stored, dtype=dtype, device=device), transposed)
+
+    def put(
+        self,
+        built: Effective,
+        core: Tensor,
+        layers: Sequence[Layer],
+        weights: Sequence[Tensor],
+        capture: int,
+    ) -> None:
+        """Keeps W_eff, whose buffer was just filled."""
+        built.filled(core, layers, weights, capture)
+        if capture:
+            self._captured = built
+        else:
+            self._eager = built
+        if not built.is_by_value and core.requires_grad and core.is_leaf:
+            self._watch(core)
+
+    def _watch(self, core: Tensor) -> None:
+        if self._watched is not None and self._watched() is core:
+            return
+        if self._handle is not None:
+            self._handle.remove()
+        self._handle = core.register_post_accumulate_grad_hook(self._has_gradient)
+        self._watched = TensorWeakRef(core)
+
+    def _has_gradient(self, core: Tensor) -> None:
+        self.capture_of(core.device)
+        self.doubt()
 
 
 class Projected:
     """z of the latest input, for the next layer that has the same one. Keeps neither alive."""
 
-    def __init__(self, x: Tensor, z: Tensor, precision: str) -> None:
-        self._x, self._version = TensorWeakRef(x), version_of(x)
-        self._z, self._precision = TensorWeakRef(z), precision
-        self._grad = z.requires_grad
+    __slots__ = ("_capture", "_grad", "_horizontal_hat", "_stream", "_version", "_x", "_z", "held")
 
-    def z_of(self, x: Tensor, precision: str) -> Tensor | None:
-        """z, if ``x`` is that very tensor, unchanged, and z is still around."""
+    def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """As if nothing had been projected yet."""
+        self._x: TensorWeakRef | None = None
+        self._z: TensorWeakRef | None = None
+        self._horizontal_hat: Tensor | None = None
+        self._version, self._capture = (0, 0), 0
+        self._stream: Any = None
+        self._grad = False
+        #: z itself, where no graph keeps it.
+        self.held: Tensor | None = None
+
+    def put(self, x: Tensor, z: Tensor, horizontal_hat: Tensor, capture: int, hold: bool) -> None:
+        """z of ``x`` by these packed factors; ``hold``: kept alive until the next one."""
+        self._x, self._version = TensorWeakRef(x), version_of(x)
+        self._z, self._horizontal_hat = TensorWeakRef(z), horizontal_hat
+        self._capture, self._stream = capture, streams.current(z.device)
+        self._grad = z.requires_grad
+        self.held = z if hold else None
+
+    def z_of(self, x: Tensor, horizontal_hat: Tensor, capture: int) -> Tensor | None:
+        """z, if ``x`` is that very tensor, unchanged, and z is still around.
+
+        On another stream or in another capture z is formed anew, which is less than to wait.
+        """
+        if self._x is None or self._z is None or self._x() is not x:
+            return None
         if x.is_inference():  # counts no versions: written to in place, it would look the same
             return None
-        if self._x() is not x or version_of(x) != self._version or precision != self._precision:
+        if horizontal_hat is not self._horizontal_hat or self._grad != x.requires_grad:
             return None
-        if self._grad != x.requires_grad:
+        if version_of(x) != self._version:
+            return None
+        if capture != self._capture or streams.current(x.device) != self._stream:
             return None
         z: Tensor | None = self._z()
         return z
@@ -109,3 +332,8 @@ def version_of(tensor: Tensor) -> tuple[int, int]:
     Inference tensors count no versions; of those only other memory is seen.
     """
     return tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version
+
+
+def is_within_backward() -> bool:
+    """Whether a backward is going on in this thread."""
+    return torch._C._current_graph_task_id() != -1

@@ -13,9 +13,10 @@ from torch.nn import functional as F
 from . import cost
 from .decompose import MAX_WORKSPACE, Selection, Stack, as_stack, check_rank, select_slices
 from .distributed import ReentrantGuard, is_sharded, whole
+from .eager import Call, is_traced, project, run_layer, without_autocast
 from .factors import PRECISIONS, CURFactors
-from .functional import cur_linear, materialize, project
-from .kept import Effective, Layer, Projected, slices_of
+from .functional import check_cores, cur_linear, materialize, prepare
+from .kept import Effective, Kept, Layer, Projected, slices_of
 from .linear import TProductLinear, check_linears, slices_in
 
 
@@ -123,10 +124,10 @@ class TProductStack(nn.Module):
         self._backup: list[Tensor] | None = None  # base weights while merged
         self._batch: tuple[Tensor, Tensor] | None = None  # cores and adapter_ids of the batch
         self._guard = ReentrantGuard()
-        self._held: Tensor | None = None  # z of the latest input, within a batch
-        self._built: Effective | None = None
+        self._kept = Kept()
         self._factors: CURFactors | None = None
-        self._projected: Projected | None = None
+        self._calls: dict[tuple[int, str, torch.dtype], Call] = {}
+        self._projected = Projected()
         self.layers: list[Layer] = []
         start = 0
         for linear, count in zip(linears, counts, strict=True):
@@ -157,8 +158,6 @@ class TProductStack(nn.Module):
         for weight in weights:
             yield from whole(weight.detach()).split(self.n1)
 
-    @torch.inference_mode(False)  # what is kept must also serve a training step
-    @torch.no_grad()
     def effective(self, dtype: torch.dtype) -> Tensor:
         """W_eff ``[n3, n1, n2]`` for the present core, rebuilt only when it changed.
 
@@ -166,18 +165,49 @@ class TProductStack(nn.Module):
         the kernel. While a graph still holds a view of it for its backward, the next version goes
         to a new buffer instead.
         """
-        if not self._is_built(dtype, self.layers):
-            buffer = None
-            if self._built is not None:
-                buffer = self._built.reclaim(dtype, self.core.device)
-                self._built = None
-            if buffer is None:
-                shape = (self.n3, self.n1, self.n2)
-                buffer = torch.empty(shape, dtype=dtype, device=self.core.device)
-            materialize(self.base_slices(), self.factors, self.core, self.alpha, out=buffer)
-            self._built = Effective(buffer, self.core, self.layers)
-        assert self._built is not None
-        return self._built.buffer
+        kept, core = self._kept, self.core
+        capture = kept.capture_of(core.device)
+        weights = [layer.weight for layer in self.layers]
+        for layer, weight in zip(self.layers, weights, strict=True):
+            built = kept.find(dtype, core, layer, weight, capture)
+            if built is None:
+                return self._build(dtype, weights, capture).w_eff
+        assert built is not None
+        return built.w_eff
+
+    @torch.inference_mode(False)  # what is kept must also serve a training step
+    @torch.no_grad()
+    def _build(self, dtype: torch.dtype, weights: Sequence[Tensor], capture: int) -> Effective:
+        core, factors, shape = self.core, self.factors, (self.n3, self.n1, self.n2)
+        slices: list[Tensor] = []
+        for weight in self._backup or weights:
+            slices.extend([weight] if weight.shape[0] == self.n1 else weight.split(self.n1))
+        # Stored (in, out), as by Conv1D: (C * U * R)ᵀ slice by slice is Rᵀ * Uᵀ * Cᵀ, and no weight
+        # has to be copied for the kernels.
+        transposed = all(each.mT.is_contiguous() and not each.is_contiguous() for each in slices)
+        built = self._kept.to_fill(dtype, core.device, shape, transposed, capture)
+        if transposed:
+            slices = [each.mT for each in slices]
+            materialize(slices, factors.transposed(), core.mT, self.alpha, out=built.buffer)
+        else:
+            materialize(slices, factors, core, self.alpha, out=built.buffer)
+        self._factors = factors
+        self._kept.put(built, core, self.layers, weights, capture)
+        return built
+
+    def invalidate(self) -> None:
+        """Has W_eff built before it is used again.
+
+        For code that writes the core, or the base weights, past torch's version counters and at
+        another time than between a backward and the next forward; see docs/adapters.md.
+        """
+        self._kept.invalidate()
+        self._projected.forget()
+
+    def train(self, mode: bool = True) -> TProductStack:
+        """As of any module. Averages of the weights come and go with it, so W_eff is in doubt."""
+        self._kept.doubt()
+        return super().train(mode)
 
     def forward_slices(self, x: Tensor, layer: Layer) -> Tensor:
         """``x`` through one layer of this stack; see `TProductLinear.forward`."""
@@ -189,61 +219,102 @@ class TProductStack(nn.Module):
             x = x.to(dtype)
             bias = None if bias is None else bias.to(dtype)
             precision = "bf16" if dtype == torch.bfloat16 else precision
-        if not self.enabled or self.is_merged:
+        if not self.enabled or self._backup is not None:
             return F.linear(x, weight.to(dtype), bias)
-        if self.core.dtype == torch.float64:
-            precision = "ieee"
         core, adapter_ids = (self.core, None) if self._batch is None else self._batch
-        core = core.to(self.lateral_hat.dtype)  # FSDP2 may have cast it as it casts weights
+        wide = self.lateral_hat.dtype
+        if wide == torch.float64:
+            precision = "ieee"
+        if core.dtype != wide:
+            core = core.to(wide)  # FSDP2 may have cast it as it casts weights
         if adapter_ids is not None and x.shape[0] % max(1, adapter_ids.shape[0]):
             raise ValueError(
                 f"x: expected {adapter_ids.shape[0]} rows, one for each of adapter_ids, as first "
                 f"axis, got {list(x.shape)}"
             )
-        tokens = x.numel() // max(1, self.n2)
-        sizes = {"n1": self.n1, "n2": self.n2, "n3": self.n3, "rank": self.rank}
-        is_built = False
-        if torch.compiler.is_compiling() or adapter_ids is not None:
-            mode = "factored"  # a traced graph cannot see the kept buffer, and that has one core
-        else:
-            is_built = self._is_built(dtype, [layer])
-            mode = cost.choose_mode(
-                self.mode, tokens=tokens, weight_dtype=weight.dtype, is_built=is_built, **sizes
+        fits = (
+            x.dtype == dtype
+            and x.ndim > 0
+            and x.shape[-1] == self.n2
+            and x.device == core.device
+            and not weight.requires_grad
+            and (bias is None or not bias.requires_grad)
+        )
+        if not fits or is_traced():
+            # By the operators, which say what does not fit. There is no W_eff on this way: a traced
+            # graph cannot see the kept buffer.
+            return cur_linear(
+                x,
+                weight.to(dtype),
+                bias,
+                self.factors,
+                core,
+                layer.slice_index,
+                self.alpha,
+                precision=precision,
+                adapter_ids=adapter_ids,
             )
-            if mode == "materialized" and not is_built:
-                mode = self._mode_if_sharded()
-        if not torch.compiler.is_compiling():
+        if core.requires_grad:
+            self._guard.check()
+        tokens = x.numel() // max(1, self.n2)
+        capture = self._kept.capture_of(core.device)
+        built = None
+        if adapter_ids is None:
+            built = self._effective_for(layer, weight, dtype, tokens, capture)
+        if built is not None:
+            weight = built.view_of(layer)
+        elif weight.dtype != dtype:
+            weight = weight.to(dtype)
+        call = self._calls.get((layer.slice_index, precision, dtype))
+        if call is None:
             self._factors = self.factors
-            if core.requires_grad:
-                self._guard.check()
-        effective = z = None
-        if mode == "materialized":
-            if not is_built:
-                self.effective(dtype)
-            assert self._built is not None
-            effective = self._built.view_of(layer)
-        gradient = "x"
-        if not torch.compiler.is_compiling():
-            if adapter_ids is not None:
-                gradient = "z"  # which q, k, v share; dyᵀx would mix the tokens of all cores
-            elif torch.is_grad_enabled() and core.requires_grad:
-                gradient = cost.choose_gradient(tokens, **sizes)
-            if gradient == "z":
-                z = self._project(source, x, precision)
-        return cur_linear(
+            call = prepare(weight, bias, self._factors, layer.slice_index, precision)
+            call.on_gradient = self._kept.doubt
+            if not capture:  # what is made in a capture has no values until the graph is replayed
+                self._calls[layer.slice_index, precision, dtype] = call
+        gradient, z = "x", None
+        if adapter_ids is not None:
+            gradient = "z"  # which q, k, v share; dyᵀx would mix the tokens of all cores
+        elif core.requires_grad and torch.is_grad_enabled():
+            gradient = cost.choose_gradient(tokens, self.n1, self.n2, self.n3, self.rank)
+        if gradient == "z":
+            with without_autocast():
+                z = self._project(source, x, call.horizontal_hat, capture)
+        return run_layer(
+            call,
             x,
-            weight.to(dtype) if effective is None else effective,
+            weight,
             bias,
-            self.factors,
             core,
-            layer.slice_index,
             self.alpha,
-            effective=effective,
             z=z,
+            materialized=built is not None,
             dense_grad=gradient == "dense",
-            precision=precision,
             adapter_ids=adapter_ids,
         )
+
+    def _effective_for(
+        self, layer: Layer, weight: Tensor, dtype: torch.dtype, tokens: int, capture: int
+    ) -> Effective | None:
+        """W_eff if a call of a layer goes by it, built where it has to be."""
+        if self.mode == "factored":
+            return None
+        built = self._kept.find(dtype, self.core, layer, weight, capture)
+        mode = cost.choose_mode(
+            self.mode,
+            tokens=tokens,
+            n1=self.n1,
+            n2=self.n2,
+            n3=self.n3,
+            rank=self.rank,
+            weight_dtype=weight.dtype,
+            is_built=built is not None,
+        )
+        if mode == "factored":
+            return None
+        if built is None and self._mode_if_sharded() == "materialized":
+            built = self._build(dtype, [each.weight for each in self.layers], capture)
+        return built
 
     def _mode_if_sharded(self) -> str:
         """How to run where W_eff is wanted but other layers' weights may be on other processes."""
@@ -255,15 +326,15 @@ class TProductStack(nn.Module):
             )
         return "factored"
 
-    def _project(self, source: Tensor, x: Tensor, precision: str) -> Tensor:
+    def _project(self, source: Tensor, x: Tensor, horizontal_hat: Tensor, capture: int) -> Tensor:
         """z of ``x``; layers that share their input (q, k, v) share z too."""
-        kept = self._projected.z_of(source, precision) if self._projected is not None else None
-        if kept is None:
-            kept = project(x, self.factors, precision)
-            self._projected = Projected(source, kept, precision)
+        z = self._projected.z_of(source, horizontal_hat, capture)
+        if z is None:
+            z = project(x, horizontal_hat)
             # In training the graph keeps z for the next layer, in serving nobody would.
-            self._held = kept if self._batch is not None else None
-        return kept
+            hold = self._batch is not None
+            self._projected.put(source, z, horizontal_hat, capture, hold)
+        return z
 
     def core_of(self, name: str | None) -> nn.Parameter:
         """The core of that name among those of `add_core`; None: the active one."""
@@ -298,12 +369,17 @@ class TProductStack(nn.Module):
         Args:
             cores: ``[A, n3, r, r]``, dtype and device of ``core``; the gradient reaches them.
             adapter_ids: int64 ``[B]``. Batches come first among the axes of every input.
+
+        Raises:
+            TypeError, ValueError: cores or ids that do not fit.
         """
+        check_cores(cores, self.factors, adapter_ids)
         before, self._batch = self._batch, (cores, adapter_ids)
         try:
             yield
         finally:
-            self._batch, self._held = before, None
+            self._batch = before
+            self._projected.forget()
 
     def merge(self) -> None:
         """Writes W_eff into the layers' weights, keeping a copy of the base."""
@@ -319,7 +395,7 @@ class TProductStack(nn.Module):
         with torch.no_grad():
             for layer in self.layers:
                 layer.weight.copy_(slices_of(w_eff, layer))
-        self._built = None
+        self._kept.forget()
 
     def unmerge(self) -> None:
         """Restores the base weights bit for bit from the copy that `merge` kept."""
@@ -337,10 +413,6 @@ class TProductStack(nn.Module):
             f"mode={self.mode}"
         )
 
-    def _is_built(self, dtype: torch.dtype, layers: Sequence[Layer]) -> bool:
-        built = self._built
-        return built is not None and built.is_current(dtype, self.core, layers)
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TProductStack:
         """Moves with the model, but keeps at least fp32 whatever dtype the model is cast to."""
 
@@ -349,13 +421,29 @@ class TProductStack(nn.Module):
             wide = torch.promote_types(moved.dtype, torch.float32)
             return moved if moved.dtype == wide else tensor.to(device=moved.device, dtype=wide)
 
-        self._built = self._factors = self._projected = None
+        before = self._storages()
         super()._apply(keep_precision, recurse)
+        if self._storages() != before:
+            # Else all that was made of them stays: a captured graph may read it.
+            self._kept.forget()
+            self._projected.forget()
+            self._calls.clear()
+            self._factors = None
         if self._backup is not None:
             self._backup = [fn(weight) for weight in self._backup]
         return self
 
+    def _storages(self) -> list[int]:
+        """Which memory core and factors are in."""
+        tensors = (self.core, self.lateral, self.lateral_hat, self.horizontal_hat)
+        return [each.untyped_storage()._cdata for each in tensors]
+
     def __getstate__(self) -> dict[str, Any]:
         # W_eff is rebuilt on demand; a copy or a pickle of the stack does without it.
-        kept = dict.fromkeys(("_built", "_factors", "_projected", "_held"))
-        return {**self.__dict__, **kept}
+        nothing: dict[str, Any] = {
+            "_kept": Kept(),
+            "_projected": Projected(),
+            "_factors": None,
+            "_calls": {},
+        }
+        return {**self.__dict__, **nothing}

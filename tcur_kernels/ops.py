@@ -331,6 +331,41 @@ def _register_core_grad_tokens_autograd(language: str) -> None:
     )
 
 
+def core_gradient(
+    core_grad_tokens: torch._ops.OpOverload,
+    x: Tensor | None,
+    z: Tensor | None,
+    grad_y: Tensor,
+    lateral_hat: Tensor,
+    horizontal_hat: Tensor,
+    core: Tensor,
+    slice_index: int,
+    slices: int,
+    dense: bool,
+    adapter_ids: Tensor | None,
+) -> Tensor:
+    """The gradient of ``core`` by a layer of scale 1: from z, from x, or ``dense`` from dyᵀx."""
+    where = (core.shape[-3], slice_index, slices)
+    ids = (adapter_ids, 1 if adapter_ids is None else core.shape[0])
+    grad: Tensor
+    if z is not None:
+        grad = core_grad_tokens(z, grad_y, lateral_hat, None, *where, *ids)
+        return grad
+    assert x is not None
+    if not dense:
+        grad = core_grad_tokens(x, grad_y, lateral_hat, horizontal_hat, *where, *ids)
+        return grad
+    n3, first, _ = where
+    count = math.prod(x.shape[:-1])
+    tokens, grads = (t.reshape(count, t.shape[-1]) for t in (x, grad_y))
+    each = (grads.mT @ tokens).unflatten(0, (slices, -1))
+    parts = [
+        core_grad_tokens(each[s], None, lateral_hat, horizontal_hat, n3, first + s, 1)
+        for s in range(slices)
+    ]
+    return parts[0] if slices == 1 else torch.stack(parts).sum(0)
+
+
 def _register_cur_linear_autograd(language: str) -> None:
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, weight, _, lateral_hat, horizontal_hat, core, *rest = inputs
@@ -349,27 +384,9 @@ def _register_cur_linear_autograd(language: str) -> None:
         ctx.slice_index, ctx.slices, ctx.scale, ctx.materialized, ctx.transposed = rest
         ctx.dtype = x.dtype
 
-    def core_grad(ctx: Any, saved: tuple[Any, ...], grad_y: Tensor) -> Tensor:
-        x, z, _, lateral_hat, horizontal_hat, core, adapter_ids = saved
-        op = operator("core_grad_tokens", language)
-        n3, first, slices = core.shape[-3], ctx.slice_index, ctx.slices
-        ids = (adapter_ids, 1 if adapter_ids is None else core.shape[0])
-        if z is not None:
-            return op(z, grad_y, lateral_hat, None, n3, first, slices, *ids)
-        tokens, grads = (grad_y, x) if ctx.transposed else (x, grad_y)
-        if not ctx.dense_grad:
-            return op(tokens, grads, lateral_hat, horizontal_hat, n3, first, slices, *ids)
-        count = math.prod(tokens.shape[:-1])
-        tokens, grads = (t.reshape(count, t.shape[-1]) for t in (tokens, grads))
-        dense = (grads.mT @ tokens).unflatten(0, (slices, -1))
-        parts = [
-            op(dense[s], None, lateral_hat, horizontal_hat, n3, first + s, 1) for s in range(slices)
-        ]
-        return torch.stack(parts).sum(0)
-
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
-        saved = ctx.saved_tensors  # once: checkpointing allows no second look
-        _, _, weight, lateral_hat, horizontal_hat, core, adapter_ids = saved
+        # Once: checkpointing allows no second look.
+        x, z, weight, lateral_hat, horizontal_hat, core, adapter_ids = ctx.saved_tensors
         grad_x = grad_core = None
         if ctx.needs_input_grad[0]:
             grad_x = operator("cur_linear", language)(
@@ -389,7 +406,20 @@ def _register_cur_linear_autograd(language: str) -> None:
                 adapter_ids,
             ).to(ctx.dtype)
         if ctx.needs_input_grad[5]:
-            grad_core = ctx.scale * core_grad(ctx, saved, grad_y)
+            tokens, grads = (grad_y, x) if ctx.transposed and z is None else (x, grad_y)
+            grad_core = ctx.scale * core_gradient(
+                operator("core_grad_tokens", language),
+                tokens,
+                z,
+                grads,
+                lateral_hat,
+                horizontal_hat,
+                core,
+                ctx.slice_index,
+                ctx.slices,
+                ctx.dense_grad,
+                adapter_ids,
+            )
         return (grad_x, *[None] * 4, grad_core, *[None] * 8)
 
     torch.library.register_autograd(

@@ -115,7 +115,7 @@ def test_layers_with_one_input_share_z_in_a_batch(monkeypatch):
     assert_close(
         after - model[0].bias, 2 * (before - model[0].bias), 2.0 * (before - model[0].bias)
     )
-    assert adapter.stacks["6x6"]._held is None
+    assert adapter.stacks["6x6"]._projected.held is None
 
 
 def test_autocast_and_half_precision():

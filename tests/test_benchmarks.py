@@ -67,6 +67,18 @@ def test_the_cost_rule_is_measured(benchmarks, monkeypatch):
     assert set(timings) == {"auto", *ways}
 
 
+def test_overhead_is_measured_and_checked(benchmarks, monkeypatch, capsys):
+    import benchmarks.overhead as overhead
+
+    monkeypatch.setattr(overhead, "LAYERS", 8)
+    names = {"linear", *overhead.MODES, *(f"{mode}_kernels" for mode in overhead.MODES)}
+    assert set(overhead.measure("tiny_16", 2)) == names
+    assert "factored: a layer takes" in capsys.readouterr().out
+    monkeypatch.setattr(overhead, "LIMIT", 1e-12)
+    with pytest.raises(RuntimeError, match="gradients of the core differ by"):
+        overhead.measure("tiny_16", 2)
+
+
 def test_scaling_and_cast(benchmarks, monkeypatch):
     threads = torch.get_num_threads()
     monkeypatch.setitem(benchmarks.scaling.CASES, "small", (4, 6, 9, 2))
@@ -162,6 +174,7 @@ def test_rows_and_tables(benchmarks, monkeypatch, tmp_path):
             "cast",
             "step",
             "memory",
+            "overhead",
             "serving",
             "selection",
             "selection_memory",

@@ -174,6 +174,36 @@ def test_new_base_weights_are_seen():
     assert torch.equal(stack.layers[0](x), linears[0](x))
 
 
+@pytest.mark.parametrize("n3", [1, 2, 5])
+def test_weights_stored_the_other_way_round_are_not_copied(n3, monkeypatch):
+    """As GPT-2's ``Conv1D`` has them; kernels copy what is not contiguous."""
+    linears = make_linears(count=n3, fused=False)
+    plain = tcur.TProductStack(linears, rank=2, alpha=0.7, mode="materialized")
+    for linear in linears:
+        linear.weight = nn.Parameter(linear.weight.T.contiguous().T, requires_grad=False)
+    stack = tcur.TProductStack(linears, rank=2, alpha=0.7, mode="materialized")
+    randomise(stack)
+    plain.core.data.copy_(stack.core)
+    copied, materialize = [], tcur_nn.materialize
+
+    def looked_at(weights, *args, **kwargs):
+        copied.extend(not weight.is_contiguous() for weight in weights)
+        return materialize(weights, *args, **kwargs)
+
+    monkeypatch.setattr(tcur_nn, "materialize", looked_at)
+    x = torch.randn(4, 9, requires_grad=True)
+    for layer, same in zip(stack.layers, plain.layers, strict=True):
+        grads = [torch.autograd.grad(each(x).square().sum(), x)[0] for each in (layer, same)]
+        torch.testing.assert_close(*grads)
+        torch.testing.assert_close(layer(x), same(x))
+    assert copied == [False] * 2 * n3
+    torch.testing.assert_close(stack.effective(x.dtype), plain.effective(x.dtype))
+    stack.merge()
+    torch.testing.assert_close(stack.layers[0](x), plain.layers[0](x))
+    stack.unmerge()
+    assert stack.layers[0].weight.mT.is_contiguous()
+
+
 def test_the_buffer_is_reused_but_never_under_a_pending_backward(builds):
     stack, _ = make_stack("materialized")
     x = torch.randn(4, 9, requires_grad=True)

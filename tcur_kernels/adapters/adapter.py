@@ -357,6 +357,11 @@ class Adapter:
             for name, stack in self.stacks.items():
                 stack.enabled = before[name]
 
+    def invalidate(self) -> None:
+        """Has W_eff of all stacks built before it is used again; `TProductStack.invalidate`."""
+        for stack in self.stacks.values():
+            stack.invalidate()
+
     def __repr__(self) -> str:
         others = len(self._order) - 1
         of = f" of {self.active!r}, {others} more" if others else ""

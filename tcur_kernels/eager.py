@@ -1,0 +1,260 @@
+"""A layer of a stack in eager mode: one node of autograd, past the dispatcher's, and no checks.
+
+The values and derivatives are those of the operators. What is saved is the host's time: the
+autograd of `torch.library` costs as much as the rest of a layer does. What a stack hands over has
+been looked at once, by `functional.prepare`; what varies from call to call is looked at by the
+stack. Graphs that are traced or transformed go through the operators instead.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from . import ops
+
+HALVES = (torch.bfloat16, torch.float16)
+
+_KEYS = torch._C.DispatchKey
+
+
+def _keys(*names: str) -> torch._C.DispatchKeySet:
+    keys = torch._C.DispatchKeySet(getattr(_KEYS, names[0]))
+    for name in names[1:]:
+        keys = keys | torch._C.DispatchKeySet(getattr(_KEYS, name))
+    return keys
+
+
+_AUTOCAST = _keys("AutocastCPU", "AutocastCUDA", "AutocastMPS", "AutocastXPU")
+_AUTOGRAD = _keys("AutogradFunctionality", "AutogradOther", "AutogradNestedTensor")
+_AUTOCAST_AUTOGRAD = _AUTOCAST | _AUTOGRAD
+
+
+def is_traced() -> bool:
+    """Whether a compiler or a transform of functions looks at what runs."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
+def without_autocast() -> Any:
+    """Context in which autocast reaches no product; a tenth of what ``torch.autocast`` costs."""
+    return torch._C._ExcludeDispatchKeyGuard(_AUTOCAST)
+
+
+def _kernels_alone() -> Any:
+    """Context in which an operator is its kernel: no autograd, no autocast."""
+    return torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_AUTOGRAD)
+
+
+def _nothing() -> None:
+    """What most stacks do."""
+
+
+class Call:
+    """What all calls of one layer have in common: factors, slices, operators.
+
+    Args:
+        lateral_hat, horizontal_hat: packed factors in the precision of the products.
+        slice_index, slices: of the layer.
+        language: of the operators.
+
+    Attributes:
+        on_gradient: called when a gradient of the core is formed.
+    """
+
+    __slots__ = (
+        "core_grad_tokens",
+        "cur_linear",
+        "horizontal_hat",
+        "lateral_hat",
+        "on_gradient",
+        "slice_index",
+        "slices",
+    )
+
+    def __init__(
+        self,
+        lateral_hat: Tensor,
+        horizontal_hat: Tensor,
+        slice_index: int,
+        slices: int,
+        language: str,
+    ) -> None:
+        self.lateral_hat, self.horizontal_hat = lateral_hat, horizontal_hat
+        self.slice_index, self.slices = slice_index, slices
+        self.on_gradient: Callable[[], None] = _nothing
+        self.cur_linear = ops.operator("cur_linear", language)
+        self.core_grad_tokens = ops.operator("core_grad_tokens", language)
+
+
+def project(x: Tensor, horizontal_hat: Tensor) -> Tensor:
+    """z = x R̂ᵀ in the dtype of the factors."""
+    return F.linear(x.to(horizontal_hat.dtype), horizontal_hat)
+
+
+def run_layer(
+    call: Call,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    core: Tensor,
+    scale: float,
+    *,
+    z: Tensor | None,
+    materialized: bool,
+    dense_grad: bool,
+    adapter_ids: Tensor | None,
+) -> Tensor:
+    """A layer on the slices of ``call``; arguments as for `functional.cur_linear`, all fitting.
+
+    Args:
+        materialized: ``weight`` is W_eff, not the base.
+    """
+    how = (call, scale, materialized, dense_grad)
+    if torch.is_grad_enabled() and (x.requires_grad or core.requires_grad):
+        y: Tensor = _apply(x, core, z, weight, bias, adapter_ids, *how)
+        return y
+    return _value(x, core, z, weight, bias, adapter_ids, *how)
+
+
+def _value(
+    x: Tensor,
+    core: Tensor,
+    z: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    adapter_ids: Tensor | None,
+    call: Call,
+    scale: float,
+    materialized: bool,
+    dense_grad: bool,
+) -> Tensor:
+    if materialized:
+        return F.linear(x, weight, bias)
+    factors = (call.lateral_hat, call.horizontal_hat, core)
+    how = (call.slice_index, call.slices, scale, False, False, z, False, adapter_ids)
+    with _kernels_alone():
+        if x.dtype not in HALVES:
+            y: Tensor = call.cur_linear(x, weight, bias, *factors, *how)
+            return y
+        update = call.cur_linear(x, None, None, *factors, *how)
+        added = update if bias is None else _dithered(update, bias)
+        return added_to_product(x, weight, added)
+
+
+class _Layer(torch.autograd.Function):
+    """The node: the gradient reaches ``x`` and ``core``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        core: Tensor,
+        z: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        adapter_ids: Tensor | None,
+        *how: Any,
+    ) -> Tensor:
+        needs_x, needs_core, *_ = ctx.needs_input_grad
+        ctx.save_for_backward(
+            x if needs_core and z is None else None,
+            z if needs_core else None,
+            weight if needs_x else None,
+            core,
+            adapter_ids,
+        )
+        ctx.how = how
+        return _value(x, core, z, weight, bias, adapter_ids, *how)
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
+        saved = ctx.saved_tensors  # once: checkpointing allows no second look
+        needs_x, needs_core, *_ = ctx.needs_input_grad
+        if torch.is_grad_enabled():  # to be differentiated again, which the operators can be
+            grads = _gradients(needs_x, needs_core, saved, ctx.how, grad_y, True)
+        else:
+            with _kernels_alone():
+                grads = _gradients(needs_x, needs_core, saved, ctx.how, grad_y, False)
+        return (*grads, *[None] * 8)
+
+
+def _gradients(
+    needs_x: bool,
+    needs_core: bool,
+    saved: tuple[Any, ...],
+    how: tuple[Any, ...],
+    grad_y: Tensor,
+    again: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    x, z, weight, core, adapter_ids = saved
+    call, scale, materialized, dense_grad = how
+    factors = call.lateral_hat, call.horizontal_hat
+    where = (call.slice_index, call.slices)
+    grad_x = grad_core = None
+    if needs_x:
+        if materialized and not again:
+            grad_x = grad_y @ weight
+        else:
+            rest = (scale, materialized, True, None, False, adapter_ids)
+            grad_x = call.cur_linear(grad_y, weight, None, *factors, core, *where, *rest)
+    if needs_core:
+        call.on_gradient()
+        grad_core = ops.core_gradient(
+            call.core_grad_tokens, x, z, grad_y, *factors, core, *where, dense_grad, adapter_ids
+        )
+        if scale != 1.0:
+            grad_core = scale * grad_core
+    return grad_x, grad_core
+
+
+#: Without the wrapper for functorch, whose transforms do not come here.
+_apply = super(torch.autograd.Function, _Layer).apply
+
+
+def added_to_product(x: Tensor, weight: Tensor, added: Tensor) -> Tensor:
+    """``x weightᵀ + added`` in 16 bits, where a small update in ``added`` must not be lost.
+
+    Added to a product that is rounded already, an update below half a unit in the last place is
+    lost nearly always. Added within the product it decides on the rounding, and survives in the
+    mean.
+    """
+    rows = (math.prod(x.shape[:-1]), x.shape[-1])
+    y = torch.addmm(added.reshape(rows[0], -1), x.reshape(rows), weight.mT)
+    return y.view(added.shape)
+
+
+class Dithered(torch.autograd.Function):
+    """``update + bias`` rounded up or down so that the mean stays; a bias alone stays as it is.
+
+    The noise is a hash of the sum, so the result is a function of the input: checkpointing
+    and every process get the same.
+    """
+
+    @staticmethod
+    def forward(update: Tensor, bias: Tensor) -> Tensor:
+        """The sum in fp32, noise below the last bit that is kept, the rest cut off."""
+        return _dithered(update, bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Nothing is needed: the derivative is one."""
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        """As if the sum were exact."""
+        return grad, None
+
+
+def _dithered(update: Tensor, bias: Tensor) -> Tensor:
+    dropped = 16 if update.dtype == torch.bfloat16 else 13
+    mask = (1 << dropped) - 1
+    total = update.float().add_(bias)  # in place: each step is a launch, none need be more
+    bits = total.view(torch.int32)
+    noise = (bits * 0x2C1B3C6D).bitwise_right_shift_(32 - dropped).bitwise_and_(mask)
+    bits.add_(noise).bitwise_and_(~mask)
+    return total.to(update.dtype)
