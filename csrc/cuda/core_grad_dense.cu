@@ -238,7 +238,7 @@ struct Walk {
 ProjectTubesKernel tubes_kernel_for(int64_t n3) {
   static constexpr ProjectTubesKernel (*parts[kTubesParts])(int64_t) = {
       &project_tubes<0>, &project_tubes<1>, &project_tubes<2>, &project_tubes<3>};
-  return parts[n3 % kTubesParts](n3);
+  return parts[tubes_part(n3)](n3);
 }
 
 // z by the kernels for tubes: [splits, n1, n3*rank].
@@ -339,10 +339,10 @@ Tensor core_grad_dense(Tensor grad, Tensor lateral_hat, Tensor horizontal_hat) {
   args.element = element;
   args.vector = sizes.n2 % 4 == 0 && is_aligned(args.grad, 4 * bytes_of(element));
   const bool is_there = sizes.n1 > 0 && sizes.n2 > 0;
-  const bool has_tubes = rank <= kShortRank && dft_factors(n3).outer > 0 && args.vector &&
+  const bool takes_tubes = rank <= kShortRank && has_tubes(n3) && args.vector &&
                          sizes.n1 * sizes.n2 <= UINT32_MAX;
   const Tensor z = !is_there   ? call.floats({0, sizes.n1, sizes.n3 * sizes.rank})
-                   : has_tubes ? project_by_tubes(call, sizes, h, args)
+                   : takes_tubes ? project_by_tubes(call, sizes, h, args)
                                : project_by_tiles(call, sizes, h, args);
   const Tensor out = call.floats({sizes.n3, sizes.rank, sizes.rank});
   const TokenRows p{

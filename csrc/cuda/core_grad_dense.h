@@ -35,8 +35,7 @@ struct ProjectTubesKernel {
   int64_t shared_bytes;
 };
 
-// That of a length n3 of two short factors with n3 % kTubesParts == PART: a source each, they are
-// many.
+// That of a length for which `has_tubes` and `tubes_part` is PART.
 template <int PART>
 ProjectTubesKernel project_tubes(int64_t n3);
 template <>

@@ -59,7 +59,7 @@ struct RowSums {
 // Ĝ_k R̂_kᴴ over all columns that the block walks over.
 template <int N3>
 class Projected {
-  using T = Tubes<N3>;
+  using T = ForwardTubes<N3>;
   static constexpr int kInner = T::kInner, kOuter = T::kOuter, kTall = T::kTall;
   using Row = RowSums<T::kColumns / 4>;
 
@@ -80,17 +80,17 @@ class Projected {
   // Adds the products with one staged quad of the rank, that of number QUAD of this launch.
   template <int QUAD>
   TCUR_DEVICE void add(int k1, const float* staged) {
-    const HorizontalQuad<N3> r{staged + T::inner_column()};
+    const HorizontalQuad<T> r{staged + T::inner_column()};
     if (k1 == 0) {
       add_real_tubes<true>(r, re_, sums_[QUAD]);
       if constexpr (kOuter % 2 == 0) {
         add_real_tubes<false>(r, im_, sums_[QUAD]);
       }
     } else {
-      const HorizontalQuad<N3> forward = r.from_bin(k1), backward = r.from_bin(-k1);
+      const HorizontalQuad<T> forward = r.from_bin(k1), backward = r.from_bin(-k1);
       static_for<kInner>([&](auto k2) __attribute__((always_inline)) {
         constexpr int plane = pair_plane(N3, kOuter * k2);
-        const HorizontalQuad<N3>& rows = 2 * k2 >= kInner ? backward : forward;
+        const HorizontalQuad<T>& rows = 2 * k2 >= kInner ? backward : forward;
         static_for<kTall>([&](auto m) __attribute__((always_inline)) {
           add_pair<plane>(rows, re_[k2][m], im_[k2][m], sums_[QUAD][k2][m]);
         });
@@ -210,7 +210,7 @@ class Projected {
   // The conjugate of Ĝ_k R̂_kᴴ: re = G_re R_reᵀ + G_im R_imᵀ, im = G_re R_imᵀ - G_im R_reᵀ.
   template <int PLANE>
   TCUR_DEVICE static void add_pair(
-      const HorizontalQuad<N3>& r, const Quad& re, const Quad& im, float (&kept)[Row::kKept]) {
+      const HorizontalQuad<T>& r, const Quad& re, const Quad& im, float (&kept)[Row::kKept]) {
     float s[Row::kSums];
     const Quad minus = -im;
 #pragma unroll
@@ -223,7 +223,7 @@ class Projected {
   }
   template <int PLANE>
   TCUR_DEVICE static void add_real(
-      const HorizontalQuad<N3>& r, const Quad& x, float (&kept)[Row::kKept]) {
+      const HorizontalQuad<T>& r, const Quad& x, float (&kept)[Row::kKept]) {
     float s[Row::kSums] = {};
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -233,7 +233,7 @@ class Projected {
   }
   template <bool FIRST>
   TCUR_DEVICE static void add_real_tubes(
-      const HorizontalQuad<N3>& r,
+      const HorizontalQuad<T>& r,
       const Quad (&x)[kInner][kTall],
       float (&sums)[kInner + 1][kTall][Row::kKept]) {
     static_for<kTall>([&](auto m) __attribute__((always_inline)) {
@@ -257,7 +257,7 @@ class Projected {
 template <int BYTES, int N3>
 TCUR_DEVICE void read_slices(
     const ProjectArgs& args, int l0, int64_t row, int64_t column, float* to) {
-  using T = Tubes<N3>;
+  using T = ForwardTubes<N3>;
   using Several = Raw<BYTES, T::kWide>;
   Lanes<T::kWide> x[T::kOuter] = {};
   if (row < args.n1 && column < args.n2) {
@@ -284,7 +284,7 @@ TCUR_DEVICE void read_slices(
 // Asks for the lines of a tile of all slices.
 template <int N3>
 TCUR_DEVICE void prefetch_slices(const ProjectArgs& args, int64_t row, int64_t column) {
-  using T = Tubes<N3>;
+  using T = ForwardTubes<N3>;
   constexpr int kLine = 128;  // bytes
   const int bytes = bytes_of(args.element);
   const int in_row = (T::kColumns * bytes + kLine - 1) / kLine, in_slice = T::kRows * in_row;
@@ -300,16 +300,16 @@ TCUR_DEVICE void prefetch_slices(const ProjectArgs& args, int64_t row, int64_t c
 // Quads of R̂ that are staged at a time.
 template <int N3>
 struct ProjectStages {
-  using T = Tubes<N3>;
-  static constexpr int kQuad = Staged<N3, false>::kFloats;
+  using T = ForwardTubes<N3>;
+  static constexpr int kQuad = Staged<T, false>::kFloats;
   static constexpr int kQuads = 4 * (T::kTileFloats + 2 * kQuad) <= T::kMostBytes ? 2 : 1;
   static constexpr int kBytes = 4 * (T::kTileFloats + kQuads * kQuad);
 };
 
 template <int N3>
-TCUR_KERNEL(Tubes<N3>::kThreads, Tubes<N3>::kBlocks)
+TCUR_KERNEL(ForwardTubes<N3>::kThreads, ForwardTubes<N3>::kBlocks)
 project_tubes_kernel(const TCUR_PARAMETER ProjectArgs args) {
-  using T = Tubes<N3>;
+  using T = ForwardTubes<N3>;
   constexpr int kStaged = ProjectStages<N3>::kQuads, kQuad = ProjectStages<N3>::kQuad;
   float* rows = shared_memory<float>();
   float* staged = rows + T::kTileFloats;
@@ -326,7 +326,7 @@ project_tubes_kernel(const TCUR_PARAMETER ProjectArgs args) {
       break;  // all threads together
     }
     const float* r = args.horizontal_hat + first_column * args.quads * (4 * N3);
-    Staged<N3, false>::ask(
+    Staged<T, false>::ask(
         r, nullptr, args.first_quad, left < kStaged ? left : kStaged, staged);
     T::for_outer([&](int l0, int row, int column) __attribute__((always_inline)) {
       float* to = rows + row * T::kColumns + column;
@@ -346,7 +346,7 @@ project_tubes_kernel(const TCUR_PARAMETER ProjectArgs args) {
     if (left > 1) {
       if constexpr (kStaged == 1) {
         __syncthreads();
-        Staged<N3, false>::ask(r, nullptr, args.first_quad + 1, 1, staged);
+        Staged<T, false>::ask(r, nullptr, args.first_quad + 1, 1, staged);
         wait_for_copies();
         __syncthreads();
       }
@@ -362,10 +362,10 @@ project_tubes_kernel(const TCUR_PARAMETER ProjectArgs args) {
       4 * args.first_quad);
 }
 
-template <int N3>
+template <int PART, int N3>
 ProjectTubesKernel project_tubes_kernel_of_length() {
-  if constexpr (dft_factors(N3).outer > 0) {
-    using T = Tubes<N3>;
+  if constexpr (has_tubes(N3) && tubes_part(N3) == PART) {
+    using T = ForwardTubes<N3>;
     return {
         &project_tubes_kernel<N3>, T::kRows, T::kColumns, kQuadsOfLaunch, T::kThreads,
         ProjectStages<N3>::kBytes};
@@ -376,9 +376,8 @@ ProjectTubesKernel project_tubes_kernel_of_length() {
 
 template <int PART, int... I>
 ProjectTubesKernel project_tubes_of(int64_t n3, std::integer_sequence<int, I...>) {
-  static constexpr ProjectTubesKernel (*all[])() = {
-      &project_tubes_kernel_of_length<I * kTubesParts + PART>...};
-  return all[n3 / kTubesParts]();
+  static constexpr ProjectTubesKernel (*all[])() = {&project_tubes_kernel_of_length<PART, I>...};
+  return all[n3]();
 }
 
 }  // namespace tcur

@@ -343,8 +343,8 @@ auto kernel_for(int64_t outer, std::integer_sequence<int, I...>) {
 }
 
 // Whether everything is as the kernels for tubes want it.
-bool has_tubes(const Sizes& sizes, const MaterializeArgs& args) {
-  return sizes.rank <= kShortRank && dft_factors(sizes.n3).outer > 0 && args.vector &&
+bool takes_tubes(const Sizes& sizes, const MaterializeArgs& args) {
+  return sizes.rank <= kShortRank && has_tubes(sizes.n3) && args.vector &&
          sizes.n1 * sizes.n2 <= UINT32_MAX;
 }
 
@@ -354,7 +354,7 @@ TubesKernel tubes_kernel_for(int64_t n3) {
       &materialize_tubes<1>,
       &materialize_tubes<2>,
       &materialize_tubes<3>};
-  return parts[n3 % kTubesParts](n3);
+  return parts[tubes_part(n3)](n3);
 }
 
 void launch_tubes(
@@ -493,7 +493,7 @@ void write_materialized(
   args.out_element = element_of(out.scalar_type());
   args.vector = sizes.n2 % 4 == 0 && base.is_aligned_for(4) &&
                 is_aligned(args.out, 4 * bytes_of(args.out_element));
-  if (has_tubes(sizes, args)) {
+  if (takes_tubes(sizes, args)) {
     const Spectrum tables(call, sizes.n3);
     args.tables = tables.tables();
     launch_tubes(

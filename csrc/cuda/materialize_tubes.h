@@ -44,7 +44,7 @@ class Formed {
   TCUR_DEVICE void add(int k1, const float* staged) {
     const Operands operands{
         {staged + T::inner_column()},
-        staged + Staged<N3, true>::kRight + 4 * T::inner_row()};
+        staged + Staged<Tubes<N3>, true>::kRight + 4 * T::inner_row()};
     if (k1 == 0) {
       add_real_tubes<true>(operands, re_);
       if constexpr (kOuter % 2 == 0) {
@@ -75,7 +75,7 @@ class Formed {
 
  private:
   struct Operands {
-    HorizontalQuad<N3> r;
+    HorizontalQuad<T> r;
     const float* p;
 
     TCUR_DEVICE Operands from_bin(int bin) const {
@@ -261,7 +261,7 @@ TCUR_DEVICE void write_tile(
 template <int N3>
 struct Stages {
   using T = Tubes<N3>;
-  static constexpr int kQuad = Staged<N3, true>::kFloats;
+  static constexpr int kQuad = Staged<Tubes<N3>, true>::kFloats;
   static constexpr int kQuads = 4 * (T::kTileFloats + 2 * kQuad) <= T::kMostBytes ? 2 : 1;
   static constexpr int kBytes = 4 * (T::kTileFloats + kQuads * kQuad);
 };
@@ -290,7 +290,7 @@ materialize_tubes_kernel(const TCUR_PARAMETER MaterializeArgs args) {
       if (quad > 0) {
         __syncthreads();
       }
-      Staged<N3, true>::ask(right, left, quad, count, staged);
+      Staged<Tubes<N3>, true>::ask(right, left, quad, count, staged);
       wait_for_copies();
       __syncthreads();
       for (int i = 0; i < count; ++i) {
@@ -303,9 +303,9 @@ materialize_tubes_kernel(const TCUR_PARAMETER MaterializeArgs args) {
   write_tile<N3>(args, rows, first_row, first_column);
 }
 
-template <int N3>
+template <int PART, int N3>
 TubesKernel tubes_kernel() {
-  if constexpr (dft_factors(N3).outer > 0) {
+  if constexpr (has_tubes(N3) && tubes_part(N3) == PART) {
     using T = Tubes<N3>;
     return {&materialize_tubes_kernel<N3>, T::kRows, T::kColumns, T::kThreads, Stages<N3>::kBytes};
   } else {
@@ -315,8 +315,8 @@ TubesKernel tubes_kernel() {
 
 template <int PART, int... I>
 TubesKernel tubes_kernel_of(int64_t n3, std::integer_sequence<int, I...>) {
-  static constexpr TubesKernel (*all[])() = {&tubes_kernel<I * kTubesParts + PART>...};
-  return all[n3 / kTubesParts]();
+  static constexpr TubesKernel (*all[])() = {&tubes_kernel<PART, I>...};
+  return all[n3]();
 }
 
 }  // namespace tcur

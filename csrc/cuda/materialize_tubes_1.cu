@@ -1,14 +1,13 @@
-// Kernels of `materialize` for lengths n3 = 4j + 1 of two short factors (materialize_tubes.h).
+// Kernels of `materialize` for tubes, part 1 of their lengths (materialize_tubes.h).
 //
-// Planned: 128 threads, up to 168 registers, 3 blocks per multiprocessor; for tiles up to 56 KiB 128
-// registers and 4 blocks.
+// Planned by `Tubes`: launch bounds tell the compiler how many threads and blocks there are.
 #include "materialize_tubes.h"
 
 namespace tcur {
 
 template <>
 TubesKernel materialize_tubes<1>(int64_t n3) {
-  return tubes_kernel_of<1>(n3, std::make_integer_sequence<int, kTubesPerPart>{});
+  return tubes_kernel_of<1>(n3, std::make_integer_sequence<int, kTubesLengths>{});
 }
 
 }  // namespace tcur

@@ -17,16 +17,33 @@ namespace tcur {
 // Ranks up to which products of the factors cost less in fp32 registers than on tensor cores.
 constexpr int kShortRank = 16;
 
-// Kernels for tubes are made for every length, in this many sources.
-constexpr int kTubesParts = 4;
-constexpr int kTubesPerPart = kLongestOuter * kLongestInner / kTubesParts + 1;
+// Lengths that have kernels of their own: those of two short factors that numbers of layers have,
+// up to 16 or a multiple of 4. Each costs some seconds of compilation for every architecture.
+TCUR_HOST_DEVICE constexpr bool has_tubes(int64_t n3) {
+#ifdef TCUR_FEW_LENGTHS  // builds of the tests that are made many times
+  return n3 == 5 || n3 == 12 || n3 == 48;
+#else
+  return dft_factors(n3).outer > 0 && (n3 <= 16 || n3 % 4 == 0);
+#endif
+}
 
-template <int N3>
+// The sources that they are compiled in, by n3/4, so that all take the same time.
+constexpr int kTubesParts = 4;
+constexpr int kTubesLengths = kLongestOuter * kLongestInner + 1;
+TCUR_HOST_DEVICE constexpr int tubes_part(int64_t n3) {
+  return static_cast<int>(n3 / 4 % kTubesParts);
+}
+
+// FORWARD: from slices to bins, with the sums of `core_grad_dense` in registers too.
+template <int N3, bool FORWARD = false>
 struct Tubes {
+  static constexpr int kLength = N3;
   static constexpr int kInner = dft_factors(N3).inner, kOuter = dft_factors(N3).outer;
 
   // The step of the inner factor: rows of a thread, four columns each.
-  static constexpr int kTall = kInner <= 2 ? 4 : kInner <= 4 ? 2 : 1;
+  static constexpr int kTall = kInner == 1 || (kInner == 2 && !FORWARD) ? 4
+                               : kInner <= (FORWARD ? 3 : 4)            ? 2
+                                                                        : 1;
   // Each k1 is the work of some warps, one share for each of their threads. Those with k1 = 0 take
   // k1 = outer/2 too: the tubes of both are real, half as much work.
   static constexpr int kTurns = (kOuter + 1) / 2;
@@ -34,11 +51,11 @@ struct Tubes {
   // As many positions as leave room for two blocks per multiprocessor beside the operands; enough
   // of them for four warps.
   static constexpr int positions() {
-    int count = 512;
+    int count = FORWARD && kTall == 1 ? 128 : 512;
     while (count * N3 * 4 > 68 * 1024) {
       count /= 2;
     }
-    while (kTurns * count / (128 * kTall) < 4) {
+    while (count < 128 * kTall || kTurns * count / (128 * kTall) < 4) {
       count *= 2;
     }
     return count;
@@ -59,14 +76,18 @@ struct Tubes {
   static_assert(kVectors % 32 == 0, "a warp works on one l0");
 
   // Blocks per multiprocessor: a quarter of it has registers for four or five of these warps.
-  static constexpr int kBlocks = kWarps > 8 || kInner > 8        ? 1
-                                 : kWarps > 6                  ? 2
-                                 : kWarps == 6 && kInner == 1 ? 3
-                                 : kWarps > 5                  ? 2
-                                 : kWarps > 4                  ? 3
-                                                               : 4;
+  static constexpr int most_blocks() {
+    if (kWarps > 8 || kInner > (FORWARD ? 5 : 8) || (kOuter == 15 && kInner > 1)) {
+      return 1;
+    }
+    if (kWarps == 6 && kInner == 1 && !FORWARD) {
+      return 3;
+    }
+    return kWarps > 5 ? 2 : kWarps > 4 ? 3 : 4;
+  }
+  static constexpr int kBlocks = most_blocks();
   // Shared memory of one of so many.
-  static constexpr int kMostBytes = (228 / (kBlocks < 2 ? 2 : kBlocks) - 1) * 1024;
+  static constexpr int kMostBytes = (228 / kBlocks - 1) * 1024;
 
   // The share of this thread in the step of the inner factor: k1, and a position. Its other rows
   // follow at distances of kRowStep.
@@ -96,12 +117,15 @@ struct Tubes {
   }
 };
 
+template <int N3>
+using ForwardTubes = Tubes<N3, true>;
+
 // Operands of a tile in shared memory, some quads of the rank at a time, as `prepare` lays them out:
 // of R̂ [n3, 4, kColumns], of P [n3, kRows, 4]. They come while threads do other work.
-template <int N3, bool WITH_P>
+template <class T, bool WITH_P>
 struct Staged {
-  using T = Tubes<N3>;
-  static constexpr int kRight = N3 * 4 * T::kColumns, kLeft = WITH_P ? N3 * 4 * T::kRows : 0;
+  static constexpr int kRight = T::kLength * 4 * T::kColumns;
+  static constexpr int kLeft = WITH_P ? T::kLength * 4 * T::kRows : 0;
   static constexpr int kFloats = kRight + kLeft;  // of one quad
 
   // Quads first … first+count-1 of the tiles `right` and `left`; null: no new ones.
@@ -127,9 +151,9 @@ struct Staged {
 
 // Four columns of R̂, or a row of P, where a thread needs them in a staged quad. Planes of other bins
 // count from that of a bin: their distance is a constant, and no instruction is spent on it.
-template <int N3>
+template <class T>
 struct HorizontalQuad {
-  static constexpr int kColumns = Tubes<N3>::kColumns;
+  static constexpr int kColumns = T::kColumns;
   const float* at;
 
   TCUR_DEVICE HorizontalQuad from_bin(int bin) const {
@@ -146,7 +170,7 @@ struct HorizontalQuad {
 // a real bin, or the real part of one whose imaginary part follows.
 template <int N3, bool FIRST>
 TCUR_HOST_DEVICE constexpr bool is_real_bin(int i) {
-  constexpr int last = Tubes<N3>::kInner - 1;
+  constexpr int last = dft_factors(N3).inner - 1;
   return FIRST ? i == 0 || (i == last && last % 2 != 0) : i == last && last % 2 == 0;
 }
 template <int N3, bool FIRST>
