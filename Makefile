@@ -12,7 +12,7 @@ BUILD_INPUTS := pyproject.toml setup.py constraints.txt $(shell find csrc -name 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/unetr_segmentation.py
 
-test: $(VENV)/.installed $(VENV)/.oldest_peft
+test: $(VENV)/.installed $(VENV)/.oldest_peft $(VENV)/.oldest_triton
 	$(BIN)/python -m pytest
 
 # More lengths, ranks and precisions of the Triton kernels: interpreted, then compiled.
@@ -45,10 +45,10 @@ $(VENV)/.installed: $(VENV)/.torch $(BUILD_INPUTS)
 	$(PIP) install -q -c constraints.txt --no-build-isolation -e '.[demo,test]'
 	touch $@
 
-# Beside the newest, for tests/test_peft_oldest.py.
-$(VENV)/.oldest_peft: tests/oldest_peft.txt $(VENV)/.torch
-	rm -rf $(VENV)/oldest_peft
-	$(PIP) install -q --no-deps --target $(VENV)/oldest_peft -r tests/oldest_peft.txt
+# Beside the newest, for tests/test_peft_oldest.py and tests/test_triton_oldest.py.
+$(VENV)/.oldest_%: tests/oldest_%.txt $(VENV)/.torch
+	rm -rf $(VENV)/oldest_$*
+	$(PIP) install -q --no-deps --target $(VENV)/oldest_$* -r $<
 	touch $@
 
 $(VENV)/.lint: $(VENV)/.torch

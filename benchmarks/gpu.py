@@ -1,71 +1,205 @@
 """``python -m benchmarks.gpu --out DIR``: all that is to be known of the kernels on a GPU.
 
-One command for a machine with a GPU, within nine minutes, with nothing to install: builds the
-compiled libraries if they are missing, measures the copy rate and the rates of matrix products,
-runs the tests on the device for every GPU backend, runs a small set under ``compute-sanitizer``
-where that works, then times every operator, training steps, a captured step and many adapters in
-one batch. Rows are in ``DIR/rows.csv`` as soon as they exist, logs beside them; the last thing
-printed is a short table. ``--device cpu --tiny`` is the same command as a dry run.
+One command for a machine with a GPU, with nothing to install: builds the compiled libraries if they
+are missing, then goes through sections (``--section`` chooses them): ceilings of the device, every
+operator beside a copy or its floor, the kernels it consists of, training steps, serving, a whole
+UNETR, tests, sanitizers. A section is a process of its own; one that breaks is begun again behind
+the piece of work that broke it. Rows are in ``DIR/rows.csv`` as soon as they exist, logs beside
+them; the last thing printed is a short table and what failed. ``--device cpu --tiny`` is the same
+command as a dry run.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
+import os
+import signal
+import subprocess
+import sys
+import tempfile
 import time
+import traceback
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from .gpu_build import build
+from .commit import ROOT, commit
+from .gpu_bench import Bench, DeviceLost
+from .gpu_build import last_line
+from .gpu_clock import Clock, first_line
+from .gpu_progress import Progress
+from .gpu_rows import Row, Rows, facts, read, shortened, show, table
 
-SECONDS = 510  # of the nine minutes; the rest is for what is running when they end
+SECONDS = 510.0  # of the ten minutes that a machine may be lent for; the rest is for its start
+GRACE = 15.0  # for what is running at a deadline
+STUCK = 90.0  # seconds of one piece of work, or of a start, after which a process hangs
+RESTARTS = 6  # of a section
+LOST = 77  # exit status of a process whose device takes no more calls
 
 
-def main() -> None:
-    """Reads the command line and runs all sections, each whatever became of the others."""
+@dataclass(frozen=True)
+class Section:
+    """A function of a module, and its limits in seconds."""
+
+    module: str
+    function: str
+    seconds: float
+    files: str | None = None  # what it takes beside a `Bench`, as a path in the folder for logs
+    stuck: float = STUCK
+
+
+SECTIONS = {
+    "rates": Section("benchmarks.gpu_ceilings", "run", 40),
+    "materialize": Section("benchmarks.gpu_operators", "run", 120),
+    "kernels": Section("benchmarks.gpu_kernels", "run", 150, files=".", stuck=170),
+    "gradients": Section("benchmarks.gpu_gradients", "run", 120),
+    "step": Section("benchmarks.gpu_models", "training", 120),
+    "tests": Section("benchmarks.gpu_checks", "tests", 200, files=".", stuck=200),
+    "sanitizer": Section("benchmarks.gpu_checks", "sanitizer", 140, files=".", stuck=200),
+    "serving": Section("benchmarks.gpu_models", "serving", 40),
+    "unetr": Section("benchmarks.gpu_unetr", "run", 120),
+    "sweep": Section("benchmarks.gpu_operators", "sweep", 100),
+}
+BUILD = Section("benchmarks.gpu_build", "run", 220, files="build.log", stuck=300)
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """Reads the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for rows and logs")
     parser.add_argument("--device", default="cuda", help="default: cuda")
     parser.add_argument("--tiny", action="store_true", help="toy sizes: a dry run")
-    args = parser.parse_args()
+    names = ", ".join(SECTIONS)
+    parser.add_argument(
+        "--section",
+        nargs="+",
+        choices=SECTIONS,
+        metavar="NAME",
+        default=list(SECTIONS),
+        help=f"in this order; of {names}; default: all",
+    )
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="for all of it")
+    parser.add_argument("--commit", help="where there is no git: what rows are to name")
+    # A section in this very process: its name, module, function and perhaps files.
+    parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
+    parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
+    parser.add_argument("--progress", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    args.out = args.out.resolve()
+    return args
+
+
+def run_section(args: argparse.Namespace) -> None:
+    """A section in this process; what it raises is a row."""
+    device = torch.device(args.device)
+    if args.tiny:
+        torch.set_num_threads(1)  # there is nothing to share
+    name, module, function, *files = args.child
+    rows = Rows(args.out / "rows.csv", facts(device, args.commit))
+    bench = Bench(Clock(device, args.until, args.tiny), rows, Progress(args.progress))
+    try:
+        # Only now: this imports the package, and with it the libraries.
+        run = getattr(importlib.import_module(module), function)
+        run(bench, *(args.out / file for file in files))
+    except DeviceLost as error:
+        print(f"{name}: no more calls of the device: {error}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(LOST)  # nothing can be tidied up
+    except Exception as error:
+        rows.add(Row(name, "", "", note=f"FAILED: {first_line(error)}"))
+        traceback.print_exc()
+
+
+class Driver:
+    """Runs sections as processes, and looks after them."""
+
+    def __init__(self, args: argparse.Namespace, rows: Rows, until: float) -> None:
+        self.args, self.rows, self.until = args, rows, until
+
+    def run(self, name: str, section: Section, folder: Path) -> None:
+        """One section, begun again after what broke it, until it is through or its time is over."""
+        if self.until - time.time() < 5:
+            self.rows.add(Row(name, "", "", note="left out: no time"))
+            return
+        until = min(self.until, time.time() + section.seconds)
+        path = folder / f"{name}.progress"
+        for _ in range(RESTARTS):
+            before = Progress(path).count()
+            ended = self._process(name, section, path, until)
+            if ended == "":
+                return
+            progress = Progress(path)
+            if ended != "lost":  # of that the process itself has made a row
+                where = progress.latest().removeprefix(f"{name} ")
+                self.rows.add(Row(name, where, "", note=f"FAILED: {ended}"))
+            if progress.count() == before or until - time.time() < 15:
+                return
+
+    def _process(self, name: str, section: Section, progress: Path, until: float) -> str:
+        """One process of a section: "", or how it ended."""
+        command = [sys.executable, "-m", "benchmarks.gpu"]
+        command += ["--child", name, section.module, section.function]
+        command += [] if section.files is None else [section.files]
+        command += ["--out", str(self.args.out), "--device", self.args.device]
+        command += ["--until", str(until), "--progress", str(progress)]
+        command += ["--commit", self.args.commit, *(["--tiny"] if self.args.tiny else [])]
+        log = self.args.out / "sections.log"
+        with open(log, "ab") as errors:
+            errors.write(f"-- {name}\n".encode())
+            errors.flush()
+            process = subprocess.Popen(command, cwd=ROOT, stderr=errors, start_new_session=True)
+        started, stopped = time.time(), ""
+        while process.poll() is None and not stopped:
+            time.sleep(0.1)
+            now = time.time()
+            latest = max(started, progress.stat().st_mtime if progress.exists() else 0.0)
+            if now > until + GRACE:
+                stopped = f"stopped {GRACE:.0f} s after its time"
+            elif now - latest > section.stuck:
+                stopped = f"stopped after {section.stuck:.0f} s without an end"
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # the process, or what it left behind
+        process.wait()
+        if stopped or process.returncode == 0:
+            return stopped
+        if process.returncode == LOST:
+            return "lost"
+        status = process.returncode
+        how = signal.Signals(-status).name if status < 0 else f"exit status {status}"
+        return f"{how}: {last_line(log)}"
+
+
+def main() -> None:
+    """Runs all sections, then prints the table and what failed."""
+    args = parse()
     device = torch.device(args.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise SystemExit("--device: expected a device that is here, got cuda without a GPU")
-    if args.tiny:
-        torch.set_num_threads(1)  # there is nothing to share
+    if args.child is not None:
+        run_section(args)
+        return
+    started = time.time()
     args.out.mkdir(parents=True, exist_ok=True)
-    started = time.monotonic()
-    build(args.out / "build.log", device)
-
-    # Only now: these import the package, and with it the libraries.
-    from . import gpu_checks, gpu_clock, gpu_models, gpu_operators
-
-    seconds = SECONDS - (time.monotonic() - started)
-    clock = gpu_clock.Clock(device, seconds, 3 if args.tiny else 20)
-    rows = gpu_clock.Rows(args.out / "rows.csv", device)
-    bench = gpu_clock.Bench(clock, rows, args.tiny)
-    sections = {
-        "rates": lambda: gpu_checks.rates(bench),
-        "tests": lambda: gpu_checks.tests(bench, args.out),
-        "sanitizer": lambda: gpu_checks.sanitizer(bench, args.out),
-        "operators": lambda: gpu_operators.run(bench),
-        "training": lambda: gpu_models.training(bench),
-        "capture": lambda: gpu_models.capture(bench),
-        "serving": lambda: gpu_models.serving(bench),
-        "sweep": lambda: gpu_operators.sweep(bench),
-    }
-    for name, section in sections.items():
-        try:
-            section()
-        except Exception as error:  # what a section could not do is a row; the next ones go on
-            first = str(error).strip().splitlines()
-            note = f"FAILED: {type(error).__name__}: {first[0] if first else ''}"
-            rows.add(gpu_clock.Row(name, "", "", note=note))
-    print(f"\nms (% of copy)\n{gpu_clock.table(rows.all)}")
-    failed = [row for row in rows.all if row.note.startswith(("FAILED", "WRONG"))]
-    print(f"\n{time.monotonic() - started:.0f} s, {len(rows.all)} rows, {len(failed)} failed")
-    for row in failed:
-        print(gpu_clock.show(row))
+    args.commit = args.commit or commit()
+    path = args.out / "rows.csv"
+    before = len(read(path)) if path.exists() else 0
+    driver = Driver(args, Rows(path, facts(device, args.commit)), started + args.seconds)
+    with tempfile.TemporaryDirectory() as folder:
+        for name, section in {"build": BUILD, **{n: SECTIONS[n] for n in args.section}}.items():
+            begun = time.time()
+            driver.run(name, section, Path(folder))
+            print(f"-- {name}: {time.time() - begun:.0f} s\n", flush=True)
+    rows = read(path, before)
+    lines = table(rows)
+    (args.out / "table.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print("ms (% of copy)\n" + "\n".join(shortened(lines, 50, 130)))
+    failed = [show(row) for row in rows if row.is_bad]
+    print(f"\n{time.time() - started:.0f} s, {len(rows)} rows, {len(failed)} failed")
+    for line in failed[:25]:
+        print(line[:180])
     if failed:
         raise SystemExit(1)
 

@@ -1,54 +1,126 @@
-"""Commands with a log, and the build of the libraries, before the package is imported."""
+"""Commands with a log and a limit, and the build of the libraries where they are missing."""
 
 from __future__ import annotations
 
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import tempfile
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 
+from .gpu_bench import Bench
+from .gpu_rows import Row
+
 ROOT = Path(__file__).parent.parent
+#: Builds one library in place: by setup.py, with the other one left out of it.
+COMMAND = (
+    "import setup; setup.setup(ext_modules=[setup.{}_extension()], "
+    "cmdclass={{'build_ext': setup.build_ext()}}, script_args=['build_ext', '--inplace'])"
+)
+PROBE = (
+    "import tcur_kernels as t; print([n for n in ('cpu', 'cuda') if t.build_info()[n]['built']])"
+)
 
 
-def build(log: Path, device: torch.device) -> None:
-    """Compiles the libraries in place, for this GPU alone, where one of them is missing."""
-    package = ROOT / "tcur_kernels"
-    is_needed = not (package / "_cuda.so").exists() and device.type == "cuda"
-    probe = [sys.executable, "-c", "import tcur_kernels._cpu"]
-    is_needed |= subprocess.run(probe, cwd=ROOT, capture_output=True, check=False).returncode != 0
-    if not is_needed:
-        return
-    environment = dict(os.environ)
-    if device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(device)
-        environment.setdefault("TORCH_CUDA_ARCH_LIST", f"{major}.{minor}")
-    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
-    if logged(command, log, 200, environment) != "passed":
-        raise SystemExit(f"the build failed; see {log}")
+def start(
+    command: list[str], log: Path, environment: dict[str, str] | None = None
+) -> subprocess.Popen[bytes]:
+    """Starts a command, in a group of its own, whose output goes to the end of a file."""
+    # cuBLAS is deterministic, which the tests ask for, with this alone.
+    environment = {**os.environ, "CUBLAS_WORKSPACE_CONFIG": ":4096:8", **(environment or {})}
+    with open(log, "ab") as file:
+        file.write(f"$ {' '.join(command)}\n".encode())
+        file.flush()
+        return subprocess.Popen(
+            command,
+            cwd=ROOT,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
+        )
+
+
+def end(process: subprocess.Popen[bytes], grace: float = 8.0) -> None:
+    """Ends a process and all that it started: asked first, so that it can say how far it came."""
+    if process.poll() is None:
+        process.send_signal(signal.SIGINT)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(grace)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def finish(process: subprocess.Popen[bytes], log: Path, seconds: float) -> str:
+    """Waits for a command; "passed", or how it ended."""
+    try:
+        process.wait(max(0.0, seconds))
+    except subprocess.TimeoutExpired:
+        end(process)
+        return f"FAILED: not done after {max(0.0, seconds):.0f} s"
+    end(process)  # what it left running
+    if process.returncode == 0:
+        return "passed"
+    return f"FAILED: {last_line(log) or f'exit status {process.returncode}'}"
+
+
+def last_line(log: Path) -> str:
+    """The last line of a log that says anything."""
+    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    return lines[-1].strip()[:300] if lines else ""
 
 
 def logged(
     command: list[str], log: Path, seconds: float, environment: dict[str, str] | None = None
 ) -> str:
     """Runs a command with its output in a file; "passed", or how it ended."""
-    # cuBLAS is deterministic, which the tests ask for, with this alone.
-    environment = {**(environment or os.environ), "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
-    with open(log, "w", encoding="utf-8") as file:
-        try:
-            result = subprocess.run(
-                command,
-                cwd=ROOT,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                timeout=seconds,
-                env=environment,
-                check=False,
-            )
-        except subprocess.TimeoutExpired:
-            return f"FAILED: not done after {seconds:.0f} s"
-    if result.returncode == 0:
-        return "passed"
-    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    return f"FAILED: {lines[-1] if lines else f'exit status {result.returncode}'}"
+    return finish(start(command, log, environment), log, seconds)
+
+
+def built() -> list[str]:
+    """The libraries that load, as a fresh process finds them."""
+    result = subprocess.run(
+        [sys.executable, "-c", PROBE], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    return [name for name in ("cpu", "cuda") if f"'{name}'" in result.stdout]
+
+
+def run(bench: Bench, log: Path) -> None:
+    """Compiles in place, for this GPU alone, the libraries that are missing, side by side."""
+    here = built()
+    missing = [name for name in ("cuda", "cpu") if name not in here]
+    for name in here:
+        bench.rows.add(Row("build", name, "", note="here already"))
+    if bench.device.type != "cuda" or "cuda" in here:
+        for name in missing:
+            bench.rows.add(Row("build", name, "", note="left out: not needed"))
+        return
+    major, minor = torch.cuda.get_device_capability(bench.device)
+    environment = {"TORCH_CUDA_ARCH_LIST": f"{major}.{minor}"}
+    started, until = time.monotonic(), bench.clock.left
+    folder = Path(tempfile.mkdtemp())
+    logs = {name: folder / f"{name}.log" for name in missing}
+    processes = {
+        name: start([sys.executable, "-c", COMMAND.format(name)], logs[name], environment)
+        for name in missing
+    }
+    for name, process in processes.items():
+        # Without the CPU library only a few tests are lost: what is late does not hold up the rest.
+        seconds = until - (time.monotonic() - started)
+        ended = finish(process, logs[name], seconds if name == "cuda" else min(seconds, 20.0))
+        with open(log, "a", encoding="utf-8") as file:
+            file.write(logs[name].read_text(encoding="utf-8", errors="replace"))
+            if name == "cuda":
+                for report in sorted((ROOT / "build").glob("temp*/cuda/*.log")):
+                    file.write(f"\n{report.name}\n{report.read_text(encoding='utf-8')}")
+        if ended != "passed" and name == "cuda":
+            ended += "; Triton alone from here on"
+        bench.rows.add(Row("build", name, "", note=ended))
+    shutil.rmtree(folder)

@@ -1,81 +1,113 @@
-"""The ceilings of a device, and the tests on it."""
+"""The tests on a device, and the CUDA kernels on small tensors under ``compute-sanitizer``."""
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
+import time
+from importlib.util import find_spec
 from pathlib import Path
 
-import torch
+from .gpu_bench import Bench
+from .gpu_build import finish, logged, start
+from .gpu_rows import Row
 
-from .gpu_build import logged
-from .gpu_clock import Bench, Row
-
-
-def _copy_rate(bench: Bench) -> None:
-    count = 2**20 if bench.tiny else 2**30
-    source = torch.randn(count, device=bench.device)
-    target = torch.empty_like(source)
-    case = f"copy of {4 * count / 1e9:.2g} GB"
-    bench.measure("rates", case, "copy", lambda: target.copy_(source))
-    ms = bench.rows.all[-1].ms
-    if ms is not None:
-        bench.bytes_per_ms = 8 * count / ms
-        note = f"{bench.bytes_per_ms / 1e9:.3g} TB/s read and written"
-        bench.rows.add(Row("rates", case, "rate", note=note))
+WORKERS = 8
+SUITE = ("ops", "token_cores", "functional", "nn", "adapt", "tubal", "decompose")
+#: Seconds of each part, at most: a part that is stopped leaves what it found.
+DEVICE_SECONDS, SUITE_SECONDS, SANITIZER_SECONDS = 75.0, 75.0, 120.0
+SHOWN = 12  # failures of a part that are rows; all of them are in the log
 
 
-def rates(bench: Bench) -> None:
-    """The ceilings: a copy, and products of square matrices in every precision used."""
-    _copy_rate(bench)
-    size = 64 if bench.tiny else 8192
-    for contender, dtype, tf32 in (
-        ("fp32", torch.float32, False),
-        ("tf32", torch.float32, True),
-        ("bf16", torch.bfloat16, False),
-    ):
-        a = torch.randn(size, size, device=bench.device).to(dtype)
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("high" if tf32 else "highest")
-        bench.measure("rates", f"product {size}", contender, lambda a=a: a @ a)
-        torch.set_float32_matmul_precision(before)
-        ms = bench.rows.all[-1].ms
-        if ms is not None:
-            note = f"{2 * size**3 / ms / 1e9:.3g} TFLOP/s"
-            bench.rows.add(Row("rates", f"product {size}", f"{contender}, rate", note=note))
-
-
-def pytest(bench: Bench) -> list[str]:
-    """pytest on the device; newer versions of anything may warn there."""
+def pytest(bench: Bench, workers: int, limit: int = 60) -> list[str]:
+    """pytest on the device, each test with a limit; newer versions of anything may warn there."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "default"]
-    return [*command, "--device", bench.device.type]
+    if workers > 1 and find_spec("xdist") is not None:
+        command += ["-n", str(workers)]
+    if find_spec("pytest_timeout") is not None:
+        command += ["--timeout", str(limit)]
+    return [*command, "--tb", "short", "--device", bench.device.type]
+
+
+def summary(text: str) -> tuple[str, list[str]]:
+    """pytest's last words, "3 failed, 4 passed in 5 s", and its lines on failures."""
+    ends = re.findall(r"^=*\s*((?:\d+ \w+,? ?)+in [\d.]+ ?s.*?)\s*=*$", text, re.MULTILINE)
+    failures = re.findall(r"^(?:FAILED|ERROR) (.+)$", text, re.MULTILINE)
+    return (ends[-1] if ends else ""), failures
+
+
+def _part(bench: Bench, name: str, selected: list[str], log: Path, limit: float) -> None:
+    seconds = min(limit, bench.clock.left)
+    if seconds < 10:
+        bench.rows.add(Row("tests", name, bench.device.type, note="left out: no time"))
+        return
+    before = log.stat().st_size if log.exists() else 0
+    command = pytest(bench, 1 if bench.tiny else WORKERS)
+    ended = logged([*command, *selected], log, seconds)
+    with open(log, encoding="utf-8", errors="replace") as file:
+        file.seek(before)
+        found, failures = summary(file.read())
+    if ended == "passed":
+        note = f"passed: {found}"
+    elif re.search(r"^(no tests ran|\d+ deselected) in", ended.removeprefix("FAILED: ")):
+        note = "none here"
+    else:
+        note = ended if found in ended else f"{ended}; {found}"
+    bench.rows.add(Row("tests", name, bench.device.type, note=note))
+    for failure in failures[:SHOWN]:
+        test, _, why = failure.partition(" - ")
+        bench.rows.add(Row("tests", test.rpartition("/")[2], name, note=f"FAILED: {why[:200]}"))
 
 
 def tests(bench: Bench, out: Path) -> None:
     """The tests on the device: those made for any device, then the suite's with that default."""
-    suites = {"device": ["tests/test_device.py"]}
+    log, ours = out / "tests.log", "tests/test_device.py"
     if bench.tiny:
-        suites["device"] += ["-k", "small"]
-    else:
-        names = ("ops", "token_cores", "functional", "nn", "adapt", "tubal", "decompose")
-        suites["suite"] = [f"tests/test_{name}.py" for name in names]
-    for name, selected in suites.items():
-        seconds = min(75.0, max(5.0, bench.clock.left))
-        ended = logged([*pytest(bench), *selected], out / f"tests_{name}.log", seconds)
-        bench.rows.add(Row("tests", name, bench.device.type, note=ended))
+        bench.piece(
+            "tests", "small", lambda: _part(bench, "small", [ours, "-k", "small"], log, 120)
+        )
+        return
+    parts = {
+        "device, cuda": ([ours, "-k", "cuda"], DEVICE_SECONDS),
+        "device, triton": ([ours, "-k", "triton"], DEVICE_SECONDS),
+        "device, others": ([ours, "-k", "not cuda and not triton"], DEVICE_SECONDS),
+        "suite": ([f"tests/test_{name}.py" for name in SUITE], SUITE_SECONDS),
+    }
+    for name, (selected, limit) in parts.items():
+        bench.piece("tests", name, lambda n=name, s=selected, x=limit: _part(bench, n, s, log, x))
 
 
 def sanitizer(bench: Bench, out: Path) -> None:
-    """The CUDA kernels on small tensors under ``compute-sanitizer``."""
-    name = "compute-sanitizer"
-    tool = shutil.which(name) or shutil.which(name, path="/usr/local/cuda/bin")
-    for check in ("memcheck", "racecheck"):
-        seconds = min(40.0, bench.clock.left)
-        if tool is None or bench.device.type != "cuda" or seconds < 10:
-            note = "left out: no time" if seconds < 10 else "absent"
+    """Both checks at once: for neither the caching allocator hides what is out of bounds."""
+    bench.piece("sanitizer", "both", lambda: _sanitize(bench, out))
+
+
+def _sanitize(bench: Bench, out: Path) -> None:
+    tool = shutil.which("compute-sanitizer") or shutil.which(
+        "compute-sanitizer", path="/usr/local/cuda/bin"
+    )
+    seconds = min(SANITIZER_SECONDS, bench.clock.left)
+    checks = ("memcheck", "racecheck")
+    if tool is None or bench.device.type != "cuda" or seconds < 20:
+        note = "left out: no time" if seconds < 20 else "absent"
+        for check in checks:
             bench.rows.add(Row("sanitizer", check, "cuda", note=note))
-            continue
-        ours = ["--kernel-name", "kernel_substring=tcur", "--error-exitcode", "1"]
-        small = [*pytest(bench), "-k", "small and cuda", "tests/test_device.py"]
-        ended = logged([tool, "--tool", check, *ours, *small], out / f"{check}.log", seconds)
-        bench.rows.add(Row("sanitizer", check, "cuda", note=ended))
+        return
+    small = [*pytest(bench, 1, 0), "-v", "-k", "small and cuda", "tests/test_device.py"]
+    until = time.monotonic() + seconds
+    running = {}
+    for check in checks:
+        options = ["--tool", check, "--kernel-name", "kernel_substring=tcur", "--print-limit", "20"]
+        options += ["--target-processes", "application-only", "--error-exitcode", "1"]
+        log = out / f"{check}.log"
+        environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        running[check] = (start([tool, *options, *small], log, environment), log)
+    for check, (process, log) in running.items():
+        ended = finish(process, log, until - time.monotonic())
+        text = log.read_text(encoding="utf-8", errors="replace")
+        said = re.findall(r"={3,} ((?:ERROR|RACECHECK) SUMMARY.*)", text)
+        tests_ended, failures = summary(text)
+        details = [*said[-1:], tests_ended, *failures[:3]]
+        note = "; ".join([ended, *(d for d in details if d and d not in ended)])
+        bench.rows.add(Row("sanitizer", check, "cuda", note=note[:400]))

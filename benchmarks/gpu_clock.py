@@ -1,178 +1,188 @@
-"""Times on a device, rows that are on disk as soon as they exist, and a limit for all of it."""
+"""Times on a device that launching and caching cannot spoil, until a deadline.
+
+What is known to be safe is captured in a CUDA graph; everything else is launched, several calls
+between two events, behind a kernel that keeps the device busy until all of them are in its queue.
+Either way the time of Python does not count; it is measured for itself. A call comes on several
+sets of buffers, so that none finds its data in the second-level cache. Contenders of a case take
+turns, round by round, and medians are what counts.
+"""
 
 from __future__ import annotations
 
-import csv
+import math
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
-from datetime import datetime, timezone
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 
-from .rows import commit
+Run = Callable[[], object]
+
+BLOCK_MS = 2.0  # of device time between two events
+ROUNDS = 15
+CASE_MS = 2000.0  # of all rounds of a case
+CACHES = 8  # data of all sets of buffers, in second-level caches
+SETS = 96  # of buffers, at most
+#: Launched calls between two events at most, and milliseconds that the host needs for them, so that
+#: the queue of the device holds them all.
+LAUNCHES, QUEUE_MS = 24, 4.0
+CYCLES_PER_MS = 2e6  # of a device's clock, about
 
 
 @dataclass(frozen=True)
-class Row:
-    """One contender of one case."""
+class Contender:
+    """A call to be timed, made when its turn comes: what it cannot allocate is a row then.
 
-    section: str
-    case: str
-    contender: str
-    ms: float | None = None
-    p20_ms: float | None = None
-    p80_ms: float | None = None
-    percent_of_copy: float | None = None  # of the bytes that must be moved, at the copy's rate
+    Attributes:
+        make: returns the call on each set of buffers.
+        mode: "graph" for what is safe to capture; "launched"; or "wall", by the clock on the wall,
+            Python's time included.
+        share: bytes that it must move, as a part of those that the yardstick moves.
+        floor_ms: what it cannot be faster than, where that is not a copy.
+        check: what is wrong with its result, or None.
+        absent: why it is not here, or None.
+    """
+
+    name: str
+    backend: str
+    make: Callable[[], Sequence[Run]]
+    mode: str = "graph"
+    share: float = 1.0
+    floor_ms: float | None = None
+    check: Callable[[], str | None] | None = None
+    absent: str | None = None
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A contender that ran already: what is between two events, and what was measured before."""
+
+    contender: Contender
+    block: Run
+    calls: int  # in a block
+    hidden_ms: float  # that the host needs to issue a block
+    host_us: float | None = None
     peak_mb: float | None = None
-    note: str = ""  # "graph": replayed from a CUDA graph; or why there is no time
-
-
-class Rows:
-    """Appends rows to a file, one by one, and keeps them for the table at the end."""
-
-    def __init__(self, path: Path, device: torch.device) -> None:
-        self.all: list[Row] = []
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-        self._common = {"commit": commit(), "torch": torch.__version__, "device": name}
-        self._path = path
-        self._names = ["time", *self._common, *(field.name for field in fields(Row))]
-        with open(path, "w", newline="", encoding="utf-8") as file:
-            csv.DictWriter(file, self._names).writeheader()
-
-    def add(self, row: Row) -> None:
-        """Writes and shows a row."""
-        self.all.append(row)
-        now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        values = {k: f"{v:.5g}" if isinstance(v, float) else v for k, v in asdict(row).items()}
-        with open(self._path, "a", newline="", encoding="utf-8") as file:
-            csv.DictWriter(file, self._names).writerow({"time": now, **self._common, **values})
-        print(show(row), flush=True)
-
-
-def show(row: Row) -> str:
-    """A line of the table."""
-    ms = "" if row.ms is None else f"{row.ms:.4g} ms"
-    share = "" if row.percent_of_copy is None else f"{row.percent_of_copy:.0f} % of copy"
-    peak = "" if row.peak_mb is None else f"{row.peak_mb:.0f} MB"
-    name = f"{row.section:16} {row.case:34} {row.contender:16}"
-    return f"{name} {ms:>12} {share:>14} {peak:>9} {row.note}"
-
-
-def table(rows: list[Row]) -> str:
-    """A line per case: its contenders side by side, or what became of them."""
-    cases: dict[str, list[str]] = {}
-    for row in rows:
-        share = "" if row.percent_of_copy is None else f" ({row.percent_of_copy:.0f})"
-        result = f"{row.ms:.4g}{share}" if row.ms is not None else row.note.partition(":")[0]
-        cases.setdefault(f"{row.section} {row.case}", []).append(f"{row.contender} {result}")
-    return "\n".join(f"{case}: {', '.join(found)}" for case, found in cases.items())
+    note: str = ""
 
 
 class Clock:
-    """Times calls on one device, until a deadline."""
+    """Times blocks of calls on one device."""
 
-    def __init__(self, device: torch.device, seconds: float, rounds: int) -> None:
-        self.device, self.rounds = device, rounds
-        self._end = time.monotonic() + seconds
+    def __init__(self, device: torch.device, until: float, tiny: bool) -> None:
+        self.device, self.tiny, self._until = device, tiny, until
+        self.on_gpu = device.type == "cuda"
+        properties = torch.cuda.get_device_properties(device) if self.on_gpu else None
+        self.l2_bytes = getattr(properties, "L2_cache_size", 0)
 
     @property
     def left(self) -> float:
         """Seconds until the deadline."""
-        return self._end - time.monotonic()
+        return self._until - time.time()
 
-    def time(self, run: Callable[[], object], graph: bool = True) -> tuple[list[float], str]:
-        """Milliseconds of every round, and how they were taken.
+    def sets(self, size: int) -> int:
+        """Sets of buffers of so many bytes for the cache to be of no use."""
+        return max(1, min(SETS, math.ceil(CACHES * self.l2_bytes / max(1, size))))
 
-        On a GPU a call is captured in a CUDA graph, if it can be, and replayed: what is timed is
-        the device's work, not the time that Python needs to launch it.
+    def wait(self) -> None:
+        """Waits for the device."""
+        if self.on_gpu:
+            torch.cuda.synchronize(self.device)
+
+    def time(self, ready: Ready) -> float:
+        """Milliseconds of one call, in a block of them."""
+        if not self.on_gpu or ready.note == "wall":
+            self.wait()
+            start = time.perf_counter()
+            ready.block()
+            self.wait()
+            return 1e3 * (time.perf_counter() - start) / ready.calls
+        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(int(CYCLES_PER_MS * min(100.0, 1.5 * ready.hidden_ms + 0.05)))
+        before.record()
+        ready.block()
+        after.record()
+        after.synchronize()
+        return before.elapsed_time(after) / ready.calls
+
+    def issue_ms(self, block: Run, rounds: int = 3) -> float:
+        """Milliseconds that the host needs to issue a block, nothing waited for."""
+        found = []
+        for _ in range(rounds):
+            self.wait()
+            start = time.perf_counter()
+            block()
+            found.append(1e3 * (time.perf_counter() - start))
+        self.wait()
+        return statistics.median(found)
+
+    def prepare(self, contender: Contender, capture: Callable[[Run], Run | None]) -> Ready:
+        """Warms a contender up, and has it captured if it may be.
+
+        Raises:
+            ArithmeticError: its result is wrong.
         """
-        for _ in range(2):
+        runs = contender.make()
+        if contender.check is not None and (wrong := contender.check()):
+            raise ArithmeticError(wrong)
+        before = torch.cuda.memory_allocated(self.device) if self.on_gpu else 0
+        for run in runs:
             run()
-        if self.device.type != "cuda":
-            return [self._on_host(run) for _ in range(self.rounds)], ""
-        torch.cuda.synchronize(self.device)
-        replay, note = (captured(run) if graph else None), ""
-        if replay is not None:
-            run, note = replay, "graph"
-            run()
-        first = self._on_device(run)
-        # Short calls are repeated more often, long ones less: about a fifth of a second each.
-        rounds = max(3, min(4 * self.rounds, int(200 / max(first, 1e-3))))
-        return [self._on_device(run) for _ in range(rounds)], note
+        self.wait()
+        if not self.on_gpu:
+            return Ready(contender, _sequence(runs, 1), len(runs), 0.0)
+        peak = self._peak_mb(runs[-1], before)
+        host_ms = self.issue_ms(_sequence(runs, 1), 5) / len(runs)
+        measured = (1e3 * host_ms, peak)
+        most = max(1, min(LAUNCHES, int(QUEUE_MS / max(1e-3, host_ms))))
+        runs, all_runs = runs[:most], runs
+        note = "wall" if contender.mode == "wall" else "launched"
+        once = Ready(contender, _sequence(runs, 1), len(runs), len(runs) * host_ms, note=note)
+        each_ms = max(1e-3, min(self.time(once) for _ in range(2)))
+        if contender.mode == "graph":
+            loops = max(1, min(400, math.ceil(BLOCK_MS / each_ms / len(all_runs))))
+            if (replay := capture(_sequence(all_runs, loops))) is not None:
+                block, calls = _sequence([replay], 2), 2 * loops * len(all_runs)
+                block()
+                return Ready(contender, block, calls, self.issue_ms(block), *measured, "graph")
+        loops = math.ceil(BLOCK_MS / each_ms / len(runs))
+        loops = max(3, loops) if note == "wall" else max(1, min(loops, most // len(runs)))
+        calls = loops * len(runs)
+        return Ready(contender, _sequence(runs, loops), calls, calls * host_ms, *measured, note)
 
-    @staticmethod
-    def _on_host(run: Callable[[], object]) -> float:
-        start = time.perf_counter()
+    def _peak_mb(self, run: Run, before: int) -> float:
+        """Peak of a call; what earlier ones keep, like W_eff, belongs to it."""
+        torch.cuda.reset_peak_memory_stats(self.device)
         run()
-        return 1e3 * (time.perf_counter() - start)
-
-    @staticmethod
-    def _on_device(run: Callable[[], object]) -> float:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end)
+        self.wait()
+        return (torch.cuda.max_memory_allocated(self.device) - before) / 1e6
 
 
-def captured(run: Callable[[], object]) -> Callable[[], object] | None:
-    """The call as a graph, or None where something in it cannot be captured."""
+def _sequence(runs: Sequence[Run], loops: int) -> Run:
+    def block() -> None:
+        for _ in range(loops):
+            for run in runs:
+                run()
+
+    return block
+
+
+def captured(block: Run) -> Run:
+    """A block as a CUDA graph, replayed."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        run()
+        block()
     torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph):
-            run()
-    except RuntimeError:
-        torch.cuda.synchronize()
-        return None
+    with torch.cuda.graph(graph):
+        block()
     return graph.replay
 
 
-class Bench:
-    """What every section gets: the clock, the rows, and the measured copy rate."""
-
-    def __init__(self, clock: Clock, rows: Rows, tiny: bool) -> None:
-        self.clock, self.rows, self.tiny = clock, rows, tiny
-        self.device = clock.device
-        self.bytes_per_ms = 0.0  # of a copy, reads and writes both
-
-    def measure(
-        self,
-        section: str,
-        case: str,
-        contender: str,
-        run: Callable[[], object],
-        moved: int | None = None,
-        graph: bool = True,
-    ) -> None:
-        """Times a call and adds its row; ``moved`` are the bytes that it cannot avoid to move."""
-        if self.clock.left < 0:
-            self.rows.add(Row(section, case, contender, note="left out: no time"))
-            return
-        try:
-            if self.device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-            ms, note = self.clock.time(run, graph)
-        except torch.cuda.OutOfMemoryError:
-            torch.cuda.empty_cache()
-            self.rows.add(Row(section, case, contender, note="out of memory"))
-            return
-        median = statistics.median(ms)
-        fifths = statistics.quantiles(ms, n=5)
-        share = None
-        if moved is not None and self.bytes_per_ms > 0:
-            share = 100 * moved / self.bytes_per_ms / median
-        peak = None
-        if self.device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated() / 1e6
-        self.rows.add(
-            Row(section, case, contender, median, fifths[0], fifths[-1], share, peak, note)
-        )
+def first_line(error: BaseException) -> str:
+    """A name and a line for an error."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0][:300] if lines else ''}"

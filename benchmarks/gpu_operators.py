@@ -1,50 +1,69 @@
-"""Every operator against plain torch, checked first: what `python -m benchmarks.gpu` times."""
+"""`materialize` beside a copy of the same shape and dtypes, checked first; plain torch last."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
 import tcur_kernels as tcur
-from tcur_kernels import ops, reference
+from tcur_kernels import reference
 
 from .baselines import S1, S2, eager
-from .gpu_clock import Bench, Row
+from .gpu_bench import Bench
+from .gpu_clock import Contender, Run
 
-#: name -> (n3, n1, n2, rank); the two large ones stand for a whole language model's projections.
-SHAPES = {
+Shape = tuple[int, int, int, int]
+
+#: name -> (n3, n1, n2, rank); the large ones stand for a whole language model's projections.
+SHAPES: dict[str, Shape] = {
     "vit_b_attention": (48, 768, 768, 8),
     "vit_b_mlp_up": (12, 3072, 768, 8),
     "vit_b_mlp_down": (12, 768, 3072, 8),
-    "llama_8b_q_o": (64, 4096, 4096, 8),
     "llama_8b_k_v": (64, 1024, 4096, 8),
+    "llama_8b_q_o": (64, 4096, 4096, 8),
     "square_128": (128, 4096, 4096, 8),
     "wide_64": (64, 4096, 11008, 8),
 }
-SWEEP_N3 = (1, 12, 24, 48, 64, 96, 128)
-SWEEP_RANK = (4, 8, 16, 32)
-#: Relative error of the update that tells a wrong kernel.
-LIMIT = 1e-5
-TOKENS = 4096
+TINY: Shape = (6, 20, 24, 2)
+VIT_B = ("vit_b_attention", "vit_b_mlp_up", "vit_b_mlp_down")
+SWEEP: list[Shape] = [(n3, 768, 768, 8) for n3 in (1, 2, 4, 47, 96, 127)]
+SWEEP += [(n3, 2048, 2048, rank) for n3 in (12, 48, 64, 128) for rank in (4, 8, 16, 32)]
+#: Relative error of an update that tells a wrong kernel, in fp32 and where 16 bits are involved.
+LIMIT, NARROW_LIMIT = 1e-5, 2e-2
+FP32, BF16 = torch.float32, torch.bfloat16
+#: dtypes of the base and of the result.
+DTYPES = ((FP32, FP32), (FP32, BF16), (BF16, BF16))
+#: Bytes of a stack beyond which its layers are views of it, to save memory.
+SEPARATE = 2**31
 
 
-def contender_backends(device: torch.device) -> list[str]:
+def backends(device: torch.device) -> list[str]:
     """The backends of this package to be compared on a device."""
-    return ["cuda", "triton"] if device.type == "cuda" else ["cpu", "triton"]
+    if device.type == "cuda":
+        return ["cuda", "triton"]
+    return ["cpu" if "cpu" in tcur.build_info()["backends"] else "reference", "triton"]
 
 
-def why_absent(backend: str, factors: tcur.CURFactors, core: Tensor) -> str | None:
-    """None where a backend runs for these tensors, or else its own words."""
-    try:
-        tcur.cur_product(factors, core, backend)
-    except (RuntimeError, ValueError) as error:
-        return str(error)
-    return None
+def why_absent(backend: str, device: torch.device) -> str | None:
+    """None where a backend is here, or else why not; nothing runs for it."""
+    info = tcur.build_info()
+    if backend in info["backends"]:
+        return None
+    return str(info.get(backend, {}).get("error", f"it does not run on {device.type} here"))
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """fp32 or bf16."""
+    return {FP32: "fp32", BF16: "bf16"}[dtype]
+
+
+def text(shape: Sequence[int]) -> str:
+    """Sizes as they stand in a row."""
+    return "x".join(map(str, shape))
 
 
 @dataclass
@@ -57,7 +76,7 @@ class Data:
     core: Tensor
 
     @staticmethod
-    def make(shape: tuple[int, int, int, int], device: torch.device) -> Data:
+    def make(shape: Shape, device: torch.device) -> Data:
         """Normal numbers, scaled so that the update is about as large as the weight."""
         n3, n1, n2, rank = shape
         generator = torch.Generator(device).manual_seed(0)
@@ -69,81 +88,115 @@ class Data:
             normal(n3, n1, n2), normal(n3, n1, rank), normal(n3, rank, n2), normal(n3, rank, rank)
         )
 
+    @property
+    def factors(self) -> tcur.CURFactors:
+        """The frozen factors."""
+        return tcur.CURFactors(self.lateral, self.horizontal)
+
+    @property
+    def spectra(self) -> tuple[Tensor, Tensor]:
+        """Half spectra of C and R."""
+        return reference.half_spectrum(self.lateral), reference.half_spectrum(self.horizontal)
+
     def exact_update(self, rows: Tensor) -> Tensor:
         """Some rows of C*U*R, in float64."""
         lateral = self.lateral[:, rows].double()
         return tcur.t_product(tcur.t_product(lateral, self.core.double()), self.horizontal.double())
 
 
-def materialize(bench: Bench, name: str, shape: tuple[int, int, int, int], full: bool) -> None:
-    """W_eff in fp32; with ``full`` in bf16 too, and against all baselines."""
+class Checked:
+    """A check of W_eff: some rows against float64, all of it finite."""
+
+    def __init__(self, data: Data, limit: float) -> None:
+        n1 = data.weight.shape[1]
+        self.rows = torch.arange(0, n1, max(1, n1 // 7), device=data.weight.device)
+        self.exact, self.limit = data.exact_update(self.rows), limit
+
+    def __call__(self, run: Callable[[], object], weight: Tensor, out: Tensor) -> str | None:
+        """What is wrong with ``out`` after ``run``, or None."""
+        out.fill_(float("nan"))
+        run()
+        update = out[:, self.rows].double() - weight[:, self.rows].double()
+        error = float((update - self.exact).norm() / self.exact.norm())
+        if not error < self.limit:
+            return f"relative error {error:.2g}"
+        return None if bool(torch.isfinite(out.sum(dtype=FP32))) else "not all of it is finite"
+
+
+def materialize(
+    bench: Bench, section: str, case: str, shape: Shape, dtypes: tuple[torch.dtype, torch.dtype]
+) -> None:
+    """W_eff of a stack and of its layers by every backend, beside a copy."""
+    base, narrow = dtypes
     data = Data.make(shape, bench.device)
-    weight, core = data.weight, data.core
-    factors = tcur.CURFactors(data.lateral, data.horizontal)
-    rows = torch.arange(0, shape[1], max(1, shape[1] // 7), device=bench.device)
-    exact = data.exact_update(rows)
-    for dtype in (torch.float32, torch.bfloat16) if full else (torch.float32,):
-        case = f"{name} {'x'.join(map(str, shape))} {str(dtype)[6:]}"
-        moved = weight.numel() * (4 + dtype.itemsize)
-        for backend in contender_backends(bench.device):
-            reason = why_absent(backend, factors, core)
-            if reason is not None:
-                bench.rows.add(Row("materialize", case, backend, note=f"absent: {reason}"))
-                continue
-            out = torch.empty_like(weight, dtype=dtype)
-            run = materializer(weight, factors, core, out, backend)
-            update = run()[:, rows].double() - weight[:, rows].double()
-            error = float((update - exact).norm() / exact.norm())
-            limit = LIMIT if dtype == torch.float32 else 2e-2
-            if not error < limit:
-                bench.rows.add(Row("materialize", case, backend, note=f"WRONG: error {error:.2g}"))
-                continue
-            bench.measure("materialize", case, backend, run, moved)
-            del out, run
-        if full:
-            for contender, make in baselines(bench, data).items():
-                bench.measure("materialize", case, contender, lazily(make, core, dtype), moved)
+    factors, core = data.factors, data.core
+    stacked = data.weight.to(base)
+    count = bench.clock.sets(stacked.numel() * (base.itemsize + narrow.itemsize))
+    stacks = [stacked, *(stacked.clone() for _ in range(count - 1))]
+    outs = [torch.empty_like(stacked, dtype=narrow) for _ in stacks]
+    is_large = stacked.nbytes > SEPARATE
+    layers = [
+        list(stack.unbind()) if is_large else [w.clone() for w in stack.unbind()]
+        for stack in stacks
+    ]
+    checked = Checked(data, LIMIT if dtypes == (FP32, FP32) else NARROW_LIMIT)
 
+    def copies() -> list[Run]:
+        return [partial(o.copy_, w) for w, o in zip(stacks, outs, strict=True)]
 
-def materializer(
-    weight: Tensor, factors: tcur.CURFactors, core: Tensor, out: Tensor, backend: str
-) -> Callable[[], Tensor]:
-    """Our contender."""
-    return lambda: tcur.materialize(weight, factors, core, out=out, backend=backend)
+    def ours(weights: Sequence[Tensor | list[Tensor]], backend: str) -> list[Run]:
+        return [
+            partial(tcur.materialize, w, factors, core, out=o, backend=backend)
+            for w, o in zip(weights, outs, strict=True)
+        ]
+
+    contenders = [Contender("copy", "torch", copies)]
+    for backend in backends(bench.device):
+        absent = why_absent(backend, bench.device)
+        for form, weights in (("stack", stacks), ("layers", layers)):
+            make = partial(ours, weights, backend)
+
+            def check(make: Callable[[], list[Run]] = make) -> str | None:
+                return checked(make()[0], stacked, outs[0])
+
+            contenders.append(Contender(form, backend, make, check=check, absent=absent))
+    bench.race(section, case, contenders)
 
 
 Update = Callable[[Tensor], Tensor]
 
 
-def lazily(make: Callable[[], Update], core: Tensor, dtype: torch.dtype) -> Callable[[], Tensor]:
-    """A baseline that is made when it is called first: running out of memory is a row then."""
-    made: list[Update] = []
-
-    def run() -> Tensor:
-        if not made:
-            made.append(make())
-        return made[0](core).to(dtype)
-
-    return run
-
-
-def baselines(bench: Bench, data: Data) -> dict[str, Callable[[], Update]]:
-    """Plain torch, by name."""
-    weight = data.weight
-
-    def spectra() -> tuple[Tensor, Tensor]:
-        return reference.half_spectrum(data.lateral), reference.half_spectrum(data.horizontal)
+def baselines(bench: Bench, section: str, case: str, shape: Shape, narrow: torch.dtype) -> None:
+    """Plain torch, launched, beside the same copy: what it allocates may not fit."""
+    data = Data.make(shape, bench.device)
+    out = torch.empty_like(data.weight, dtype=narrow)
+    checked = Checked(data, 1e-4 if narrow == FP32 else NARROW_LIMIT)
+    made: dict[str, Update] = {}
 
     def make_eager(function: Callable[..., Tensor] = eager) -> Update:
-        factors = spectra()
-        return lambda core: function(weight, *factors, core)
+        spectra = data.spectra
+        return lambda core: function(data.weight, *spectra, core)
 
-    return {
+    makers: dict[str, Callable[[], Update]] = {
         "eager": make_eager,
         "compile": lambda: make_eager(compiled(bench, eager)),
-        "S1": lambda: S1(weight, *spectra()),
-        "S2": lambda: S2(weight, *spectra()),
+        "S1": lambda: S1(data.weight, *data.spectra),
+        "S2": lambda: S2(data.weight, *data.spectra),
     }
+
+    def runs(name: str) -> list[Run]:
+        made[name] = makers[name]()
+        return [lambda: made[name](data.core).to(narrow)]
+
+    def check(name: str) -> str | None:
+        return checked(lambda: out.copy_(made[name](data.core)), data.weight, out)
+
+    contenders = [Contender("copy", "torch", lambda: [partial(out.copy_, data.weight)])]
+    contenders += [
+        Contender(name, "torch", partial(runs, name), "launched", check=partial(check, name))
+        for name in makers
+    ]
+    bench.race(section, case, contenders)
 
 
 def compiled(bench: Bench, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -152,75 +205,24 @@ def compiled(bench: Bench, function: Callable[..., Tensor]) -> Callable[..., Ten
     return torch.compile(function, backend="aot_eager" if bench.tiny else "inductor")
 
 
-def gradients(bench: Bench, name: str, shape: tuple[int, int, int, int], tokens: int) -> None:
-    """The gradient of the core, from a dense G and from tokens, and the factored layer."""
-    n3, n1, n2, rank = shape
-    data = Data.make(shape, bench.device)
-    factors = tcur.CURFactors(data.lateral, data.horizontal)
-    spectra = reference.half_spectrum(data.lateral), reference.half_spectrum(data.horizontal)
-    x = torch.randn(tokens, n2, device=bench.device)
-    grad_y = torch.randn(tokens, n1, device=bench.device)
-    at, q = n3 // 2, n3 * rank
-    weight = data.weight[at]
-    how = (at, 1, 1.0, False, False)
-    floats = tokens * (n1 + n2) + q * (n1 + n2)  # tokens in and out, or both in; the factors
-    #: operator -> numbers to be moved, its arguments, the same in plain torch
-    calls: dict[str, tuple[int, tuple[Any, ...], Callable[..., Tensor], tuple[Any, ...]]] = {
-        "core_grad_dense": (
-            n3 * n1 * n2,
-            (data.weight, *factors.packed()),
-            reference.core_grad_dense,
-            (data.weight, *spectra),
-        ),
-        "core_grad_tokens": (
-            floats,
-            (x, grad_y, *factors.packed(), n3, at, 1),
-            reference.core_grad_tokens,
-            (x, grad_y, *spectra, n3, at),
-        ),
-        "cur_linear": (
-            floats + n1 * n2,
-            (x, weight, None, *factors.packed(), data.core, *how),
-            reference.cur_linear,
-            (x, weight, None, *spectra, data.core, at),
-        ),
-    }
-    for op, (moved, args, plain, plain_args) in calls.items():
-        case = f"{name} {'x'.join(map(str, shape))} {tokens} tokens"
-        expected = plain(*plain_args)
-        for backend in contender_backends(bench.device):
-            reason = why_absent(backend, factors, data.core)
-            if reason is not None:
-                bench.rows.add(Row(op, case, backend, note=f"absent: {reason}"))
-                continue
-            run = partial(ops.operator(op, "triton" if backend == "triton" else ""), *args)
-            error = float((run() - expected).norm() / expected.norm())
-            if not error < LIMIT:
-                bench.rows.add(Row(op, case, backend, note=f"WRONG: error {error:.2g}"))
-                continue
-            bench.measure(op, case, backend, run, 4 * moved)
-        bench.measure(op, case, "eager", partial(plain, *plain_args), 4 * moved)
-        run = partial(compiled(bench, plain), *plain_args)
-        bench.measure(op, case, "compile", run, 4 * moved)
-
-
 def run(bench: Bench) -> None:
-    """All operators at the shapes of whole models."""
-    if bench.tiny:
-        materialize(bench, "tiny", (6, 20, 24, 2), full=True)
-        gradients(bench, "tiny", (6, 20, 24, 2), 30)
-        return
-    for name, shape in SHAPES.items():
-        materialize(bench, name, shape, full=True)
-        torch.cuda.empty_cache()
-    for name in ("vit_b_attention", "vit_b_mlp_up", "llama_8b_k_v"):
-        gradients(bench, name, SHAPES[name], TOKENS)
-        torch.cuda.empty_cache()
+    """W_eff at the shapes of whole models, ours first; then the baselines."""
+    shapes = {"tiny": TINY} if bench.tiny else SHAPES
+    section = "materialize"
+    for name, shape in shapes.items():
+        for dtypes in DTYPES if name in VIT_B else DTYPES[:2]:
+            case = f"{name} {text(shape)} {'->'.join(map(name_of, dtypes))}"
+            bench.piece(section, case, partial(materialize, bench, section, case, shape, dtypes))
+    for narrow in (FP32, BF16):
+        for name in [*VIT_B, "llama_8b_k_v"] if not bench.tiny else shapes:
+            case = f"{name} {text(shapes[name])} fp32->{name_of(narrow)} plain torch"
+            work = partial(baselines, bench, section, case, shapes[name], narrow)
+            bench.piece(section, case, work)
 
 
 def sweep(bench: Bench) -> None:
-    """`materialize` over lengths and ranks."""
-    sizes = (8, 8) if bench.tiny else (2048, 2048)
-    for n3 in SWEEP_N3[:2] if bench.tiny else SWEEP_N3:
-        for rank in SWEEP_RANK[:2] if bench.tiny else SWEEP_RANK:
-            materialize(bench, "sweep", (n3, *sizes, rank), full=False)
+    """W_eff over lengths and ranks."""
+    section = "sweep"
+    for shape in [(1, 8, 8, 4), (12, 8, 8, 8)] if bench.tiny else SWEEP:
+        case = f"{text(shape)} fp32->fp32"
+        bench.piece(section, case, partial(materialize, bench, section, case, shape, DTYPES[0]))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import platform
-import subprocess
 from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import datetime, timezone
@@ -14,6 +13,7 @@ import torch
 
 import tcur_kernels as tcur
 
+from .commit import commit
 from .memory import Peak
 from .timing import Timing
 
@@ -32,13 +32,6 @@ def device_name() -> str:
     return "".join(
         c if c.isalnum() else "-" for c in f"{model}-{tcur.build_info()['cpu']['isa_chosen']}"
     )
-
-
-def commit() -> str:
-    """The commit of the code, with "+dirty" where files differ from it."""
-    code = ("csrc", "tcur_kernels", "benchmarks/*.py", "setup.py")
-    dirty = bool(_git("-C", "..", "status", "--porcelain", "--untracked-files=no", "--", *code))
-    return _git("rev-parse", "--short", "HEAD") + ("+dirty" if dirty else "")
 
 
 def append(
@@ -85,10 +78,3 @@ def read() -> list[dict[str, str]]:
                 value = row["peak_mb" if path.stem.endswith(MEMORY) else "median_ms"]
                 found.append({"device": device, "value": value, **row})
     return sorted(found, key=lambda row: row["time"])
-
-
-def _git(*args: str) -> str:
-    result = subprocess.run(
-        ["git", *args], cwd=RESULTS.parent, capture_output=True, text=True, check=False
-    )
-    return result.stdout.strip()

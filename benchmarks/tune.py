@@ -1,9 +1,10 @@
 """``python -m benchmarks.tune``: times launch parameters on this GPU, rewrites the launch table.
 
-For each kernel whose time matters, candidates around its row are checked against plain torch, timed
-in turn, and the fastest takes the row's place, with the measurement as its reason. Rows are written
-for this device's architecture; those of other architectures stay as they are. ``--list`` shows the
-candidates, and needs no GPU.
+For each kernel whose time matters, candidates around its row, the nearest first, are checked
+against plain torch and timed as CUDA graphs; the best of them take turns, and the fastest takes the
+row's place, with the measurement as its reason. Every row has its part of ``--seconds``, and the
+table is written after each. Rows are written for this device's architecture; those of other
+architectures stay as they are. ``--list`` shows the candidates, and needs no GPU.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ import argparse
 import csv
 import itertools
 import statistics
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, fields, replace
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -21,6 +24,8 @@ import torch
 
 import tcur_kernels as tcur
 from tcur_kernels.triton import launch
+
+from .gpu_clock import ROUNDS, Clock, Contender, Ready, captured, first_line
 
 TABLE = Path(launch.__file__).with_name("launch.csv")
 #: kernel -> (n3, n1, n2, rank) to tune each of its rows on, by the row's n3_max.
@@ -34,11 +39,15 @@ SHAPES = {
 LONG = {"materialize": (128, 4096, 4096, 8)}
 OTHERWISE = (48, 768, 768, 8)
 TOKENS = 4096
+LIMIT = 1e-5  # of the relative error
+KEPT = 4  # candidates that are timed in turn at the end, beside the row itself
+WORTH = 0.98  # of the time of a row, for another one to take its place
 
 
 def candidates(row: launch.Row) -> Iterator[launch.Row]:
-    """The row itself first, then its neighbours: other tiles, warps and stages."""
+    """The row itself first, then its neighbours, the nearest first: tiles, warps and stages."""
     yield row
+    found = []
     choices: dict[str, set[int]] = {"warps": {4, 8, 16}, "stages": {1, 2, 3}}
     for name, least in (("rows", 16), ("cols", 16), ("bins", 8), ("slices", 16), ("span", 32)):
         value = getattr(row, name)
@@ -47,7 +56,10 @@ def candidates(row: launch.Row) -> Iterator[launch.Row]:
     for values in itertools.product(*(sorted(c) for c in choices.values())):
         changed = replace(row, **dict(zip(choices, values, strict=True)))
         if changed != row and changed.rows * max(1, changed.cols) <= 16384:
-            yield changed
+            found.append(changed)
+    yield from sorted(
+        found, key=lambda other: sum(getattr(other, name) != getattr(row, name) for name in choices)
+    )
 
 
 def shape_of(row: launch.Row) -> tuple[int, int, int, int]:
@@ -56,8 +68,10 @@ def shape_of(row: launch.Row) -> tuple[int, int, int, int]:
     return SHAPES[row.kernel].get(row.n3_max, long)
 
 
-def workload(row: launch.Row, device: str) -> tuple[Callable[[], object], Callable[[], object]]:
-    """What runs the kernel of a row, and the same in plain torch."""
+def workload(
+    row: launch.Row, device: torch.device
+) -> tuple[Callable[[], torch.Tensor], torch.Tensor]:
+    """What runs the kernel of a row, and its result in plain torch."""
     n3, n1, n2, rank = shape_of(row)
     generator = torch.Generator(device).manual_seed(0)
 
@@ -69,61 +83,80 @@ def workload(row: launch.Row, device: str) -> tuple[Callable[[], object], Callab
     if row.kernel == "materialize":
         out = torch.empty_like(weight)
 
-        def run(backend: str) -> object:
-            return tcur.materialize(weight, factors, core, out=out, backend=backend).clone()
-    elif row.kernel == "core_grad_dense":
+        def run(backend: str, **how: torch.Tensor) -> torch.Tensor:
+            return tcur.materialize(weight, factors, core, backend=backend, **how)
 
-        def run(backend: str) -> object:
-            op = getattr(torch.ops.tcur, f"core_grad_dense_{backend}")
-            return op(weight, *factors.packed())
-    else:
+        return partial(run, "triton", out=out), run("reference")
+    if row.kernel == "core_grad_dense":
+        name, args = "core_grad_dense", (weight, *factors.packed())
+    elif row.kernel == "diagonal_blocks":
         x, grad_y = normal(TOKENS, n2), normal(TOKENS, n1)
-
-        def run(backend: str) -> object:
-            if row.kernel == "diagonal_blocks":
-                op = getattr(torch.ops.tcur, f"core_grad_tokens_{backend}")
-                return op(x, grad_y, *factors.packed(), n3, 0, 1)
-            return tcur.cur_linear(x, weight[0], None, factors, core, 0, backend=backend)
-
-    return lambda: run("triton"), lambda: run("reference")
-
-
-def median_ms(run: Callable[[], object], rounds: int) -> float:
-    """Median time by device events, after a warm-up."""
-    times = []
-    for round_ in range(rounds + 2):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        if round_ >= 2:
-            times.append(start.elapsed_time(end))
-    return statistics.median(times)
+        name, args = "core_grad_tokens", (x, grad_y, *factors.packed(), n3, 0, 1)
+    else:
+        x = normal(TOKENS, n2)
+        call = partial(tcur.cur_linear, x, weight[0], None, factors, core, 0)
+        return partial(call, backend="triton"), call(backend="reference")
+    plain = getattr(torch.ops.tcur, f"{name}_reference")(*args)
+    return partial(getattr(torch.ops.tcur, f"{name}_triton"), *args), plain
 
 
-def tune(row: launch.Row, arch: str, rounds: int) -> launch.Row:
-    """The fastest of the candidates that are right, for this architecture."""
-    run, plain = workload(row, "cuda")
-    exact = plain()
-    best, best_ms, before_ms = row, float("inf"), float("inf")
-    for candidate in candidates(row):
+class Tuner:
+    """Times candidates on one device: each captured in a CUDA graph, the best ones in turn."""
+
+    def __init__(self, clock: Clock, arch: str) -> None:
+        self.clock, self.arch = clock, arch
+
+    def tune(self, row: launch.Row, until: float) -> launch.Row:
+        """The fastest of the candidates that are right and were reached until then."""
+        run, exact = workload(row, self.clock.device)
+        ready: dict[launch.Row, Ready] = {}
+        ms: dict[launch.Row, float] = {}
+        for candidate in candidates(row):
+            if ms and self.clock.left <= until:
+                break
+            one = self._prepared(candidate, row, run, exact)
+            if one is not None:
+                ready[candidate] = one
+                ms[candidate] = min(self.clock.time(one) for _ in range(3))
+                for slow in sorted(ms, key=ms.__getitem__)[KEPT:]:
+                    if slow != row:
+                        ready.pop(slow, None)  # and with it its graph
+        if row not in ready:
+            return replace(row, reason=f"{row.reason}; it failed on this device")
+        found: dict[launch.Row, list[float]] = {candidate: [] for candidate in ready}
+        for _ in range(ROUNDS):
+            for candidate, one in ready.items():
+                found[candidate].append(self.clock.time(one))
+        medians = {candidate: statistics.median(times) for candidate, times in found.items()}
+        best = min(medians, key=medians.__getitem__)
+        if medians[best] > WORTH * medians[row]:
+            best = row  # not worth another row
+        name = torch.cuda.get_device_name() if self.clock.on_gpu else "cpu"
+        reason = (
+            f"{len(ms)} candidates on {name}: {medians[best]:.3g} ms against {medians[row]:.3g}"
+        )
+        return replace(best, arch=self.arch, reason=reason)
+
+    def _prepared(
+        self,
+        candidate: launch.Row,
+        row: launch.Row,
+        run: Callable[[], torch.Tensor],
+        exact: torch.Tensor,
+    ) -> Ready | None:
         rows = tuple(candidate if other is row else other for other in launch.table())
+
+        def check() -> str | None:
+            difference = float((run() - exact).norm() / exact.norm())
+            return None if difference < LIMIT else f"wrong by {difference:.2g}"
+
+        contender = Contender(candidate.kernel, "triton", lambda: [run], check=check)
         with mock.patch.object(launch, "table", return_value=rows):
             try:
-                result = run()
-            except Exception as error:  # out of shared memory, or a tile that cannot be compiled
-                print(f"  {candidate.kernel}: {type(error).__name__}")
-                continue
-            difference = float((result - exact).norm() / exact.norm())  # type: ignore[operator]
-            if not difference < 1e-5:
-                raise RuntimeError(f"{candidate} is wrong by {difference:.2g}")
-            ms = median_ms(run, rounds)
-        before_ms = ms if candidate is row else before_ms
-        if ms < best_ms:
-            best, best_ms = candidate, ms
-    reason = f"tuned on {torch.cuda.get_device_name()}: {best_ms:.3g} ms against {before_ms:.3g}"
-    return replace(best, arch=arch, reason=reason)
+                return self.clock.prepare(contender, captured)
+            except Exception as error:  # too much shared memory, a tile that cannot be compiled
+                print(f"  {first_line(error)[:80]}: {candidate}"[:240])
+                return None
 
 
 def write(rows: list[launch.Row], path: Path = TABLE) -> None:
@@ -142,24 +175,37 @@ def main() -> None:
     """Reads the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tune", description=__doc__)
     parser.add_argument("--kernel", choices=SHAPES, action="append", help="default: all")
-    parser.add_argument("--rounds", type=int, default=20, help="timed runs per candidate")
+    parser.add_argument("--seconds", type=float, default=300.0, help="for all of it")
+    parser.add_argument("--table", type=Path, default=TABLE, help="the file to be written")
     parser.add_argument("--list", action="store_true", help="show the candidates and stop")
     args = parser.parse_args()
     if not args.list and not torch.cuda.is_available():
         raise SystemExit("benchmarks.tune: no GPU to time on; --list shows the candidates")
-    arch = launch.arch_of(torch.device("cpu" if args.list else "cuda"))
+    device = torch.device("cpu" if args.list else "cuda")
+    arch = launch.arch_of(device)
     used = {launch.row(row.kernel, arch, row.n3_max or 1 << 20) for row in launch.table()}
     chosen = [row for row in launch.table() if row in used and row.kernel in SHAPES]
     chosen = [row for row in chosen if not args.kernel or row.kernel in args.kernel]
+    chosen.sort(key=lambda row: list(SHAPES).index(row.kernel))
     if args.list:
         for row in chosen:
             print(row.kernel, shape_of(row), len(list(candidates(row))), "candidates")
         return
-    tuned = {row: tune(row, arch, args.rounds) for row in chosen}
-    kept = [row for row in launch.table() if row not in tuned or row.arch != arch]
-    write([*kept, *tuned.values()])
-    for row in tuned.values():
-        print(row.kernel, row.reason)
+    import tcur_kernels.triton  # noqa: F401  (defines its operators)
+
+    tuner = Tuner(Clock(device, time.time() + args.seconds, tiny=False), arch)
+    write_tuned(tuner, chosen, args.table)
+
+
+def write_tuned(tuner: Tuner, chosen: list[launch.Row], path: Path) -> None:
+    """Tunes rows one after the other, each for its part of the time; every one is written."""
+    tuned: dict[launch.Row, launch.Row] = {}
+    for place, row in enumerate(chosen):
+        left = tuner.clock.left
+        tuned[row] = tuner.tune(row, left - left / (len(chosen) - place))
+        print(row.kernel, row.n3_max or "", tuned[row].reason, flush=True)
+        kept = [other for other in launch.table() if other not in tuned or other.arch != tuner.arch]
+        write([*kept, *tuned.values()], path)
 
 
 if __name__ == "__main__":

@@ -99,6 +99,11 @@ def has_codelets(n3: int) -> bool:
     return any(n3 % inner == 0 and n3 // inner <= LONGEST_OUTER for inner in inners)
 
 
+def has_tubes(n3: int) -> bool:
+    """Whether the CUDA kernels have one for this length alone, csrc/cuda/tubes_in_registers.h."""
+    return has_codelets(n3) and (n3 <= LONGEST_OUTER or n3 % 4 == 0)
+
+
 def cuda_takes(n3: int, dtype: torch.dtype) -> bool:
     """Whether the CUDA kernels can work on factors of this dtype and number of slices."""
     return dtype == torch.float32 and n3 <= CUDA_SLICES

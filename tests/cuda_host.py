@@ -108,8 +108,8 @@ def operator(name, precision="ieee"):
     return ops.operator(name, LANGUAGE_TF32 if precision == "tf32" else LANGUAGE)
 
 
-#: Two factors; the product with the matrix, in two launches of two chunks; a rank for which one
-#: block of threads takes several turns; and enough rows that a block of the dense gradient takes
+#: Two factors; the product with the matrix, in two launches of two chunks; a rank for which a block
+#: holds a slab of the core after another; and enough rows that a block of the dense gradient takes
 #: several tiles, by codelets and by the matrix: (n3, n1, n2, rank).
 ORDERED = ((36, 18, 40, 3), (257, 9, 9, 1), (2, 35, 36, 34), (2, 1057, 132, 1), (17, 1057, 132, 1))
 
@@ -127,6 +127,11 @@ def results(n3, n1, n2, rank):
         args = (case.core, 0, 2, 0.5, False)
         found.append(operator("cur_linear")(x, None, None, *case.packed, *args, False))
         found.append(operator("cur_linear")(grad_y, None, None, *case.packed, *args, True))
+        # A core for each of 40 rows, of 20 cores: two turns of the sort of the rows.
+        ids, many = torch.randint(0, 20, (40,)), (20, *case.core.shape)
+        found.append(operator("core_grad_tokens")(x, grad_y, *case.packed, n3, 0, 2, ids, 20))
+        args = (torch.randn(many), 0, 2, 0.5, False, False, None, False, ids)
+        found.append(operator("cur_linear")(x, None, None, *case.packed, *args))
     return found
 
 

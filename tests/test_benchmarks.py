@@ -3,7 +3,7 @@
 import csv
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 
 import pytest
@@ -193,34 +193,34 @@ def test_rows_and_tables(benchmarks, monkeypatch, tmp_path):
 
 def test_dry_run_of_the_gpu_command(tmp_path):
     """`python -m benchmarks.gpu` in toy sizes on the CPU: every section, every row on disk."""
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.gpu",
-        "--device",
-        "cpu",
-        "--tiny",
-        "--out",
-        tmp_path,
-    ]
+    command = [sys.executable, "-m", "benchmarks.gpu", "--device", "cpu", "--tiny"]
+    command += ["--commit", "abc1234", "--out", tmp_path]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
     with open(tmp_path / "rows.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     sections = {row["section"] for row in rows}
     operators = {"materialize", "core_grad_dense", "core_grad_tokens", "cur_linear"}
-    assert sections == operators | {"rates", "tests", "sanitizer", "step", "cuda_graph", "serving"}
+    others = {"build", "rates", "kernels", "ncu", "gradients", "gradient_way", "step", "serving"}
+    assert sections == operators | others | {"tests", "sanitizer", "sweep", "unetr"}
+    assert {row["commit"] for row in rows} == {"abc1234"}
     timed = {(row["section"], row["contender"]) for row in rows if row["ms"]}
-    assert {("materialize", c) for c in ("cpu", "eager", "compile", "S1", "S2")} <= timed
-    assert {
-        ("step", c) for c in ("frozen", "full", "lora_8", "lora_32", "tcur", "tcur_bf16")
-    } <= timed
-    assert not [row for row in rows if row["note"].startswith(("FAILED", "WRONG"))]
+    forms = ("copy", "stack", "layers", "eager", "compile", "S1", "S2")
+    ways = ("frozen", "full", "lora_8", "lora_32", "tcur", "tcur_bf16")
+    assert {("materialize", form) for form in forms} <= timed
+    assert {("step", way) for way in ways} <= timed
+    assert {("unetr", way) for way in ("full", "lora_32", "curlora_2", "tcur_8")} <= timed
+    shares = [r for r in rows if r["section"] == "materialize" and r["contender"] == "layers"]
+    for row in shares:
+        if row["ms"]:
+            share = 100 * float(row["copy_ms"]) / float(row["ms"])
+            assert float(row["percent_of_copy"]) == pytest.approx(share, rel=1e-3)
+    assert not [row for row in rows if row["note"].startswith(("FAILED", "WRONG", "left out: no"))]
     assert "rows, 0 failed" in result.stdout
 
 
-def test_what_goes_wrong_on_a_gpu_is_a_row_and_an_exit_status(tmp_path):
-    (tmp_path / "log").write_text("")
+def test_what_goes_wrong_on_a_gpu_is_a_row_and_an_exit_status(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
     import benchmarks.gpu_build as gpu_build
 
     command = [sys.executable, "-c", "raise SystemExit('torn')"]
@@ -250,7 +250,58 @@ def test_tuning_offers_candidates_and_writes_the_table_it_read(tmp_path, capsys,
     assert capsys.readouterr().out.count("materialize") == len(
         {row for row in tune.launch.table() if (row.kernel, row.arch) == ("materialize", "sm_80")}
     )
+    row = tune.launch.table()[1]
+    changes = [
+        sum(a != b for a, b in zip(astuple(row), astuple(other), strict=True))
+        for other in tune.candidates(row)
+    ]
+    assert changes == sorted(changes)
     if not torch.cuda.is_available():
         monkeypatch.setattr("sys.argv", ["tune"])
         with pytest.raises(SystemExit, match="no GPU to time on"):
             tune.main()
+
+
+class FakeClock:
+    """A device on which 16 warps are the fastest, 8 cannot be compiled, and time runs out."""
+
+    on_gpu, device = False, torch.device("cpu")
+
+    def __init__(self, launch, row, seconds):
+        self.launch, self.row, self.left = launch, row, seconds
+
+    def prepare(self, contender, capture):
+        self.left -= 1
+        rows = [row for row in self.launch.table() if row.kernel == self.row.kernel]
+        (changed,) = [row for row in rows if row not in TABLE] or [self.row]
+        if changed.warps == 8 and changed != self.row:
+            raise RuntimeError("out of shared memory")
+        return changed
+
+    def time(self, ready):
+        return 1.0 / ready.warps
+
+
+TABLE = []
+
+
+def test_tuning_takes_the_fastest_and_writes_as_it_goes(tmp_path, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks import tune
+
+    monkeypatch.setattr(tune, "workload", lambda row, device: (int, None))
+    TABLE[:] = tune.launch.table()
+    rows = [row for row in TABLE if (row.kernel, row.arch) == ("materialize", "sm_80")]
+    tuner = tune.Tuner(FakeClock(tune.launch, rows[0], 1000), "sm_90")
+    best = tuner.tune(rows[0], 0)
+    assert (best.warps, best.arch) == (16, "sm_90")
+    assert "candidates on cpu: 0.0625 ms against" in best.reason
+    assert "RuntimeError: out of shared memory" in capsys.readouterr().out
+    tuner.clock.left = 3
+    tune.write_tuned(tuner, rows[:1], tmp_path / "launch.csv")
+    written = tune.launch.parse((tmp_path / "launch.csv").read_text())
+    assert len(written) == len(TABLE) + 1
+    assert tuner.clock.left == 0
+    monkeypatch.setattr(FakeClock, "time", lambda self, ready: 1 - 0.001 * ready.warps)
+    tuner.clock.left = 100
+    assert tuner.tune(rows[0], 0).warps == rows[0].warps  # not worth it

@@ -79,11 +79,24 @@ def test_every_length_of_two_factors(n3):
     check_both_transforms(make_case(n3, 3, 7, 1))
 
 
+@pytest.mark.parametrize("n3", [n3 for n3 in range(1, 145) if cost.has_tubes(n3)])
+def test_every_length_with_kernels_of_its_own(n3):
+    """Tiles that are not full; a rank that is no whole quad, and more of them than one launch takes."""
+    check_both_transforms(make_case(n3, 9, 36, 9 if n3 % 3 == 0 else 3))
+
+
+@pytest.mark.parametrize("rank", [1, 4, 5, 8, 12, 16, 17])
+@pytest.mark.parametrize("n3", [5, 12, 48, 64])
+def test_every_rank_with_kernels_of_its_own(n3, rank):
+    """Up to 16, and the first one for tensor cores."""
+    check_both_transforms(make_case(n3, 33, 68, rank))
+
+
 @pytest.mark.parametrize("n3", [1, 12, 47])
-@pytest.mark.parametrize("rank", [1, 8, 9])
+@pytest.mark.parametrize("rank", [1, 9, 17])
 @pytest.mark.parametrize("precision", ["tf32", "bf16"])
 def test_rounded_operands_keep_their_promise(n3, rank, precision):
-    """And they are rounded: the error is not that of fp32."""
+    """And where tensor cores multiply they are rounded: the error is not that of fp32."""
     case = make_case(n3, 17, 36, rank)
     packed = case.packed
     if precision == "bf16":
@@ -98,7 +111,10 @@ def test_rounded_operands_keep_their_promise(n3, rank, precision):
     exact = oracle.cur_product(case.lateral, case.core, case.horizontal)
     exact_grad = reference.core_grad_dense(double.weight, *double.spectra)
     for actual, expected in ((product, exact), (core.grad, exact_grad)):
-        assert 1e-6 < relative_error(actual, expected) <= PROMISE[precision]
+        error = relative_error(actual, expected)
+        assert error <= PROMISE[precision]
+        by_registers = cost.has_tubes(n3) and rank <= 16 and precision == "tf32"
+        assert (error > 1e-6) != by_registers
 
 
 @pytest.mark.parametrize("layers", [False, True], ids=["stack", "layers"])
@@ -256,6 +272,144 @@ def test_a_core_per_row_of_tokens(cores, ids, transposed):
     assert_close(actual, same, exact)
 
 
+def shifted(tensor):
+    """The same numbers, contiguous, from an address that is no multiple of a vector."""
+    flat = torch.cat([tensor.new_zeros(1), tensor.flatten()])
+    return flat[1:].view(tensor.shape)
+
+
+def projected(n3, rank, slices, dtype):
+    """z and p of more tokens than blocks take at a time, and no multiple; by factors of ones."""
+    q = n3 * rank
+    one = torch.eye(q, dtype=dtype)
+    return torch.randn(333, q).to(dtype), torch.randn(333, slices * q).to(dtype), one
+
+
+@pytest.mark.parametrize("n3", [1, 2, 12, 48])
+@pytest.mark.parametrize("rank", [1, 3, 8, 34])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_core_grad_of_every_rank_and_alignment(n3, rank, dtype):
+    """Read by vectors or one by one; products of bf16 are exact, so the bound is that of fp32."""
+    slices, rank = min(n3, 2), min(rank, 400 // n3)
+    z, p, one = projected(n3, rank, slices, dtype)
+    args = (None, n3, n3 - slices, slices)
+    exact = plain("core_grad_tokens")(z.double(), p.double(), one.double(), *args)
+    same = plain("core_grad_tokens")(z.float(), p.float(), one.float(), *args)
+    actual = operator("core_grad_tokens")(z, p, one, *args)
+    assert_close(actual, same, exact)
+    assert torch.equal(operator("core_grad_tokens")(shifted(z), p, one, *args), actual)
+
+
+@pytest.mark.parametrize("n3", [1, 2, 12, 48])
+@pytest.mark.parametrize("rank", [1, 3, 8, 34])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_cur_linear_of_every_rank_and_alignment(n3, rank, transposed):
+    slices, rank = min(n3, 2), min(rank, 400 // n3)
+    z, p, one = projected(n3, rank, slices, torch.float32)
+    core = torch.randn(n3, rank, rank)
+    x, how = p if transposed else z, (n3 - slices, slices, 0.5, False, transposed)
+    y = operator("cur_linear")(x, None, None, one, one, core, *how)
+    exact = plain("cur_linear")(x.double(), None, None, *2 * [one.double()], core.double(), *how)
+    assert_close(y, plain("cur_linear")(x, None, None, one, one, core, *how), exact)
+    x, narrow = x.bfloat16(), one.bfloat16()
+    exact = plain("cur_linear")(x.double(), None, None, *2 * [one.double()], core.double(), *how)
+    y = operator("cur_linear")(x, None, None, narrow, narrow, core, *how)
+    assert relative_error(y, exact) <= torch.finfo(torch.bfloat16).eps
+    if not transposed:
+        for given in (x, shifted(x)):
+            other = torch.zeros_like(x)  # z is taken in its place
+            again = operator("cur_linear")(other, None, None, narrow, narrow, core, *how, given)
+            assert torch.equal(again, y)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("factors", [torch.float32, torch.bfloat16], ids=str)
+def test_projected_tokens_of_another_dtype(dtype, factors):
+    z, p, one = projected(12, 8, 1, factors)
+    z = z.to(dtype)
+    args = (None, 12, 3, 1)
+    exact = plain("core_grad_tokens")(z.double(), p.double(), one.double(), *args)
+    same = plain("core_grad_tokens")(z.float(), p.float(), one.float(), *args)
+    assert_close(operator("core_grad_tokens")(z, p, one, *args), same, exact)
+    core, how = torch.randn(12, 8, 8), (3, 1, 0.5, False, False)
+    y = operator("cur_linear")(torch.zeros(333, 96), None, None, one, one, core, *how, z)
+    exact = plain("cur_linear")(z.double(), None, None, *2 * [one.double()], core.double(), *how)
+    assert relative_error(y, exact) <= (1e-6 if factors == torch.float32 else PROMISE["bf16"])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("precision", ["ieee", "bf16"])
+def test_the_update_is_added_to_any_number_of_outputs(dtype, precision):
+    """Outputs of no multiple of four numbers, of another dtype than the factors or the same."""
+    case = make_case(4, 37, 40, 3, torch.float32, dtype)
+    packed, x = case.factors.packed(precision), torch.randn(71, 40).to(dtype)
+    how = (2, 1, 0.5, False, False)
+    y = operator("cur_linear")(x, case.weight[2], None, *packed, case.core, *how)
+    wide = [t.double() for t in (x, case.weight[2], *case.packed, case.core)]
+    exact = plain("cur_linear")(*wide[:2], None, *wide[2:], *how)
+    assert relative_error(y, exact) <= max(4 * torch.finfo(dtype).eps, PROMISE[precision])
+
+
+def test_long_sums_over_tokens():
+    """Several parts for every group of threads that adds them up, and several tokens a thread."""
+    case = make_case(12, 8, 8, 8)
+    x, grad_y = torch.randn(5000, 8), torch.randn(5000, 8)
+    exact = reference.core_grad_tokens(x.double(), grad_y.double(), *case.double().spectra, 12, 5)
+    same = reference.core_grad_tokens(x, grad_y, *case.spectra, 12, 5)
+    assert_close(operator("core_grad_tokens")(x, grad_y, *case.packed, 12, 5, 1), same, exact)
+
+
+@pytest.mark.parametrize(
+    ("n3", "rank", "cores", "rows", "length"),
+    [
+        (48, 8, 70, 90, 1),  # a block transforms a whole core
+        (4, 1, 300, 1100, 1),  # three turns of the sort, three rows for each of its threads
+        (2, 2, 5000, 40, 3),
+        (3, 2, 1, 700, 2),  # one core has all rows
+        (12, 3, 9, 20, 70),
+    ],
+)
+def test_many_cores(n3, rank, cores, rows, length):
+    case = make_case(n3, 9, 10, rank)
+    core, ids = torch.randn(cores, n3, rank, rank), torch.randint(0, cores, (rows,))
+    ids[: rows // 4] = cores - 1
+    x, grad_y = torch.randn(rows, length, 10), torch.randn(rows, length, 9)
+    wide = [t.double() for t in case.packed]
+    args = (n3, n3 - 1, 1, ids, cores)
+    actual = operator("core_grad_tokens")(x, grad_y, *case.packed, *args)
+    same = plain("core_grad_tokens")(x, grad_y, *case.packed, *args)
+    exact = plain("core_grad_tokens")(x.double(), grad_y.double(), *wide, *args)
+    assert_close(actual, same, exact)
+    how = (n3 - 1, 1, 0.5, False, False, None, False, ids)
+    y = operator("cur_linear")(x, None, None, *case.packed, core, *how)
+    same = plain("cur_linear")(x, None, None, *case.packed, core, *how)
+    exact = plain("cur_linear")(x.double(), None, None, *wide, core.double(), *how)
+    assert_close(y, same, exact)
+
+
+@pytest.mark.parametrize("n3", [600, 1100, 2048])
+def test_tokens_of_long_tubes(n3):
+    case = make_case(n3, 2, 3, 2)
+    x, grad_y = torch.randn(9, 3), torch.randn(9, 4)
+    args = (n3, n3 - 2, 2)
+    exact = reference.core_grad_tokens(x.double(), grad_y.double(), *case.double().spectra, *args)
+    same = reference.core_grad_tokens(x, grad_y, *case.spectra, *args)
+    actual = operator("core_grad_tokens")(x, grad_y, *case.packed, *args)
+    assert_close(actual, same, exact)
+
+
+def test_rows_of_no_core_count_for_none():
+    case = make_case(5, 6, 7, 2)
+    x, grad_y = torch.randn(4, 3, 7), torch.randn(4, 3, 6)
+    args = (*case.packed, 5, 1, 1)
+    ids = torch.tensor([0, 7, -1, 2])
+    actual = operator("core_grad_tokens")(x, grad_y, *args, ids, 7)
+    kept = torch.tensor([0, 3])
+    expected = operator("core_grad_tokens")(x[kept], grad_y[kept], *args, ids[kept], 7)
+    assert relative_error(actual, expected) < 1e-6
+    assert torch.equal(actual[1], torch.zeros_like(actual[1]))
+
+
 @pytest.mark.parametrize("cores", [2, 5])
 def test_an_id_out_of_range_gives_nan_and_reads_nothing(cores):
     case = make_case(4, 6, 7, 2)
@@ -325,13 +479,12 @@ def test_the_order_of_threads_makes_no_difference(host):
 
 
 def test_a_missing_barrier_is_found(tmp_path):
-    """The kernel of the products without the barrier between writing and reading a step."""
+    """The kernel of the products without the barrier between writing and reading its sums."""
     shutil.copytree(cuda_host.SOURCES, tmp_path / "csrc")
     source = tmp_path / "csrc" / "cuda" / "products.cu"
     text = source.read_text()
-    barrier = "    __syncthreads();\n      for (int t = group"
-    assert text.count(barrier) == 1
-    source.write_text(text.replace(barrier, "  for (int t = group"))
+    assert text.count("  __syncthreads();\n") == 1
+    source.write_text(text.replace("  __syncthreads();\n", ""))
     library = cuda_host.build(tmp_path / "build", tmp_path / "csrc")
     program = [sys.executable, str(Path(cuda_host.__file__)), str(library)]
     result = subprocess.run(program, capture_output=True, text=True, check=False)

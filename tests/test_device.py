@@ -170,3 +170,74 @@ def test_small_edges(device, backend):
             result = tcur.cur_product(factors, core, backend)
         torch.cuda.current_stream().wait_stream(stream)
         assert torch.equal(result, expected)
+
+
+def test_roots_first_asked_for_within_a_capture(device, backend):
+    """They are made beside the capture, and the graph finds them at every replay."""
+    if backend != "cuda":
+        pytest.skip("only the CUDA kernels keep tables of roots")
+    op = ops.operator("core_grad_tokens", language(backend))
+
+    def arguments(n3):
+        factors = make_case(n3, 6, 9, 2).factors.to(device)
+        x, grad_y = torch.randn(30, 9, device=device), torch.randn(30, 6, device=device)
+        return x, grad_y, *factors.packed(), n3, 1, 1
+
+    op(*arguments(23))  # what torch sets up at the first product must not be part of the graph
+    args = arguments(29)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        grad = op(*args)
+    for _ in range(2):
+        args[0].normal_()
+        graph.replay()
+        assert torch.equal(grad, op(*args))
+
+
+def test_another_device_than_the_current_one(device, backend):
+    """Kernels run where their tensors are, on that device's current stream."""
+    if device.type != "cuda" or torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs and --device cuda")
+    case = make_case(12, 20, 36, 8)
+    there = torch.device("cuda", 1)
+
+    def run(device):
+        factors, weight, core = on(device, case)
+        x = torch.ones(4, 36, device=device)
+        w_eff = tcur.materialize(weight, factors, core, backend=backend)
+        grad = ops.operator("core_grad_dense", language(backend))(weight, *factors.packed())
+        return w_eff, grad, tcur.cur_linear(x, weight[0], None, factors, core, 0, backend=backend)
+
+    with torch.cuda.device(0):
+        away = run(there)
+    for ours, theirs in zip(run(torch.device("cuda", 0)), away, strict=True):
+        assert theirs.device == there
+        assert torch.equal(ours.cpu(), theirs.cpu())
+
+
+def test_layers_in_a_cuda_graph(device, backend):
+    """Weights of layers are read where they are, a table of their addresses with every replay."""
+    if device.type != "cuda":
+        pytest.skip("needs --device cuda")
+    case = make_case(12, 20, 36, 8)
+    factors, weight, core = on(device, case)
+    layers, out = [w.clone() for w in weight], torch.empty_like(weight)
+
+    def run():
+        tcur.materialize(layers, factors, core, out=out, backend=backend)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()  # compiles, and puts the addresses on the device
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    for layer in layers:
+        layer.add_(1.0)
+    core.mul_(2.0)
+    graph.replay()
+    replayed = out.clone()
+    run()
+    assert torch.equal(replayed, out)

@@ -1,11 +1,13 @@
 """Every launch, compiled for every architecture of the launch table: no GPU is needed.
 
 The launches are those that the operators make, recorded instead of run. What is compiled must fit:
-shared memory of the architecture, no register spilled, products on tensor cores.
+shared memory of the architecture, no register spilled, products on tensor cores, and none of them
+at a precision that was not asked for. `test_triton_oldest.py` runs a part with the oldest Triton.
 """
 
 import re
 import subprocess
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from unittest import mock
 
@@ -15,6 +17,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from cases import make_case
+from tcur_kernels import ops
 from tcur_kernels.triton import (
     INTERPRETED,
     blocks,
@@ -23,6 +27,7 @@ from tcur_kernels.triton import (
     cur_linear,
     launch,
     materialize,
+    operators,
     products,
 )
 
@@ -64,9 +69,9 @@ class Recorder:
         return mock.MagicMock(__getitem__=lambda _, grid: of_grid(grid))
 
 
-def record(arch, call):
+def record(arch, call, launches=None):
     """The launches that ``call`` would make on a device of an architecture."""
-    recorder = Recorder([])
+    recorder = Recorder([] if launches is None else launches)
     with mock.patch.object(launch, "arch_of", return_value=arch):
         patches = [mock.patch.object(module, "wrap_triton", recorder) for module in MODULES]
         for patch in patches:
@@ -157,6 +162,35 @@ def check_fits(arch, launched, built, path):
         assert re.search(product, assembly), f"{launched.name}: no product on tensor cores"
 
 
+def check_precisions(launched, built):
+    """Products in TF32 only where they were asked for, and three of them where fp32 was.
+
+    What looks like a sum of products may become a product in TF32 on its own. In a kernel that
+    splits fp32 into TF32 it shows by standing alone: the others come as chains of three.
+    """
+    precision = launched.options.get("PRECISION")
+    operands, value = r"tensor<[\dx]*(\w+)> \* tensor<[\dx]*(\w+)>", r"(%[\w#:]+)"
+    dot = rf"{value} = tt\.dot {value}, {value}, {value}(.*?) : {operands}"
+    dots = re.findall(dot, built.asm["ttir"])
+    assert len(dots) == built.asm["ttir"].count("= tt.dot "), "a product of another spelling"
+    assert bool(dots) == (precision is not None), launched.name
+    if precision == "bf16":
+        assert all(d[5:] == ("bf16", "bf16") for d in dots), launched.name
+        return
+    assert all(d[5:] == ("f32", "f32") for d in dots), launched.name
+    stated = {"ieee": ""}.get(precision, ", inputPrecision = tf32")
+    assert all(d[4] == stated for d in dots), f"{launched.name}: {dots}"
+    if precision == "3xtf32":
+        adds_to = {result: addend for result, _, _, addend, *_ in dots}
+        for last in set(adds_to) - set(adds_to.values()):
+            chain = [last]
+            while chain[-1] in adds_to:
+                chain.append(adds_to[chain[-1]])
+            assert len(chain) == 1 + 3, f"{launched.name}: a product that is not one of three"
+    later = set(re.findall(r"inputPrecision = (\w+)", built.asm["ttgir"]))
+    assert later <= ({"tf32", "0"} if stated else set()), launched.name  # 0 is TF32 for Hopper
+
+
 @pytest.fixture(scope="module")
 def _cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
@@ -170,7 +204,9 @@ def check_all(arch, launches, tmp_path):
         key = (launched.name, *(getattr(a, "dtype", type(a)) for a in launched.args))
         if key not in seen:
             seen.add(key)
-            check_fits(arch, launched, compiled(arch, launched), tmp_path / "kernel.cubin")
+            built = compiled(arch, launched)
+            check_precisions(launched, built)
+            check_fits(arch, launched, built, tmp_path / "kernel.cubin")
     return seen
 
 
@@ -200,6 +236,63 @@ def test_every_launch_fits_at_other_ranks(arch, rank, tmp_path):
         launched for n3 in N3 for launched in launches_of(arch, "ieee", n3, rank, torch.float32)
     ]
     check_all(arch, launches, tmp_path)
+
+
+@pytest.mark.usefixtures("_cache")
+@pytest.mark.parametrize(("arch", "n3"), [("sm_80", 4), ("sm_90", 12), ("sm_90", 48)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_weights_of_layers_are_read_by_vectors(arch, n3, dtype):
+    """As those of a stack are, where their addresses allow it."""
+
+    def vectors(launched):
+        return compiled(arch, launched).asm["ptx"].count("ld.global.v4.b32")
+
+    launches = launches_of(arch, "ieee", n3, 8, dtype)
+    none, stack, layers = [launched for launched in launches if "BASE" in launched.options]
+    assert vectors(layers) == vectors(stack) > vectors(none)
+    layers.options["ALIGNED"] = 1  # one address is not a multiple of 16
+    assert vectors(layers) == vectors(none)
+
+
+def test_every_launch_is_made_on_the_device_of_its_tensors(monkeypatch):
+    """Triton launches on the current device, whatever its arguments are on."""
+    current = []
+
+    class Guarded(list):
+        def append(self, launched):
+            assert current, f"{launched.name} is not under the guard"
+            super().append(launched)
+
+    @contextmanager
+    def guard(tensor):
+        current.append(tensor.device)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(operators, "_device_of", guard)
+    case = make_case(5, 6, 9, 2)
+    core, packed, weights = case.core, case.packed, list(case.weight)
+    x, y = torch.randn(7, 9), torch.randn(7, 6)
+
+    def calls():
+        for given in ([case.weight], weights):
+            ops.operator("materialize", "triton")(given, *packed, core, 0.5, torch.float32)
+        ops.operator("core_grad_dense", "triton")(case.weight, *packed)
+        ops.operator("core_grad_tokens", "triton")(x, y, *packed, 5, 0, 1)
+        args = (x, weights[0], None, *packed, core, 0, 1, 0.5, False, False)
+        ops.operator("cur_linear", "triton")(*args)
+
+    assert len(record("sm_90", calls, Guarded())) == 2 + 2 + 3 + 4 + 4
+    assert not current
+
+
+def test_the_guard_is_for_the_device_that_is_named(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext(device))
+    there = mock.Mock(device=torch.device("cuda", 1))
+    with operators._device_of(there) as device:
+        assert device == there.device
+    with operators._device_of(torch.ones(1)) as device:
+        assert device is None
 
 
 def test_every_row_of_the_table_is_launched():

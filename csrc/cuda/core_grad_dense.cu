@@ -14,30 +14,16 @@
 // about 4*n3 of tensor cores.
 // Planned: 256 threads, up to 128 registers, 2 blocks per multiprocessor, each with a tile in
 // shared memory: 96 KiB for 48 slices of 8 x 64.
+#include "core_grad_dense.h"
 #include "dft.h"
-#include "dft_matrix.h"
 #include "operators.h"
+#include "prepare.h"
 #include "products.h"
 
 namespace tcur {
 namespace {
 
 constexpr int kThreads = 256, kRows = 8;
-
-struct ProjectArgs {
-  const void* grad;             // [n3, n1, n2]
-  const float* horizontal_hat;  // [n3*rank, n2]
-  Tables tables;
-  float* z;  // [splits, n1, n3*rank]
-  int64_t n1, n2;
-  int n3, rank, splits;
-  int64_t tiles_per_split;
-  Precision precision;
-  Tile tile;
-  Lines lines;  // of the product with the matrix: bins
-  Element element;
-  bool vector;  // rows start at multiples of four elements
-};
 
 template <int BYTES>
 TCUR_DEVICE Quad read_slice(const ProjectArgs& args, int slice, const Place& place) {
@@ -233,6 +219,99 @@ Tile choose_tile(int64_t n3, const SharedLimits& limits) {
   return {kRows, 3};
 }
 
+// What a block walks over: `per_split` tiles of a row of tiles, `splits` blocks for each. A few blocks
+// for each of 132 multiprocessors, by the shape alone: the sums are then the same on every
+// device.
+struct Walk {
+  int splits;
+  int64_t per_split, row_tiles;
+
+  Walk(const Sizes& sizes, int rows, int columns, int64_t wanted)
+      : row_tiles(tiles_of(sizes.n1, rows)) {
+    const int64_t tiles = std::max<int64_t>(1, tiles_of(sizes.n2, columns));
+    const int64_t at_most = std::max<int64_t>(1, wanted / std::max<int64_t>(1, row_tiles));
+    per_split = tiles_of(tiles, std::min(tiles, at_most));
+    splits = static_cast<int>(tiles_of(tiles, per_split));
+  }
+};
+
+ProjectTubesKernel tubes_kernel_for(int64_t n3) {
+  static constexpr ProjectTubesKernel (*parts[kTubesParts])(int64_t) = {
+      &project_tubes<0>, &project_tubes<1>, &project_tubes<2>, &project_tubes<3>};
+  return parts[tubes_part(n3)](n3);
+}
+
+// z by the kernels for tubes: [splits, n1, n3*rank].
+Tensor project_by_tubes(const Call& call, const Sizes& sizes, const Tensor& h, ProjectArgs args) {
+  const ProjectTubesKernel tubes = tubes_kernel_for(sizes.n3);
+  const int quads = static_cast<int>(tiles_of(sizes.rank, 4));
+  const int64_t width = tiles_of(sizes.n2, tubes.columns) * tubes.columns;
+  const Tensor tiles = call.floats({width, quads * 4 * sizes.n3});
+  PrepareArgs lay_out{};
+  lay_out.horizontal_hat = h.const_data_ptr<float>();
+  lay_out.tiles = tiles.mutable_data_ptr<float>();
+  lay_out.n2 = sizes.n2;
+  lay_out.n3 = args.n3;
+  lay_out.rank = args.rank;
+  lay_out.quads = quads;
+  lay_out.columns = tubes.columns;
+  lay_out.vector = sizes.n2 % 4 == 0 && is_aligned(lay_out.horizontal_hat, 16);
+  prepare(lay_out, call.stream());
+  const Walk walk(sizes, tubes.rows, tubes.columns, 792);
+  const Tensor z = call.floats({walk.splits, sizes.n1, sizes.n3 * sizes.rank});
+  args.horizontal_hat = lay_out.tiles;
+  args.z = z.mutable_data_ptr<float>();
+  args.splits = walk.splits;
+  args.tiles_per_split = walk.per_split;
+  args.quads = quads;
+  for (; args.first_quad < quads; args.first_quad += tubes.quads) {
+    launch_early(
+        call.device(),
+        tubes.kernel,
+        walk.row_tiles * walk.splits,
+        tubes.threads,
+        tubes.shared_bytes,
+        call.stream(),
+        args);
+  }
+  return z;
+}
+
+// z by the kernels for any length, rank and alignment.
+Tensor project_by_tiles(const Call& call, const Sizes& sizes, const Tensor& h, ProjectArgs args) {
+  const bool has_factors = dft_factors(sizes.n3).outer > 0;
+  args.lines = first_lines(args.n3);
+  args.tile = has_factors ? choose_tile(sizes.n3, call.limits()) : matrix_tile(args.lines);
+  const Walk walk(sizes, kRows, args.tile.columns(), 264);
+  const Tensor z = call.floats({walk.splits, sizes.n1, sizes.n3 * sizes.rank});
+  args.horizontal_hat = h.const_data_ptr<float>();
+  args.z = z.mutable_data_ptr<float>();
+  args.splits = walk.splits;
+  args.tiles_per_split = walk.per_split;
+  const int64_t blocks = walk.row_tiles * walk.splits;
+  if (has_factors) {
+    launch(
+        kernel_for(
+            dft_factors(sizes.n3).outer, std::make_integer_sequence<int, kLongestOuter>{}),
+        blocks,
+        kThreads,
+        sizes.n3 * args.tile.positions() * static_cast<int64_t>(sizeof(float)),
+        call.stream(),
+        args);
+    return z;
+  }
+  for (; args.lines.first <= args.n3 / 2; args.lines.first += args.lines.count) {
+    launch(
+        project_matrix_kernel,
+        blocks,
+        kThreads,
+        matrix_bytes(args.lines, args.tile),
+        call.stream(),
+        args);
+  }
+  return z;
+}
+
 template <bool TF32>
 Tensor core_grad_dense(Tensor grad, Tensor lateral_hat, Tensor horizontal_hat) {
   STD_TORCH_CHECK(grad.dim() == 3, "tcur: grad must be [n3, n1, n2]");
@@ -248,59 +327,28 @@ Tensor core_grad_dense(Tensor grad, Tensor lateral_hat, Tensor horizontal_hat) {
   const int n3 = static_cast<int>(sizes.n3), rank = static_cast<int>(sizes.rank);
   const Spectrum tables(call, n3);
 
-  // Two blocks for each of 132 multiprocessors, by the shape alone: the sums are then the same on
-  // every device.
-  constexpr int64_t wanted = 264;
-  const bool has_factors = dft_factors(n3).outer > 0;
-  const Lines lines = first_lines(n3);
-  const Tile tile = has_factors ? choose_tile(n3, call.limits()) : matrix_tile(lines);
-  const int64_t row_tiles = tiles_of(sizes.n1, kRows);
-  const int64_t tiles = std::max<int64_t>(1, tiles_of(sizes.n2, tile.columns()));
-  const int64_t at_most = std::max<int64_t>(1, tiles_of(wanted, std::max<int64_t>(1, row_tiles)));
-  const int64_t per_split = tiles_of(tiles, std::min(tiles, at_most));
-  const int splits = static_cast<int>(tiles_of(tiles, per_split));
-  const Tensor z = call.floats({splits, sizes.n1, sizes.n3 * sizes.rank});
   const Element element = element_of(grad.scalar_type());
-  ProjectArgs args{
-      g.const_data_ptr(),
-      h.const_data_ptr<float>(),
-      tables.tables(),
-      z.mutable_data_ptr<float>(),
-      sizes.n1,
-      sizes.n2,
-      n3,
-      rank,
-      splits,
-      per_split,
-      precision,
-      tile,
-      lines,
-      element,
-      sizes.n2 % 4 == 0 && is_aligned(g.const_data_ptr(), 4 * bytes_of(element))};
-  if (sizes.n1 > 0 && has_factors) {
-    launch(
-        kernel_for(dft_factors(n3).outer, std::make_integer_sequence<int, kLongestOuter>{}),
-        row_tiles * splits,
-        kThreads,
-        sizes.n3 * tile.positions() * static_cast<int64_t>(sizeof(float)),
-        call.stream(),
-        args);
-  }
-  for (; sizes.n1 > 0 && !has_factors && args.lines.first <= n3 / 2;
-       args.lines.first += lines.count) {
-    launch(
-        project_matrix_kernel,
-        row_tiles * splits,
-        kThreads,
-        matrix_bytes(lines, tile),
-        call.stream(),
-        args);
-  }
+  ProjectArgs args{};
+  args.grad = g.const_data_ptr();
+  args.tables = tables.tables();
+  args.n1 = sizes.n1;
+  args.n2 = sizes.n2;
+  args.n3 = n3;
+  args.rank = rank;
+  args.precision = precision;
+  args.element = element;
+  args.vector = sizes.n2 % 4 == 0 && is_aligned(args.grad, 4 * bytes_of(element));
+  const bool is_there = sizes.n1 > 0 && sizes.n2 > 0;
+  const bool takes_tubes = rank <= kShortRank && has_tubes(n3) && args.vector &&
+                         sizes.n1 * sizes.n2 <= UINT32_MAX;
+  const Tensor z = !is_there   ? call.floats({0, sizes.n1, sizes.n3 * sizes.rank})
+                   : takes_tubes ? project_by_tubes(call, sizes, h, args)
+                               : project_by_tiles(call, sizes, h, args);
   const Tensor out = call.floats({sizes.n3, sizes.rank, sizes.rank});
   const TokenRows p{
       l.const_data_ptr(), element_of(l.scalar_type()), sizes.n3 * sizes.rank, sizes.n1};
   const TokenRows z_rows{
-      z.const_data_ptr(), Element::f32, sizes.n3 * sizes.rank, splits * sizes.n1};
+      z.const_data_ptr(), Element::f32, sizes.n3 * sizes.rank, z.size(0) * sizes.n1};
   const TokenCores one(z_rows.rows, std::nullopt, 1);
   core_from_products(call, p, z_rows, n3, rank, 0, 1, one, tables.tables(), out);
   return out;

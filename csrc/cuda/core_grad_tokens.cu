@@ -3,6 +3,9 @@
 // z = x R̂ᵀ and p = dy Ĉ are ordinary matrix products of torch (cuBLAS), in fp32 or, for factors in
 // bf16, in that precision; only the diagonal blocks of pᵀz are formed (products.h). No R̂: x is z
 // already. No dy: the tokens are the rows of G = dyᵀx, and p = Ĉ.
+//
+// Beside these products: one launch for the blocks, and one that ends their sums and transforms
+// them (spectrum.h), with adapter_ids a third one that sorts rows by core (row_order.h).
 #include "products.h"
 
 namespace tcur {
@@ -29,6 +32,10 @@ Tensor core_grad_tokens(
   if (horizontal_hat.has_value()) {
     call.check("horizontal_hat", *horizontal_hat);
     z = torch::stable::matmul(cast(z, precision), torch::stable::transpose(*horizontal_hat, 0, 1));
+  }
+  // What products.h reads: fp32, or bf16 beside bf16. Every fp16 is an fp32.
+  if (z.scalar_type() != precision) {
+    z = cast(z, ScalarType::Float);
   }
   z = torch::stable::contiguous(z);
   Tensor p = torch::stable::contiguous(lateral_hat);

@@ -5,11 +5,18 @@
 //
 // The products with W, R̂ and Ĉ are ordinary ones of torch (cuBLAS), the last of them adding to y in
 // place where the dtypes allow. What is left is the core in between, a complex rank x rank matrix
-// per bin: with z_c = z_re + i z_im it is v = e^{2πikl/n3} Û_k z_c, and v_re, -v_im go on. One
-// thread per token and (re, im) pair of numbers of v; layers that share x share Û_k z_c. It reads
-// and writes each number of the projected tokens once, with rank/2 multiplications per byte.
-// Planned: 256 threads, up to 64 registers, 4 blocks per multiprocessor.
-#include "operators.h"
+// per bin: with z_c = z_re + i z_im it is v = e^{2πikl/n3} Û_k z_c, and v_re, -v_im go on. Layers
+// that share x share Û_k z_c.
+//
+// A block takes some bins of a chunk of tokens: 64 numbers of a row or more, so that lines of
+// memory are whole. Û of its bins is in shared memory, in the order in which a warp reads it. A
+// thread makes four numbers of v for up to four tokens, and asks for four numbers of each ahead of
+// the ones it multiplies. Each number of z is read from memory once, by the rank/4 threads that
+// need it from the first-level cache; 2*rank fp32 multiplications per number. 2048 tokens of 48
+// slices at rank 8 in bf16: 116 blocks of 7 bins and 72 tokens. Planned: 256 threads, up to 128
+// registers, 2 blocks per multiprocessor, up to 64 KiB of shared memory each at large ranks, 3.5
+// KiB at a rank of 8.
+#include "token_rows.h"
 
 #include <cmath>
 
@@ -25,83 +32,216 @@
 namespace tcur {
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int kThreads = kTokenThreads;
+constexpr int kSlab = 32;         // columns of Û in shared memory at a time
+constexpr int kMostThreads = 64;  // for one token, so that a slab is at most 64 KiB
+
+// Tokens of a thread at most.
+TCUR_HOST_DEVICE constexpr int tokens_of(Element element, bool transposed, bool vector) {
+  return element == Element::f32 || transposed || !vector ? 2 : 4;
+}
 
 struct ApplyArgs {
-  const void* in;  // [tokens, q], or [tokens, slices*q] transposed
-  void* out;       // [tokens, slices*q], or [tokens, q] transposed; q = n3*rank
-  Element in_element, out_element;
+  const void* in;         // [tokens, q], or [tokens, slices*q] transposed
+  void* out;              // [tokens, slices*q], or [tokens, q] transposed; q = n3*rank
   const float* core_hat;  // [entries, n3, rank, rank], weighted
   CoreIds entries;        // of the rows of tokens
-  int64_t tokens, row_length, slice_index, slices;
-  int n3, rank;
+  TokenGrid grid;
   Tables tables;
+  int rank, slice_index, slices;
 };
 
+// Columns first … first+count-1 of Û (or of its transpose) for the bins and rows of this block:
+// [count, re and im, threads of a token, 4], zeros beyond the rank and without a core.
 template <bool TRANSPOSED>
-TCUR_KERNEL(kThreads, 4)
-apply_kernel(const TCUR_PARAMETER ApplyArgs args) {
-  const int rank = args.rank, n3 = args.n3, columns = (n3 / 2 + 1) * rank;
-  const int64_t index = blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x;
-  const int64_t token = index / columns, square = static_cast<int64_t>(rank) * rank;
-  if (token >= args.tokens) {
-    return;
+TCUR_DEVICE void load_slab(
+    const ApplyArgs& args,
+    const Item& seat,
+    int item,
+    int group,
+    const float* core,
+    int first,
+    int count,
+    float* to) {
+  const int rank = args.rank, square = rank * rank, per_token = args.grid.threads_per_token();
+  for (int b = group; b < count && group < args.grid.groups; b += args.grid.groups) {
+#pragma unroll
+    for (int part = 0; part < 2; ++part) {
+      float values[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int row = 4 * seat.tile + i, column = first + b;
+        const bool is_there = core != nullptr && seat.is_there && row < rank && column < rank &&
+                              (part == 0 || seat.is_pair);
+        const int entry = TRANSPOSED ? column * rank + row : row * rank + column;
+        values[i] = is_there ? core[part * square + entry] : 0.0f;
+      }
+      *reinterpret_cast<float4*>(to + ((2 * b + part) * per_token + item) * 4) =
+          float4{values[0], values[1], values[2], values[3]};
+    }
   }
-  const int column = static_cast<int>(index - token * columns);
-  const int bin = column / rank, a = column - bin * rank;
-  const bool is_pair = bin > 0 && bin <= pairs(n3);
-  const int plane = bin == 0 ? 0 : 2 * bin - 1;
-  const int64_t q = static_cast<int64_t>(n3) * rank, in_slices = TRANSPOSED ? args.slices : 1;
-  const int64_t from = token * in_slices * q + plane * rank;
-  const int64_t which = args.entries[token / args.row_length];
-  const bool is_valid = args.entries.is_valid(which);
-  const float* core = args.core_hat + ((is_valid ? which : 0) * n3 + plane) * square;
-  const auto phase = [&](int64_t s) {
-    return args.tables.root(static_cast<int>(bin * (args.slice_index + s) % n3));
-  };
+}
 
-  float re = is_valid ? 0.0f : NAN, im = re;
-  for (int b = 0; b < rank; ++b) {
-    float x = 0.0f, y = 0.0f;
-    for (int64_t s = 0; s < in_slices; ++s) {
-      const int64_t at = from + s * q + b;
-      const float in_re = load_number(args.in, at, args.in_element);
-      const float in_im = is_pair ? load_number(args.in, at + rank, args.in_element) : 0.0f;
-      const float2 root = TRANSPOSED ? phase(s) : float2{1.0f, 0.0f};
-      x += root.x * in_re - root.y * in_im;
-      y += root.x * in_im + root.y * in_re;
-    }
-    const int64_t entry = TRANSPOSED ? b * rank + a : a * rank + b;
-    const float u_re = core[entry], u_im = is_pair ? core[square + entry] : 0.0f;
-    re += u_re * x - u_im * y;
-    im += u_re * y + u_im * x;
+template <Element E, bool TRANSPOSED, bool VECTOR>
+TCUR_KERNEL(kThreads, 2)
+apply_kernel(const TCUR_PARAMETER ApplyArgs args) {
+  constexpr int kTokens = tokens_of(E, TRANSPOSED, VECTOR);
+  const TokenGrid& grid = args.grid;
+  const int rank = args.rank, n3 = args.tables.n3, q = n3 * rank;
+  const int in_slices = TRANSPOSED ? args.slices : 1, out_slices = TRANSPOSED ? 1 : args.slices;
+  const int per_token = grid.threads_per_token();
+  const int group = grid.by_threads_per_token.quotient(threadIdx.x);
+  const int item = threadIdx.x - group * per_token;
+  const Share share(grid);
+  const Item seat(grid, share, item, n3);
+  const bool works = seat.is_there && group < grid.groups;
+  const int column = seat.plane * rank, a = 4 * seat.tile;
+  const int64_t token = share.begin + group, which = args.entries[share.row];
+  const bool is_valid = args.entries.is_valid(which);
+  const float* core =
+      is_valid ? args.core_hat + (which * n3 + seat.plane) * static_cast<int64_t>(rank) * rank
+               : nullptr;
+  const Turn first_turn(seat.bin, args.slice_index, n3);
+  float* slab = shared_memory<float>();
+
+  const auto load =
+      [&](int slice, int b, PackedPair<E>(&to)[kTokens]) __attribute__((always_inline)) {
+#pragma unroll
+        for (int u = 0; u < kTokens; ++u) {
+          const int64_t t = token + u * grid.groups;
+          const int count = works && t < share.end ? (rank - b < 4 ? rank - b : 4) : 0;
+          const int64_t at = (t * in_slices + slice) * q + column + b;
+          to[u] = load_pair<E, VECTOR>(args.in, at, rank, count, seat.is_pair);
+        }
+      };
+  Pairs v[kTokens];
+#pragma unroll
+  for (int i = 0; i < 4 * kTokens; ++i) {
+    v[i / 4].re.v[i % 4] = v[i / 4].im.v[i % 4] = is_valid ? 0.0f : NAN;
   }
-  const int64_t out_slices = TRANSPOSED ? 1 : args.slices;
-  for (int64_t s = 0; s < out_slices; ++s) {
-    const float2 root = TRANSPOSED ? float2{1.0f, 0.0f} : phase(s);
-    const int64_t at = (token * out_slices + s) * q + plane * rank + a;
-    store_number(args.out, at, root.x * re - root.y * im, args.out_element);
-    if (is_pair) {
-      store_number(args.out, at + rank, -(root.x * im + root.y * re), args.out_element);
+  PackedPair<E> ahead[kTokens];
+  load(0, 0, ahead);
+  for (int first = 0; first < rank; first += kSlab) {
+    const int columns = rank - first < kSlab ? (rank - first + 3) / 4 * 4 : kSlab;
+    if (first > 0) {
+      __syncthreads();
+    }
+    load_slab<TRANSPOSED>(args, seat, item, group, core, first, columns, slab);
+    __syncthreads();
+    for (int b = first; b < first + columns && works; b += 4) {
+      Pairs x[kTokens] = {};
+      Turn turn = first_turn;
+      const float2 root = TRANSPOSED ? args.tables.root(turn.next()) : float2{1.0f, 0.0f};
+#pragma unroll
+      for (int u = 0; u < kTokens; ++u) {
+        if (TRANSPOSED) {
+          x[u].add_turned(ahead[u], root);
+        } else {
+          x[u] = {ahead[u].re.widened(), ahead[u].im.widened()};
+        }
+      }
+      for (int s = 1; s < in_slices; ++s) {
+        PackedPair<E> raw[kTokens];
+        load(s, b, raw);
+        const float2 turned = args.tables.root(turn.next());
+#pragma unroll
+        for (int u = 0; u < kTokens; ++u) {
+          x[u].add_turned(raw[u], turned);
+        }
+      }
+      if (b + 4 < rank) {
+        load(0, b + 4, ahead);
+      }
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const float* from = slab + (2 * (b - first + j) * per_token + item) * 4;
+        const Numbers u_re = Packed<Element::f32>{*reinterpret_cast<const float4*>(from)}.widened();
+        const Numbers u_im =
+            Packed<Element::f32>{*reinterpret_cast<const float4*>(from + per_token * 4)}.widened();
+#pragma unroll
+        for (int i = 0; i < 4 * kTokens; ++i) {
+          Pairs& sum = v[i / 4];
+          const float x_re = x[i / 4].re.v[j], x_im = x[i / 4].im.v[j];
+          sum.re.v[i % 4] += u_re.v[i % 4] * x_re;
+          sum.re.v[i % 4] -= u_im.v[i % 4] * x_im;
+          sum.im.v[i % 4] += u_re.v[i % 4] * x_im;
+          sum.im.v[i % 4] += u_im.v[i % 4] * x_re;
+        }
+      }
     }
   }
+  Turn turn = first_turn;
+  for (int s = 0; s < out_slices && works; ++s) {
+    const float2 root = TRANSPOSED ? float2{1.0f, 0.0f} : args.tables.root(turn.next());
+#pragma unroll
+    for (int u = 0; u < kTokens; ++u) {
+      const int64_t t = token + u * grid.groups;
+      const int count = t < share.end ? (rank - a < 4 ? rank - a : 4) : 0;
+      const int64_t at = (t * out_slices + s) * q + column + a;
+      Pairs turned;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float re = v[u].re.v[i], im = v[u].im.v[i];
+        turned.re.v[i] = root.x * re - root.y * im;
+        turned.im.v[i] = -(root.x * im + root.y * re);
+      }
+      store_packed<E, VECTOR>(args.out, at, count, turned.re);
+      store_packed<E, VECTOR>(args.out, at + rank, seat.is_pair ? count : 0, turned.im);
+    }
+  }
+}
+
+template <Element E, bool TRANSPOSED>
+auto kernel_for(bool vector) {
+  return vector ? apply_kernel<E, TRANSPOSED, true> : apply_kernel<E, TRANSPOSED, false>;
+}
+
+template <Element E>
+auto kernel_for(bool transposed, bool vector) {
+  return transposed ? kernel_for<E, true>(vector) : kernel_for<E, false>(vector);
 }
 
 struct AddArgs {
   void* y;
   const void* delta;
-  Element y_element, delta_element;
   int64_t size;
 };
 
-// y += delta, in fp32, rounded once.
-TCUR_KERNEL(kThreads, 4) add_kernel(const TCUR_PARAMETER AddArgs args) {
-  for (int64_t i = blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x; i < args.size;
-       i += gridDim.x * static_cast<int64_t>(kThreads)) {
-    const float sum =
-        load_number(args.y, i, args.y_element) + load_number(args.delta, i, args.delta_element);
-    store_number(args.y, i, sum, args.y_element);
+// y += delta, in fp32, rounded once. Two times four numbers of both are asked for together.
+template <Element Y, Element DELTA, bool VECTOR>
+TCUR_KERNEL(kThreads, 2)
+add_kernel(const TCUR_PARAMETER AddArgs args) {
+  const int64_t first = 8 * kThreads * static_cast<int64_t>(blockIdx.x) + 4 * threadIdx.x;
+  Packed<Y> y[2];
+  Packed<DELTA> delta[2];
+  int count[2];
+#pragma unroll
+  for (int u = 0; u < 2; ++u) {
+    const int64_t at = first + 4 * kThreads * u, rest = args.size - at;
+    count[u] = rest < 4 ? static_cast<int>(rest) : 4;
+    y[u] = load_packed<Y, VECTOR>(args.y, at, count[u]);
+    delta[u] = load_packed<DELTA, VECTOR>(args.delta, at, count[u]);
   }
+#pragma unroll
+  for (int u = 0; u < 2; ++u) {
+    Numbers sum = y[u].widened();
+    const Numbers other = delta[u].widened();
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      sum.v[i] += other.v[i];
+    }
+    store_packed<Y, VECTOR>(args.y, first + 4 * kThreads * u, count[u], sum);
+  }
+}
+
+template <bool VECTOR>
+auto add_kernel_for(Element y, Element delta) {
+  if (delta == Element::f32) {
+    return y == Element::bf16 ? add_kernel<Element::bf16, Element::f32, VECTOR>
+                              : add_kernel<Element::f16, Element::f32, VECTOR>;
+  }
+  return y == Element::f32 ? add_kernel<Element::f32, Element::bf16, VECTOR>
+                           : add_kernel<Element::f16, Element::bf16, VECTOR>;
 }
 
 Tensor matmul_transposed(const Tensor& a, const Tensor& b) {
@@ -112,14 +252,13 @@ Tensor matmul_transposed(const Tensor& a, const Tensor& b) {
 Tensor apply_core(
     const Call& call,
     const LinearSizes& sizes,
-    const Tensor& in,  // [tokens, q], or [tokens*slices, q] transposed, contiguous
+    const Tensor& in,  // [tokens, q], or [tokens*slices, q] transposed, contiguous; fp32 or bf16
     const Tensor& core,
     const std::optional<Tensor>& adapter_ids,
     int64_t slice_index,
     int64_t slices,
     double scale,
-    bool transposed,
-    ScalarType dtype) {
+    bool transposed) {
   const int n3 = static_cast<int>(sizes.n3), rank = static_cast<int>(sizes.rank);
   const bool many = adapter_ids.has_value();
   const TokenCores cores(sizes.tokens, adapter_ids, many ? core.size(0) : 1);
@@ -128,54 +267,62 @@ Tensor apply_core(
   const CoreIds in_order{nullptr, by_rows ? cores.rows : cores.cores()};
   const Spectrum spectrum(call, core, scale, by_rows ? cores.ids() : in_order, in_order.cores);
   const int64_t q = sizes.n3 * sizes.rank;
-  const Tensor out =
-      torch::stable::new_empty(in, {transposed ? sizes.tokens : sizes.tokens * slices, q}, dtype);
+  const Tensor out = torch::stable::new_empty(
+      in, {transposed ? sizes.tokens : sizes.tokens * slices, q}, in.scalar_type());
+  const Element element = element_of(in.scalar_type());
+  const bool vector = rank % 4 == 0 && is_aligned(in.const_data_ptr(), 4 * bytes_of(element)) &&
+                      is_aligned(out.const_data_ptr(), 4 * bytes_of(element));
+  constexpr int64_t wanted = 264;  // blocks, two for each of 132 multiprocessors
+  TokenGrid grid = token_grid(n3, rank, (rank + 3) / 4, kMostThreads, cores);
+  const int64_t per_thread =
+      tiles_of(sizes.tokens * grid.bin_blocks * grid.tile_blocks, wanted * grid.groups);
+  cut_rows(grid, std::clamp<int64_t>(per_thread, 1, tokens_of(element, transposed, vector)));
   const ApplyArgs args{
       in.const_data_ptr(),
       out.mutable_data_ptr(),
-      element_of(in.scalar_type()),
-      element_of(dtype),
       spectrum.core_hat(),
       by_rows ? in_order : cores.ids(),
-      sizes.tokens,
-      cores.row_length,
-      slice_index,
-      slices,
-      n3,
+      grid,
+      spectrum.tables(),
       rank,
-      spectrum.tables()};
-  const int64_t threads = sizes.tokens * (sizes.n3 / 2 + 1) * sizes.rank;
-  if (threads > 0) {
+      static_cast<int>(slice_index),
+      static_cast<int>(slices)};
+  const int64_t numbers =
+      8 * std::min<int64_t>(kSlab, (rank + 3) / 4 * 4) * grid.threads_per_token();
+  if (grid.blocks() > 0) {
     launch(
-        transposed ? apply_kernel<true> : apply_kernel<false>,
-        tiles_of(threads, kThreads),
+        element == Element::f32 ? kernel_for<Element::f32>(transposed, vector)
+                                : kernel_for<Element::bf16>(transposed, vector),
+        grid.blocks(),
         kThreads,
-        0,
+        numbers * static_cast<int64_t>(sizeof(float)),
         call.stream(),
         args);
   }
   return out;
 }
 
-// y += mixed factor, in place; y is [..., columns of factor].
+// y += mixed factor, in place; y is [..., columns of factor], mixed and factor are fp32 or bf16.
 void add_product_to(const Call& call, const Tensor& y, const Tensor& mixed, const Tensor& factor) {
   const ScalarType dtype = y.scalar_type();
   if (dtype == mixed.scalar_type()) {
     const Tensor flat = torch::stable::view(y, {mixed.size(0), factor.size(1)});
-    TORCH_ERROR_CODE_CHECK(
-        TCUR_ADDMM(flat.get(), flat.get(), mixed.get(), factor.get(), 1.0, 1.0));
+    TORCH_ERROR_CODE_CHECK(TCUR_ADDMM(flat.get(), flat.get(), mixed.get(), factor.get(), 1.0, 1.0));
     return;
   }
   const Tensor delta = torch::stable::contiguous(torch::stable::matmul(mixed, factor));
-  const AddArgs args{
-      y.mutable_data_ptr(),
-      delta.const_data_ptr(),
-      element_of(dtype),
-      element_of(delta.scalar_type()),
-      y.numel()};
+  const Element to = element_of(dtype), from = element_of(delta.scalar_type());
+  const AddArgs args{y.mutable_data_ptr(), delta.const_data_ptr(), y.numel()};
+  const bool vector = args.size % 4 == 0 && is_aligned(args.y, 4 * bytes_of(to)) &&
+                      is_aligned(args.delta, 4 * bytes_of(from));
   if (args.size > 0) {
-    const int64_t blocks = std::min<int64_t>(tiles_of(args.size, kThreads), 4096);
-    launch(add_kernel, blocks, kThreads, 0, call.stream(), args);
+    launch(
+        vector ? add_kernel_for<true>(to, from) : add_kernel_for<false>(to, from),
+        tiles_of(args.size, 8 * kThreads),
+        kThreads,
+        0,
+        call.stream(),
+        args);
   }
 }
 
@@ -241,14 +388,13 @@ Tensor cur_linear(
   const Tensor mixed = apply_core(
       call,
       sizes,
-      torch::stable::contiguous(in),
+      torch::stable::contiguous(cast(in, precision)),
       torch::stable::contiguous(core),
       adapter_ids,
       slice_index,
       slices,
       scale,
-      transposed,
-      precision);
+      transposed);
   const Tensor factor = transposed ? horizontal_hat : torch::stable::transpose(lateral_hat, 0, 1);
   if (y.has_value()) {
     add_product_to(call, *y, mixed, factor);

@@ -11,6 +11,7 @@
 #endif
 
 #include <cstring>
+#include <type_traits>
 
 namespace tcur {
 
@@ -39,6 +40,20 @@ struct alignas(4 * W) Lanes {
   }
   TCUR_HOST_DEVICE Lanes operator-() const {
     return of([&](int i) __attribute__((always_inline)) { return -v[i]; });
+  }
+
+  // Its first (0) or second (1) half.
+  template <int WHICH>
+  TCUR_HOST_DEVICE Lanes<W / 2> half() const {
+    return Lanes<W / 2>::of([&](int i)
+                                __attribute__((always_inline)) { return v[WHICH * (W / 2) + i]; });
+  }
+  template <int WHICH>
+  TCUR_HOST_DEVICE void half(const Lanes<W / 2>& x) {
+#pragma unroll
+    for (int i = 0; i < W / 2; ++i) {
+      v[WHICH * (W / 2) + i] = x.v[i];
+    }
   }
 };
 using Pair = Lanes<2>;
@@ -76,6 +91,17 @@ TCUR_DEVICE void store_lanes(float* to, const Lanes<W>& lanes) {
   *reinterpret_cast<typename VectorOf<W>::Type*>(to) = vector;
 }
 
+// Four numbers of device memory, aligned, that no kernel writes meanwhile.
+TCUR_DEVICE Quad load_constant(const float* from) {
+  const auto* vector = reinterpret_cast<const float4*>(from);
+#ifdef __CUDACC__
+  const float4 x = __ldg(vector);
+#else
+  const float4 x = *vector;
+#endif
+  return {x.x, x.y, x.z, x.w};
+}
+
 // Element type of a tensor in memory.
 enum class Element { none, f32, bf16, f16 };
 
@@ -100,6 +126,23 @@ TCUR_DEVICE unsigned short narrow(float value, Element element) {
 #else
   return element == Element::bf16 ? c10::detail::round_to_nearest_even(value)
                                   : c10::detail::fp16_ieee_from_fp32_value(value);
+#endif
+}
+
+// Two numbers side by side, by one instruction on a GPU.
+TCUR_DEVICE unsigned narrow_pair(float first, float second, Element element) {
+#ifdef __CUDACC__
+  unsigned bits;
+  if (element == Element::bf16) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(first, second);
+    memcpy(&bits, &pair, sizeof bits);
+  } else {
+    const __half2 pair = __floats2half2_rn(first, second);
+    memcpy(&bits, &pair, sizeof bits);
+  }
+  return bits;
+#else
+  return narrow(first, element) | static_cast<unsigned>(narrow(second, element)) << 16;
 #endif
 }
 
@@ -147,6 +190,64 @@ struct Four<2> {
       bits[i] = narrow(value.v[i], element);
     }
     return {bits[0] | bits[1] << 16, bits[2] | bits[3] << 16};
+  }
+};
+
+// W neighbours as they lie in memory, of elements of some bytes, read once or written once: they
+// leave the caches to others. W elements are aligned.
+template <int BYTES, int W>
+struct Raw {
+  using Type = std::conditional_t<
+      BYTES == 4,
+      typename VectorOf<W>::Type,
+      std::conditional_t<W == 4, uint2, unsigned>>;
+
+  TCUR_DEVICE static Type load(const void* data, unsigned index) {
+    const auto* from = reinterpret_cast<const Type*>(
+        static_cast<const char*>(data) + static_cast<uint64_t>(index) * BYTES);
+#ifdef __CUDACC__
+    return __ldcs(from);
+#else
+    return *from;
+#endif
+  }
+  TCUR_DEVICE static void store(void* data, unsigned index, const Type& raw) {
+    auto* to =
+        reinterpret_cast<Type*>(static_cast<char*>(data) + static_cast<uint64_t>(index) * BYTES);
+#ifdef __CUDACC__
+    __stcs(to, raw);
+#else
+    *to = raw;
+#endif
+  }
+
+  TCUR_DEVICE static Lanes<W> widened(const Type& raw, Element element) {
+    Lanes<W> lanes;
+    if constexpr (BYTES == 4) {
+      memcpy(&lanes, &raw, sizeof lanes);
+    } else {
+      unsigned words[W / 2];
+      memcpy(words, &raw, sizeof words);
+#pragma unroll
+      for (int i = 0; i < W; ++i) {
+        lanes.v[i] = widen(static_cast<unsigned short>(words[i / 2] >> (i % 2 * 16)), element);
+      }
+    }
+    return lanes;
+  }
+  TCUR_DEVICE static Type narrowed(const Lanes<W>& lanes, Element element) {
+    Type raw;
+    if constexpr (BYTES == 4) {
+      memcpy(&raw, &lanes, sizeof raw);
+    } else {
+      unsigned words[W / 2];
+#pragma unroll
+      for (int i = 0; i < W / 2; ++i) {
+        words[i] = narrow_pair(lanes.v[2 * i], lanes.v[2 * i + 1], element);
+      }
+      memcpy(&raw, words, sizeof raw);
+    }
+    return raw;
   }
 };
 

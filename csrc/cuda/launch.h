@@ -36,9 +36,39 @@ TCUR_DEVICE T* shared_memory() {
   return reinterpret_cast<T*>(tcur_shared);
 }
 
+// That number of the lane whose index differs in these bits; all lanes of the warp take part.
+TCUR_DEVICE float exchange(float x, int bits) {
+  return __shfl_xor_sync(0xFFFFFFFFU, x, bits);
+}
+
+// Copies 16 bytes from device to shared memory while the thread goes on; `wait_for_copies` waits for
+// those that the thread asked for, a barrier for those of others.
+TCUR_DEVICE void copy_later(float* to_shared, const float* from) {
+  const auto to = static_cast<unsigned>(__cvta_generic_to_shared(to_shared));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" : : "r"(to), "l"(from) : "memory");
+}
+TCUR_DEVICE void wait_for_copies() {
+  asm volatile("cp.async.wait_all;" : : : "memory");
+}
+
 // Asks for the line of this address, into the second-level cache.
 TCUR_DEVICE void prefetch(const void* address) {
   asm volatile("prefetch.global.L2 [%0];" : : "l"(address));
+}
+
+// What the launch before leaves is there from here on. Only needed in kernels that are launched
+// early (`Launch::early`), and harmless elsewhere.
+TCUR_DEVICE void wait_for_launch_before() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" : : : "memory");
+#endif
+}
+
+// Lets the next launch begin, if it is an early one, while this one still runs.
+TCUR_DEVICE void let_next_launch_begin() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
 }
 
 inline void check(cudaError_t error, const char* what) {
@@ -64,8 +94,15 @@ inline SharedLimits shared_limits(int device) {
       device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device)};
 }
 
+inline bool can_launch_early(int device) {
+  return device_attribute(cudaDevAttrComputeCapabilityMajor, device) >= 9;
+}
+
+// `begins_early`: the kernel may start before the launch before it ends, and waits for it by
+// `wait_for_launch_before`.
 template <class... Params, class... Args>
-void launch(
+void launch_kernel(
+    bool begins_early,
     void (*kernel)(Params...),
     int64_t blocks,
     int threads,
@@ -81,8 +118,17 @@ void launch(
             kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
         "cudaFuncSetAttribute");
   }
-  kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, stream>>>(args...);
-  check(cudaGetLastError(), "kernel launch");
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+  config.stream = stream;
+  config.attrs = &early;
+  config.numAttrs = begins_early ? 1 : 0;
+  check(cudaLaunchKernelEx(&config, kernel, args...), "kernel launch");
 }
 
 #else
@@ -93,7 +139,30 @@ void launch(
 
 struct Stream {};
 
+inline void copy_later(float* to_shared, const float* from) {
+  std::copy_n(from, 4, to_shared);
+}
+inline void wait_for_copies() {
+}
+
+struct Exchange {
+  float sent, received;
+  int bits;
+};
+inline float exchange(float x, int bits) {
+  Exchange own{x, 0.0f, bits};
+  fibers::machine.warp_operation(own, +[](Exchange* const* lanes) {
+    for (int lane = 0; lane < fibers::kWarp; ++lane) {
+      lanes[lane]->received = lanes[lane ^ lanes[lane]->bits]->sent;
+    }
+  });
+  return own.received;
+}
 inline void prefetch(const void*) {
+}
+inline void wait_for_launch_before() {
+}
+inline void let_next_launch_begin() {
 }
 
 template <class T>
@@ -105,13 +174,18 @@ struct SharedLimits {
   int64_t multiprocessor, block;
 };
 
-// Those of compute capability 9.0.
+inline bool can_launch_early(int) {
+  return false;
+}
+
+// Those of an H100.
 inline SharedLimits shared_limits(int) {
   return {228 * 1024, 227 * 1024};
 }
 
 template <class... Params, class... Args>
-void launch(
+void launch_kernel(
+    bool,
     void (*kernel)(Params...),
     int64_t blocks,
     int threads,
@@ -122,5 +196,30 @@ void launch(
 }
 
 #endif
+
+template <class Kernel, class... Args>
+void launch(
+    Kernel* kernel,
+    int64_t blocks,
+    int threads,
+    int64_t shared_bytes,
+    Stream stream,
+    const Args&... args) {
+  launch_kernel(false, kernel, blocks, threads, shared_bytes, stream, args...);
+}
+
+// On a device that knows how, the kernel starts while the launch before it still runs.
+template <class Kernel, class... Args>
+void launch_early(
+    int device,
+    Kernel* kernel,
+    int64_t blocks,
+    int threads,
+    int64_t shared_bytes,
+    Stream stream,
+    const Args&... args) {
+  launch_kernel(
+      can_launch_early(device), kernel, blocks, threads, shared_bytes, stream, args...);
+}
 
 }  // namespace tcur

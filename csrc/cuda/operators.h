@@ -70,6 +70,9 @@ class Call {
     return {};
 #endif
   }
+  int device() const {
+    return device_;
+  }
   SharedLimits limits() const {
     return shared_limits(device_);
   }
@@ -144,42 +147,38 @@ class TokenCores {
   int64_t cores_;
 };
 
-// The tables for a length, and weighted spectra of cores, made by one launch.
+// The tables for a length, which are kept, and weighted spectra of cores, made by one launch.
 class Spectrum {
  public:
-  // Tables alone.
-  Spectrum(const Call& call, int64_t n3) : Spectrum(call, n3, 1, 0) {
-    make_spectrum({nullptr, {nullptr, 0}, nullptr, 0, 1, 0.0, tables()}, call.stream());
+  // Tables alone: nothing is launched.
+  Spectrum(const Call& call, int64_t n3)
+      : tables_(root_tables(call.device(), static_cast<int>(n3))) {
   }
   // core: [..., n3, rank, rank]; `count` spectra of the cores that `ids` names.
   Spectrum(const Call& call, const Tensor& core, double scale, CoreIds ids, int64_t count)
-      : Spectrum(call, core.size(core.dim() - 3), core.size(core.dim() - 1), count) {
+      : Spectrum(call, core.size(core.dim() - 3)) {
+    const int64_t rank = core.size(core.dim() - 1);
+    core_hat_ = call.floats({count, tables_.n3, rank, rank});
     const SpectrumArgs args{
         core.const_data_ptr<float>(),
         ids,
-        core_hat_.mutable_data_ptr<float>(),
+        core_hat_->mutable_data_ptr<float>(),
         count,
-        static_cast<int>(core.size(core.dim() - 1)),
+        static_cast<int>(rank),
         scale,
-        tables()};
+        tables_};
     make_spectrum(args, call.stream());
   }
-  Tables tables() const {
-    return {static_cast<float*>(tables_.mutable_data_ptr()), n3_};
+  const Tables& tables() const {
+    return tables_;
   }
   const float* core_hat() const {
-    return core_hat_.const_data_ptr<float>();
+    return core_hat_->const_data_ptr<float>();
   }
 
  private:
-  Spectrum(const Call& call, int64_t n3, int64_t rank, int64_t count)
-      : tables_(call.floats({Tables::size(static_cast<int>(n3))})),
-        core_hat_(call.floats({count, n3, rank, rank})),
-        n3_(static_cast<int>(n3)) {
-  }
-
-  Tensor tables_, core_hat_;
-  int n3_;
+  Tables tables_;
+  std::optional<Tensor> core_hat_;
 };
 
 }  // namespace tcur

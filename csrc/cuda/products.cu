@@ -1,115 +1,156 @@
-// Σ_t p[t, block]ᵀ z[t, block] for every bin and slice, over a chunk of tokens per block:
-//     X = Σ p_re z_re - p_im z_im    Y = -Σ (p_re z_im + p_im z_re)    ∂Û_k += e^{-2πikl/n3} (X +
-//     iY)
-// A thread sums 2 x 2 numbers of X and Y for some of the tokens of the chunk, by fp32
-// multiplications: rank/2 operations per byte of p and z, below what a multiprocessor has to spare
-// up to a rank of 32. Chunks have a fixed length, and partial sums are added in order.
+// ∂Û_k = Σ_t conj(Σ_s e^{2πi k l_s/n3} p_s[t, block]ᵀ z[t, block]) for every bin k, s over slices:
+// with p turned and summed over slices first,
+//     re ∂Û = Σ p_re z_re - p_im z_im    im ∂Û = -Σ (p_re z_im + p_im z_re)
 //
-// Planned: 256 threads, up to 64 registers, 4 blocks per multiprocessor, 16 KiB of shared memory
-// each at a rank of 32.
+// A thread forms 4 x 4 numbers of both for some tokens of a chunk, straight from memory: what the
+// threads of a bin share comes from the first-level cache. Loads of a thread are asked for
+// together, 16 of them in bf16, 8 longer ones in fp32. The sums of the threads of a block are added
+// in order in shared memory, those of the chunks by spectrum.cu. Chunks are cut by the shape alone.
+//
+// Per pair of numbers of p and z 4*rank/2 fp32 multiplications, below what a multiprocessor has to
+// spare up to a rank of 32. 2048 tokens of 48 slices at rank 8: 224 blocks of 4 bins and 64 tokens
+// read 3 MB in bf16, and write 32 partial sums, 0.4 MB.
+// Planned: 256 threads, up to 128 registers, 2 blocks per multiprocessor, 33 KiB of shared memory
+// each.
 #include "products.h"
+
+#include "row_order.h"
+#include "token_rows.h"
 
 namespace tcur {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kChunk = 256;  // tokens per block: fp32 sums keep their digits
-constexpr int kStep = 16;    // tokens in shared memory at a time
+constexpr int kThreads = kTokenThreads;
+constexpr int kStride = kThreads + 1;  // of the sums in shared memory: banks apart
+constexpr int kMostPerThread = 32;     // tokens: fp32 sums keep their digits
 
 struct ProductArgs {
   TokenRows p, z;
-  float* parts;  // [rows, chunks, slices, n3, rank, rank]
-  int n3, rank;
-  int64_t slice_index, slices, chunks, row_length;
+  float* parts;  // [rows, chunks, n3, rank, rank]
+  TokenGrid grid;
   Tables tables;
+  int rank;
+  Divisor side;  // quads of a rank
+  int slice_index, slices;
 };
 
-// Tokens of one step: [kStep, re and im, width], zeros where there is nothing.
-TCUR_DEVICE void load_step(
-    const TokenRows& rows,
-    int64_t begin,
-    int64_t end,
-    int64_t column,
-    int rank,
-    bool is_pair,
-    int width,
-    float* to) {
-  for (int i = threadIdx.x; i < kStep * 2 * width; i += kThreads) {
-    const int a = i % width, part = i / width % 2;
-    const int64_t token = begin + i / (2 * width);
-    const bool is_there = token < end && a < rank && (part == 0 || is_pair);
-    const int64_t at = token % rows.rows * rows.stride + column + part * rank + a;
-    to[i] = is_there ? load_number(rows.data, at, rows.element) : 0.0f;
-  }
-}
-
-TCUR_KERNEL(kThreads, 4) products_kernel(const TCUR_PARAMETER ProductArgs args) {
-  const int rank = args.rank, n3 = args.n3, bins = n3 / 2 + 1;
-  const int side = (rank + 1) / 2, width = 2 * side, blocks = side * side;
-  float* p = shared_memory<float>();
-  float* z = p + kStep * 2 * width;
-  float* sums = z + kStep * 2 * width;  // [kThreads, 8]
-  const int bin = blockIdx.x % bins;
-  const int64_t part = blockIdx.x / bins, slice = part % args.slices;
-  const int64_t chunk = part / args.slices % args.chunks, row = part / args.slices / args.chunks;
-  const bool is_pair = bin > 0 && bin <= pairs(n3);
-  const int plane = bin == 0 ? 0 : 2 * bin - 1;
-  const int64_t begin = row * args.row_length + chunk * kChunk, last = (row + 1) * args.row_length;
-  const int64_t end = begin + kChunk < last ? begin + kChunk : last;
-  const float2 root = args.tables.root(static_cast<int>(bin * (args.slice_index + slice) % n3));
-  const int64_t square = static_cast<int64_t>(rank) * rank;
-  float* out = args.parts + (part * n3 + plane) * square;
-
-  for (int first = 0; first < blocks; first += kThreads) {
-    const int count = blocks - first < kThreads ? blocks - first : kThreads;
-    const int groups = kThreads / count, group = threadIdx.x / count;
-    const int block = first + threadIdx.x % count, a = block / side * 2, b = block % side * 2;
-    float x[2][2] = {}, y[2][2] = {};
-    for (int64_t token = begin; token < end; token += kStep) {
-      __syncthreads();
-      load_step(args.p, token, end, slice * n3 * rank + plane * rank, rank, is_pair, width, p);
-      load_step(args.z, token, end, plane * rank, rank, is_pair, width, z);
-      __syncthreads();
-      for (int t = group; t < kStep && group < groups; t += groups) {
-        const float2 p_re = *reinterpret_cast<const float2*>(p + 2 * t * width + a);
-        const float2 p_im = *reinterpret_cast<const float2*>(p + (2 * t + 1) * width + a);
-        const float2 z_re = *reinterpret_cast<const float2*>(z + 2 * t * width + b);
-        const float2 z_im = *reinterpret_cast<const float2*>(z + (2 * t + 1) * width + b);
-        x[0][0] += p_re.x * z_re.x - p_im.x * z_im.x;
-        x[0][1] += p_re.x * z_re.y - p_im.x * z_im.y;
-        x[1][0] += p_re.y * z_re.x - p_im.y * z_im.x;
-        x[1][1] += p_re.y * z_re.y - p_im.y * z_im.y;
-        y[0][0] -= p_re.x * z_im.x + p_im.x * z_re.x;
-        y[0][1] -= p_re.x * z_im.y + p_im.x * z_re.y;
-        y[1][0] -= p_re.y * z_im.x + p_im.y * z_re.x;
-        y[1][1] -= p_re.y * z_im.y + p_im.y * z_re.y;
-      }
+template <Element P, Element Z, bool VECTOR>
+TCUR_KERNEL(kThreads, 2)
+products_kernel(const TCUR_PARAMETER ProductArgs args) {
+  constexpr int kBatch = P == Element::f32 || Z == Element::f32 || !VECTOR ? 2 : 4;  // tokens
+  const TokenGrid& grid = args.grid;
+  const int rank = args.rank, side = args.side.value, n3 = args.tables.n3;
+  const int per_token = grid.threads_per_token();
+  const int group = grid.by_threads_per_token.quotient(threadIdx.x);
+  const Share share(grid);
+  const Item seat(grid, share, threadIdx.x - group * per_token, n3);
+  const int tile_row = args.side.quotient(seat.tile);
+  const int a = tile_row * 4, b = (seat.tile - tile_row * side) * 4;
+  float re[4][4] = {}, im[4][4] = {};
+  if (seat.is_there && group < grid.groups) {
+    const int count_a = rank - a < 4 ? rank - a : 4, count_b = rank - b < 4 ? rank - b : 4;
+    const int column = seat.plane * rank, q = n3 * rank;
+    Turn second_turn(seat.bin, args.slice_index, n3);
+    const float2 root = args.tables.root(second_turn.next());
+    int64_t token = share.begin + group, p_row = token, p_step = grid.groups;
+    if (p_row >= args.p.rows) {
+      p_row %= args.p.rows;
     }
+    if (p_step >= args.p.rows) {
+      p_step %= args.p.rows;
+    }
+    const auto next_row = [&](int64_t row) __attribute__((always_inline)) {
+      return row + p_step >= args.p.rows ? row + p_step - args.p.rows : row + p_step;
+    };
+    for (; token < share.end; token += kBatch * grid.groups) {
+      PackedPair<Z> z_raw[kBatch];
+      PackedPair<P> p_raw[kBatch];
+      const int64_t first_p_row = p_row;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      sums[threadIdx.x * 8 + i] = x[i / 2][i % 2];
-      sums[threadIdx.x * 8 + 4 + i] = y[i / 2][i % 2];
-    }
-    __syncthreads();
-    // One thread per number: the groups' sums in order, and the phase. The next turn writes `sums`
-    // behind the barriers of its first step.
-    for (int i = threadIdx.x; i < 4 * count; i += kThreads) {
-      const int which = i / 4, corner = i % 4;
-      const int row = (first + which) / side * 2 + corner / 2;
-      const int column = (first + which) % side * 2 + corner % 2;
-      float re = 0.0f, im = 0.0f;
-      for (int other = 0; other < groups; ++other) {
-        re += sums[(other * count + which) * 8 + corner];
-        im += sums[(other * count + which) * 8 + 4 + corner];
+      for (int u = 0; u < kBatch; ++u) {
+        const int64_t t = token + u * grid.groups;
+        const bool is_there = t < share.end;
+        z_raw[u] = load_pair<Z, VECTOR>(
+            args.z.data,
+            t * args.z.stride + column + b,
+            rank,
+            is_there ? count_b : 0,
+            seat.is_pair);
+        p_raw[u] = load_pair<P, VECTOR>(
+            args.p.data,
+            p_row * args.p.stride + column + a,
+            rank,
+            is_there ? count_a : 0,
+            seat.is_pair);
+        p_row = next_row(p_row);
       }
-      if (row < rank && column < rank) {
-        out[row * rank + column] = root.x * re + root.y * im;
-        if (is_pair) {
-          out[square + row * rank + column] = root.x * im - root.y * re;
+      p_row = first_p_row;
+#pragma unroll
+      for (int u = 0; u < kBatch; ++u) {
+        Pairs p{};
+        p.add_turned(p_raw[u], root);
+        Turn turn = second_turn;
+        for (int s = 1; s < args.slices; ++s) {
+          const int count = token + u * grid.groups < share.end ? count_a : 0;
+          const int64_t at = p_row * args.p.stride + s * q + column + a;
+          const auto raw = load_pair<P, VECTOR>(args.p.data, at, rank, count, seat.is_pair);
+          p.add_turned(raw, args.tables.root(turn.next()));
+        }
+        p_row = next_row(p_row);
+        const Numbers z_re = z_raw[u].re.widened(), z_im = z_raw[u].im.widened();
+#pragma unroll
+        for (int i = 0; i < 16; ++i) {
+          const float p_re = p.re.v[i / 4], p_im = p.im.v[i / 4];
+          re[i / 4][i % 4] += p_re * z_re.v[i % 4];
+          re[i / 4][i % 4] -= p_im * z_im.v[i % 4];
+          im[i / 4][i % 4] -= p_re * z_im.v[i % 4];
+          im[i / 4][i % 4] -= p_im * z_re.v[i % 4];
         }
       }
     }
   }
+  float* sums = shared_memory<float>();  // [re and im, 16, kStride]
+#pragma unroll
+  for (int i = 0; i < 16; ++i) {
+    sums[i * kStride + threadIdx.x] = re[i / 4][i % 4];
+    sums[(16 + i) * kStride + threadIdx.x] = im[i / 4][i % 4];
+  }
+  __syncthreads();
+  // One thread per number: the groups' sums in order.
+  const int square = rank * rank;
+  float* out =
+      args.parts + (share.row * grid.chunks + share.chunk) * static_cast<int64_t>(n3) * square;
+  for (int i = threadIdx.x; i < per_token * 16; i += kThreads) {
+    const int item = i / 16, corner = i % 16;
+    const Item of(grid, share, item, n3);
+    const int tile_row = args.side.quotient(of.tile);
+    const int row = tile_row * 4 + corner / 4;
+    const int column = (of.tile - tile_row * side) * 4 + corner % 4;
+    if (!of.is_there || row >= rank || column >= rank) {
+      continue;
+    }
+    float sum_re = 0.0f, sum_im = 0.0f;
+    for (int other = 0; other < grid.groups; ++other) {
+      sum_re += sums[corner * kStride + other * per_token + item];
+      sum_im += sums[(16 + corner) * kStride + other * per_token + item];
+    }
+    float* to = out + static_cast<int64_t>(of.plane) * square + row * rank + column;
+    to[0] = sum_re;
+    if (of.is_pair) {
+      to[square] = sum_im;
+    }
+  }
+}
+
+template <bool VECTOR>
+auto kernel_for(Element p, Element z) {
+  return z == Element::bf16   ? products_kernel<Element::bf16, Element::bf16, VECTOR>
+         : p == Element::bf16 ? products_kernel<Element::bf16, Element::f32, VECTOR>
+                              : products_kernel<Element::f32, Element::f32, VECTOR>;
+}
+
+bool starts_at_vectors(const TokenRows& rows) {
+  return rows.stride % 4 == 0 && is_aligned(rows.data, 4 * bytes_of(rows.element));
 }
 
 }  // namespace
@@ -125,37 +166,46 @@ void core_from_products(
     const TokenCores& cores,
     const Tables& tables,
     const Tensor& out) {
-  const int64_t chunks = tiles_of(cores.row_length, kChunk), count = cores.rows * chunks * slices;
-  const Tensor parts = call.floats({count, n3, rank, rank});
+  STD_TORCH_CHECK(
+      p.element == Element::bf16 || (p.element == Element::f32 && z.element == Element::f32),
+      "tcur: tokens must be fp32, or those of dy bf16");
+  constexpr int64_t wanted = 264;  // blocks, two for each of 132 multiprocessors
+  const int side = (rank + 3) / 4;
+  TokenGrid grid = token_grid(n3, rank, side * side, kThreads, cores);
+  const int64_t per_block = tiles_of(
+      cores.rows * cores.row_length * grid.bin_blocks * grid.tile_blocks, wanted * grid.groups);
+  cut_rows(grid, std::clamp<int64_t>(per_block, 4, kMostPerThread));
+  const SortedRows sorted(call, cores);
+  const Tensor parts = call.floats({cores.rows, grid.chunks, n3, rank, rank});
   const ProductArgs args{
       p,
       z,
       parts.mutable_data_ptr<float>(),
-      n3,
+      grid,
+      tables,
       rank,
-      slice_index,
-      slices,
-      chunks,
-      cores.row_length,
-      tables};
-  const int64_t width = (rank + 1) / 2 * 2, floats = 2 * kStep * 2 * width + kThreads * 8;
-  if (count > 0) {
+      Divisor(side),
+      static_cast<int>(slice_index),
+      static_cast<int>(slices)};
+  const bool vector = rank % 4 == 0 && starts_at_vectors(p) && starts_at_vectors(z);
+  if (grid.blocks() > 0) {
     launch(
-        products_kernel,
-        (n3 / 2 + 1) * count,
+        vector ? kernel_for<true>(p.element, z.element) : kernel_for<false>(p.element, z.element),
+        grid.blocks(),
         kThreads,
-        floats * static_cast<int64_t>(sizeof(float)),
+        32 * kStride * static_cast<int64_t>(sizeof(float)),
         call.stream(),
         args);
   }
   const CoreArgs last{
       parts.const_data_ptr<float>(),
       cores.rows,
-      chunks * slices,
-      cores.ids(),
-      n3,
+      grid.chunks,
+      sorted.order(),
+      cores.cores(),
       rank,
-      out.mutable_data_ptr<float>()};
+      out.mutable_data_ptr<float>(),
+      tables};
   make_core(last, call.stream());
 }
 

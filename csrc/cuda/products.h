@@ -6,7 +6,7 @@
 
 namespace tcur {
 
-// Tokens, [rows, stride] of some element type. Where p has fewer rows than z, they are taken again.
+// Tokens, [rows, stride] of fp32 or bf16. Where p has fewer rows than z, they are taken again.
 struct TokenRows {
   const void* data;
   Element element;
@@ -14,6 +14,7 @@ struct TokenRows {
 };
 
 // p: [tokens, slices*q], z: [tokens, q], q = n3*rank. out: [cores, n3, rank, rank].
+// z in bf16 goes with p in bf16.
 void core_from_products(
     const Call& call,
     const TokenRows& p,

@@ -1,136 +1,409 @@
-// The DFT of a core, forwards and back. Sums are short but few: they are formed in fp64, so that
-// what is left is one rounding, and the kernels after them start from the exact spectrum.
+// The DFT of a core, forwards and back, and the table of roots.
 //
-// make_spectrum: one thread per number of core_hat. make_core: one thread per number of the core.
-// Both are small beside the kernels they serve: n3 * n3 * rank * rank products.
-// Planned: 256 threads, up to 64 registers, 4 blocks per multiprocessor.
+// Sums are formed in fp64, so that what is left is one rounding, and the kernels after them start
+// from the exact spectrum. Both directions are the same two sums, E_l = Σ_k cos(2πkl/n3) A_k and
+// O_l = Σ_k sin(2πkl/n3) B_k, l, k = 0 … n3/2, over rows in the order of a packed spectrum (A_0,
+// A_1, B_1, …), which a block holds in shared memory for some entries of one core: eight of them,
+// one sector of memory, where cores are few and latency counts, up to 64 where they are many. A
+// thread forms L lines of an entry; with L = 4 a number that it reads is used four times, which
+// makes 8 fp64 multiplications per 8 reads: 4096 cores of 48 slices at rank 8 are 1.3e9 of them in
+// both sums, 40 µs of a GPU with 132 multiprocessors of 64 a cycle.
+// Planned: 512 threads, up to 64 registers, 2 blocks per multiprocessor.
 #include "spectrum.h"
 
+#include <algorithm>
 #include <cmath>
+#include <cstring>
+#include <map>
+#include <mutex>
+#include <utility>
+#include <vector>
 
 namespace tcur {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kEntries =
-    8;  // of a core, worked on by one block of make_core: 32 bytes side by side
+constexpr int kThreads = 512;
+constexpr int kLines = 4;               // of a thread, where there are many
+constexpr int BATCH = 4;                // parts that a thread asks for at a time
+constexpr int64_t kShared = 96 * 1024;  // at most, so that it fits every architecture
 
-TCUR_DEVICE double2 unit_root(int m, int n3) {
-  double2 root;
-#ifdef __CUDACC__
-  sincospi(2.0 * m / n3, &root.y, &root.x);
-#else
-  const double angle = 2.0 * 3.14159265358979323846 * m / n3;
-  root = {std::cos(angle), std::sin(angle)};
-#endif
-  return root;
-}
+// Entries of one core that a block transforms.
+struct Entries {
+  int log_count, blocks;  // for all entries of a core
 
-// Part of a complex number that a packed plane holds.
-struct Plane {
-  int bin;
-  bool is_imaginary;
+  TCUR_HOST_DEVICE int count() const {
+    return 1 << log_count;
+  }
 };
-TCUR_DEVICE Plane plane_of(int plane, int n3) {
-  return {(plane + 1) / 2, plane > 0 && plane % 2 == 0 && plane <= 2 * pairs(n3)};
+
+// Rows of A and B in shared memory, [n3, entries.count()], and the roots behind them.
+struct Rows {
+  double* data;
+  const double2* roots;
+  int n3, log_count;
+
+  TCUR_DEVICE double& at(int row, int entry) const {
+    return data[(row << log_count) + entry];
+  }
+};
+
+TCUR_DEVICE void load_roots(const Tables& tables, double2* roots) {
+  for (int m = threadIdx.x; m < tables.n3; m += kThreads) {
+    roots[m] = tables.exact[m];
+  }
 }
 
-TCUR_KERNEL(kThreads, 4) spectrum_kernel(const TCUR_PARAMETER SpectrumArgs args) {
-  double2* roots = shared_memory<double2>();
+// f(l, entry, E_l, O_l) for every line and entry.
+template <int L, class F>
+TCUR_DEVICE void transform(const Rows& rows, F&& f) {
+  const int n3 = rows.n3, half = n3 / 2, last_pair = static_cast<int>(pairs(n3));
+  const int items = ((half + L) / L) << rows.log_count;
+  for (int item = threadIdx.x; item < items; item += kThreads) {
+    const int entry = item & ((1 << rows.log_count) - 1), first = (item >> rows.log_count) * L;
+    double even[L], odd[L];
+    int turn[L];
+#pragma unroll
+    for (int u = 0; u < L; ++u) {
+      even[u] = rows.at(0, entry);
+      odd[u] = 0.0;
+      turn[u] = first + u <= half ? first + u : 0;
+    }
+#pragma unroll L == 1 ? 4 : 1
+    for (int k = 1; k <= last_pair; ++k) {
+      const double a = rows.at(2 * k - 1, entry), b = rows.at(2 * k, entry);
+#pragma unroll
+      for (int u = 0; u < L; ++u) {
+        const double2 root = rows.roots[turn[u]];
+        even[u] += a * root.x;
+        odd[u] += b * root.y;
+        const int step = first + u <= half ? first + u : 0, next = turn[u] + step;
+        turn[u] = next >= n3 ? next - n3 : next;
+      }
+    }
+    const double middle = n3 % 2 == 0 ? rows.at(n3 - 1, entry) : 0.0;
+#pragma unroll
+    for (int u = 0; u < L; ++u) {
+      const int l = first + u;
+      if (l <= half) {
+        f(l, entry, even[u] + (l % 2 == 0 ? middle : -middle), odd[u]);
+      }
+    }
+  }
+}
+
+struct SpectrumBlock {
+  SpectrumArgs args;
+  Entries entries;
+  double weight;  // of a bin that stands for itself alone
+};
+
+template <int L>
+TCUR_KERNEL(kThreads, 2)
+spectrum_kernel(const TCUR_PARAMETER SpectrumBlock block) {
+  const SpectrumArgs& args = block.args;
   const int n3 = args.tables.n3, square = args.rank * args.rank;
-  for (int m = threadIdx.x; m < n3; m += kThreads) {
-    roots[m] = unit_root(m, n3);
+  const int log_count = block.entries.log_count, count = block.entries.count();
+  const int which = blockIdx.x / block.entries.blocks;
+  const int first = (blockIdx.x - which * block.entries.blocks) * count;
+  const int64_t size = static_cast<int64_t>(n3) * square, id = args.ids[which];
+  float* out = args.core_hat + which * size + first;
+  if (!args.ids.is_valid(id)) {
+    for (int i = threadIdx.x; i < n3 << log_count; i += kThreads) {
+      const int entry = i & (count - 1);
+      if (first + entry < square) {
+        out[static_cast<int64_t>(i >> log_count) * square + entry] = NAN;
+      }
+    }
+    return;
   }
+  double2* roots = shared_memory<double2>();
+  const Rows rows{reinterpret_cast<double*>(roots + n3), roots, n3, log_count};
+  const float* core = args.core + id * size + first;
+#pragma unroll 4
+  for (int i = threadIdx.x; i < (n3 / 2 + 1) << log_count; i += kThreads) {
+    const int l = i >> log_count, entry = i & (count - 1);
+    const bool is_there = first + entry < square, is_pair = l > 0 && 2 * l < n3;
+    const float* from = core + static_cast<int64_t>(l) * square + entry;
+    const double x = is_there ? *from : 0.0f;
+    const double mirrored =
+        is_there && is_pair ? from[static_cast<int64_t>(n3 - 2 * l) * square] : 0.0f;
+    rows.at(l == 0 ? 0 : 2 * l - 1, entry) = x + mirrored;
+    if (is_pair) {
+      rows.at(2 * l, entry) = x - mirrored;
+    }
+  }
+  load_roots(args.tables, roots);
   __syncthreads();
-  for (int m = blockIdx.x * kThreads + threadIdx.x; m < n3; m += gridDim.x * kThreads) {
-    args.tables.data[2 * m] = static_cast<float>(roots[m].x);
-    args.tables.data[2 * m + 1] = static_cast<float>(roots[m].y);
-  }
-  const int64_t size = static_cast<int64_t>(n3) * square;
-  for (int64_t i = blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x; i < args.count * size;
-       i += gridDim.x * static_cast<int64_t>(kThreads)) {
-    const int64_t which = i / size;
-    const int rest = static_cast<int>(i - which * size), j = rest / square;
-    const int64_t id = args.ids[which];
-    if (!args.ids.is_valid(id)) {
-      args.core_hat[i] = NAN;
-      continue;
+  transform<L>(rows, [&](int k, int entry, double even, double odd) __attribute__((always_inline)) {
+    if (first + entry < square) {
+      const int plane = k == 0 ? 0 : 2 * k - 1;
+      const bool is_pair = k > 0 && 2 * k < n3;
+      const double weight = is_pair ? 2.0 * block.weight : block.weight;
+      out[static_cast<int64_t>(plane) * square + entry] = static_cast<float>(weight * even);
+      if (is_pair) {
+        out[static_cast<int64_t>(plane + 1) * square + entry] = static_cast<float>(-weight * odd);
+      }
     }
-    const float* core = args.core + id * size + (rest - j * square);
-    const Plane plane = plane_of(j, n3);
-    double sum = 0.0;
-    int m = 0;
-    for (int l = 0; l < n3; ++l) {
-      sum +=
-          core[static_cast<int64_t>(l) * square] * (plane.is_imaginary ? -roots[m].y : roots[m].x);
-      m += plane.bin;
-      m -= m >= n3 ? n3 : 0;
-    }
-    args.core_hat[i] = static_cast<float>(args.scale * inverse_weight(j, n3) * sum);
+  });
+}
+
+struct CoreBlock {
+  CoreArgs args;
+  Entries entries;
+  double weight;  // of a bin that stands for itself alone
+  int groups;     // of threads that share the parts of a core
+};
+
+// Neighbours of a part, read at once.
+template <int W>
+TCUR_DEVICE void load_entries(const float* from, float (&to)[W]) {
+  if constexpr (W == 4) {
+    const float4 raw = *reinterpret_cast<const float4*>(from);
+    to[0] = raw.x;
+    to[1] = raw.y;
+    to[2] = raw.z;
+    to[3] = raw.w;
+  } else {
+    to[0] = *from;
   }
 }
 
-TCUR_KERNEL(kThreads, 4) core_kernel(const TCUR_PARAMETER CoreArgs args) {
-  double2* roots = shared_memory<double2>();
-  const int n3 = args.n3, square = args.rank * args.rank;
-  double* planes = reinterpret_cast<double*>(roots + n3);  // [n3, kEntries]
-  const int in_core = (square + kEntries - 1) / kEntries;
-  const int64_t core = blockIdx.x / in_core;
-  const int first = static_cast<int>(blockIdx.x - core * in_core) * kEntries;
-  for (int m = threadIdx.x; m < n3; m += kThreads) {
-    roots[m] = unit_root(m, n3);
-  }
-  for (int i = threadIdx.x; i < n3 * kEntries; i += kThreads) {
-    const int plane = i / kEntries, entry = first + i % kEntries;
-    double sum = 0.0;
-    if (entry < square) {
-      const float* part = args.parts + static_cast<int64_t>(plane) * square + entry;
-      for (int64_t row = 0; row < args.rows; ++row) {
-        if (args.ids.ids != nullptr && args.ids[row] != core) {
-          continue;
+// Sums of the parts of a core, W entries of a plane at a time, each group of threads every
+// groups-th part, BATCH of them asked for at a time: [groups, n3, entries].
+template <int BATCH, int W>
+TCUR_DEVICE void sum_parts(const CoreBlock& block, int core, int first, double* sums) {
+  const CoreArgs& args = block.args;
+  const int n3 = args.tables.n3, square = args.rank * args.rank;
+  const int log_columns = block.entries.log_count - (W == 4 ? 2 : 0);
+  const int columns = n3 << log_columns, per_row = static_cast<int>(args.parts_per_row);
+  const int groups = block.groups;
+  const bool is_ordered = args.order.rows != nullptr;
+  const int first_row = is_ordered ? args.order.begin[core] : 0;
+  const int last_row = is_ordered ? args.order.end[core] : static_cast<int>(args.rows);
+  const int row_step = per_row > 0 ? groups / per_row : 0;
+  const int part_step = groups - row_step * per_row;
+  const int64_t size = static_cast<int64_t>(n3) * square;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < columns * groups; i += kThreads) {
+    const int group = i / columns, column = i - group * columns;
+    const int plane = column >> log_columns;
+    const int entry = (column & ((1 << log_columns) - 1)) * W;
+    const float* parts = args.parts + static_cast<int64_t>(plane) * square + first + entry;
+    double sum[W] = {};
+    int row = per_row > 0 ? first_row + group / per_row : last_row;
+    int part = per_row > 0 ? group % per_row : 0;
+    while (first + entry < square && row < last_row) {
+      float values[BATCH][W];
+#pragma unroll
+      for (int u = 0; u < BATCH; ++u) {
+#pragma unroll
+        for (int w = 0; w < W; ++w) {
+          values[u][w] = 0.0f;
         }
-        for (int64_t p = row * args.parts_per_row; p < (row + 1) * args.parts_per_row; ++p) {
-          sum += part[p * n3 * square];
+        if (row < last_row) {
+          const int64_t at = is_ordered ? args.order.rows[row] : row;
+          load_entries<W>(parts + (at * per_row + part) * size, values[u]);
+        }
+        part += part_step;
+        row += row_step;
+        if (part >= per_row) {
+          part -= per_row;
+          ++row;
+        }
+      }
+#pragma unroll
+      for (int u = 0; u < BATCH; ++u) {
+#pragma unroll
+        for (int w = 0; w < W; ++w) {
+          sum[w] += values[u][w];
         }
       }
     }
-    planes[i] = inverse_weight(plane, n3) * sum;
-  }
-  __syncthreads();
-  for (int i = threadIdx.x; i < n3 * kEntries; i += kThreads) {
-    const int l = i / kEntries, entry = first + i % kEntries;
-    double sum = 0.0;
-    for (int j = 0; j < n3; ++j) {
-      const Plane plane = plane_of(j, n3);
-      const double2 root = roots[static_cast<int64_t>(plane.bin) * l % n3];
-      sum += planes[j * kEntries + i % kEntries] * (plane.is_imaginary ? -root.y : root.x);
-    }
-    if (entry < square) {
-      args.core[(core * n3 + l) * square + entry] = static_cast<float>(sum);
+#pragma unroll
+    for (int w = 0; w < W; ++w) {
+      sums[((group * n3 + plane) << block.entries.log_count) + entry + w] = sum[w];
     }
   }
 }
+
+template <int L, int W>
+TCUR_KERNEL(kThreads, 2)
+core_kernel(const TCUR_PARAMETER CoreBlock block) {
+  const CoreArgs& args = block.args;
+  const int n3 = args.tables.n3, square = args.rank * args.rank;
+  const int log_count = block.entries.log_count, count = n3 << log_count;
+  const int core = blockIdx.x / block.entries.blocks;
+  const int first = (blockIdx.x - core * block.entries.blocks) << log_count;
+  double2* roots = shared_memory<double2>();
+  const Rows rows{reinterpret_cast<double*>(roots + n3), roots, n3, log_count};
+  load_roots(args.tables, roots);
+  // Where cores are many, so are the blocks that wait for memory, and few the parts of each.
+  sum_parts<L == 1 ? 4 : 2, W>(block, core, first, rows.data);
+  __syncthreads();
+  for (int i = threadIdx.x; i < count; i += kThreads) {
+    double sum = rows.data[i];
+    for (int group = 1; group < block.groups; ++group) {
+      sum += rows.data[group * count + i];
+    }
+    const int plane = i >> log_count;
+    const bool is_single = plane == 0 || (n3 % 2 == 0 && plane == n3 - 1);
+    rows.data[i] = sum * (is_single ? block.weight : 2.0 * block.weight);
+  }
+  __syncthreads();
+  float* out = args.core + core * static_cast<int64_t>(n3) * square + first;
+  transform<L>(rows, [&](int l, int entry, double even, double odd) __attribute__((always_inline)) {
+    if (first + entry < square) {
+      out[static_cast<int64_t>(l) * square + entry] = static_cast<float>(even - odd);
+      if (l > 0 && 2 * l < n3) {
+        out[static_cast<int64_t>(n3 - l) * square + entry] = static_cast<float>(even + odd);
+      }
+    }
+  });
+}
+
+// By the shape alone: a sum must not depend on the device.
+Entries choose_entries(int64_t cores, int n3, int rank) {
+  constexpr int64_t enough = 264;
+  const int square = rank * rank;
+  int log_count = n3 <= 256 ? 3 : n3 <= 1024 ? 2 : 1;
+  const auto blocks = [&] { return (square + (1 << log_count) - 1) >> log_count; };
+  while (log_count < 6 && cores * blocks() > enough && 1 << log_count < square &&
+         (static_cast<int64_t>(n3) << log_count) * 16 <= kShared / 2) {
+    ++log_count;
+  }
+  return {log_count, blocks()};
+}
+
+int64_t shared_bytes(const Entries& entries, int n3, int groups) {
+  return n3 * static_cast<int64_t>(sizeof(double2)) +
+         (static_cast<int64_t>(groups) * n3 << entries.log_count) *
+             static_cast<int64_t>(sizeof(double));
+}
+
+// Whether threads have several lines to form anyway.
+bool has_many_lines(const Entries& entries, int n3) {
+  return (n3 / 2 + 1) << entries.log_count > 2 * kThreads;
+}
+
+// fp64 and fp32 behind it; angles are reduced to an eighth of a turn first, so that roots are
+// exact, zeros and ones among them.
+std::vector<double> make_roots(int n3) {
+  constexpr double pi = 3.14159265358979323846;
+  std::vector<double> made(3 * static_cast<size_t>(n3));
+  for (int64_t m = 0; m < n3; ++m) {
+    const int64_t quarter = (8 * m + n3) / (2 * n3), rest = 4 * m - quarter * n3;
+    const double angle = pi * static_cast<double>(rest) / (2.0 * n3);
+    const double x = std::cos(angle), y = std::sin(angle);
+    const double cosines[] = {x, -y, -x, y}, sines[] = {y, x, -y, -x};
+    const double root[] = {cosines[quarter % 4], sines[quarter % 4]};
+    std::memcpy(&made[2 * m], root, sizeof root);
+    const float rounded[] = {static_cast<float>(root[0]), static_cast<float>(root[1])};
+    std::memcpy(&made[2 * n3 + m], rounded, sizeof rounded);
+  }
+  return made;
+}
+
+#ifdef __CUDACC__
+
+// A capture that may be going on, in this thread or in another, forbids what may wait for all of
+// the device; with this it is allowed to this thread, and the capture does not take part in it.
+class OutsideOfCapture {
+ public:
+  OutsideOfCapture() {
+    check(cudaThreadExchangeStreamCaptureMode(&mode_), "cudaThreadExchangeStreamCaptureMode");
+  }
+  ~OutsideOfCapture() {
+    cudaThreadExchangeStreamCaptureMode(&mode_);
+  }
+  OutsideOfCapture(const OutsideOfCapture&) = delete;
+  OutsideOfCapture& operator=(const OutsideOfCapture&) = delete;
+
+ private:
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
+};
+
+// Memory of the driver's, not of torch: a capture's pool would be given back with its graph. The
+// stream is one of its own, since the capture's would only take the copy down.
+double* copy_to_device(const std::vector<double>& numbers) {
+  const OutsideOfCapture guard;
+  const size_t bytes = numbers.size() * sizeof(double);
+  void* memory = nullptr;
+  cudaStream_t stream = nullptr;
+  check(cudaMalloc(&memory, bytes), "cudaMalloc");
+  check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "cudaStreamCreate");
+  check(
+      cudaMemcpyAsync(memory, numbers.data(), bytes, cudaMemcpyHostToDevice, stream),
+      "cudaMemcpyAsync");
+  check(cudaStreamSynchronize(stream), "cudaStreamSynchronize");
+  check(cudaStreamDestroy(stream), "cudaStreamDestroy");
+  return static_cast<double*>(memory);
+}
+
+#else
+
+double* copy_to_device(const std::vector<double>& numbers) {
+  auto* kept = new double[numbers.size()];
+  std::copy(numbers.begin(), numbers.end(), kept);
+  return kept;
+}
+
+#endif
 
 }  // namespace
 
+Tables root_tables(int device, int n3) {
+  static std::mutex mutex;
+  // Never destroyed, as the memory is never given back.
+  static auto& kept = *new std::map<std::pair<int, int>, const double*>;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const double*& data = kept[{device, n3}];
+  if (data == nullptr) {
+    data = copy_to_device(make_roots(n3));
+  }
+  return {
+      reinterpret_cast<const float*>(data + 2 * static_cast<size_t>(n3)),
+      reinterpret_cast<const double2*>(data),
+      n3};
+}
+
 void make_spectrum(const SpectrumArgs& args, Stream stream) {
   const int n3 = args.tables.n3;
-  const int64_t work = args.count * n3 * args.rank * args.rank;
-  const int64_t wanted = (work + kThreads - 1) / kThreads;
-  const int64_t blocks = wanted < 1 ? 1 : wanted < 4096 ? wanted : 4096;
+  const Entries entries = choose_entries(args.count, n3, args.rank);
+  if (args.count == 0) {
+    return;
+  }
   launch(
-      spectrum_kernel, blocks, kThreads, n3 * static_cast<int64_t>(sizeof(double2)), stream, args);
+      has_many_lines(entries, n3) ? spectrum_kernel<kLines> : spectrum_kernel<1>,
+      args.count * entries.blocks,
+      kThreads,
+      shared_bytes(entries, n3, 1),
+      stream,
+      SpectrumBlock{args, entries, args.scale / n3});
 }
 
 void make_core(const CoreArgs& args, Stream stream) {
-  const int64_t in_core = (static_cast<int64_t>(args.rank) * args.rank + kEntries - 1) / kEntries;
-  const int64_t blocks = args.ids.cores * in_core;
-  if (blocks == 0) {
+  const int n3 = args.tables.n3;
+  const Entries entries = choose_entries(args.cores, n3, args.rank);
+  if (args.cores == 0) {
     return;
   }
-  const int64_t shared =
-      args.n3 * static_cast<int64_t>(sizeof(double2) + kEntries * sizeof(double));
-  launch(core_kernel, blocks, kThreads, shared, stream, args);
+  // As many threads for the parts as there are, where a core may have several parts.
+  const bool by_four = entries.log_count >= 2 && args.rank % 2 == 0;
+  const int columns = n3 << (by_four ? entries.log_count - 2 : entries.log_count);
+  const int64_t parts = std::max<int64_t>(1, args.rows * args.parts_per_row / args.cores);
+  int groups = static_cast<int>(std::clamp<int64_t>(kThreads / columns, 1, parts));
+  while (groups > 1 && shared_bytes(entries, n3, groups) > kShared) {
+    --groups;
+  }
+  const bool many = has_many_lines(entries, n3);
+  launch(
+      by_four ? (many ? core_kernel<kLines, 4> : core_kernel<1, 4>)
+              : (many ? core_kernel<kLines, 1> : core_kernel<1, 1>),
+      args.cores * entries.blocks,
+      kThreads,
+      shared_bytes(entries, n3, groups),
+      stream,
+      CoreBlock{args, entries, 1.0 / n3, groups});
 }
 
 }  // namespace tcur

@@ -1,24 +1,25 @@
-// The core and its packed half spectrum, and the table that other kernels read.
+// The core and its packed half spectrum, and the table of roots that other kernels read.
 #pragma once
 
 #include "launch.h"
 
 namespace tcur {
 
-// What one launch of `make_spectrum` leaves for the kernels after it, in device memory: cos and sin
-// of 2πm/n3 for m = 0 … n3-1.
+// cos and sin of 2πm/n3 for m = 0 … n3-1, in device memory, in fp32 and in fp64.
 struct Tables {
-  float* data;
+  const float* data;
+  const double2* exact;
   int n3;
 
-  static int64_t size(int n3) {
-    return 2 * static_cast<int64_t>(n3);
-  }
   // cos and sin of 2πm/n3, 0 <= m < n3.
   TCUR_DEVICE float2 root(int m) const {
     return reinterpret_cast<const float2*>(data)[m];
   }
 };
+
+// The tables of a length on the current device, whose number is `device`. They are made when first
+// asked for and stay for the life of the process: a CUDA graph may hold on to them.
+Tables root_tables(int device, int n3);
 
 // Some of several cores: entry i stands for core ids[i], or for core i without ids. An id out of
 // range stands for a core of NaN: nothing is read past the end, and the result tells.
@@ -38,7 +39,7 @@ struct SpectrumArgs {
   const float* core;  // [cores, n3, rank, rank]
   CoreIds ids;
   float* core_hat;  // [count, n3, rank, rank], weighted by scale * inverse_weight
-  int64_t count;    // entries; 0: tables alone
+  int64_t count;
   int rank;
   double scale;
   Tables tables;
@@ -46,12 +47,20 @@ struct SpectrumArgs {
 
 void make_spectrum(const SpectrumArgs& args, Stream stream);
 
+// Rows in the order of their cores, as row_order.h makes it: those of core c are numbers
+// begin[c] … end[c]-1 of `rows`.
+struct RowOrder {
+  const int *rows, *begin, *end;
+};
+
 struct CoreArgs {
   const float* parts;  // [rows, parts_per_row, n3, rank, rank], packed ∂Û, to be summed in order
   int64_t rows, parts_per_row;
-  CoreIds ids;  // the core that a row belongs to; all rows belong to core 0 without ids
-  int n3, rank;
+  RowOrder order;  // null: all rows belong to core 0
+  int64_t cores;
+  int rank;
   float* core;  // [cores, n3, rank, rank]
+  Tables tables;
 };
 
 void make_core(const CoreArgs& args, Stream stream);

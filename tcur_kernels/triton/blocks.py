@@ -13,9 +13,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import wrap_triton
 
 from . import launch
+from .launch import wrap_triton
 from .spectra import dot, unit_root
 
 
@@ -92,6 +92,7 @@ def core_of_partials_kernel(
     core_ptr,  # [cores, n3, r * r] out
     blocks, blocks_of_group, n3, square,
     SLICES: tl.constexpr, PLANES: tl.constexpr, COLS: tl.constexpr, IDS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Adds the partial sums in order and transforms back: inverse DFT along the slices."""
     which = tl.program_id(0)
@@ -114,8 +115,8 @@ def core_of_partials_kernel(
         imag = (p % 2 == 0) & is_pair
         cos, sin = unit_root((k[None, :] * l[:, None]) % n3, n3)
         table = tl.where(imag[None, :], -sin, cos) * tl.where(is_pair, 2.0, 1.0)[None, :] / n3
-        # A few thousand products in all, in plain fp32.
-        core += tl.sum(table[:, :, None] * total[None, :, :], axis=1)
+        # Spelled as a sum of products, Triton 3.6 would make a product in TF32 of it.
+        core = dot(table, total, core, PRECISION)
     mask = (l < n3)[:, None] & (e < square)[None, :]
     at = (which.to(tl.int64) * n3 + l)[:, None] * square + e[None, :]
     tl.store(core_ptr + at, core, mask=mask)
@@ -161,6 +162,7 @@ def core_gradient(
         wrap_triton(core_of_partials_kernel)[grid](
             partial, ids, core, count, blocks_of_group, n3, square,
             SLICES=sums.slices, PLANES=sums.bins, COLS=sums.cols, IDS=adapter_ids is not None,
+            PRECISION=precision,
             num_warps=sums.warps, num_stages=sums.stages,
         )  # fmt: skip
     return core

@@ -14,11 +14,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import wrap_triton
 
 from . import launch
 from .blocks import core_gradient
 from .contract import check_factors, expect
+from .launch import wrap_triton
 from .spectra import dot, unit_root
 
 
@@ -145,13 +145,14 @@ def run(grad: Tensor, lateral_hat: Tensor, horizontal_hat: Tensor, precision: st
     expect("grad", grad, [n3, lateral_hat.shape[0], horizontal_hat.shape[1]])
     arch = launch.arch_of(grad.device)
     exact, precision = launch.dot_precisions(arch, precision, lateral_hat.dtype)
-    parts, ranks = launch.parts_of(rank, precision)
+    parts = launch.PART if rank <= launch.PART else launch.PARTS  # columns here, no inner size
+    ranks = launch.padded(rank, parts)
     chosen = launch.row("core_grad_dense", arch, n3)
     bins = chosen.bins
     if chosen.form == "direct":
         programs = triton.cdiv(n3 * ranks, bins)
     else:
-        if parts == 16 and ranks > parts:
+        if ranks > launch.PART:
             bins //= 2  # ranks beyond one part take the registers that are left
         programs = max(1, triton.cdiv(n3 // 2, bins)) * (ranks // parts)
     spans = triton.cdiv(n2, chosen.span)

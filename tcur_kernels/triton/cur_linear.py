@@ -15,10 +15,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import wrap_triton
 
 from . import launch
 from .contract import check_factors, check_tokens, expect
+from .launch import wrap_triton
 from .products import product
 from .spectra import dot, unit_root
 

@@ -11,8 +11,11 @@ import csv
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from importlib import resources
+from typing import Any
 
 import torch
+from torch.library import wrap_triton as _wrap_triton
+from triton.runtime.jit import JITFunction
 
 #: Oldest first: a device takes the rows of the newest architecture that is not newer than its own.
 NVIDIA = ("sm_80", "sm_90", "sm_100")
@@ -20,8 +23,16 @@ AMD = ("gfx942",)
 #: Stands for Triton's interpreter: the rows are those of the oldest architecture.
 CPU = "cpu"
 
-#: Inner size of products over the rank of a core alone, and a tile of its r x r numbers.
+#: Inner size of products over the rank of a core alone, and a tile of its r x r numbers: the least
+#: that Triton 3.6 takes, for fp32 as for bf16.
 PARTS = 16
+#: Ranks at a time where real and imaginary parts lie side by side in one inner size of PARTS.
+PART = PARTS // 2
+
+
+def wrap_triton(kernel: Any) -> Any:
+    """torch's own, which before torch 2.13 refuses kernels of Triton's interpreter."""
+    return _wrap_triton(kernel) if isinstance(kernel, JITFunction) else kernel
 
 
 @dataclass(frozen=True)
@@ -100,10 +111,6 @@ def dot_precisions(arch: str, precision: str, factors: torch.dtype) -> tuple[str
     return exact, f"emulated {precision}" if arch == CPU else precision
 
 
-def parts_of(rank: int, precision: str) -> tuple[int, int]:
-    """Inner size of one product over the rank, and the rank padded to a multiple of it.
-
-    A TF32 product on tensor cores has an inner size of at least 8, one in bf16 of at least 16.
-    """
-    parts = 8 if rank <= 8 and "bf16" not in precision else 16
-    return parts, -(-rank // parts) * parts
+def padded(rank: int, parts: int) -> int:
+    """The rank, padded to a multiple of what a product takes at a time."""
+    return -(-rank // parts) * parts

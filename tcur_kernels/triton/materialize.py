@@ -1,12 +1,12 @@
 """``materialize`` in Triton: one pass over the weights of all slices.
 
-With P_k = s w_k / n3 * Ĉ_k Û_k, n1 q numbers that a small kernel makes first, slice l is
-W_l + Σ_k Re(e^{2πikl/n3} P_k R̂_k). A program owns a tile of rows and columns for all slices (of
-long tubes for a part of them). Both steps are products on tensor cores, nothing in between leaves
-the program: A_k + i B_k = P_k R̂_k as one batched product over a chunk of bins with an inner
-size of 2r, [Re P, -Im P] [Re R; Im R] and [Im P, Re P] [Re R; Im R]; then the inverse transform as
-a product with its matrix, over bins. The base is added last, rounded once, each element read and
-written once.
+With P_k = s w_k / n3 * Ĉ_k Û_k, n1 q numbers that a small kernel makes first, slice l is W_l + Σ_k
+Re(e^{2πikl/n3} P_k R̂_k). A program owns a tile of rows and columns for all slices (of long tubes
+for a part of them). Both steps are products on tensor cores, nothing in between leaves the program:
+A_k + i B_k = P_k R̂_k as batched products over a chunk of bins with an inner size of 2r, [Re P, -Im
+P] [Re R; Im R] and [Im P, Re P] [Re R; Im R], so that a rank of 8 fills the 16 that a product takes
+at least; then the inverse transform as a product with its matrix, over bins. The base is added
+last, rounded once, each element read and written once.
 
 Three forms of the transform, chosen by n3 in the table of `launch`:
 
@@ -20,16 +20,16 @@ Three forms of the transform, chosen by n3 in the table of `launch`:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import wrap_triton
 
 from . import launch
 from .contract import check_factors, expect
+from .launch import wrap_triton
 from .spectra import dot, unit_root
 
 
@@ -93,25 +93,39 @@ def _mix_kernel(
 
 
 @triton.jit
-def _left(mixed_ptr, plane, used, i, c, n1, RANKS: tl.constexpr):
-    """P of some planes, zeros where not ``used``: [planes, rows, parts]."""
-    at = (plane[:, None].to(tl.int64) * n1 + i[None, :])[:, :, None] * RANKS + c[None, None, :]
-    mask = (used[:, None] & (i < n1)[None, :])[:, :, None]
-    return tl.load(mixed_ptr + at, mask=mask, other=0.0)
+def _left(
+    mixed_ptr, plane, step, used, is_pair, i, c0, n1, RANKS: tl.constexpr, PARTS: tl.constexpr
+):
+    """Columns of P of some planes and of the planes ``step`` on: [planes, rows, PARTS].
+
+    Zeros in the first half of the columns where not ``used``, in the second where not ``is_pair``.
+    """
+    half: tl.constexpr = PARTS // 2
+    which = tl.arange(0, PARTS) // half
+    c = c0 + tl.arange(0, PARTS) % half
+    at = (plane[:, None] + step[:, None] * which[None, :]).to(tl.int64) * n1
+    at = (at[:, None, :] + i[None, :, None]) * RANKS + c[None, None, :]
+    mask = (used[:, None] & (is_pair[:, None] | (which == 0)[None, :]))[:, None, :]
+    return tl.load(mixed_ptr + at, mask=mask & (i < n1)[None, :, None], other=0.0)
 
 
 @triton.jit
-def _right(horizontal_ptr, plane, used, c, j, n2, rank):
-    """R̂ of some planes, zeros where not ``used``: [planes, parts, columns]."""
-    at = (plane[:, None] * rank + c[None, :]).to(tl.int64)[:, :, None] * n2 + j[None, None, :]
-    mask = (used[:, None] & (c < rank)[None, :])[:, :, None] & (j < n2)[None, None, :]
+def _right(horizontal_ptr, plane, used, is_pair, c0, j, n2, rank, PARTS: tl.constexpr):
+    """Rows of R̂ of some planes, the next planes' under them: [planes, PARTS, columns]."""
+    half: tl.constexpr = PARTS // 2
+    which = tl.arange(0, PARTS) // half
+    c = c0 + tl.arange(0, PARTS) % half
+    at = ((plane[:, None] + which[None, :]) * rank + c[None, :]).to(tl.int64) * n2
+    mask = used[:, None] & (is_pair[:, None] | (which == 0)[None, :]) & (c < rank)[None, :]
+    mask = mask[:, :, None] & (j < n2)[None, None, :]
+    at = at[:, :, None] + j[None, None, :]
     return tl.load(horizontal_ptr + at, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def _finish(
     base_ptr, places_ptr, out_ptr, update, l, mask, i, j, n1, n2,
-    ROWS: tl.constexpr, COLS: tl.constexpr, BASE: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, BASE: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """Adds the base to ``update`` [slices, ROWS * COLS] and writes: the one pass over W."""
     slices: tl.constexpr = update.shape[0]
@@ -120,7 +134,7 @@ def _finish(
     within = i[None, :, None] * n2 + j[None, None, :]
     if BASE != "none":
         if BASE == "layers":
-            place = tl.load(places_ptr + l, mask=mask, other=0)
+            place = tl.multiple_of(tl.load(places_ptr + l, mask=mask, other=0), ALIGNED)
         else:
             place = l.to(tl.int64) * n1 * n2
         w = tl.load(base_ptr + (place[:, None, None] + within), mask=inside, other=0.0)
@@ -132,7 +146,8 @@ def _finish(
 @triton.jit
 def _dense_kernel(
     base_ptr,  # [n3, n1, n2], or the first of the layers' weights [n1, n2]
-    places_ptr,  # [n3] int64: distance of each layer's weight from the first, in elements
+    places_ptr,  # [n3] int64: distance of each layer's weight from the first, in elements,
+    # each a multiple of ALIGNED
     mixed_ptr,  # [n3, n1, RANKS]: planes of P
     horizontal_ptr,  # [q, n2]
     roots_ptr,  # [2, K, n3]
@@ -140,12 +155,13 @@ def _dense_kernel(
     n1, n2, n3, rank,
     ROWS: tl.constexpr, COLS: tl.constexpr, RANKS: tl.constexpr, PARTS: tl.constexpr,
     BINS: tl.constexpr, SLICES: tl.constexpr,
-    BASE: tl.constexpr, PRECISION: tl.constexpr,
+    BASE: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     col_blocks = tl.cdiv(n2, COLS)
     i = (tl.program_id(0) // col_blocks * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     j = (tl.program_id(0) % col_blocks * COLS + tl.arange(0, COLS)).to(tl.int64)
     l = tl.program_id(1) * SLICES + tl.arange(0, SLICES)
+    first_half = tl.arange(0, PARTS) < PARTS // 2
     update = tl.zeros([SLICES, ROWS * COLS], tl.float32)
     for p0 in range(0, n3, BINS):  # planes here, a bin of a pair has two
         p = p0 + tl.arange(0, BINS)
@@ -153,25 +169,22 @@ def _dense_kernel(
         is_pair = (k > 0) & (2 * k < n3)
         imag = (p % 2 == 0) & is_pair
         re_plane = tl.where(imag, p - 1, p)
-        partner = tl.where(imag, p - 1, p + 1)
-        sign = tl.where(imag, 1.0, -1.0)
+        to_partner = tl.where(imag, -1, 1)
+        sign = tl.where(first_half[None, :] | imag[:, None], 1.0, -1.0)[:, None, :]
         planes = tl.zeros([BINS, ROWS, COLS], tl.float32)
-        for c0 in range(0, RANKS, PARTS):
+        for c0 in range(0, RANKS, PARTS // 2):
             # Re = Re P Re R - Im P Im R, and Im = Im P Re R + Re P Im R.
-            c = c0 + tl.arange(0, PARTS)
-            left = _left(mixed_ptr, p, p < n3, i, c, n1, RANKS)
-            right = _right(horizontal_ptr, re_plane, p < n3, c, j, n2, rank)
-            planes = dot(left, right, planes, PRECISION)
-            left = _left(mixed_ptr, partner, is_pair, i, c, n1, RANKS) * sign[:, None, None]
-            right = _right(horizontal_ptr, re_plane + 1, is_pair, c, j, n2, rank)
-            planes = dot(left, right, planes, PRECISION)
+            left = _left(mixed_ptr, p, to_partner, p < n3, is_pair, i, c0, n1, RANKS, PARTS)
+            right = _right(horizontal_ptr, re_plane, p < n3, is_pair, c0, j, n2, rank, PARTS)
+            planes = dot(left * sign, right, planes, PRECISION)
         inside = (l < n3)[:, None] & (p < n3)[None, :]
         at = tl.where(imag, n3 // 2 + 1, 0) + k
         table = tl.load(roots_ptr + at[None, :] * n3 + l[:, None], mask=inside, other=0.0)
         table = tl.where(imag[None, :], -table, table)
         update = dot(table, tl.reshape(planes, [BINS, ROWS * COLS]), update, PRECISION)
     _finish(
-        base_ptr, places_ptr, out_ptr, update, l, l < n3, i, j, n1, n2, ROWS, COLS, BASE
+        base_ptr, places_ptr, out_ptr, update, l, l < n3, i, j, n1, n2, ROWS, COLS, BASE,
+        ALIGNED,
     )  # fmt: skip
 
 
@@ -186,7 +199,7 @@ def _folded_kernel(
     n1, n2, n3, rank,
     ROWS: tl.constexpr, COLS: tl.constexpr, RANKS: tl.constexpr, PARTS: tl.constexpr,
     BINS: tl.constexpr, SLICES: tl.constexpr,
-    BASE: tl.constexpr, PRECISION: tl.constexpr,
+    BASE: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     col_blocks = tl.cdiv(n2, COLS)
     i = (tl.program_id(0) // col_blocks * ROWS + tl.arange(0, ROWS)).to(tl.int64)
@@ -195,24 +208,22 @@ def _folded_kernel(
     half = n3 // 2
     is_even = n3 % 2 == 0
     firsts = (n3 + 1) // 2  # l = 0 ... firsts - 1
+    sign = tl.where(tl.arange(0, PARTS) < PARTS // 2, 1.0, -1.0)
     even = tl.zeros([SLICES, ROWS * COLS], tl.float32)
     odd = tl.zeros([SLICES, ROWS * COLS], tl.float32)
     middle = tl.zeros([BINS, ROWS, COLS], tl.float32)
     for k0 in range(1, half + 1, BINS):
         k = k0 + tl.arange(0, BINS)
-        plane = 2 * k - 1
+        is_pair = 2 * k < n3
+        one = tl.full([BINS], 1, tl.int32)
         re = tl.zeros([BINS, ROWS, COLS], tl.float32)
         im = tl.zeros([BINS, ROWS, COLS], tl.float32)
-        for c0 in range(0, RANKS, PARTS):
-            c = c0 + tl.arange(0, PARTS)
-            p_re = _left(mixed_ptr, plane, k <= half, i, c, n1, RANKS)
-            r_re = _right(horizontal_ptr, plane, k <= half, c, j, n2, rank)
-            re = dot(p_re, r_re, re, PRECISION)
-            p_im = _left(mixed_ptr, plane + 1, 2 * k < n3, i, c, n1, RANKS)
-            im = dot(p_im, r_re, im, PRECISION)
-            r_im = _right(horizontal_ptr, plane + 1, 2 * k < n3, c, j, n2, rank)
-            im = dot(p_re, r_im, im, PRECISION)
-            re = dot(-p_im, r_im, re, PRECISION)
+        for c0 in range(0, RANKS, PARTS // 2):
+            right = _right(horizontal_ptr, 2 * k - 1, k <= half, is_pair, c0, j, n2, rank, PARTS)
+            left = _left(mixed_ptr, 2 * k - 1, one, k <= half, is_pair, i, c0, n1, RANKS, PARTS)
+            re = dot(left * sign[None, None, :], right, re, PRECISION)
+            left = _left(mixed_ptr, 2 * k, -one, is_pair, is_pair, i, c0, n1, RANKS, PARTS)
+            im = dot(left, right, im, PRECISION)
         # Slice n3/2, where every cosine is 1 or -1 and every sine 0; summed once, at the end.
         middle += re * tl.where(k % 2 == 0, 1.0, -1.0)[:, None, None]
         re_planes = tl.reshape(re, [BINS, ROWS * COLS])
@@ -226,7 +237,7 @@ def _folded_kernel(
     constant = tl.zeros([ROWS, COLS], tl.float32)
     for c0 in range(0, RANKS, PARTS):
         c = c0 + tl.arange(0, PARTS)
-        mask = (i < n1)[:, None]
+        mask = (i < n1)[:, None] & (c < RANKS)[None, :]
         left = tl.load(mixed_ptr + i[:, None] * RANKS + c[None, :], mask=mask, other=0.0)
         mask = (c < rank)[:, None] & (j < n2)[None, :]
         at = c.to(tl.int64)[:, None] * n2 + j[None, :]
@@ -236,18 +247,19 @@ def _folded_kernel(
     even += zeroth[None, :]
     where = l < firsts
     _finish(
-        base_ptr, places_ptr, out_ptr, even - odd, l, where, i, j, n1, n2, ROWS, COLS, BASE
+        base_ptr, places_ptr, out_ptr, even - odd, l, where, i, j, n1, n2, ROWS, COLS, BASE,
+        ALIGNED,
     )  # fmt: skip
     _finish(
         base_ptr, places_ptr, out_ptr, even + odd, n3 - l, where & (l > 0), i, j, n1, n2,
-        ROWS, COLS, BASE,
+        ROWS, COLS, BASE, ALIGNED,
     )  # fmt: skip
     if is_even & (tl.program_id(1) == 0):
         update = tl.reshape(tl.sum(middle, axis=0) + constant, [1, ROWS * COLS])
         l_middle = half + tl.arange(0, 1)
         _finish(
             base_ptr, places_ptr, out_ptr, update, l_middle, l_middle < n3,
-            i, j, n1, n2, ROWS, COLS, BASE,
+            i, j, n1, n2, ROWS, COLS, BASE, ALIGNED,
         )  # fmt: skip
 
 
@@ -262,7 +274,7 @@ def _direct_kernel(
     n1, n2, n3, rank,
     ROWS: tl.constexpr, COLS: tl.constexpr, RANKS: tl.constexpr, PARTS: tl.constexpr,
     BINS: tl.constexpr, SLICES: tl.constexpr,
-    BASE: tl.constexpr, PRECISION: tl.constexpr,
+    BASE: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One slice: W_l + [e^{2 pi i k l / n3} P_k as real columns] R̂, inner size q."""
     col_blocks = tl.cdiv(n2, COLS)
@@ -271,28 +283,28 @@ def _direct_kernel(
     l = tl.program_id(1)
     update = tl.zeros([ROWS, COLS], tl.float32)
     for c0 in range(0, n3 * RANKS, PARTS):
-        # A chunk lies in one plane: Re(e P) for a real one, -Im(e P) for an imaginary one.
-        p = c0 // RANKS
+        # Re(e P) for columns of a real plane, -Im(e P) for those of an imaginary one.
+        p = (c0 + tl.arange(0, PARTS)) // RANKS
+        c = (c0 + tl.arange(0, PARTS)) % RANKS
         k = (p + 1) // 2
         imag = (p > 0) & (p % 2 == 0)
         partner = tl.where(2 * k < n3, tl.where(imag, p - 1, tl.where(p > 0, p + 1, p)), p)
-        cos = tl.load(roots_ptr + k * n3 + l)
-        sin = tl.load(roots_ptr + (n3 // 2 + 1 + k) * n3 + l)
-        c = c0 % RANKS + tl.arange(0, PARTS)
-        mask = (i < n1)[:, None]
-        own_at = (p * n1 + i[:, None]) * RANKS + c[None, :]
+        cos = tl.load(roots_ptr + k * n3 + l, mask=p < n3, other=0.0)
+        sin = tl.load(roots_ptr + (n3 // 2 + 1 + k) * n3 + l, mask=p < n3, other=0.0)
+        mask = (i < n1)[:, None] & (p < n3)[None, :]
+        own_at = (p[None, :] * n1 + i[:, None]) * RANKS + c[None, :]
         own = tl.load(mixed_ptr + own_at, mask=mask, other=0.0)
-        other_at = (partner * n1 + i[:, None]) * RANKS + c[None, :]
+        other_at = (partner[None, :] * n1 + i[:, None]) * RANKS + c[None, :]
         other = tl.load(mixed_ptr + other_at, mask=mask, other=0.0)
-        left = tl.where(imag, -cos, cos) * own - sin * other
-        mask = (c < rank)[:, None] & (j < n2)[None, :]
+        left = tl.where(imag, -cos, cos)[None, :] * own - sin[None, :] * other
+        mask = ((p < n3) & (c < rank))[:, None] & (j < n2)[None, :]
         at = (p * rank + c).to(tl.int64)[:, None] * n2 + j[None, :]
         right = tl.load(horizontal_ptr + at, mask=mask, other=0.0).to(tl.float32)
         update = dot(left, right, update, PRECISION)
     slices = l + tl.arange(0, 1)
     _finish(
         base_ptr, places_ptr, out_ptr, tl.reshape(update, [1, ROWS * COLS]), slices, slices < n3,
-        i, j, n1, n2, ROWS, COLS, BASE,
+        i, j, n1, n2, ROWS, COLS, BASE, ALIGNED,
     )  # fmt: skip
 
 
@@ -317,10 +329,12 @@ def run(
         raise ValueError(f"weights: expected {n3 if layers else 1}, got {len(weights)}")
     for weight in weights:
         expect("weights", weight, [n1, n2] if layers else [n3, n1, n2])
+        if weight.dtype != weights[0].dtype:
+            raise TypeError(f"weights: expected {weights[0].dtype}, got {weight.dtype}")
     arch = launch.arch_of(core.device)
     exact, precision = launch.dot_precisions(arch, precision, lateral_hat.dtype)
     lateral_hat, horizontal_hat = lateral_hat.contiguous(), horizontal_hat.contiguous()
-    parts, ranks = launch.parts_of(rank, precision)
+    ranks = launch.padded(rank, launch.PART)
     mixed = core.new_empty(n3, n1, ranks)
     roots = core.new_empty(2, n3 // 2 + 1, n3)
     mix = launch.row("mix", arch, n3)
@@ -329,30 +343,41 @@ def run(
         ROWS=mix.rows, RANKS=ranks, PARTS=launch.PARTS, SLICES=mix.slices, PRECISION=exact,
         num_warps=mix.warps, num_stages=mix.stages,
     )  # fmt: skip
-    base, places, kind = mixed, mixed, "none"
+    base, places, kind, aligned = mixed, mixed, "none", 1
+    if layers and not all(weight.is_contiguous() for weight in weights):
+        # A copy in any case; of one tensor, so that no table is kept for addresses of copies.
+        weights, layers = [torch.stack(list(weights))], False
     if weights:
-        weights = [weight.contiguous() for weight in weights]
-        base, kind = weights[0], "layers" if layers else "stack"
+        base, kind = weights[0].contiguous(), "layers" if layers else "stack"
     if layers:
-        places = _places(tuple(w.data_ptr() for w in weights), base.element_size(), core.device)
+        addresses = tuple(weight.data_ptr() for weight in weights)
+        places = _places(addresses, base.element_size(), core.device)
+        if all(address % 16 == 0 for address in addresses):
+            aligned = 16 // base.element_size()  # what a thread loads at once
     chosen = launch.row("materialize", arch, n3)
     kernel = _FORMS[chosen.form]
     tiles = triton.cdiv(n1, chosen.rows) * triton.cdiv(n2, chosen.cols)
-    bins = max(chosen.bins, parts)  # an inner size too, of the product with the transform
     count = (n3 + 1) // 2 if chosen.form == "folded" else n3
     wrap_triton(kernel)[(tiles, triton.cdiv(count, chosen.slices))](
         base, places, mixed, horizontal_hat, roots, out, n1, n2, n3, rank,
-        ROWS=chosen.rows, COLS=chosen.cols, RANKS=ranks, PARTS=parts,
-        BINS=bins, SLICES=chosen.slices, BASE=kind, PRECISION=precision,
+        ROWS=chosen.rows, COLS=chosen.cols, RANKS=ranks, PARTS=launch.PARTS,
+        BINS=chosen.bins, SLICES=chosen.slices, BASE=kind, ALIGNED=aligned, PRECISION=precision,
         num_warps=chosen.warps, num_stages=chosen.stages,
     )  # fmt: skip
 
 
-@lru_cache(maxsize=256)
+@cache
 def _places(addresses: tuple[int, ...], size: int, device: torch.device) -> Tensor:
     """Distance of each layer's weight from the first one, in elements, [n3] int64.
 
-    A value of the addresses alone, so what is kept cannot be stale.
+    A value of the addresses alone, so what is kept cannot be stale; and nothing is ever dropped,
+    since a captured graph may read the table as long as the process lives. It is half a kilobyte
+    for each set of weights that stays where it is.
     """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "weights: expected layers whose addresses are on the device already, as after one call "
+            "before the capture of a CUDA graph, got layers that are seen in a capture first"
+        )
     places = [(address - addresses[0]) // size for address in addresses]
     return torch.tensor(places, dtype=torch.int64, device=device)

@@ -11,6 +11,7 @@ opaque.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -22,6 +23,14 @@ from .products import product_kernel
 
 #: Whether kernels run in Triton's interpreter, on the CPU. Triton decides when it is imported.
 INTERPRETED = not isinstance(product_kernel, JITFunction)
+
+
+def _device_of(tensor: Tensor) -> AbstractContextManager[object]:
+    """Makes a tensor's device the current one: that is where Triton launches, whatever it is given.
+
+    All launches are made under it, here and nowhere else. A compiled graph has a guard of its own.
+    """
+    return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else nullcontext()
 
 
 def _define(language: str, precision: str) -> None:
@@ -39,7 +48,8 @@ def _define(language: str, precision: str) -> None:
         scale: float,
         out: Tensor,
     ) -> None:
-        materialize.run(weights, lateral_hat, horizontal_hat, core, scale, out, precision)
+        with _device_of(out):
+            materialize.run(weights, lateral_hat, horizontal_hat, core, scale, out, precision)
 
     @operator(qualified("materialize"), mutates_args=())
     def _materialize(
@@ -56,12 +66,14 @@ def _define(language: str, precision: str) -> None:
         if len(weights) > 0 and weights[0].ndim == 2:
             materialize_out(*args)
         else:
-            materialize.run(*args, precision)
+            with _device_of(out):
+                materialize.run(*args, precision)
         return out
 
     @operator(qualified("core_grad_dense"), mutates_args=())
     def _core_grad_dense(grad: Tensor, lateral_hat: Tensor, horizontal_hat: Tensor) -> Tensor:
-        return core_grad_dense.run(grad, lateral_hat, horizontal_hat, precision)
+        with _device_of(grad):
+            return core_grad_dense.run(grad, lateral_hat, horizontal_hat, precision)
 
     @operator(qualified("core_grad_tokens"), mutates_args=())
     def _core_grad_tokens(
@@ -75,18 +87,19 @@ def _define(language: str, precision: str) -> None:
         adapter_ids: Tensor | None = None,
         adapters: int = 1,
     ) -> Tensor:
-        return core_grad_tokens.run(
-            x,
-            grad_y,
-            lateral_hat,
-            horizontal_hat,
-            n3,
-            slice_index,
-            slices,
-            adapter_ids,
-            adapters,
-            precision,
-        )
+        with _device_of(x):
+            return core_grad_tokens.run(
+                x,
+                grad_y,
+                lateral_hat,
+                horizontal_hat,
+                n3,
+                slice_index,
+                slices,
+                adapter_ids,
+                adapters,
+                precision,
+            )
 
     @operator(qualified("cur_linear"), mutates_args=())
     def _cur_linear(
@@ -105,22 +118,23 @@ def _define(language: str, precision: str) -> None:
         dense_grad: bool = False,
         adapter_ids: Tensor | None = None,
     ) -> Tensor:
-        return cur_linear.run(
-            x,
-            weight,
-            bias,
-            lateral_hat,
-            horizontal_hat,
-            core,
-            slice_index,
-            slices,
-            scale,
-            materialized,
-            transposed,
-            z,
-            adapter_ids,
-            precision,
-        )
+        with _device_of(x):
+            return cur_linear.run(
+                x,
+                weight,
+                bias,
+                lateral_hat,
+                horizontal_hat,
+                core,
+                slice_index,
+                slices,
+                scale,
+                materialized,
+                transposed,
+                z,
+                adapter_ids,
+                precision,
+            )
 
     ops.complete(language)
 

@@ -6,9 +6,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import wrap_triton
 
 from . import launch
+from .launch import wrap_triton
 from .spectra import dot
 
 

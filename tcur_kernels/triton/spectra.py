@@ -24,9 +24,10 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
     """``acc + a @ b``, sums in fp32; PRECISION as of `launch.dot_precisions`.
 
     "3xtf32" is three products of TF32, of the leading bits of each operand and of what they leave;
-    only the product of the two rests is lost, 2^-24 of the whole. What ``tl.dot`` offers under the
-    name of "tf32x3" is the same, but sums every triple apart, which costs as many registers again
-    as the accumulator.
+    only the product of the two rests is lost, 2^-24 of the whole. Tensor cores truncate each of
+    their sums, 2^-24 of it on the average and always towards zero: a long sum there would be too
+    small by as many of these as it has terms. So they sum one triple, the small products first, and
+    triples are added up in fp32, which rounds.
     """
     if PRECISION == "bf16":
         acc = tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16), acc)
@@ -36,9 +37,9 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
         if PRECISION == "3xtf32":
             a_lead = rounded(a, 13)
             b_lead = rounded(b, 13)
-            acc = tl.dot(a - a_lead, b_lead, acc, input_precision="tf32")
-            acc = tl.dot(a_lead, b - b_lead, acc, input_precision="tf32")
-            acc = tl.dot(a_lead, b_lead, acc, input_precision="tf32")
+            triple = tl.dot(a - a_lead, b_lead, input_precision="tf32")
+            triple = tl.dot(a_lead, b - b_lead, triple, input_precision="tf32")
+            acc += tl.dot(a_lead, b_lead, triple, input_precision="tf32")
         elif PRECISION == "emulated tf32":
             acc = tl.dot(rounded(a, 13), rounded(b, 13), acc, input_precision="ieee")
         elif PRECISION == "emulated bf16":

@@ -180,6 +180,9 @@ def test_operators_check_their_shapes():
         "weights: expected 4": lambda: op.materialize_triton(
             list(case.weight[:3]), *packed, core, 1.0, torch.float32
         ),
+        "weights: expected torch.float32": lambda: op.materialize_triton(
+            [case.weight[0].half(), *case.weight[1:]][::-1], *packed, core, 1.0, torch.float32
+        ),
         "horizontal_hat": lambda: op.core_grad_dense_triton(
             case.weight, packed[0], packed[1][:3]
         ),

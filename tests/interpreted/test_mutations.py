@@ -77,11 +77,11 @@ PHASE, CONJUGATE, TILE = "a wrong phase", "a missing conjugate", "an unwritten t
 MUTATIONS = [
     # materialize: the form for few slices, the dense one, the folded one
     (PHASE, "materialize", "k = (p + 1) // 2\n        imag", "k = p // 2\n        imag", 3),
-    (CONJUGATE, "materialize", "imag, -cos, cos) * own", "imag, cos, cos) * own", 3),
+    (CONJUGATE, "materialize", "imag, -cos, cos)[None", "imag, cos, cos)[None", 3),
     (PHASE, "materialize", "n3 + l[:, None], mask", "n3 + (n3 - 1 - l)[:, None], mask", 12),
-    (CONJUGATE, "materialize", "sign = tl.where(imag, 1.0, -1.0)", "sign = 1.0 + 0.0 * p", 12),
+    (CONJUGATE, "materialize", "| imag[:, None], 1.0, -1.0", "| imag[:, None], 1.0, 1.0", 12),
     (PHASE, "materialize", "even - odd, l", "even + odd, l", 18),
-    (CONJUGATE, "materialize", "dot(-p_im, r_im", "dot(p_im, r_im", 18),
+    (CONJUGATE, "materialize", "dot(left * sign[None", "dot(left * (sign * sign)[None", 18),
     (CONJUGATE, "materialize", "u_im -= tl.sum", "u_im += tl.sum", 18),
     (TILE, "materialize", "& (i < n1)[None, :, None] &", "& (i < 16)[None, :, None] &", 18),
     (TILE, "materialize", "if is_even &", "if (n3 < 0) &", 18),

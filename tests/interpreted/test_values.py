@@ -37,6 +37,18 @@ def test_materialize_dtypes(n3, dtype, weights):
         check("materialize", given[weights], *case.packed, case.core, 0.5, out_dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("n3", FORMS)
+def test_materialize_of_layers_at_odd_addresses(n3, dtype):
+    case = make_case(n3, 16, 32, 3, weight_dtype=dtype)
+    numbers = torch.empty(n3, 16 * 32 + 1, dtype=dtype)
+    for row, weight in zip(numbers, case.weight, strict=True):
+        row[1:] = weight.flatten()
+    layers = [row[1:].view(16, 32) for row in numbers]
+    assert len({layer.data_ptr() % 16 for layer in layers}) > 1
+    check("materialize", layers, *case.packed, case.core, 0.5, torch.float32)
+
+
 @pytest.mark.parametrize(("n3", "rank"), N3_RANKS)
 def test_core_grad_dense(n3, rank):
     case = make_case(n3, 18, 35, rank)

@@ -1,0 +1,64 @@
+"""What a section has begun and ended, kept in a file: who comes after a crash goes on behind it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+class Progress:
+    """Pieces of work by name. Those of earlier processes of the same section are known.
+
+    A piece that was begun and not ended broke its process. Parts of a piece are pieces named
+    ``whole|part``: where only a part broke, the whole is tried again without it.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self._order: list[str] = []  # of beginnings
+        self._open: Counter[str] = Counter()
+        self._ended: set[str] = set()
+        if path is not None and path.exists():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                what, _, name = line.partition(" ")
+                if what == "begin":
+                    self._order.append(name)
+                    self._open[name] += 1
+                else:
+                    self._open[name] -= 1
+                    self._ended.add(name)
+
+    @contextmanager
+    def during(self, name: str) -> Iterator[None]:
+        """A piece: begun here and ended after the block, unless the process ends in it."""
+        self._write(f"begin {name}")
+        try:
+            yield
+        except Exception:
+            self._write(f"end {name}")
+            raise
+        self._write(f"end {name}")
+
+    def has_ended(self, name: str) -> bool:
+        """Whether an earlier process came to the end of a piece."""
+        return name in self._ended
+
+    def is_broken(self, name: str) -> bool:
+        """Whether a piece itself, not only a part of it, broke an earlier process."""
+        parts = sum(n for part, n in self._open.items() if part.startswith(f"{name}|"))
+        return self._open[name] > parts
+
+    def latest(self) -> str:
+        """The piece that is open, the innermost; "" if there is none."""
+        return next((name for name in reversed(self._order) if self._open[name] > 0), "")
+
+    def count(self) -> int:
+        """How many pieces were begun."""
+        return len(self._order)
+
+    def _write(self, line: str) -> None:
+        if self._path is not None:
+            with open(self._path, "a", encoding="utf-8") as file:
+                file.write(line + "\n")

@@ -1,0 +1,56 @@
+// What the operator hands to the kernels of `materialize`.
+#pragma once
+
+#include "dft_matrix.h"
+#include "elements.h"
+#include "fragments.h"
+#include "spectrum.h"
+#include "tile.h"
+#include "tubes_in_registers.h"
+
+namespace tcur {
+
+// Slices that one launch writes, at most: all that codelets take, or both mirror images of lines.
+constexpr int kMostBases = 2 * kMostLines;
+static_assert(kLongestOuter * kLongestInner <= kMostBases, "codelets take more slices");
+
+struct MaterializeArgs {
+  const float* mixed;           // P [n1, n3*rank]
+  const float* horizontal_hat;  // R̂ [n3*rank, n2]; both as `prepare_kernel` leaves them for tubes
+  Tables tables;
+  void* out;  // [n3, n1, n2]
+  int64_t n1, n2, tiles_in_row;
+  int n3, rank;
+  int quads;  // of the rank, for tubes
+  bool prefetches;  // for tubes: whether a block asks for its bases as it begins
+  Precision precision;
+  Tile tile;
+  Lines lines;                        // of the product with the matrix
+  Element base_element, out_element;  // base_element none: no base
+  bool vector;                        // rows start at multiples of four elements
+  int bases;
+  const void* base[kMostBases];  // each [n1, n2]: slice l; or lines.first + j, then their mirror
+                                 // images, null where there is none
+};
+
+// A kernel made for one length of tubes and short ranks, and what it is launched with.
+struct TubesKernel {
+  void (*kernel)(MaterializeArgs);
+  int rows, columns;  // of its tile
+  int threads;
+  int64_t shared_bytes;
+};
+
+// That of a length for which `has_tubes` and `tubes_part` is PART.
+template <int PART>
+TubesKernel materialize_tubes(int64_t n3);
+template <>
+TubesKernel materialize_tubes<0>(int64_t n3);
+template <>
+TubesKernel materialize_tubes<1>(int64_t n3);
+template <>
+TubesKernel materialize_tubes<2>(int64_t n3);
+template <>
+TubesKernel materialize_tubes<3>(int64_t n3);
+
+}  // namespace tcur

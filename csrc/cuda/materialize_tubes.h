@@ -1,0 +1,322 @@
+// W_eff for a length of two short factors and a short rank: everything in fp32 registers.
+//
+// A thread forms S_k = P_k R̂_k for the bins of one k1, some rows and four columns by fp32
+// multiplications, 2*rank for each number of W_eff, and at once does the inner factor's step on
+// them. The numbers cross to other threads by shared memory, once. Then the outer factor's step:
+// its outputs meet the base in registers, and W_eff is written. While that waits for memory, other
+// blocks of the multiprocessor compute; the base is asked for, into the second-level cache, when
+// the block begins.
+#pragma once
+
+#include "dft.h"
+#include "materialize.h"
+#include "tubes_in_registers.h"
+
+#include <utility>
+
+namespace tcur {
+
+// Asks for the lines of a tile of all bases.
+template <int N3>
+TCUR_DEVICE void prefetch_bases(const MaterializeArgs& args, int64_t row, int64_t column) {
+  using T = Tubes<N3>;
+  constexpr int kLine = 128;  // bytes
+  const int bytes = bytes_of(args.base_element);
+  const int in_row = (T::kColumns * bytes + kLine - 1) / kLine, in_base = T::kRows * in_row;
+  for (int i = threadIdx.x; i < N3 * in_base; i += T::kThreads) {
+    const int l = i / in_base, at = i - l * in_base;
+    const int64_t r = row + at / in_row, c = column + at % in_row * (kLine / bytes);
+    if (r < args.n1 && c < args.n2) {
+      prefetch(static_cast<const char*>(args.base[l]) + (r * args.n2 + c) * bytes);
+    }
+  }
+}
+
+// S_k = P_k R̂_k for the bins of one k1, the rows and the four columns of a thread: formed, and then
+// transformed by the inner factor's step.
+template <int N3>
+class Formed {
+  using T = Tubes<N3>;
+  static constexpr int kInner = T::kInner, kOuter = T::kOuter, kTall = T::kTall;
+
+ public:
+  // Adds the products of one staged quad of the rank.
+  TCUR_DEVICE void add(int k1, const float* staged) {
+    const Operands operands{
+        {staged + T::inner_column()},
+        staged + Staged<Tubes<N3>, true>::kRight + 4 * T::inner_row()};
+    if (k1 == 0) {
+      add_real_tubes<true>(operands, re_);
+      if constexpr (kOuter % 2 == 0) {
+        add_real_tubes<false>(operands, im_);
+      }
+    } else {
+      // Planes count from that of bin k1, or from that of bin -k1.
+      const Operands forward = operands.from_bin(k1), backward = operands.from_bin(-k1);
+      static_for<kInner>([&](auto k2) __attribute__((always_inline)) {
+        constexpr int plane = pair_plane(N3, kOuter * k2);
+        add_pair<plane>(2 * k2 >= kInner ? backward : forward, re_[k2], im_[k2]);
+      });
+    }
+  }
+
+  // Does the step and writes the planes; `rows`: shared memory of the tile.
+  TCUR_DEVICE void transform(int k1, const Tables& tables, float* rows) {
+    float* to = rows + T::inner_row() * T::kColumns + T::inner_column();
+    if (k1 == 0) {
+      transform_real_tubes<true>(to, re_);
+      if constexpr (kOuter % 2 == 0) {
+        transform_real_tubes<false>(to, im_);
+      }
+    } else {
+      transform_pairs(k1, tables, to);
+    }
+  }
+
+ private:
+  struct Operands {
+    HorizontalQuad<T> r;
+    const float* p;
+
+    TCUR_DEVICE Operands from_bin(int bin) const {
+      return {r.from_bin(bin), p + bin * (2 * 4 * T::kRows)};
+    }
+    template <int PLANE>
+    TCUR_DEVICE Quad left(int m) const {
+      return load_lanes<4>(p + (PLANE * T::kRows + m * T::kRowStep) * 4);
+    }
+  };
+
+  // re + i im += P_k R̂_k for the pair of planes of a bin.
+  template <int PLANE>
+  TCUR_DEVICE static void add_pair(
+      const Operands& operands, Quad (&re)[kTall], Quad (&im)[kTall]) {
+    Quad p_re[kTall], p_im[kTall];
+    static_for<kTall>([&](auto m) __attribute__((always_inline)) {
+      p_re[m] = operands.template left<PLANE>(m);
+      p_im[m] = operands.template left<PLANE + 1>(m);
+    });
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const Quad r_re = operands.r.template row<PLANE>(i);
+      const Quad r_im = operands.r.template row<PLANE + 1>(i);
+#pragma unroll
+      for (int m = 0; m < kTall; ++m) {
+        re[m] = re[m] + p_re[m].v[i] * r_re - p_im[m].v[i] * r_im;
+        im[m] = im[m] + p_re[m].v[i] * r_im + p_im[m].v[i] * r_re;
+      }
+    }
+  }
+  // The same for a real bin.
+  template <int PLANE>
+  TCUR_DEVICE static void add_real(const Operands& operands, Quad (&x)[kTall]) {
+    Quad p_re[kTall];
+    static_for<kTall>([&](auto m)
+                          __attribute__((always_inline)) { p_re[m] = operands.template left<PLANE>(m); });
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const Quad r_re = operands.r.template row<PLANE>(i);
+#pragma unroll
+      for (int m = 0; m < kTall; ++m) {
+        x[m] = x[m] + p_re[m].v[i] * r_re;
+      }
+    }
+  }
+
+  // k1 = 0 (FIRST), or outer/2: the tubes are real, x are their packed half spectra.
+  template <bool FIRST>
+  TCUR_DEVICE static constexpr int plane_of(int i) {
+    return FIRST ? first_plane(kOuter, i) : last_plane(kOuter, kInner, i);
+  }
+  template <bool FIRST>
+  TCUR_DEVICE static void add_real_tubes(const Operands& operands, Quad (&x)[kInner][kTall]) {
+    static_for<kInner>([&](auto i) __attribute__((always_inline)) {
+      if constexpr (is_real_bin<N3, FIRST>(i)) {
+        add_real<plane_of<FIRST>(i)>(operands, x[i]);
+      } else if constexpr (is_real_part<N3, FIRST>(i)) {
+        add_pair<plane_of<FIRST>(i)>(operands, x[i], x[i + 1]);
+      }
+    });
+  }
+  template <bool FIRST>
+  TCUR_DEVICE static void transform_real_tubes(float* to, Quad (&x)[kInner][kTall]) {
+    static_for<kTall>([&](auto m) __attribute__((always_inline)) {
+      static_for<2>([&](auto half) __attribute__((always_inline)) {
+        Pair y[kInner];
+        static_for<kInner>([&](auto i) __attribute__((always_inline)) {
+          y[i] = x[i][m].template half<half>();
+        });
+        FIRST ? real_inverse<kInner, float>(y) : shifted_inverse<kInner, float>(y);
+        static_for<kInner>([&](auto i) __attribute__((always_inline)) {
+          x[i][m].template half<half>(y[i]);
+        });
+      });
+      static_for<kInner>([&](auto i) __attribute__((always_inline)) {
+        constexpr int at = plane_of<FIRST>(i) * T::kPositions + m * T::kRowStep * T::kColumns;
+        store_lanes(to + at, x[i][m]);
+      });
+    });
+  }
+
+  TCUR_DEVICE void transform_pairs(int k1, const Tables& tables, float* to) {
+    float *forward = to + k1 * (2 * T::kPositions), *backward = to - k1 * (2 * T::kPositions);
+    static_for<kTall>([&](auto m) __attribute__((always_inline)) {
+      static_for<2>([&](auto half) __attribute__((always_inline)) {
+        Pair a[kInner], b[kInner];
+        static_for<kInner>([&](auto k2) __attribute__((always_inline)) {
+          a[k2] = re_[k2][m].template half<half>();
+          b[k2] = im_[k2][m].template half<half>();
+          b[k2] = 2 * k2 >= kInner ? -b[k2] : b[k2];  // these planes are those of n3 - bin
+        });
+        complex_inverse<kInner, float>(a, b);
+        static_for<kInner>([&](auto l0) __attribute__((always_inline)) {
+          if constexpr (l0 > 0) {
+            const float2 root = tables.root(k1 * l0);
+            const Pair x = a[l0], y = b[l0];
+            a[l0] = root.x * x - root.y * y;
+            b[l0] = root.x * y + root.y * x;
+          }
+          re_[l0][m].template half<half>(a[l0]);
+          im_[l0][m].template half<half>(b[l0]);
+        });
+      });
+      static_for<kInner>([&](auto k2) __attribute__((always_inline)) {
+        constexpr int at =
+            pair_plane(N3, kOuter * k2) * T::kPositions + m * T::kRowStep * T::kColumns;
+        float* plane = (2 * k2 >= kInner ? backward : forward) + at;
+        store_lanes(plane, re_[k2][m]);
+        store_lanes(plane + T::kPositions, im_[k2][m]);
+      });
+    });
+  }
+
+  // Of the bins outer * k2 + k1; for k1 = 0 the real tubes of k1 = 0 and of k1 = outer/2.
+  Quad re_[kInner][kTall] = {}, im_[kInner][kTall] = {};
+};
+
+// x += the bases of slices l0, l0 + inner, …, all asked for before the first is used.
+template <int BYTES, int N3>
+TCUR_DEVICE void add_bases(
+    const MaterializeArgs& args, int l0, unsigned at,
+    Lanes<Tubes<N3>::kWide> (&x)[Tubes<N3>::kOuter]) {
+  using T = Tubes<N3>;
+  using Several = Raw<BYTES, T::kWide>;
+  typename Several::Type raw[T::kOuter];
+#pragma unroll
+  for (int j = 0; j < T::kOuter; ++j) {
+    raw[j] = Several::load(args.base[l0 + T::kInner * j], at);
+  }
+#pragma unroll
+  for (int j = 0; j < T::kOuter; ++j) {
+    x[j] = x[j] + Several::widened(raw[j], args.base_element);
+  }
+}
+
+template <int BYTES, int N3>
+TCUR_DEVICE void store_slices_of(
+    const MaterializeArgs& args, int l0, unsigned at,
+    const Lanes<Tubes<N3>::kWide> (&x)[Tubes<N3>::kOuter]) {
+  using T = Tubes<N3>;
+  using Several = Raw<BYTES, T::kWide>;
+  const int64_t slice = args.n1 * args.n2 * BYTES;
+  char* out = static_cast<char*>(args.out) + l0 * slice;
+#pragma unroll
+  for (int j = 0; j < T::kOuter; ++j) {
+    Several::store(out, at, Several::narrowed(x[j], args.out_element));
+    out += T::kInner * slice;
+  }
+}
+
+// The step of the outer factor: W_eff of a tile whose middle numbers are in shared memory.
+template <int N3>
+TCUR_DEVICE void write_tile(
+    const MaterializeArgs& args, const float* rows, int64_t first_row, int64_t first_column) {
+  using T = Tubes<N3>;
+  T::for_outer([&](int l0, int row, int column) __attribute__((always_inline)) {
+    const int64_t r = first_row + row, c = first_column + column;
+    if (r >= args.n1 || c >= args.n2) {
+      return;
+    }
+    Lanes<T::kWide> x[T::kOuter];
+    const float* from = rows + row * T::kColumns + column;
+    for_middle_rows<T::kOuter>(N3, l0, [&](int j, int plane) __attribute__((always_inline)) {
+      x[j] = load_lanes<T::kWide>(from + plane * T::kPositions);
+    });
+    real_inverse<T::kOuter, float>(x);
+    const auto at = static_cast<unsigned>(r * args.n2 + c);
+    if (args.base_element == Element::f32) {
+      add_bases<4, N3>(args, l0, at, x);
+    } else if (args.base_element != Element::none) {
+      add_bases<2, N3>(args, l0, at, x);
+    }
+    if (args.out_element == Element::f32) {
+      store_slices_of<4, N3>(args, l0, at, x);
+    } else {
+      store_slices_of<2, N3>(args, l0, at, x);
+    }
+  });
+}
+
+// Quads of the rank that are staged at a time.
+template <int N3>
+struct Stages {
+  using T = Tubes<N3>;
+  static constexpr int kQuad = Staged<Tubes<N3>, true>::kFloats;
+  static constexpr int kQuads = 4 * (T::kTileFloats + 2 * kQuad) <= T::kMostBytes ? 2 : 1;
+  static constexpr int kBytes = 4 * (T::kTileFloats + kQuads * kQuad);
+};
+
+template <int N3>
+TCUR_KERNEL(Tubes<N3>::kThreads, Tubes<N3>::kBlocks)
+materialize_tubes_kernel(const TCUR_PARAMETER MaterializeArgs args) {
+  using T = Tubes<N3>;
+  constexpr int kQuads = Stages<N3>::kQuads, kQuad = Stages<N3>::kQuad;
+  float* rows = shared_memory<float>();
+  float* staged = rows + T::kTileFloats;
+  const int64_t first_row = blockIdx.x / args.tiles_in_row * T::kRows;
+  const int64_t first_column = blockIdx.x % args.tiles_in_row * T::kColumns;
+  if (args.prefetches) {
+    prefetch_bases<N3>(args, first_row, first_column);
+  }
+  const int64_t numbers = static_cast<int64_t>(args.quads) * 4 * N3;  // of a row of P, a column of R̂
+  const float* left = args.mixed + first_row * numbers;
+  const float* right = args.horizontal_hat + first_column * numbers;
+  wait_for_launch_before();  // which makes P and R̂
+  const int k1 = T::turn();
+  {
+    Formed<N3> planes;
+    for (int quad = 0; quad < args.quads; quad += kQuads) {
+      const int count = args.quads - quad < kQuads ? args.quads - quad : kQuads;
+      if (quad > 0) {
+        __syncthreads();
+      }
+      Staged<Tubes<N3>, true>::ask(right, left, quad, count, staged);
+      wait_for_copies();
+      __syncthreads();
+      for (int i = 0; i < count; ++i) {
+        planes.add(k1, staged + i * kQuad);
+      }
+    }
+    planes.transform(k1, args.tables, rows);
+  }
+  __syncthreads();
+  write_tile<N3>(args, rows, first_row, first_column);
+}
+
+template <int PART, int N3>
+TubesKernel tubes_kernel() {
+  if constexpr (has_tubes(N3) && tubes_part(N3) == PART) {
+    using T = Tubes<N3>;
+    return {&materialize_tubes_kernel<N3>, T::kRows, T::kColumns, T::kThreads, Stages<N3>::kBytes};
+  } else {
+    return {};
+  }
+}
+
+template <int PART, int... I>
+TubesKernel tubes_kernel_of(int64_t n3, std::integer_sequence<int, I...>) {
+  static constexpr TubesKernel (*all[])() = {&tubes_kernel<PART, I>...};
+  return all[n3]();
+}
+
+}  // namespace tcur

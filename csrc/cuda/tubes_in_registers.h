@@ -1,0 +1,181 @@
+// A length of two short factors, known when it is compiled: its tile, and how threads share the two
+// steps of its transform. All offsets within a tile are constants then.
+//
+// The rows of a tile in shared memory are its packed planes (dft.h). One step is the rank-r product
+// and the inner factor: a thread holds, for one k1, a few rows and four columns, the INNER bins
+// outer * k2 + k1 in registers. The other step is the outer factor: a thread holds, for one l0, a
+// few columns, the OUTER slices inner * l1 + l0. Between the two, each number is once in shared
+// memory.
+#pragma once
+
+#include "../codelets.h"
+#include "elements.h"
+#include "spectrum.h"
+
+namespace tcur {
+
+// Ranks up to which products of the factors cost less in fp32 registers than on tensor cores.
+constexpr int kShortRank = 16;
+
+// Lengths that have kernels of their own: those of two short factors that numbers of layers have,
+// up to 16 or a multiple of 4. Each costs some seconds of compilation for every architecture.
+TCUR_HOST_DEVICE constexpr bool has_tubes(int64_t n3) {
+#ifdef TCUR_FEW_LENGTHS  // builds of the tests that are made many times
+  return n3 == 5 || n3 == 12 || n3 == 48;
+#else
+  return dft_factors(n3).outer > 0 && (n3 <= 16 || n3 % 4 == 0);
+#endif
+}
+
+// The sources that they are compiled in, by n3/4, so that all take the same time.
+constexpr int kTubesParts = 4;
+constexpr int kTubesLengths = kLongestOuter * kLongestInner + 1;
+TCUR_HOST_DEVICE constexpr int tubes_part(int64_t n3) {
+  return static_cast<int>(n3 / 4 % kTubesParts);
+}
+
+// FORWARD: from slices to bins, with the sums of `core_grad_dense` in registers too.
+template <int N3, bool FORWARD = false>
+struct Tubes {
+  static constexpr int kLength = N3;
+  static constexpr int kInner = dft_factors(N3).inner, kOuter = dft_factors(N3).outer;
+
+  // The step of the inner factor: rows of a thread, four columns each.
+  static constexpr int kTall = kInner == 1 || (kInner == 2 && !FORWARD) ? 4
+                               : kInner <= (FORWARD ? 3 : 4)            ? 2
+                                                                        : 1;
+  // Each k1 is the work of some warps, one share for each of their threads. Those with k1 = 0 take
+  // k1 = outer/2 too: the tubes of both are real, half as much work.
+  static constexpr int kTurns = (kOuter + 1) / 2;
+
+  // As many positions as leave room for two blocks per multiprocessor beside the operands; enough
+  // of them for four warps.
+  static constexpr int positions() {
+    int count = FORWARD && kTall == 1 ? 128 : 512;
+    while (count * N3 * 4 > 68 * 1024) {
+      count /= 2;
+    }
+    while (count < 128 * kTall || kTurns * count / (128 * kTall) < 4) {
+      count *= 2;
+    }
+    return count;
+  }
+  static constexpr int kPositions = positions();
+  static constexpr int kColumns = kPositions >= 1024  ? 64
+                                  : kPositions >= 256 ? 32
+                                                      : 16;
+  static constexpr int kRows = kPositions / kColumns;
+  static constexpr int kTileFloats = N3 * kPositions;
+  static constexpr int kParts = kPositions / (128 * kTall);  // warps for each k1
+  static constexpr int kWarps = kTurns * kParts, kThreads = 32 * kWarps;
+  static_assert(kParts > 0 && kParts * 128 * kTall == kPositions, "whole warps for each k1");
+
+  // The step of the outer factor: columns of a thread.
+  static constexpr int kWide = kOuter > 8 ? 2 : 4;
+  static constexpr int kVectors = kPositions / kWide;
+  static_assert(kVectors % 32 == 0, "a warp works on one l0");
+
+  // Blocks per multiprocessor: a quarter of it has registers for four or five of these warps.
+  static constexpr int most_blocks() {
+    if (kWarps > 8 || kInner > (FORWARD ? 5 : 8) || (kOuter == 15 && kInner > 1)) {
+      return 1;
+    }
+    if (kWarps == 6 && kInner == 1 && !FORWARD) {
+      return 3;
+    }
+    return kWarps > 5 ? 2 : kWarps > 4 ? 3 : 4;
+  }
+  static constexpr int kBlocks = most_blocks();
+  // Shared memory of one of so many.
+  static constexpr int kMostBytes = (228 / kBlocks - 1) * 1024;
+
+  // The share of this thread in the step of the inner factor: k1, and a position. Its other rows
+  // follow at distances of kRowStep.
+  static constexpr int kRowStep = kRows / kTall;
+  TCUR_DEVICE static int turn() {
+    return static_cast<int>(threadIdx.x) / 32 / kParts;
+  }
+  TCUR_DEVICE static int group() {
+    return static_cast<int>(threadIdx.x) % (32 * kParts);
+  }
+  TCUR_DEVICE static int inner_row() {
+    return group() / (kColumns / 4);
+  }
+  TCUR_DEVICE static int inner_column() {
+    return 4 * (group() % (kColumns / 4));
+  }
+
+  // f(l0, row, column) for each share of the outer step.
+  template <class F>
+  TCUR_DEVICE static void for_outer(F&& f) {
+    constexpr int kInRow = kColumns / kWide, kShares = kVectors / 32;
+    const int lane = threadIdx.x % 32;
+    for (int i = threadIdx.x / 32; i < kInner * kShares; i += kWarps) {
+      const int l0 = i / kShares, vector = i % kShares * 32 + lane;
+      f(l0, vector / kInRow, kWide * (vector % kInRow));
+    }
+  }
+};
+
+template <int N3>
+using ForwardTubes = Tubes<N3, true>;
+
+// Operands of a tile in shared memory, some quads of the rank at a time, as `prepare` lays them out:
+// of R̂ [n3, 4, kColumns], of P [n3, kRows, 4]. They come while threads do other work.
+template <class T, bool WITH_P>
+struct Staged {
+  static constexpr int kRight = T::kLength * 4 * T::kColumns;
+  static constexpr int kLeft = WITH_P ? T::kLength * 4 * T::kRows : 0;
+  static constexpr int kFloats = kRight + kLeft;  // of one quad
+
+  // Quads first … first+count-1 of the tiles `right` and `left`; null: no new ones.
+  TCUR_DEVICE static void ask(
+      const float* right, const float* left, int first, int count, float* to) {
+    for (int quad = first; quad < first + count; ++quad, to += kFloats) {
+      if (right != nullptr) {
+        copy(to, right + static_cast<int64_t>(quad) * kRight, kRight);
+      }
+      if constexpr (WITH_P) {
+        copy(to + kRight, left + static_cast<int64_t>(quad) * kLeft, kLeft);
+      }
+    }
+  }
+
+ private:
+  TCUR_DEVICE static void copy(float* to, const float* from, int floats) {
+    for (int i = 4 * static_cast<int>(threadIdx.x); i < floats; i += 4 * T::kThreads) {
+      copy_later(to + i, from + i);
+    }
+  }
+};
+
+// Four columns of R̂, or a row of P, where a thread needs them in a staged quad. Planes of other bins
+// count from that of a bin: their distance is a constant, and no instruction is spent on it.
+template <class T>
+struct HorizontalQuad {
+  static constexpr int kColumns = T::kColumns;
+  const float* at;
+
+  TCUR_DEVICE HorizontalQuad from_bin(int bin) const {
+    return {at + bin * (2 * 4 * kColumns)};
+  }
+  // Number i of the quad of the rank.
+  template <int PLANE>
+  TCUR_DEVICE Quad row(int i) const {
+    return load_lanes<4>(at + (PLANE * 4 + i) * kColumns);
+  }
+};
+
+// Number i of the numbers of a thread whose tubes are real, k1 = 0 (FIRST) or outer/2: whether it is
+// a real bin, or the real part of one whose imaginary part follows.
+template <int N3, bool FIRST>
+TCUR_HOST_DEVICE constexpr bool is_real_bin(int i) {
+  constexpr int last = dft_factors(N3).inner - 1;
+  return FIRST ? i == 0 || (i == last && last % 2 != 0) : i == last && last % 2 == 0;
+}
+template <int N3, bool FIRST>
+TCUR_HOST_DEVICE constexpr bool is_real_part(int i) {
+  return !is_real_bin<N3, FIRST>(i) && i % 2 == (FIRST ? 1 : 0);
+}
+
+}  // namespace tcur

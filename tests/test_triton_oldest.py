@@ -1,0 +1,40 @@
+"""Kernels compiled once more with the oldest Triton that is supported, in a process of its own.
+
+The compilers differ: 3.6 takes no inner size below 16 and makes products in TF32 of what looks like
+a sum of products. It is what came with torch 2.11.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
+OLDEST = Path(sys.prefix) / "oldest_triton"
+
+
+def test_with_the_oldest_supported_triton():
+    if not OLDEST.is_dir():
+        pytest.skip("the oldest supported Triton is not there; `make test` installs it")
+    pinned = (TESTS / "oldest_triton.txt").read_text().split("==")[-1].strip()
+    path = os.pathsep.join(filter(None, [str(OLDEST), os.environ.get("PYTHONPATH")]))
+
+    def run(*arguments):
+        return subprocess.run(
+            [sys.executable, *arguments],
+            env={**os.environ, "PYTHONPATH": path},
+            cwd=TESTS.parent,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    found = run("-c", "import triton, tcur_kernels.triton; print(triton.__version__)")
+    assert found.stdout.strip() == pinned, found.stderr
+    chosen = "test_every_launch_fits and sm_"
+    file = str(TESTS / "test_triton_compile.py")
+    result = run("-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen, file)
+    assert result.returncode == 0, result.stdout[-5000:]
+    assert "4 passed" in result.stdout
