@@ -38,7 +38,7 @@ ARCHITECTURES = (*launch.NVIDIA, *launch.AMD)
 #: Bytes of shared memory that a program may have.
 SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 #: One length of tubes for every row of the table, and for even and odd.
-N3 = (1, 4, 12, 47, 48, 128)
+N3 = (1, 4, 12, 17, 47, 48, 128)
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64"}
 
 
@@ -170,23 +170,31 @@ def check_precisions(launched, built):
     """
     precision = launched.options.get("PRECISION")
     operands, value = r"tensor<[\dx]*(\w+)> \* tensor<[\dx]*(\w+)>", r"(%[\w#:]+)"
-    dot = rf"{value} = tt\.dot {value}, {value}, {value}(.*?) : {operands}"
-    dots = re.findall(dot, built.asm["ttir"])
+    dot = re.compile(rf"{value} = tt\.dot {value}, {value}, {value}(.*?) : {operands}")
+    dots, links = [], {}  # a name may be used again where it is out of scope: links are the last's
+    for line in built.asm["ttir"].splitlines():
+        if found := dot.search(line):
+            result, _, _, addend, stated, *types = found.groups()
+            before = links.get(addend, {"link": 0, "added": False})
+            before["added"] = True
+            links[result] = {"link": before["link"] + 1, "added": False, "first": addend}
+            dots.append((links[result], stated, types))
+        elif defined := re.match(r"\s*(%\w+)(:\d+)? = ", line):
+            links.pop(defined[1], None)
     assert len(dots) == built.asm["ttir"].count("= tt.dot "), "a product of another spelling"
     assert bool(dots) == (precision is not None), launched.name
-    if precision == "bf16":
-        assert all(d[5:] == ("bf16", "bf16") for d in dots), launched.name
+    kind = "bf16" if precision == "bf16" else "f32"
+    assert all(types == [kind, kind] for *_, types in dots), launched.name
+    if kind == "bf16":
         return
-    assert all(d[5:] == ("f32", "f32") for d in dots), launched.name
     stated = {"ieee": ""}.get(precision, ", inputPrecision = tf32")
-    assert all(d[4] == stated for d in dots), f"{launched.name}: {dots}"
+    assert all(said == stated for _, said, _ in dots), f"{launched.name}: {dots}"
     if precision == "3xtf32":
-        adds_to = {result: addend for result, _, _, addend, *_ in dots}
-        for last in set(adds_to) - set(adds_to.values()):
-            chain = [last]
-            while chain[-1] in adds_to:
-                chain.append(adds_to[chain[-1]])
-            assert len(chain) == 1 + 3, f"{launched.name}: a product that is not one of three"
+        for link, *_ in dots:
+            assert link["added"] == (link["link"] < 3), f"{launched.name}: not one of three"
+            assert link["link"] > 1 or link["first"].startswith("%cst"), (
+                f"{launched.name}: a long sum"
+            )
     later = set(re.findall(r"inputPrecision = (\w+)", built.asm["ttgir"]))
     assert later <= ({"tf32", "0"} if stated else set()), launched.name  # 0 is TF32 for Hopper
 

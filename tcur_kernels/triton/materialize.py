@@ -103,7 +103,7 @@ def _left(
     half: tl.constexpr = PARTS // 2
     which = tl.arange(0, PARTS) // half
     c = c0 + tl.arange(0, PARTS) % half
-    at = (plane[:, None] + step[:, None] * which[None, :]).to(tl.int64) * n1
+    at = (plane[:, None] + step * which[None, :]).to(tl.int64) * n1
     at = (at[:, None, :] + i[None, :, None]) * RANKS + c[None, None, :]
     mask = (used[:, None] & (is_pair[:, None] | (which == 0)[None, :]))[:, None, :]
     return tl.load(mixed_ptr + at, mask=mask & (i < n1)[None, :, None], other=0.0)
@@ -169,7 +169,7 @@ def _dense_kernel(
         is_pair = (k > 0) & (2 * k < n3)
         imag = (p % 2 == 0) & is_pair
         re_plane = tl.where(imag, p - 1, p)
-        to_partner = tl.where(imag, -1, 1)
+        to_partner = tl.where(imag, -1, 1)[:, None]
         sign = tl.where(first_half[None, :] | imag[:, None], 1.0, -1.0)[:, None, :]
         planes = tl.zeros([BINS, ROWS, COLS], tl.float32)
         for c0 in range(0, RANKS, PARTS // 2):
@@ -199,42 +199,17 @@ def _folded_kernel(
     n1, n2, n3, rank,
     ROWS: tl.constexpr, COLS: tl.constexpr, RANKS: tl.constexpr, PARTS: tl.constexpr,
     BINS: tl.constexpr, SLICES: tl.constexpr,
-    BASE: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
+    BASE: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr, MIDDLE: tl.constexpr,
 ):  # fmt: skip
     col_blocks = tl.cdiv(n2, COLS)
     i = (tl.program_id(0) // col_blocks * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     j = (tl.program_id(0) % col_blocks * COLS + tl.arange(0, COLS)).to(tl.int64)
     l = tl.program_id(1) * SLICES + tl.arange(0, SLICES)  # and with it n3 - l
     half = n3 // 2
-    is_even = n3 % 2 == 0
-    firsts = (n3 + 1) // 2  # l = 0 ... firsts - 1
+    # l = 0 ... last; slice n3/2, its own mirror image, is one of them or, where MIDDLE, apart.
+    last = (n3 - 1) // 2 if MIDDLE else half
     sign = tl.where(tl.arange(0, PARTS) < PARTS // 2, 1.0, -1.0)
-    even = tl.zeros([SLICES, ROWS * COLS], tl.float32)
-    odd = tl.zeros([SLICES, ROWS * COLS], tl.float32)
-    middle = tl.zeros([BINS, ROWS, COLS], tl.float32)
-    for k0 in range(1, half + 1, BINS):
-        k = k0 + tl.arange(0, BINS)
-        is_pair = 2 * k < n3
-        one = tl.full([BINS], 1, tl.int32)
-        re = tl.zeros([BINS, ROWS, COLS], tl.float32)
-        im = tl.zeros([BINS, ROWS, COLS], tl.float32)
-        for c0 in range(0, RANKS, PARTS // 2):
-            right = _right(horizontal_ptr, 2 * k - 1, k <= half, is_pair, c0, j, n2, rank, PARTS)
-            left = _left(mixed_ptr, 2 * k - 1, one, k <= half, is_pair, i, c0, n1, RANKS, PARTS)
-            re = dot(left * sign[None, None, :], right, re, PRECISION)
-            left = _left(mixed_ptr, 2 * k, -one, is_pair, is_pair, i, c0, n1, RANKS, PARTS)
-            im = dot(left, right, im, PRECISION)
-        # Slice n3/2, where every cosine is 1 or -1 and every sine 0; summed once, at the end.
-        middle += re * tl.where(k % 2 == 0, 1.0, -1.0)[:, None, None]
-        re_planes = tl.reshape(re, [BINS, ROWS * COLS])
-        im_planes = tl.reshape(im, [BINS, ROWS * COLS])
-        inside = (l < firsts)[:, None] & (k <= half)[None, :]
-        at = roots_ptr + k[None, :] * n3 + l[:, None]
-        cos = tl.load(at, mask=inside, other=0.0)
-        sin = tl.load(at + (half + 1) * n3, mask=inside, other=0.0)
-        even = dot(cos, re_planes, even, PRECISION)
-        odd = dot(sin, im_planes, odd, PRECISION)
-    constant = tl.zeros([ROWS, COLS], tl.float32)
+    constant = tl.zeros([ROWS, COLS], tl.float32)  # bin 0
     for c0 in range(0, RANKS, PARTS):
         c = c0 + tl.arange(0, PARTS)
         mask = (i < n1)[:, None] & (c < RANKS)[None, :]
@@ -243,22 +218,45 @@ def _folded_kernel(
         at = c.to(tl.int64)[:, None] * n2 + j[None, :]
         right = tl.load(horizontal_ptr + at, mask=mask, other=0.0).to(tl.float32)
         constant = dot(left, right, constant, PRECISION)
-    zeroth = tl.reshape(constant, [ROWS * COLS])
-    even += zeroth[None, :]
-    where = l < firsts
+    even = tl.broadcast_to(tl.reshape(constant, [1, ROWS * COLS]), [SLICES, ROWS * COLS])
+    odd = tl.zeros([SLICES, ROWS * COLS], tl.float32)
+    if MIDDLE:
+        middle = constant
+    for k0 in range(1, half + 1, BINS):
+        k = k0 + tl.arange(0, BINS)
+        is_pair = 2 * k < n3
+        re = tl.zeros([BINS, ROWS, COLS], tl.float32)
+        im = tl.zeros([BINS, ROWS, COLS], tl.float32)
+        for c0 in range(0, RANKS, PARTS // 2):
+            right = _right(horizontal_ptr, 2 * k - 1, k <= half, is_pair, c0, j, n2, rank, PARTS)
+            left = _left(mixed_ptr, 2 * k - 1, 1, k <= half, is_pair, i, c0, n1, RANKS, PARTS)
+            re = dot(left * sign[None, None, :], right, re, PRECISION)
+            left = _left(mixed_ptr, 2 * k, -1, is_pair, is_pair, i, c0, n1, RANKS, PARTS)
+            im = dot(left, right, im, PRECISION)
+        if MIDDLE:  # every cosine is 1 or -1 and every sine 0
+            middle += tl.sum(re * tl.where(k % 2 == 0, 1.0, -1.0)[:, None, None], axis=0)
+        re_planes = tl.reshape(re, [BINS, ROWS * COLS])
+        im_planes = tl.reshape(im, [BINS, ROWS * COLS])
+        inside = (l <= last)[:, None] & (k <= half)[None, :]
+        at = roots_ptr + k[None, :] * n3 + l[:, None]
+        cos = tl.load(at, mask=inside, other=0.0)
+        sin = tl.load(at + (half + 1) * n3, mask=inside, other=0.0)
+        even = dot(cos, re_planes, even, PRECISION)
+        odd = dot(sin, im_planes, odd, PRECISION)
     _finish(
-        base_ptr, places_ptr, out_ptr, even - odd, l, where, i, j, n1, n2, ROWS, COLS, BASE,
+        base_ptr, places_ptr, out_ptr, even - odd, l, l <= last, i, j, n1, n2, ROWS, COLS, BASE,
         ALIGNED,
     )  # fmt: skip
+    paired = (l > 0) & (2 * l < n3)  # slices 0 and n3/2 are their own mirror image
     _finish(
-        base_ptr, places_ptr, out_ptr, even + odd, n3 - l, where & (l > 0), i, j, n1, n2,
+        base_ptr, places_ptr, out_ptr, even + odd, n3 - l, paired, i, j, n1, n2,
         ROWS, COLS, BASE, ALIGNED,
     )  # fmt: skip
-    if is_even & (tl.program_id(1) == 0):
-        update = tl.reshape(tl.sum(middle, axis=0) + constant, [1, ROWS * COLS])
+    if MIDDLE:
         l_middle = half + tl.arange(0, 1)
+        mask = l_middle < tl.where(tl.program_id(1) == 0, n3, 0)
         _finish(
-            base_ptr, places_ptr, out_ptr, update, l_middle, l_middle < n3,
+            base_ptr, places_ptr, out_ptr, tl.reshape(middle, [1, ROWS * COLS]), l_middle, mask,
             i, j, n1, n2, ROWS, COLS, BASE, ALIGNED,
         )  # fmt: skip
 
@@ -357,12 +355,19 @@ def run(
     chosen = launch.row("materialize", arch, n3)
     kernel = _FORMS[chosen.form]
     tiles = triton.cdiv(n1, chosen.rows) * triton.cdiv(n2, chosen.cols)
-    count = (n3 + 1) // 2 if chosen.form == "folded" else n3
+    count, extra = n3, {}
+    if chosen.form == "folded":
+        # An even n3 has a slice n3/2 as well. Where the tiles have no room for it, it is summed
+        # beside the first of them, or at ranks that leave no registers for that, in one more tile.
+        count = (n3 + 1) // 2
+        is_beside = bool(n3 % 2 == 0 and count % chosen.slices == 0 and ranks <= launch.PARTS)
+        count = count if is_beside else n3 // 2 + 1
+        extra = {"MIDDLE": is_beside}
     wrap_triton(kernel)[(tiles, triton.cdiv(count, chosen.slices))](
         base, places, mixed, horizontal_hat, roots, out, n1, n2, n3, rank,
         ROWS=chosen.rows, COLS=chosen.cols, RANKS=ranks, PARTS=launch.PARTS,
-        BINS=chosen.bins, SLICES=chosen.slices, BASE=kind, ALIGNED=aligned, PRECISION=precision,
-        num_warps=chosen.warps, num_stages=chosen.stages,
+        BINS=chosen.bins, SLICES=chosen.slices, BASE=kind, ALIGNED=aligned,
+        PRECISION=precision, **extra, num_warps=chosen.warps, num_stages=chosen.stages,
     )  # fmt: skip
 
 

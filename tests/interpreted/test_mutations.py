@@ -84,8 +84,9 @@ MUTATIONS = [
     (CONJUGATE, "materialize", "dot(left * sign[None", "dot(left * (sign * sign)[None", 18),
     (CONJUGATE, "materialize", "u_im -= tl.sum", "u_im += tl.sum", 18),
     (TILE, "materialize", "& (i < n1)[None, :, None] &", "& (i < 16)[None, :, None] &", 18),
-    (TILE, "materialize", "if is_even &", "if (n3 < 0) &", 18),
-    (TILE, "materialize", "where & (l > 0)", "where & (l > 1)", 18),
+    (TILE, "materialize", "MIDDLE else half", "n3 else half", 18),
+    (TILE, "materialize", "tl.program_id(1) == 0, n3, 0)", "n3 < 0, n3, 0)", 64),
+    (TILE, "materialize", "paired = (l > 0)", "paired = (l > 1)", 18),
     (TILE, "materialize", "(tiles, triton.cdiv", "(tiles - 1, triton.cdiv", 12),
     # core_grad_dense
     (PHASE, "core_grad_dense", "other_sin = tl.where(imag, sin, -sin)", "other_sin = sin", 3),
