@@ -63,7 +63,9 @@ def check_log(source, log):
     text = re.sub(r"\n// ?", " ", source.read_text())
     plan = PLAN.search(text)
     by_length = "Planned by `Tubes`" in text  # its launch bounds are the plan
-    assert plan or by_length, f"{source.name}: the header comment has no plan of threads, registers and blocks"
+    assert plan or by_length, (
+        f"{source.name}: the header comment has no plan of threads, registers and blocks"
+    )
     threads, registers, blocks = map(int, plan.groups()) if plan else (1, 255, 1)
     assert threads * registers * blocks <= REGISTERS, f"{source.name}: the plan does not fit"
     for kernel in kernels:

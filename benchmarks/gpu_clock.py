@@ -179,7 +179,11 @@ def captured(block: Run) -> Run:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         block()
-    return graph.replay
+
+    def replay(_kept: Run = block) -> None:
+        graph.replay()  # reads what the block refers to: models, inputs
+
+    return replay
 
 
 def first_line(error: BaseException) -> str:

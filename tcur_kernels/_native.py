@@ -9,7 +9,6 @@ loaded to be looked at, by `cuda_facts`, and its calls into torch's CUDA part st
 from __future__ import annotations
 
 import ctypes
-import functools
 import importlib
 import os
 from pathlib import Path
@@ -49,8 +48,7 @@ def cpu_facts() -> dict[str, Any]:
     }
 
 
-@functools.cache
-def _cuda() -> tuple[ctypes.CDLL | None, str | None]:
+def _load_cuda() -> tuple[ctypes.CDLL | None, str | None]:
     """The CUDA library, or None and the reason why it is absent."""
     path = Path(__file__).with_name("_cuda.so")
     if not path.exists():
@@ -59,6 +57,18 @@ def _cuda() -> tuple[ctypes.CDLL | None, str | None]:
         return ctypes.CDLL(str(path), mode=os.RTLD_LAZY), None
     except OSError as error:
         return None, str(error)
+
+
+#: What `_load_cuda` found. A plain global, because torch.compile looks through caches of functions.
+_found: tuple[ctypes.CDLL | None, str | None] | None = None
+
+
+def _cuda() -> tuple[ctypes.CDLL | None, str | None]:
+    """The CUDA library or the reason, looked for once."""
+    global _found
+    if _found is None:
+        _found = _load_cuda()
+    return _found
 
 
 def cuda_error() -> str | None:

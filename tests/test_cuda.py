@@ -63,7 +63,7 @@ def test_without_the_library_a_gpu_takes_another_backend(monkeypatch):
 def test_a_library_that_does_not_load_says_why(monkeypatch, tmp_path):
     (tmp_path / "_cuda.so").write_text("torn")
     monkeypatch.setattr(_native, "__file__", str(tmp_path / "_native.py"))
-    library, error = _native._cuda.__wrapped__()
+    library, error = _native._load_cuda()
     assert library is None
     assert "_cuda.so" in error
 

@@ -81,7 +81,7 @@ def test_every_length_of_two_factors(n3):
 
 @pytest.mark.parametrize("n3", [n3 for n3 in range(1, 145) if cost.has_tubes(n3)])
 def test_every_length_with_kernels_of_its_own(n3):
-    """Tiles that are not full; a rank that is no whole quad, and more of them than one launch takes."""
+    """Tiles that are not full; ranks that are no whole quads, one beyond what one launch takes."""
     check_both_transforms(make_case(n3, 9, 36, 9 if n3 % 3 == 0 else 3))
 
 

@@ -219,8 +219,8 @@ Tile choose_tile(int64_t n3, const SharedLimits& limits) {
   return {kRows, 3};
 }
 
-// What a block walks over: `per_split` tiles of a row of tiles, `splits` blocks for each. A few blocks
-// for each of 132 multiprocessors, by the shape alone: the sums are then the same on every
+// What a block walks over: `per_split` tiles of a row of tiles, `splits` blocks for each. A few
+// blocks for each of 132 multiprocessors, by the shape alone: the sums are then the same on every
 // device.
 struct Walk {
   int splits;
@@ -291,8 +291,7 @@ Tensor project_by_tiles(const Call& call, const Sizes& sizes, const Tensor& h, P
   const int64_t blocks = walk.row_tiles * walk.splits;
   if (has_factors) {
     launch(
-        kernel_for(
-            dft_factors(sizes.n3).outer, std::make_integer_sequence<int, kLongestOuter>{}),
+        kernel_for(dft_factors(sizes.n3).outer, std::make_integer_sequence<int, kLongestOuter>{}),
         blocks,
         kThreads,
         sizes.n3 * args.tile.positions() * static_cast<int64_t>(sizeof(float)),
@@ -339,11 +338,11 @@ Tensor core_grad_dense(Tensor grad, Tensor lateral_hat, Tensor horizontal_hat) {
   args.element = element;
   args.vector = sizes.n2 % 4 == 0 && is_aligned(args.grad, 4 * bytes_of(element));
   const bool is_there = sizes.n1 > 0 && sizes.n2 > 0;
-  const bool takes_tubes = rank <= kShortRank && has_tubes(n3) && args.vector &&
-                         sizes.n1 * sizes.n2 <= UINT32_MAX;
-  const Tensor z = !is_there   ? call.floats({0, sizes.n1, sizes.n3 * sizes.rank})
+  const bool takes_tubes =
+      rank <= kShortRank && has_tubes(n3) && args.vector && sizes.n1 * sizes.n2 <= UINT32_MAX;
+  const Tensor z = !is_there     ? call.floats({0, sizes.n1, sizes.n3 * sizes.rank})
                    : takes_tubes ? project_by_tubes(call, sizes, h, args)
-                               : project_by_tiles(call, sizes, h, args);
+                                 : project_by_tiles(call, sizes, h, args);
   const Tensor out = call.floats({sizes.n3, sizes.rank, sizes.rank});
   const TokenRows p{
       l.const_data_ptr(), element_of(l.scalar_type()), sizes.n3 * sizes.rank, sizes.n1};

@@ -17,8 +17,8 @@ namespace tcur {
 // Quads of the rank that one launch takes: each thread keeps its sums in registers.
 constexpr int kQuadsOfLaunch = 2;
 
-// Sums over the columns of a tile, made by the threads of a row together: of eight sums that each of
-// them has for its columns, each keeps one or two for all of them.
+// Sums over the columns of a tile, made by the threads of a row together: of eight sums that each
+// of them has for its columns, each keeps one or two for all of them.
 template <int LANES>
 struct RowSums {
   static constexpr int kSums = 8, kKept = LANES < kSums ? kSums / LANES : 1;
@@ -98,7 +98,8 @@ class Projected {
     }
   }
 
-  // z: [n1, n3*rank] at the first row of the tile, of which `rows` are there; ranks from `first` on.
+  // z: [n1, n3*rank] at the first row of the tile, of which `rows` are there; ranks from `first`
+  // on.
   TCUR_DEVICE void store(int k1, float* z, int64_t rows, int rank, int first) const {
     static_for<kQuadsOfLaunch>([&](auto quad) __attribute__((always_inline)) {
       const auto store_bin = [&](int slot, int plane, bool is_pair) __attribute__((always_inline)) {
@@ -136,7 +137,8 @@ class Projected {
   }
 
  private:
-  // Of the numbers of real tubes, k1 = 0 (FIRST) or outer/2: their planes, and where their sums are.
+  // Of the numbers of real tubes, k1 = 0 (FIRST) or outer/2: their planes, and where their sums
+  // are.
   template <bool FIRST>
   TCUR_DEVICE static constexpr int plane_of(int i) {
     return FIRST ? first_plane(kOuter, i) : last_plane(kOuter, kInner, i);
@@ -155,13 +157,11 @@ class Projected {
       });
       static_for<2>([&](auto half) __attribute__((always_inline)) {
         Pair y[kInner];
-        static_for<kInner>([&](auto i) __attribute__((always_inline)) {
-          y[i] = x[i][m].template half<half>();
-        });
+        static_for<kInner>(
+            [&](auto i) __attribute__((always_inline)) { y[i] = x[i][m].template half<half>(); });
         FIRST ? real_forward<kInner, float>(y) : shifted_forward<kInner, float>(y);
-        static_for<kInner>([&](auto i) __attribute__((always_inline)) {
-          x[i][m].template half<half>(y[i]);
-        });
+        static_for<kInner>(
+            [&](auto i) __attribute__((always_inline)) { x[i][m].template half<half>(y[i]); });
       });
     });
   }
@@ -326,8 +326,7 @@ project_tubes_kernel(const TCUR_PARAMETER ProjectArgs args) {
       break;  // all threads together
     }
     const float* r = args.horizontal_hat + first_column * args.quads * (4 * N3);
-    Staged<T, false>::ask(
-        r, nullptr, args.first_quad, left < kStaged ? left : kStaged, staged);
+    Staged<T, false>::ask(r, nullptr, args.first_quad, left < kStaged ? left : kStaged, staged);
     T::for_outer([&](int l0, int row, int column) __attribute__((always_inline)) {
       float* to = rows + row * T::kColumns + column;
       if (args.element == Element::f32) {
@@ -367,7 +366,11 @@ ProjectTubesKernel project_tubes_kernel_of_length() {
   if constexpr (has_tubes(N3) && tubes_part(N3) == PART) {
     using T = ForwardTubes<N3>;
     return {
-        &project_tubes_kernel<N3>, T::kRows, T::kColumns, kQuadsOfLaunch, T::kThreads,
+        &project_tubes_kernel<N3>,
+        T::kRows,
+        T::kColumns,
+        kQuadsOfLaunch,
+        T::kThreads,
         ProjectStages<N3>::kBytes};
   } else {
     return {};

@@ -41,8 +41,8 @@ TCUR_DEVICE float exchange(float x, int bits) {
   return __shfl_xor_sync(0xFFFFFFFFU, x, bits);
 }
 
-// Copies 16 bytes from device to shared memory while the thread goes on; `wait_for_copies` waits for
-// those that the thread asked for, a barrier for those of others.
+// Copies 16 bytes from device to shared memory while the thread goes on; `wait_for_copies` waits
+// for those that the thread asked for, a barrier for those of others.
 TCUR_DEVICE void copy_later(float* to_shared, const float* from) {
   const auto to = static_cast<unsigned>(__cvta_generic_to_shared(to_shared));
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" : : "r"(to), "l"(from) : "memory");
@@ -151,11 +151,12 @@ struct Exchange {
 };
 inline float exchange(float x, int bits) {
   Exchange own{x, 0.0f, bits};
-  fibers::machine.warp_operation(own, +[](Exchange* const* lanes) {
-    for (int lane = 0; lane < fibers::kWarp; ++lane) {
-      lanes[lane]->received = lanes[lane ^ lanes[lane]->bits]->sent;
-    }
-  });
+  fibers::machine.warp_operation(
+      own, +[](Exchange* const* lanes) {
+        for (int lane = 0; lane < fibers::kWarp; ++lane) {
+          lanes[lane]->received = lanes[lane ^ lanes[lane]->bits]->sent;
+        }
+      });
   return own.received;
 }
 inline void prefetch(const void*) {
@@ -218,8 +219,7 @@ void launch_early(
     int64_t shared_bytes,
     Stream stream,
     const Args&... args) {
-  launch_kernel(
-      can_launch_early(device), kernel, blocks, threads, shared_bytes, stream, args...);
+  launch_kernel(can_launch_early(device), kernel, blocks, threads, shared_bytes, stream, args...);
 }
 
 }  // namespace tcur

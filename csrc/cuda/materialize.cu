@@ -350,10 +350,7 @@ bool takes_tubes(const Sizes& sizes, const MaterializeArgs& args) {
 
 TubesKernel tubes_kernel_for(int64_t n3) {
   static constexpr TubesKernel (*parts[kTubesParts])(int64_t) = {
-      &materialize_tubes<0>,
-      &materialize_tubes<1>,
-      &materialize_tubes<2>,
-      &materialize_tubes<3>};
+      &materialize_tubes<0>, &materialize_tubes<1>, &materialize_tubes<2>, &materialize_tubes<3>};
   return parts[tubes_part(n3)](n3);
 }
 
@@ -396,7 +393,8 @@ void launch_tubes(
     args.base[l] = base[l];
   }
   // Asking ahead pays while what all blocks ask for stays in the second-level cache; measured on an
-  // H100, with 50 MB of it: 6 % gained on stacks of 113 MB, 7 to 15 % lost on stacks of 1 GB and more.
+  // H100, with 50 MB of it: 6 % gained on stacks of 113 MB, 7 to 15 % lost on stacks of 1 GB and
+  // more.
   constexpr int64_t most = 512LL * 1024 * 1024;
   args.prefetches = base.element() != Element::none &&
                     sizes.n1 * sizes.n2 * sizes.n3 * bytes_of(base.element()) <= most;

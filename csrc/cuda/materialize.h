@@ -21,7 +21,7 @@ struct MaterializeArgs {
   void* out;  // [n3, n1, n2]
   int64_t n1, n2, tiles_in_row;
   int n3, rank;
-  int quads;  // of the rank, for tubes
+  int quads;        // of the rank, for tubes
   bool prefetches;  // for tubes: whether a block asks for its bases as it begins
   Precision precision;
   Tile tile;

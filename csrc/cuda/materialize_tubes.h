@@ -89,8 +89,7 @@ class Formed {
 
   // re + i im += P_k R̂_k for the pair of planes of a bin.
   template <int PLANE>
-  TCUR_DEVICE static void add_pair(
-      const Operands& operands, Quad (&re)[kTall], Quad (&im)[kTall]) {
+  TCUR_DEVICE static void add_pair(const Operands& operands, Quad (&re)[kTall], Quad (&im)[kTall]) {
     Quad p_re[kTall], p_im[kTall];
     static_for<kTall>([&](auto m) __attribute__((always_inline)) {
       p_re[m] = operands.template left<PLANE>(m);
@@ -111,8 +110,8 @@ class Formed {
   template <int PLANE>
   TCUR_DEVICE static void add_real(const Operands& operands, Quad (&x)[kTall]) {
     Quad p_re[kTall];
-    static_for<kTall>([&](auto m)
-                          __attribute__((always_inline)) { p_re[m] = operands.template left<PLANE>(m); });
+    static_for<kTall>(
+        [&](auto m) __attribute__((always_inline)) { p_re[m] = operands.template left<PLANE>(m); });
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const Quad r_re = operands.r.template row<PLANE>(i);
@@ -143,13 +142,11 @@ class Formed {
     static_for<kTall>([&](auto m) __attribute__((always_inline)) {
       static_for<2>([&](auto half) __attribute__((always_inline)) {
         Pair y[kInner];
-        static_for<kInner>([&](auto i) __attribute__((always_inline)) {
-          y[i] = x[i][m].template half<half>();
-        });
+        static_for<kInner>(
+            [&](auto i) __attribute__((always_inline)) { y[i] = x[i][m].template half<half>(); });
         FIRST ? real_inverse<kInner, float>(y) : shifted_inverse<kInner, float>(y);
-        static_for<kInner>([&](auto i) __attribute__((always_inline)) {
-          x[i][m].template half<half>(y[i]);
-        });
+        static_for<kInner>(
+            [&](auto i) __attribute__((always_inline)) { x[i][m].template half<half>(y[i]); });
       });
       static_for<kInner>([&](auto i) __attribute__((always_inline)) {
         constexpr int at = plane_of<FIRST>(i) * T::kPositions + m * T::kRowStep * T::kColumns;
@@ -197,7 +194,9 @@ class Formed {
 // x += the bases of slices l0, l0 + inner, …, all asked for before the first is used.
 template <int BYTES, int N3>
 TCUR_DEVICE void add_bases(
-    const MaterializeArgs& args, int l0, unsigned at,
+    const MaterializeArgs& args,
+    int l0,
+    unsigned at,
     Lanes<Tubes<N3>::kWide> (&x)[Tubes<N3>::kOuter]) {
   using T = Tubes<N3>;
   using Several = Raw<BYTES, T::kWide>;
@@ -214,7 +213,9 @@ TCUR_DEVICE void add_bases(
 
 template <int BYTES, int N3>
 TCUR_DEVICE void store_slices_of(
-    const MaterializeArgs& args, int l0, unsigned at,
+    const MaterializeArgs& args,
+    int l0,
+    unsigned at,
     const Lanes<Tubes<N3>::kWide> (&x)[Tubes<N3>::kOuter]) {
   using T = Tubes<N3>;
   using Several = Raw<BYTES, T::kWide>;
@@ -278,7 +279,8 @@ materialize_tubes_kernel(const TCUR_PARAMETER MaterializeArgs args) {
   if (args.prefetches) {
     prefetch_bases<N3>(args, first_row, first_column);
   }
-  const int64_t numbers = static_cast<int64_t>(args.quads) * 4 * N3;  // of a row of P, a column of R̂
+  const int64_t numbers =
+      static_cast<int64_t>(args.quads) * 4 * N3;  // of a row of P, a column of R̂
   const float* left = args.mixed + first_row * numbers;
   const float* right = args.horizontal_hat + first_column * numbers;
   wait_for_launch_before();  // which makes P and R̂

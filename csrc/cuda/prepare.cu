@@ -45,8 +45,8 @@ TCUR_DEVICE void lay_out_horizontal(const PrepareArgs& args, unsigned index) {
   store_lanes(args.tiles + 4 * static_cast<int64_t>(index), values);
 }
 
-// Û of one bin, weighted, from the core: u [2, rank, rank] in shared memory, as `parts` are: twice as
-// many as the block has threads.
+// Û of one bin, weighted, from the core: u [2, rank, rank] in shared memory, as `parts` are: twice
+// as many as the block has threads.
 TCUR_DEVICE void transform_core(const PrepareArgs& args, int bin, double* parts, float* u) {
   constexpr int kBatch = 12;  // loads under way
   const int n3 = args.n3, square = args.rank * args.rank;
@@ -155,8 +155,7 @@ TCUR_KERNEL(kThreads, 4) prepare_kernel(const TCUR_PARAMETER PrepareArgs args, B
 void prepare(const PrepareArgs& args, Stream stream) {
   const int64_t tiles = (args.n2 + args.columns - 1) / args.columns;
   const int64_t quads = tiles * args.columns * args.quads * args.n3;
-  const Blocks blocks{
-      args.n3 / 2 + 1, args.mixed == nullptr ? 0 : (args.rows + kRows - 1) / kRows};
+  const Blocks blocks{args.n3 / 2 + 1, args.mixed == nullptr ? 0 : (args.rows + kRows - 1) / kRows};
   launch(
       prepare_kernel,
       blocks.bins * blocks.of_p + (quads + kThreads - 1) / kThreads,

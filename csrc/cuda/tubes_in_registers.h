@@ -61,9 +61,7 @@ struct Tubes {
     return count;
   }
   static constexpr int kPositions = positions();
-  static constexpr int kColumns = kPositions >= 1024  ? 64
-                                  : kPositions >= 256 ? 32
-                                                      : 16;
+  static constexpr int kColumns = kPositions >= 1024 ? 64 : kPositions >= 256 ? 32 : 16;
   static constexpr int kRows = kPositions / kColumns;
   static constexpr int kTileFloats = N3 * kPositions;
   static constexpr int kParts = kPositions / (128 * kTall);  // warps for each k1
@@ -120,8 +118,8 @@ struct Tubes {
 template <int N3>
 using ForwardTubes = Tubes<N3, true>;
 
-// Operands of a tile in shared memory, some quads of the rank at a time, as `prepare` lays them out:
-// of R̂ [n3, 4, kColumns], of P [n3, kRows, 4]. They come while threads do other work.
+// Operands of a tile in shared memory, some quads of the rank at a time, as `prepare` lays them
+// out: of R̂ [n3, 4, kColumns], of P [n3, kRows, 4]. They come while threads do other work.
 template <class T, bool WITH_P>
 struct Staged {
   static constexpr int kRight = T::kLength * 4 * T::kColumns;
@@ -149,8 +147,8 @@ struct Staged {
   }
 };
 
-// Four columns of R̂, or a row of P, where a thread needs them in a staged quad. Planes of other bins
-// count from that of a bin: their distance is a constant, and no instruction is spent on it.
+// Four columns of R̂, or a row of P, where a thread needs them in a staged quad. Planes of other
+// bins count from that of a bin: their distance is a constant, and no instruction is spent on it.
 template <class T>
 struct HorizontalQuad {
   static constexpr int kColumns = T::kColumns;
@@ -166,8 +164,8 @@ struct HorizontalQuad {
   }
 };
 
-// Number i of the numbers of a thread whose tubes are real, k1 = 0 (FIRST) or outer/2: whether it is
-// a real bin, or the real part of one whose imaginary part follows.
+// Number i of the numbers of a thread whose tubes are real, k1 = 0 (FIRST) or outer/2: whether it
+// is a real bin, or the real part of one whose imaginary part follows.
 template <int N3, bool FIRST>
 TCUR_HOST_DEVICE constexpr bool is_real_bin(int i) {
   constexpr int last = dft_factors(N3).inner - 1;

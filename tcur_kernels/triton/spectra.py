@@ -44,6 +44,9 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
             acc = tl.dot(rounded(a, 13), rounded(b, 13), acc, input_precision="ieee")
         elif PRECISION == "emulated bf16":
             acc = tl.dot(rounded(a, 16), rounded(b, 16), acc, input_precision="ieee")
+        elif PRECISION == "tf32":
+            # Handed fp32, tensor cores cut off the last 13 bits: twice the error of rounding.
+            acc = tl.dot(rounded(a, 13), rounded(b, 13), acc, input_precision="tf32")
         else:
             acc = tl.dot(a, b, acc, input_precision=PRECISION)
     return acc
