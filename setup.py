@@ -120,7 +120,7 @@ def build_ext():
         def build_cuda(self, extension):
             nvcc = find_nvcc()
             command = nvcc_command(nvcc)
-            folder = Path(self.build_temp, "cuda")
+            folder = Path("build", "cuda")  # also of an editable install, whose own is temporary
             folder.mkdir(parents=True, exist_ok=True)
             mark = folder / "command.txt"  # other architectures are other objects
             same = mark.exists() and mark.read_text() == " ".join(command)

@@ -10,7 +10,7 @@ import matplotlib
 from matplotlib import pyplot
 from matplotlib.figure import Figure
 
-from . import rows
+from . import gpu_report, rows
 
 matplotlib.use("Agg")
 ROOT = Path(__file__).parent.parent
@@ -115,9 +115,11 @@ def write() -> list[Path]:
     Raises:
         ValueError: no document has marks for an operator.
     """
-    recorded = rows.read()
+    recorded, on_gpus = rows.read(), gpu_report.read()
+    tables = {op: table(op, recorded) for op in LAYOUT}
+    tables |= {op: make(on_gpus) for op, make in gpu_report.TABLES.items()}
     texts = {path: path.read_text(encoding="utf-8") for path in DOCUMENTS}
-    for op in LAYOUT:
+    for op, made in tables.items():
         begin, end = BEGIN.format(op=op), END.format(op=op)
         holders = [path for path, text in texts.items() if begin in text and end in text]
         if not holders:
@@ -125,10 +127,11 @@ def write() -> list[Path]:
             raise ValueError(f"{names}: expected the marks {begin.strip()} and {end.strip()}")
         for path in holders:
             head, rest = texts[path].split(begin)
-            texts[path] = head + begin + table(op, recorded) + end + rest.split(end)[1]
+            texts[path] = head + begin + made + end + rest.split(end)[1]
     for path, text in texts.items():
         path.write_text(text, encoding="utf-8")
-    return [*texts, *plot(recorded)]
+    drawn = [_save(figure, name) for name, figure in gpu_report.draw(on_gpus).items()]
+    return [*texts, *plot(recorded), *drawn]
 
 
 def plot(recorded: Sequence[dict[str, str]]) -> list[Path]:

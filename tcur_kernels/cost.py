@@ -16,10 +16,11 @@ dense G = dyᵀx, 2 n1 n2 per token, and then 2 q n1 n2 once. Below rho = n1 n2 
 the dense way is the cheaper one for many tokens. By tokens, z can be formed in the forward pass: it
 is the same work, and what is kept for the backward pass is then q numbers per token, not n2.
 
-On a GPU there may be two backends. Nothing was measured there yet, so the choice is by count: the
-CUDA kernels transform tubes of two short factors by a few fp32 operations in registers, all others
-as a product with the matrix of the transform, which stays below the time that the same number of
-bytes takes up to a length; the Triton kernels always multiply by the matrix, a third of the work.
+On a GPU there may be two backends. The CUDA kernels transform tubes of two short factors by a few
+fp32 operations in registers; measured on an H100 they are 2 to 4 times as fast as the Triton
+kernels, which multiply by the matrix of the transform. For other lengths both multiply by the
+matrix, and `materialize` in Triton took 0.83 and 0.97 of the time (47 and 127 slices). Operators on
+tokens have no transform; the CUDA ones took less time in every row (docs/performance.md).
 """
 
 from __future__ import annotations
@@ -38,12 +39,6 @@ CUDA_SLICES = 2048
 
 #: Factors of a tube's length for which there are codelets, csrc/tubes.h.
 LONGEST_OUTER, LONGEST_INNER = 16, 9
-
-#: Slices up to which the product with the matrix is hidden behind memory: it takes about 2 n3
-#: multiplications per number on tensor cores (n3/2, four times for fp32), and in the 2.7 ps in
-#: which an H100 reads and writes 8 bytes by its copy rate they do 670. Half of them is what a
-#: kernel can count on beside its other work.
-HIDDEN_SLICES = 160
 
 
 def tokens_worth_materializing(n1: int, n2: int, n3: int, rank: int) -> float:
@@ -121,8 +116,8 @@ def choose_gpu_backend(
         available: those of "cuda" and "triton" that are here.
     """
     if "cuda" in available and cuda_takes(n3, dtype):
-        is_light = has_codelets(n3) or n3 <= HIDDEN_SLICES
-        if is_light or name == "cur_linear" or "triton" not in available:
+        by_matrix = name == "materialize" and not has_codelets(n3)
+        if not by_matrix or "triton" not in available:
             return "cuda"
     if "triton" in available and dtype == torch.float32:
         return "triton"

@@ -110,8 +110,12 @@ def operator(name, precision="ieee"):
 
 #: Two factors; the product with the matrix, in two launches of two chunks; a rank for which a block
 #: holds a slab of the core after another; and enough rows that a block of the dense gradient takes
-#: several tiles, by codelets and by the matrix: (n3, n1, n2, rank).
-ORDERED = ((36, 18, 40, 3), (257, 9, 9, 1), (2, 35, 36, 34), (2, 1057, 132, 1), (17, 1057, 132, 1))
+#: several tiles, by codelets and by the matrix: (n3, n1, n2, rank). Columns that are no multiple of
+#: 4 keep the kernels of single lengths out.
+ORDERED = (
+    (36, 18, 38, 3), (257, 9, 9, 1), (2, 35, 38, 34), (2, 1057, 130, 1), (17, 1057, 130, 1),
+    (48, 10, 100, 9), (12, 18, 36, 3), (5, 34, 132, 1),
+)  # fmt: skip
 
 
 def results(n3, n1, n2, rank):

@@ -89,7 +89,8 @@ def test_the_rule_on_a_gpu():
 
     assert choose() == "cuda"
     assert choose(n3=128) == "cuda"
-    assert choose(n3=127) == "cuda"  # a prime: by the matrix, behind memory
+    assert choose(n3=127) == "triton"  # a prime: both multiply by the matrix
+    assert choose("core_grad_dense", n3=127) == "cuda"
     assert choose(n3=500) == "triton"
     assert choose(n3=500, available=["cuda"]) == "cuda"
     assert choose("cur_linear", n3=500) == "cuda"
