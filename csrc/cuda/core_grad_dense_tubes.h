@@ -297,20 +297,20 @@ TCUR_DEVICE void prefetch_slices(const ProjectArgs& args, int64_t row, int64_t c
   }
 }
 
-// Quads of R̂ that are staged at a time.
+// Shared memory: a tile, and the quads of R̂ of a launch.
 template <int N3>
 struct ProjectStages {
   using T = ForwardTubes<N3>;
   static constexpr int kQuad = Staged<T, false>::kFloats;
-  static constexpr int kQuads = 4 * (T::kTileFloats + 2 * kQuad) <= T::kMostBytes ? 2 : 1;
-  static constexpr int kBytes = 4 * (T::kTileFloats + kQuads * kQuad);
+  static constexpr int kBytes = 4 * (T::kTileFloats + kQuadsOfLaunch * kQuad);
+  static_assert(kBytes <= T::kMostBytes, "a tile leaves room for the quads of a launch");
 };
 
 template <int N3>
 TCUR_KERNEL(ForwardTubes<N3>::kThreads, ForwardTubes<N3>::kBlocks)
 project_tubes_kernel(const TCUR_PARAMETER ProjectArgs args) {
   using T = ForwardTubes<N3>;
-  constexpr int kStaged = ProjectStages<N3>::kQuads, kQuad = ProjectStages<N3>::kQuad;
+  constexpr int kQuad = ProjectStages<N3>::kQuad;
   float* rows = shared_memory<float>();
   float* staged = rows + T::kTileFloats;
   const int split = blockIdx.x % args.splits, k1 = T::turn();
@@ -319,6 +319,7 @@ project_tubes_kernel(const TCUR_PARAMETER ProjectArgs args) {
   prefetch_slices<N3>(args, first_row, first_tile * T::kColumns);
   wait_for_launch_before();  // which lays out R̂
   const int left = args.quads - args.first_quad;
+  const int quads = left < kQuadsOfLaunch ? left : kQuadsOfLaunch;
   Projected<N3> projected;
   for (int64_t tile = first_tile; tile < first_tile + args.tiles_per_split; ++tile) {
     const int64_t first_column = tile * T::kColumns;
@@ -326,7 +327,7 @@ project_tubes_kernel(const TCUR_PARAMETER ProjectArgs args) {
       break;  // all threads together
     }
     const float* r = args.horizontal_hat + first_column * args.quads * (4 * N3);
-    Staged<T, false>::ask(r, nullptr, args.first_quad, left < kStaged ? left : kStaged, staged);
+    Staged<T, false>::ask(r, nullptr, args.first_quad, quads, staged);
     T::for_outer([&](int l0, int row, int column) __attribute__((always_inline)) {
       float* to = rows + row * T::kColumns + column;
       if (args.element == Element::f32) {
@@ -342,14 +343,8 @@ project_tubes_kernel(const TCUR_PARAMETER ProjectArgs args) {
     __syncthreads();
     projected.transform(k1, args.tables, rows);
     projected.template add<0>(k1, staged);
-    if (left > 1) {
-      if constexpr (kStaged == 1) {
-        __syncthreads();
-        Staged<T, false>::ask(r, nullptr, args.first_quad + 1, 1, staged);
-        wait_for_copies();
-        __syncthreads();
-      }
-      projected.template add<1>(k1, staged + (kStaged - 1) * kQuad);
+    if (quads > 1) {
+      projected.template add<1>(k1, staged + kQuad);
     }
     __syncthreads();
   }
