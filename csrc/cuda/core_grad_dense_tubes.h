@@ -212,12 +212,11 @@ class Projected {
   TCUR_DEVICE static void add_pair(
       const HorizontalQuad<T>& r, const Quad& re, const Quad& im, float (&kept)[Row::kKept]) {
     float s[Row::kSums];
-    const Quad minus = -im;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const Quad r_re = r.template row<PLANE>(i), r_im = r.template row<PLANE + 1>(i);
       s[i] = dot(im, r_im, dot(re, r_re, 0.0f));
-      s[4 + i] = dot(minus, r_re, dot(re, r_im, 0.0f));
+      s[4 + i] = dot(re, r_im, -dot(im, r_re, 0.0f));
     }
     Row::add(s, kept);
   }
