@@ -183,10 +183,12 @@ def test_rows_and_tables(benchmarks, monkeypatch, tmp_path):
             "selection",
             "selection_memory",
             "cost_rule",
+            *benchmarks.report.gpu_report.TABLES,
         ):
             file.write(f"<!-- begin {op} -->\n<!-- end {op} -->\n")
     written = benchmarks.report.write()
-    assert [path.name.rsplit("-", 1)[1] for path in written[1:]] == ["streaming.png", "step.png"]
+    names = [path.name.rsplit("-", 1)[1] for path in written[1:]]
+    assert names == ["streaming.png", "step.png", "copy.png"]
     text = document.read_text()
     assert "| vit_b_mlp_9_tokens | 1 | 0.50 | – | – | – |" in text
     assert "| some | 2 | 2.00 | – | – | – | – |" in text
