@@ -160,7 +160,9 @@ def test_rows_and_tables(benchmarks, monkeypatch, tmp_path):
     Timing = benchmarks.rows.Timing
     monkeypatch.setattr(benchmarks.rows, "RESULTS", tmp_path / "results")
     document = tmp_path / "performance.md"
-    document.write_text("a\n<!-- begin materialize -->\nold\n<!-- end materialize -->\nb\n")
+    document.write_text(
+        "a\n<!-- begin materialize -->\nthe former table\n<!-- end materialize -->\nb\n"
+    )
     monkeypatch.setattr(benchmarks.report, "DOCUMENTS", (document,))
     monkeypatch.setattr(benchmarks.report, "PLOTS", tmp_path)
     for ms in (9.0, 2.0):
@@ -192,7 +194,7 @@ def test_rows_and_tables(benchmarks, monkeypatch, tmp_path):
     text = document.read_text()
     assert "| vit_b_mlp_9_tokens | 1 | 0.50 | – | – | – |" in text
     assert "| some | 2 | 2.00 | – | – | – | – |" in text
-    assert "old" not in text
+    assert "the former table" not in text
     benchmarks.report.write()
     assert document.read_text() == text
 

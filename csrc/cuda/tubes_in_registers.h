@@ -79,6 +79,9 @@ struct Tubes {
     if (kWarps > 8 || kInner > (FORWARD ? 5 : 8) || (kOuter == 15 && kInner > 1)) {
       return 1;
     }
+    if (kInner == 2 && !FORWARD) {
+      return kWarps > 6 ? 1 : 2;
+    }
     if (kWarps == 6 && kInner == 1 && !FORWARD) {
       return 3;
     }
