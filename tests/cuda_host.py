@@ -61,6 +61,8 @@ def build(folder=KEPT, sources=SOURCES, flags=("-O1",)):
         f'#include "{sources}/cuda/fibers.h"\n'
         'extern "C" __attribute__((visibility("default"))) void tcur_host_order(int64_t order) {\n'
         "  tcur::fibers::order = order;\n}\n"
+        'extern "C" __attribute__((visibility("default"))) void tcur_host_shared(int64_t bytes) {\n'
+        "  tcur::fibers::shared_limit = bytes;\n}\n"
     )
     files = [*sorted((sources / "cuda").glob("*.cu")), order]
     library = folder / f"cuda_{name_of(*files)}.so"
@@ -100,7 +102,7 @@ def load(library=None):
             torch.library.define(f"tcur::{name}_{language}", schema, lib=ops._library)
         ops.complete(language)
     host = ctypes.CDLL(str(library or build()))
-    host.tcur_host_order.argtypes = [ctypes.c_int64]
+    host.tcur_host_order.argtypes = host.tcur_host_shared.argtypes = [ctypes.c_int64]
     return host
 
 

@@ -338,8 +338,9 @@ Tensor core_grad_dense(Tensor grad, Tensor lateral_hat, Tensor horizontal_hat) {
   args.element = element;
   args.vector = sizes.n2 % 4 == 0 && is_aligned(args.grad, 4 * bytes_of(element));
   const bool is_there = sizes.n1 > 0 && sizes.n2 > 0;
-  const bool takes_tubes =
-      rank <= kShortRank && has_tubes(n3) && args.vector && sizes.n1 * sizes.n2 <= UINT32_MAX;
+  // The tiles of some lengths are too large for some devices.
+  const bool takes_tubes = fits_tubes(sizes.n1, sizes.n2, sizes.n3, rank, args.vector) &&
+                           tubes_kernel_for(n3).shared_bytes <= call.limits().block;
   const Tensor z = !is_there     ? call.floats({0, sizes.n1, sizes.n3 * sizes.rank})
                    : takes_tubes ? project_by_tubes(call, sizes, h, args)
                                  : project_by_tiles(call, sizes, h, args);

@@ -51,6 +51,9 @@ constexpr size_t kStack = 128 * 1024;
 enum : int64_t { kForward = -1, kReverse = -2 };  // other values seed a shuffle
 inline int64_t order = kForward;
 
+// Bytes of shared memory that a block may have.
+inline int64_t shared_limit = 227 * 1024;
+
 inline std::vector<unsigned> permutation(size_t size) {
   std::vector<unsigned> indices(size);
   std::iota(indices.begin(), indices.end(), 0U);

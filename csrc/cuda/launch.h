@@ -179,9 +179,8 @@ inline bool can_launch_early(int) {
   return false;
 }
 
-// Those of an H100.
 inline SharedLimits shared_limits(int) {
-  return {228 * 1024, 227 * 1024};
+  return {fibers::shared_limit + 1024, fibers::shared_limit};
 }
 
 template <class... Params, class... Args>
@@ -193,6 +192,9 @@ void launch_kernel(
     int64_t shared_bytes,
     Stream,
     const Args&... args) {
+  if (shared_bytes > fibers::shared_limit) {
+    throw std::runtime_error("tcur: a block asks for more shared memory than there is");
+  }
   fibers::run(blocks, threads, shared_bytes, [&] { kernel(args...); });
 }
 

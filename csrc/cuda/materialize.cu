@@ -342,16 +342,17 @@ auto kernel_for(int64_t outer, std::integer_sequence<int, I...>) {
   return all[outer - 1];
 }
 
-// Whether everything is as the kernels for tubes want it.
-bool takes_tubes(const Sizes& sizes, const MaterializeArgs& args) {
-  return sizes.rank <= kShortRank && has_tubes(sizes.n3) && args.vector &&
-         sizes.n1 * sizes.n2 <= UINT32_MAX;
-}
-
 TubesKernel tubes_kernel_for(int64_t n3) {
   static constexpr TubesKernel (*parts[kTubesParts])(int64_t) = {
       &materialize_tubes<0>, &materialize_tubes<1>, &materialize_tubes<2>, &materialize_tubes<3>};
   return parts[tubes_part(n3)](n3);
+}
+
+// Whether everything is as the kernels for tubes want it; their tiles are too large for some
+// devices.
+bool takes_tubes(const Call& call, const Sizes& sizes, const MaterializeArgs& args) {
+  return fits_tubes(sizes.n1, sizes.n2, sizes.n3, sizes.rank, args.vector) &&
+         tubes_kernel_for(sizes.n3).shared_bytes <= call.limits().block;
 }
 
 void launch_tubes(
@@ -491,7 +492,7 @@ void write_materialized(
   args.out_element = element_of(out.scalar_type());
   args.vector = sizes.n2 % 4 == 0 && base.is_aligned_for(4) &&
                 is_aligned(args.out, 4 * bytes_of(args.out_element));
-  if (takes_tubes(sizes, args)) {
+  if (takes_tubes(call, sizes, args)) {
     const Spectrum tables(call, sizes.n3);
     args.tables = tables.tables();
     launch_tubes(

@@ -28,6 +28,13 @@ TCUR_HOST_DEVICE constexpr bool has_tubes(int64_t n3) {
 #endif
 }
 
+// Whether they take these sizes: rows start at multiples of four numbers (`vector`), and 32 bits
+// reach every number of a slice, and every quad of R̂ as `prepare` lays it out.
+inline bool fits_tubes(int64_t n1, int64_t n2, int64_t n3, int64_t rank, bool vector) {
+  return rank <= kShortRank && has_tubes(n3) && vector && n1 * n2 <= UINT32_MAX &&
+         n2 * n3 * kShortRank <= UINT32_MAX;
+}
+
 // The sources that they are compiled in, by n3/4, so that all take the same time.
 constexpr int kTubesParts = 4;
 constexpr int kTubesLengths = kLongestOuter * kLongestInner + 1;
