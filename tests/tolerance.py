@@ -1,22 +1,54 @@
-"""The one error bound of the suite.
+"""The error bounds of the suite: one for an operator, one for a composition, two for float64.
 
-Let E(y) = ‖y - exact‖_F / ‖exact‖_F with ``exact`` computed in float64. A kernel and plain torch at
-the same dtype form the same sums of the same products and round the same number of results; they
-differ in the order of summation, and with it in how the roundings add up. Both errors grow like
-eps * sqrt(terms), with constants that differ by less than two for any sensible order, so
+Let E(y) = ‖y - exact‖_F / ‖exact‖_F, where ``exact`` is computed in float64.
+
+**One operator.** A kernel and plain torch at the same dtype form the same sums of the same products
+and round the same number of results. They differ in the order of summation, and with it in how the
+roundings add up. Both errors grow like eps * sqrt(terms), with constants that differ by less than
+two for any sensible order, so
 
     E(kernel) <= 2 * E(torch at the same dtype) + 2 * eps + ORACLE
 
 where eps belongs to the dtype of the result. The second term is there because torch's own error can
 be zero by chance: for n3 = 1, or where a result is exact. ORACLE is the error of ``exact`` itself,
 which is a float64 result like any other: sums of some hundreds of products, so sqrt(256) = 16 times
-the float64 eps. It only matters to kernels that compute in float64. No other tolerance stands in
-the suite, except the promises per precision below, which users rely on.
+the float64 eps. It only matters to kernels that compute in float64.
+
+**A composition**: a layer with its base, a network, a training step. Here the roundings of one
+operator go through all that follow, and may be amplified or cancelled. One run of plain torch says
+little about that: the next order of summation, or another processor, gives another error. So plain
+torch computes the composition several times, each time with all of its sums in another order
+(`AnotherOrder`), and the largest of these errors takes the place of the one above:
+
+    E(adapted) <= 2 * max over the orders of E(torch in this order) + 2 * eps + ORACLE
+
+The orders are a sample of the errors that rounding leads to, and the adapted composition is one
+more of the same kind. If its error had one normally distributed component, it would exceed twice
+the largest of nine others with a probability of `CHANCE`; with every further component that
+probability falls steeply.
+
+**Neither bound believes what it is given.** A float64 tensor that holds numbers of fp32 alone is a
+result of fp32 and not exact. Plain torch must be right to half of its digits, or it computes
+something else; and it must not call an operator of this package.
+
+**float64.** `assert_equal_in_float64` compares two results of float64. `PROMISE` is the error that
+each precision promises to users. No other tolerance of fp32 results stands in the suite.
 """
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 ORACLE = 16 * torch.finfo(torch.float64).eps
+
+#: Orders of summation that plain torch computes a composition in: its own, and some at random.
+ORDERS = 9
+#: Probability that a normal number is more than twice as far from 0 as each of `ORDERS` others;
+#: with three components 0.0004.
+CHANCE = 0.0062
+
+#: Of two evaluations in float64 by different formulas. Conditions of up to a million times eps stay
+#: below it; a wrong formula does not.
+FLOAT64 = 1e-9
 
 #: Error of the update C * U * R, relative to its norm, that each precision promises.
 PROMISE = {"ieee": 1e-6, "tf32": 1e-3, "bf16": 6e-3}
@@ -33,12 +65,110 @@ def relative_error(actual, exact):
 
 
 def bound(same_dtype, exact):
-    """The right-hand side above; ``same_dtype`` is plain torch's result."""
-    eps = torch.finfo(same_dtype.dtype).eps
-    return 2 * relative_error(same_dtype, exact) + 2 * eps + ORACLE
+    """The bound of one operator; ``same_dtype`` is plain torch's result."""
+    _check_exact(exact)
+    return _bound(relative_error(same_dtype, exact), same_dtype.dtype)
 
 
 def assert_close(actual, same_dtype, exact):
-    """Asserts the bound for ``actual``, given plain torch's result at the same dtype."""
-    error, limit = relative_error(actual, exact), bound(same_dtype, exact)
+    """Asserts the bound of one operator, given plain torch's result at the same dtype."""
+    _check(actual, bound(same_dtype, exact), exact)
+
+
+def assert_composition_close(actual, plain, exact):
+    """Asserts the bound of compositions.
+
+    ``actual`` and ``exact`` are tensors, or tuples of them that are compared one by one; ``plain``
+    is a function without arguments that returns the like, computed by plain torch in the dtype of
+    ``actual``.
+    """
+    actual, exact = _as_tuple(actual), _as_tuple(exact)
+    for wanted in exact:
+        _check_exact(wanted)
+    runs = [_as_tuple(run(plain, seed)) for seed in range(ORDERS)]
+    for index, (tensor, wanted) in enumerate(zip(actual, exact, strict=True)):
+        largest = max(relative_error(results[index], wanted) for results in runs)
+        _check(tensor, _bound(largest, runs[0][index].dtype), wanted)
+
+
+def assert_equal_in_float64(actual, wanted):
+    """Asserts that two results of float64 are the same but for what FLOAT64 allows."""
+    for a, b in zip(_as_tuple(actual), _as_tuple(wanted), strict=True):
+        assert a.dtype == b.dtype == torch.float64, f"expected float64, got {a.dtype}, {b.dtype}"
+        error = relative_error(a, b)
+        assert error <= FLOAT64, f"relative error {error:.3g} of float64 results"
+
+
+def run(plain, seed):
+    """What ``plain`` computes with its sums in order number ``seed``; 0 is torch's own order."""
+    with _NoOperators(), AnotherOrder(seed):
+        return plain()
+
+
+class AnotherOrder(TorchDispatchMode):
+    """Products of matrices, convolutions and sums add their terms in a random order."""
+
+    def __init__(self, seed):
+        super().__init__()
+        self.generator = torch.Generator().manual_seed(seed)
+        self.is_changed = seed > 0
+
+    def permuted(self, *tensors):
+        """(tensor, dimension) pairs of one size there, each permuted alike."""
+        tensor, dim = tensors[0]
+        order = torch.randperm(tensor.shape[dim], generator=self.generator).to(tensor.device)
+        return [tensor.index_select(dim, order) for tensor, dim in tensors]
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        args = list(args)
+        if self.is_changed:
+            self.change(func, args)
+        return func(*args, **(kwargs or {}))
+
+    def change(self, func, args):
+        aten = torch.ops.aten
+        if func in (aten.mm.default, aten.bmm.default, aten.mv.default, aten.dot.default):
+            a, b = args
+            args[:2] = self.permuted((a, a.dim() - 1), (b, max(b.dim() - 2, 0)))
+        elif func in (aten.addmm.default, aten.baddbmm.default, aten.addmv.default):
+            _, a, b = args
+            args[1:3] = self.permuted((a, a.dim() - 1), (b, max(b.dim() - 2, 0)))
+        elif func is aten.convolution.default and args[8] == 1:  # groups
+            is_transposed = args[6]
+            args[:2] = self.permuted((args[0], 1), (args[1], 0 if is_transposed else 1))
+        elif func in (aten.sum.dim_IntList, aten.mean.dim) and args[0].dim() > 0 and args[1]:
+            args[:1] = self.permuted((args[0], args[1][0]))
+        elif func in (aten.sum.default, aten.mean.default):
+            args[:1] = self.permuted((args[0].flatten(), 0))
+
+
+class _NoOperators(TorchDispatchMode):
+    """What is compared with is plain torch."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func.namespace != "tcur", f"plain: expected plain torch, got {func}"
+        return func(*args, **(kwargs or {}))
+
+
+def _bound(error_of_torch, dtype):
+    eps = torch.finfo(dtype).eps
+    assert error_of_torch <= eps**0.5, (
+        f"plain torch is off by {error_of_torch:.3g}: it computes something else"
+    )
+    return 2 * error_of_torch + 2 * eps + ORACLE
+
+
+def _check(actual, limit, exact):
+    error = relative_error(actual, exact)
     assert error <= limit, f"relative error {error:.3g} exceeds the bound {limit:.3g}"
+
+
+def _check_exact(exact):
+    exact = exact.detach()
+    assert exact.dtype == torch.float64, f"exact: expected float64, got {exact.dtype}"
+    is_rounded = torch.equal(exact.float().double(), exact) and bool(exact.any())
+    assert not is_rounded, "exact: expected a result of float64, got numbers of fp32"
+
+
+def _as_tuple(results):
+    return (results,) if isinstance(results, torch.Tensor) else tuple(results)

@@ -83,7 +83,8 @@ struct Tubes {
 
   // Blocks per multiprocessor: a quarter of it has registers for four or five of these warps.
   static constexpr int most_blocks() {
-    if (kWarps > 8 || kInner > (FORWARD ? 5 : 8) || (kOuter == 15 && kInner > 1)) {
+    if (kWarps > 8 || kInner > (FORWARD ? 5 : 8) || (kOuter == 15 && kInner > 1) ||
+        (FORWARD && kOuter == 16 && kInner == 5)) {
       return 1;
     }
     if (kInner == 2 && !FORWARD) {

@@ -1,0 +1,160 @@
+"""The bounds themselves: what they catch, and what they refuse to compare with."""
+
+import ast
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import tcur_kernels as tcur
+from models import Tiny
+from plain import Plain
+from tolerance import (
+    CHANCE,
+    ORDERS,
+    assert_close,
+    assert_composition_close,
+    assert_equal_in_float64,
+    relative_error,
+    run,
+)
+
+TESTS = Path(__file__).parent
+
+
+def adapted(mode="auto"):
+    torch.manual_seed(0)
+    adapter = tcur.adapt(Tiny().eval(), rank=2, mode=mode)
+    with torch.no_grad():
+        for stack in adapter.stacks.values():
+            stack.core.normal_()
+    return adapter
+
+
+def test_an_adapted_model_is_as_close_as_plain_torch():
+    adapter, x = adapted(), torch.randn(4, 7, 6)
+    loss = lambda y: y.square().sum()  # noqa: E731
+    y, plain = adapter.model(x), Plain(adapter)
+    loss(y).backward()
+    assert_composition_close(
+        (y, *(stack.core.grad for stack in adapter.stacks.values())),
+        lambda: plain.with_gradients(loss, x),
+        Plain(adapter, torch.float64).with_gradients(loss, x.double()),
+    )
+
+
+DAMAGES = {
+    "ignored": lambda adapter, x: exit_of(adapter.disable(), adapter, x),
+    "counted twice": lambda adapter, x: (scale(adapter, 2), adapter.model(x))[1],
+    "the wrong row": lambda adapter, x: adapter.model(x).roll(1, 0),
+    "the wrong layer": lambda adapter, x: (roll(adapter), adapter.model(x))[1],
+    "a little": lambda adapter, x: (scale(adapter, 1 + 1e-5), adapter.model(x))[1],
+    "half precision inside": lambda adapter, x: adapter.model(x.bfloat16().float()),
+}
+
+
+def exit_of(context, adapter, x):
+    with context:
+        return adapter.model(x)
+
+
+@torch.no_grad()
+def scale(adapter, by):
+    for stack in adapter.stacks.values():
+        stack.core *= by
+
+
+@torch.no_grad()
+def roll(adapter):
+    for stack in adapter.stacks.values():
+        stack.core.copy_(stack.core.roll(1, 0))
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_the_bound_of_compositions_has_teeth(damage):
+    adapter, x = adapted(), torch.randn(4, 7, 6)
+    plain, exact = Plain(adapter), Plain(adapter, torch.float64)(x.double())
+    assert_composition_close(adapter.model(x), lambda: plain(x), exact)
+    with pytest.raises(AssertionError, match="exceeds the bound"):
+        assert_composition_close(damage(adapter, x), lambda: plain(x), exact)
+
+
+def test_orders_are_orders():
+    """Other roundings of the same sums, and no others of sums without roundings."""
+    torch.manual_seed(1)
+    layers = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ConvTranspose2d(4, 2, 2), nn.Linear(9, 5))
+    x = torch.randn(2, 3, 10, 10)
+
+    def plain(model=layers, x=x):
+        y = model(x)
+        return y, y.sum(), y.mean((0, 1)), y.flatten() @ y.flatten(), y[0, 0].mT @ y[0, 1, :, 0]
+
+    exact = plain(layers.double(), x.double())
+    layers.float()
+    own = plain()
+    assert all(map(torch.equal, run(plain, 0), own))
+    seen = [run(plain, seed) for seed in range(1, ORDERS)]
+    for index, wanted in enumerate(exact):
+        assert all(relative_error(results[index], wanted) < 1e-5 for results in seen)
+        assert any(not torch.equal(results[index], own[index]) for results in seen)
+    whole = torch.randint(-9, 9, (20, 20)).float()
+    for seed in range(3):
+        assert torch.equal(run(lambda: whole @ whole, seed), whole @ whole)
+
+
+def test_the_chance_is_that_of_normal_numbers():
+    """∫ n F(z)^(n-1) f(z) (1 - F(2z)) dz, where F belongs to |z|."""
+    z = torch.linspace(0, 8, 80_001, dtype=torch.float64)
+    cumulated = torch.special.erf(z / math.sqrt(2))
+    density = math.sqrt(2 / math.pi) * torch.exp(-z.square() / 2)
+    beyond = torch.special.erfc(2 * z / math.sqrt(2))
+    chance = torch.trapezoid(ORDERS * cumulated ** (ORDERS - 1) * density * beyond, z)
+    assert float(chance) == pytest.approx(CHANCE, rel=0.02)
+
+
+def test_what_is_not_exact_is_refused():
+    """Another fp32 result never stands for the exact one, whatever its dtype is made to be."""
+    a = torch.randn(5, 7)
+    exact = a.double() @ a.double().T
+    assert_close(a @ a.T, a @ a.T, exact)
+    for wrong, message in (
+        ((a @ a.T).double(), "got numbers of fp32"),
+        ((a.bfloat16() @ a.bfloat16().T).double(), "got numbers of fp32"),
+        (a @ a.T, "expected float64, got torch.float32"),
+    ):
+        with pytest.raises(AssertionError, match=message):
+            assert_close(a @ a.T, a @ a.T, wrong)
+        with pytest.raises(AssertionError, match=message):
+            assert_composition_close(a @ a.T, lambda: a @ a.T, wrong)
+
+
+def test_what_is_not_plain_torch_is_refused():
+    adapter, x = adapted("factored"), torch.randn(4, 7, 6)
+    exact = Plain(adapter, torch.float64)(x.double())
+    with pytest.raises(AssertionError, match="expected plain torch, got tcur"):
+        assert_composition_close(adapter.model(x), lambda: adapter.model(x), exact)
+    with adapter.disable():
+        base = adapter.model(x)
+    with pytest.raises(AssertionError, match="it computes something else"):
+        assert_composition_close(adapter.model(x), lambda: base, exact)
+    with pytest.raises(AssertionError, match="it computes something else"):
+        assert_close(adapter.model(x), base, exact)
+
+
+def test_float64_is_compared_with_float64():
+    a = torch.randn(5, 7, dtype=torch.float64)
+    assert_equal_in_float64((a, a), (a, a * (1 + 1e-12)))
+    with pytest.raises(AssertionError, match="relative error 1e-08"):
+        assert_equal_in_float64(a, a * (1 + 1e-8))
+    with pytest.raises(AssertionError, match="expected float64, got torch.float32"):
+        assert_equal_in_float64(a.float(), a)
+
+
+@pytest.mark.parametrize("path", sorted(TESTS.rglob("*.py")), ids=lambda p: p.stem)
+def test_no_tolerance_of_taste(path):
+    """Numbers of torch are compared by the bounds of `tolerance`, and by no others."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Attribute) and node.attr in ("assert_close", "allclose", "isclose"):
+            raise AssertionError(f"{path.name}:{node.lineno}: {ast.unparse(node)}")
