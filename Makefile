@@ -7,16 +7,32 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 BUILD_INPUTS := pyproject.toml setup.py constraints.txt $(shell find csrc -name "*.cpp" -o -name "*.cu" -o -name "*.h")
 
-.PHONY: demo test test-matrix lint format clean
+# The demo compiles for the GPUs that are here, and for none where none is. The tests look at compiled
+# CUDA kernels on every machine with nvcc: for those GPUs, else for one architecture, or for what
+# TORCH_CUDA_ARCH_LIST asks for.
+GPUS := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | grep -x '[0-9.]*' | sort -u)
+TEST_ARCHITECTURES := $(or $(TORCH_CUDA_ARCH_LIST),$(GPUS),9.0)
 
-demo: $(VENV)/.installed
+# Threads of OpenMP that spin while they wait take a busy core from the very thread they wait for: a
+# step of the demo then takes ten times as long and more.
+export OMP_WAIT_POLICY ?= PASSIVE
+
+.PHONY: demo test test-cpus test-matrix lint format clean FORCE
+
+demo: $(VENV)/.demo
+	@echo "The demo starts."
 	$(BIN)/python examples/unetr_segmentation.py
 
-test: $(VENV)/.installed $(VENV)/.oldest_peft $(VENV)/.oldest_triton
-	$(BIN)/python -m pytest
+# One process for each core, each with one thread.
+test: $(VENV)/.tests $(VENV)/.oldest_peft $(VENV)/.oldest_triton
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal --durations 15
+
+# What depends on roundings: under every instruction set that this machine has, with 1, 2 and 4 threads.
+test-cpus: $(VENV)/.tests
+	$(BIN)/python tests/cpus.py
 
 # More lengths, ranks and precisions of the Triton kernels: interpreted, then compiled.
-test-matrix: $(VENV)/.installed
+test-matrix: $(VENV)/.tests
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m matrix tests/interpreted
 	$(BIN)/python -m pytest -m matrix tests/test_triton_compile.py
 
@@ -37,12 +53,24 @@ clean:
 # torch comes first and alone: it is pinned, and the package is built against it without isolation,
 # because a build environment of its own would fetch another torch.
 $(VENV)/.torch: constraints.txt
+	@echo "Set-up, 1 of 2: torch."
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install -q -c constraints.txt torch numpy setuptools pybind11 ninja safetensors
 	touch $@
 
-$(VENV)/.installed: $(VENV)/.torch $(BUILD_INPUTS)
-	$(PIP) install -q -c constraints.txt --no-build-isolation -e '.[demo,test]'
+$(VENV)/.demo: $(VENV)/.torch $(BUILD_INPUTS)
+	@echo "Set-up, 2 of 2: the kernels are compiled for this machine, a minute or two on two cores."
+	$(PIP) install -q -c constraints.txt --no-build-isolation -e '.[demo]'
+	touch $@
+
+# Those of the last build, so that others are another build.
+$(VENV)/.architectures: FORCE | $(VENV)/.torch
+	@echo '$(TEST_ARCHITECTURES)' | cmp -s - $@ || echo '$(TEST_ARCHITECTURES)' > $@
+
+$(VENV)/.tests: $(VENV)/.demo $(VENV)/.architectures
+	@echo "Set-up of the tests: with nvcc, CUDA kernels for $(TEST_ARCHITECTURES)."
+	TORCH_CUDA_ARCH_LIST='$(TEST_ARCHITECTURES)' \
+		$(PIP) install -q -c constraints.txt --no-build-isolation -e '.[test]'
 	touch $@
 
 # Beside the newest, for tests/test_peft_oldest.py and tests/test_triton_oldest.py.

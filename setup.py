@@ -1,5 +1,6 @@
 """Build of the compiled kernels; everything else is in pyproject.toml."""
 
+import functools
 import os
 import shutil
 import subprocess
@@ -11,7 +12,8 @@ from setuptools.modified import newer_group
 
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # one binary for torch 2.10 and later
 CUDA = "tcur_kernels._cuda"
-DEFAULT_ARCHITECTURES = "8.0;9.0;10.0+PTX"
+#: What every release holds; PTX is compiled by the driver of later GPUs.
+ALL_ARCHITECTURES = "8.0;9.0;10.0+PTX"
 
 
 def cpu_extension():
@@ -51,13 +53,30 @@ def find_nvcc():
 
 
 def architectures():
-    """TORCH_CUDA_ARCH_LIST as names of targets: ["80", "90", "100", "100+PTX"] by default."""
-    wanted = os.environ.get("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHITECTURES)
+    """Names of the targets of TORCH_CUDA_ARCH_LIST: "8.0 10.0+PTX" is ["80", "100", "100+PTX"].
+
+    Without it those of the GPUs here, so that nobody waits for kernels that cannot run.
+    """
+    wanted = os.environ.get("TORCH_CUDA_ARCH_LIST")
+    if wanted is None:
+        wanted = " ".join(gpus_here())
     names = []
     for item in wanted.replace(";", " ").replace(".", "").split():
         number = item.removesuffix("+PTX")
         names += [number, item] if item != number else [number]
     return names
+
+
+@functools.cache
+def gpus_here():
+    """Compute capabilities of the GPUs of this machine, as the driver tells them: ["9.0"]."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return []
+    query = [tool, "--query-gpu=compute_cap", "--format=csv,noheader"]
+    result = subprocess.run(query, capture_output=True, text=True, check=False)
+    found = sorted(set(result.stdout.split())) if result.returncode == 0 else []
+    return [item for item in found if item.replace(".", "").isdigit()]
 
 
 def nvcc_command(nvcc):
@@ -87,16 +106,23 @@ def cuda_extension():
     """`tcur_kernels/_cuda.so`: no Python module, operators for CUDA tensors alone.
 
     A library of its own, because one that needs the CUDA part of torch cannot be loaded without it.
-    None without nvcc or without architectures: the package then has no CUDA backend.
+    None without nvcc or without architectures: the package then has no CUDA backend, and the build
+    says so.
     """
     if find_nvcc() is None or not architectures():
+        missing = "nvcc" if find_nvcc() is None else "GPU"
+        print(
+            f"tcur_kernels: no {missing} here, so no kernels for GPUs; with nvcc, "
+            f"TORCH_CUDA_ARCH_LIST='{ALL_ARCHITECTURES}' asks for them."
+        )
         return None
     sources = sorted(map(str, Path("csrc/cuda").glob("*.cu")))
     depends = sorted(map(str, Path("csrc").rglob("*.h")))
     return Extension(CUDA, sources=sources, depends=depends)
 
 
-def build_ext():
+def build_ext(has_all=False):
+    """The command; ``has_all``: what is not among its extensions is not to be in the package."""
     from torch.utils.cpp_extension import BuildExtension, library_paths
 
     class Build(BuildExtension):
@@ -109,10 +135,15 @@ def build_ext():
             return f"{name.replace('.', '/')}.so"
 
         def build_extensions(self):
+            # Objects are kept, also of an editable install, whose own folder is temporary.
+            self.build_temp = str(Path("build", "cpu").absolute())
             everything = self.extensions
             self.extensions = [e for e in everything if e.name != CUDA]
             super().build_extensions()
             self.extensions = everything
+            if has_all and all(extension.name != CUDA for extension in everything):
+                # What an earlier build left there would be loaded, whatever its sources were.
+                Path("tcur_kernels", "_cuda.so").unlink(missing_ok=True)
             for extension in everything:
                 if extension.name == CUDA:
                     self.build_cuda(extension)
@@ -120,7 +151,7 @@ def build_ext():
         def build_cuda(self, extension):
             nvcc = find_nvcc()
             command = nvcc_command(nvcc)
-            folder = Path("build", "cuda")  # also of an editable install, whose own is temporary
+            folder = Path("build", "cuda")
             folder.mkdir(parents=True, exist_ok=True)
             mark = folder / "command.txt"  # other architectures are other objects
             same = mark.exists() and mark.read_text() == " ".join(command)
@@ -161,5 +192,5 @@ if __name__ == "__main__":
     extensions = [cpu_extension(), cuda_extension()]
     setup(
         ext_modules=[e for e in extensions if e is not None],
-        cmdclass={"build_ext": build_ext()},
+        cmdclass={"build_ext": build_ext(has_all=True)},
     )

@@ -12,6 +12,15 @@ collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpre
 
 def pytest_addoption(parser):
     parser.addoption("--device", default="cpu", help="default device of the tests: cpu or cuda")
+    parser.addoption("--isa", help="instruction set of the CPU kernels, in place of the best one")
+
+
+def pytest_configure(config):
+    isa = config.getoption("--isa")
+    if isa is not None:
+        from tcur_kernels import _cpu
+
+        _cpu.use_isa(isa)
 
 
 @pytest.fixture(autouse=True)

@@ -5,7 +5,10 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import pytest
+import setuptools
 from torch.utils.cpp_extension import include_paths
 
 ROOT = Path(__file__).parent.parent
@@ -30,20 +33,74 @@ def test_no_compiler_is_one_clear_sentence(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_without_nvcc_or_architectures_there_is_no_cuda_backend(monkeypatch, tmp_path):
+@pytest.fixture
+def setup(monkeypatch, tmp_path):
+    """setup.py on a machine with an nvcc and without anything else."""
     monkeypatch.chdir(ROOT)
-    cuda_extension = runpy.run_path("setup.py")["cuda_extension"]
-    nvcc = tmp_path / "bin" / "nvcc"
-    nvcc.parent.mkdir()
-    nvcc.touch(mode=0o755)
-    monkeypatch.setenv("PATH", str(tmp_path))
+    program(tmp_path / "bin" / "nvcc")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}")
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
-    assert cuda_extension().name == "tcur_kernels._cuda"
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    return SimpleNamespace(**runpy.run_path("setup.py"))
+
+
+def program(path, text=""):
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+
+
+def test_gpus_are_compiled_for_where_they_are_or_asked_for(setup, monkeypatch, tmp_path, capsys):
+    assert setup.architectures() == []
+    assert setup.cuda_extension() is None
+    assert "no GPU here, so no kernels for GPUs; with nvcc, TORCH_CUDA_ARCH_LIST='8.0;9.0;10.0" in (
+        capsys.readouterr().out
+    )
+    for says, wanted in (
+        ("echo 9.0; echo 8.6; echo 9.0", ["86", "90"]),
+        ("echo '[N/A]'", []),
+        ("echo 9.0; exit 9", []),  # no driver behind it
+    ):
+        program(tmp_path / "bin" / "nvidia-smi", says)
+        setup.gpus_here.cache_clear()
+        assert setup.architectures() == wanted
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;9.0 10.0+PTX")
+    assert setup.architectures() == ["80", "90", "100", "100+PTX"]
+    command = " ".join(setup.nvcc_command("nvcc"))
+    assert command.count("-gencode=") == 4
+    assert "code=sm_90 " in command
+    assert command.endswith("arch=compute_100,code=compute_100")
+
+
+def test_without_nvcc_or_architectures_there_is_no_cuda_backend(
+    setup, monkeypatch, tmp_path, capsys
+):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")
+    assert setup.cuda_extension().name == "tcur_kernels._cuda"
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "")
-    assert cuda_extension() is None
-    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST")
-    nvcc.unlink()
-    assert cuda_extension() is None
+    assert setup.cuda_extension() is None
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")
+    (tmp_path / "bin" / "nvcc").unlink()
+    capsys.readouterr()
+    assert setup.cuda_extension() is None
+    assert "tcur_kernels: no nvcc here" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("has_all", [True, False])
+def test_a_library_of_an_earlier_build_does_not_stay(monkeypatch, tmp_path, has_all):
+    build_ext = runpy.run_path(str(ROOT / "setup.py"))["build_ext"]
+    monkeypatch.chdir(tmp_path)
+    library = tmp_path / "tcur_kernels" / "_cuda.so"
+    library.parent.mkdir()
+    library.write_text("of other sources")
+    (tmp_path / "other.cpp").write_text("#include <Python.h>\nPyMODINIT_FUNC PyInit_other();")
+    setuptools.setup(
+        packages=[],
+        ext_modules=[setuptools.Extension("other", ["other.cpp"])],
+        cmdclass={"build_ext": build_ext(has_all=has_all)},
+        script_args=["-q", "build_ext", "--build-lib", str(tmp_path / "out")],
+    )
+    assert library.exists() != has_all
 
 
 def test_other_processors_get_plain_cpp(tmp_path):

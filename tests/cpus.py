@@ -1,0 +1,78 @@
+"""What depends on roundings, under every instruction set of this machine: `make test-cpus`.
+
+torch, oneDNN, MKL and the kernels of this package choose their code by the processor. Each round
+limits all of them to one level, as an older processor would, with 1, 2 and 4 threads. The tests are
+those of the modules that use a bound of `tolerance.py`. Exits with 1 if any round fails.
+"""
+
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+TESTS = Path(__file__).parent
+#: torch's name of a level, and what it means to the others. MKL's is that of its oldest code.
+LEVELS = {
+    "default": ("baseline", {"ONEDNN_MAX_CPU_ISA": "SSE41", "MKL_CBWR": "COMPATIBLE"}),
+    "avx2": ("avx2", {"ONEDNN_MAX_CPU_ISA": "AVX2"}),
+    "avx512": ("avx512", {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE"}),
+}
+THREADS = (1, 2, 4)
+#: Kernels of other languages: what is compared is not this processor's, torch's part is small, and
+#: they take minutes.
+LEFT_OUT = ("test_cuda_host.py", "test_device.py")
+
+
+def modules():
+    """Test files that use a bound."""
+    return [
+        path
+        for path in sorted(TESTS.glob("test_*.py"))
+        if path.name not in LEFT_OUT and "from tolerance import" in path.read_text()
+    ]
+
+
+def run(level, threads):
+    """One round; whether it passed."""
+    isa, limits = LEVELS[level]
+    environment = {
+        **os.environ,
+        **limits,
+        "ATEN_CPU_CAPABILITY": level,
+        "OMP_NUM_THREADS": str(threads),
+        "OMP_WAIT_POLICY": "PASSIVE",  # there may be more threads than cores
+    }
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--isa", isa]
+    started = time.perf_counter()
+    result = subprocess.run(
+        [*command, *map(str, modules())],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    seconds = time.perf_counter() - started
+    passed = result.returncode == 0
+    last = result.stdout.strip().splitlines()[-1].strip("= ") if result.stdout.strip() else ""
+    print(f"{level:>8}, {threads} threads, {seconds:4.0f} s: {last}", flush=True)
+    if not passed:
+        print(result.stdout[-20000:] + result.stderr[-5000:], flush=True)
+    return passed
+
+
+def main():
+    """All rounds, as many at once as there are cores."""
+    from tcur_kernels import _cpu
+
+    levels = [level for level, (isa, _) in LEVELS.items() if isa in _cpu.runnable_isas()]
+    rounds = [(level, threads) for threads in THREADS for level in levels]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        passed = list(pool.map(lambda one: run(*one), rounds))
+    print(f"{sum(passed)} passed, {len(passed) - sum(passed)} failed")
+    sys.exit(not all(passed))
+
+
+if __name__ == "__main__":
+    main()
