@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -63,6 +63,16 @@ class Anatomy(NamedTuple):
 
     t1: Tensor  # 0 to 1
     structures: dict[str, Tensor]  # masks
+
+
+Subject = tuple[str, int]  # section, number in it
+#: Wraps the subjects as they are made; gets what they are called, and how many they are.
+Track = Callable[[str, Sequence[Subject], int], Iterable[Subject]]
+
+
+def with_bar(label: str, subjects: Sequence[Subject], count: int) -> Iterable[Subject]:
+    """A line of progress."""
+    return tqdm(subjects, desc=label, total=count, ncols=100)
 
 
 @cache
@@ -122,10 +132,12 @@ def make_subject(domain: Domain, seed: int) -> tuple[MetaTensor, MetaTensor]:
     return image, label
 
 
-def write_domain(folder: Path, domain: Domain, counts: Mapping[str, int], seed: int) -> Path:
+def write_domain(
+    folder: Path, domain: Domain, counts: Mapping[str, int], seed: int, track: Track = with_bar
+) -> Path:
     """Writes ``counts[section]`` subjects per section and the datalist.
 
-    Subjects of different seeds, domains and sections are different.
+    Subjects of different seeds, domains and sections are different. ``track`` shows the progress.
 
     Returns:
         The path of the datalist JSON.
@@ -138,24 +150,21 @@ def write_domain(folder: Path, domain: Domain, counts: Mapping[str, int], seed: 
     }
     entropy = [seed, *domain.name.encode()]
     seeds = iter(np.random.SeedSequence(entropy).generate_state(sum(counts.values())).tolist())
-    with tqdm(total=sum(counts.values()), desc=f"{domain.name + ' volumes':<23}", ncols=100) as bar:
-        for section, count in counts.items():
-            entries = []
-            for number in range(count):
-                entry = {}
-                volumes = zip(("image", "label"), make_subject(domain, next(seeds)), strict=True)
-                for kind, volume in volumes:
-                    file = folder / f"{kind}s" / f"{section}_{number:02d}.nii.gz"
-                    file.parent.mkdir(parents=True, exist_ok=True)
-                    kept = np.float32 if kind == "image" else np.uint8
-                    voxels = volume[0].numpy().astype(kept)
-                    nib.save(nib.Nifti1Image(voxels, volume.affine.numpy()), file)
-                    entry[kind] = str(file.relative_to(folder))
-                entries.append(entry)
-                bar.update()
-            datalist[section] = entries
+    entries: dict[str, list[dict[str, str]]] = {section: [] for section in counts}
+    subjects = [(section, number) for section in counts for number in range(counts[section])]
+    for section, number in track(f"{domain.name} volumes", subjects, len(subjects)):
+        entry = {}
+        volumes = zip(("image", "label"), make_subject(domain, next(seeds)), strict=True)
+        for kind, volume in volumes:
+            file = folder / f"{kind}s" / f"{section}_{number:02d}.nii.gz"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            kept = np.float32 if kind == "image" else np.uint8
+            voxels = volume[0].numpy().astype(kept)
+            nib.save(nib.Nifti1Image(voxels, volume.affine.numpy()), file)
+            entry[kind] = str(file.relative_to(folder))
+        entries[section].append(entry)
     path = folder / "dataset.json"
-    path.write_text(json.dumps(datalist, indent=1))
+    path.write_text(json.dumps({**datalist, **entries}, indent=1))
     return path
 
 

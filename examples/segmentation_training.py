@@ -23,9 +23,9 @@ from monai.networks.utils import one_hot
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import RandomSampler
-from tqdm import tqdm
 
 import tcur_kernels as tcur
+from progress import Whole
 from segmentation_data import build_unetr, load_volumes
 
 
@@ -36,20 +36,22 @@ class Method:
     label: str
     trains: tuple[str, ...]
     cores: bool = False
+    seconds: float = 0.2  # a step of the demo on two cores, for its progress
 
 
 DECODER = ("decoder", "out")
 #: The first two are compared. The others say why they come out as they do: how far one gets without
 #: the decoder, and with all of the transformer, which is what no adapter of it can be better than.
 METHODS = {
-    "decoder": Method("decoder-only", DECODER),
-    "tcurlora": Method("tCURLoRA", DECODER, cores=True),
-    "head": Method("output layer only", ("out",)),
-    "core": Method("core + output layer", ("out",), cores=True),
+    "decoder": Method("decoder-only", DECODER, seconds=0.16),
+    "tcurlora": Method("tCURLoRA", DECODER, cores=True, seconds=0.2),
+    "head": Method("output layer only", ("out",), seconds=0.09),
+    "core": Method("core + output layer", ("out",), cores=True, seconds=0.17),
     "vit-head": Method("full ViT + output layer", ("out", "vit")),
     "vit": Method("full ViT + decoder", (*DECODER, "vit")),
     "full": Method("full fine-tuning", ("",)),
 }
+PRETRAINING = Method("pretraining", ("",), seconds=0.25)
 PROBE = "probe.safetensors"  # logits of the trained model for one volume, to compare with
 
 
@@ -57,12 +59,13 @@ PROBE = "probe.safetensors"  # logits of the trained model for one volume, to co
 class Job:
     """One training, as it travels to its process."""
 
-    method: str  # "pretrain" or a key of METHODS
+    method: str  # a key of METHODS; else it is the pretraining
     seed: int
     entries: list[dict[str, str]]
     held_out: list[dict[str, str]]
     weights: Path | None
     output: Path  # what was trained
+    whole: Whole  # the program that this is a stage of
 
 
 @dataclass
@@ -92,20 +95,21 @@ def in_own_process(args: argparse.Namespace, job: Job) -> Report:
     """Trains in a fresh process, so that the peak memory is that of this training alone."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
-        return pool.submit(run_job, args, job).result()
+        report, job.whole.done = pool.submit(run_job, args, job).result()
+    return report
 
 
-def run_job(args: argparse.Namespace, job: Job) -> Report:
-    """Trains what the method trains and saves it."""
+def run_job(args: argparse.Namespace, job: Job) -> tuple[Report, float]:
+    """Trains what the method trains and saves it; tells how far the whole is, too."""
     settle(args)
     torch.manual_seed(job.seed)
     model = build_unetr(args, job.weights)
-    if job.method == "pretrain":
+    if job.method not in METHODS:
         report = fit(
             args, job, model, [{"params": list(model.parameters()), "lr": args.pretrain_lr}]
         )
         torch.save(model.state_dict(), job.output)
-        return report
+        return report, job.whole.done
     groups, adapter = trained_groups(args, model, job.method)
     report = fit(args, job, model, groups, adapter)
     if adapter is None:
@@ -116,7 +120,7 @@ def run_job(args: argparse.Namespace, job: Job) -> Report:
     if job.method == "tcurlora":
         image = load_volumes(args, job.held_out[:1], augment=False)[0]["image"]
         save_file({"logits": predict(args, model, image).cpu()}, job.output.with_name(PROBE))
-    return report
+    return report, job.whole.done
 
 
 def trained_groups(
@@ -163,7 +167,8 @@ def fit(
     adapter: tcur.Adapter | None = None,
 ) -> Report:
     """Trains by Adam, batch 1, learning rates warmed up and annealed."""
-    steps = args.pretrain_steps if job.method == "pretrain" else args.steps
+    method = METHODS.get(job.method, PRETRAINING)
+    steps = args.pretrain_steps if method is PRETRAINING else args.steps
     volumes = load_volumes(args, job.entries, augment=True)
     held_out = load_volumes(args, job.held_out, augment=False)
     volumes.transform.set_random_state(job.seed)
@@ -180,15 +185,15 @@ def fit(
     report.core_norm, report.grad_norm = {n: [] for n in stacks}, {n: [] for n in stacks}
     check_at = {round(steps * part / 5) for part in range(1, 6)}
     seconds: list[float] = []
-    bar = tqdm(
+    batches = job.whole.track(
+        method.label,
         DataLoader(volumes, batch_size=1, sampler=order),
-        total=steps,
-        ncols=100,
-        desc=f"{METHODS[job.method].label if job.weights else 'pretraining':<23}",
-        mininterval=0.5,
+        steps,
+        steps * method.seconds,
+        lambda: f"loss {statistics.fmean(report.loss[-20:]):.3f}",
     )
     model.train()
-    for step, batch in enumerate(bar, start=1):
+    for step, batch in enumerate(batches, start=1):
         image = batch["image"].as_tensor().to(args.device)
         label = batch["label"].as_tensor().to(args.device)
         start = time.perf_counter()
@@ -207,7 +212,6 @@ def fit(
             scores = evaluate(args, model, held_out, distances=False)
             report.dice[step] = mean(scores["dice"])
             model.train()
-        bar.set_postfix_str(f"loss {statistics.fmean(report.loss[-20:]):.3f}", refresh=False)
     report.seconds_per_step = statistics.median(seconds)
     report.megabytes = peak_megabytes(args.device)
     return report

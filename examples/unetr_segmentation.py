@@ -13,7 +13,8 @@ and the norms of the cores and of their gradients along training. Then the adapt
 fresh base model and merged, and the predictions are compared.
 
 Without arguments the data come from `brain_domains` (real anatomy, nothing is downloaded) and the
-UNETR is pretrained here, all in a few minutes of CPU. With your own data and your own UNETR::
+UNETR is pretrained here, all in a few minutes of CPU. What was pretrained is kept for the next run.
+With your own data and your own UNETR::
 
     python examples/unetr_segmentation.py --data dataset.json --pretrained unetr.pt \\
         --img-size 96 96 96 --feature-size 16 --hidden-size 768 --mlp-dim 3072 --num-heads 12 \\
@@ -27,7 +28,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -35,14 +36,16 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from tqdm import tqdm
 
 import brain_domains
+import kept_pretraining
 import tcur_kernels as tcur
+from progress import Whole
 from segmentation_data import build_unetr, fail, load_volumes, read_section
 from segmentation_report import draw_curves, draw_slices, table
 from segmentation_training import (
     METHODS,
+    PRETRAINING,
     PROBE,
     Job,
     Report,
@@ -52,6 +55,8 @@ from segmentation_training import (
     settle,
 )
 
+VOLUME_SECONDS, EVALUATION_SECONDS = 0.5, 0.3  # of a volume on two cores, for the progress
+
 
 def main() -> None:
     """Runs every seed, then writes results.json and prints the table."""
@@ -60,7 +65,9 @@ def main() -> None:
     started = time.perf_counter()
     print(f"UNETR segmentation: zero-shot, {', '.join(METHODS[m].label for m in args.methods)}")
     print(f"seeds {' '.join(map(str, args.seeds))}, device {args.device}, output {args.output}\n")
-    runs = [run_seed(args, seed) for seed in args.seeds]
+    settle(args)
+    whole = Whole(sum(work(args, seed) for seed in args.seeds))
+    runs = [run_seed(args, seed, whole) for seed in args.seeds]
     seconds = time.perf_counter() - started
     settings = {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()}
     results = {"settings": settings, "seconds": seconds, "runs": runs}
@@ -83,6 +90,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         nargs="+",
         default=[0],
         help="each has its own training order and, in the demo, subjects and pretraining",
+    )
+    parser.add_argument(
+        "--keep",
+        type=Path,
+        default=Path("runs/pretrained"),
+        help="folder where the UNETRs that the demo pretrains are kept for the next run",
     )
     parser.add_argument("--smoke", action="store_true", help="everything once, tiny and fast")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -158,13 +171,26 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def run_seed(args: argparse.Namespace, seed: int) -> dict[str, Any]:
+def work(args: argparse.Namespace, seed: int) -> float:
+    """Seconds that `run_seed` takes about, stage by stage; their ratios are what is shown."""
+    seconds = args.steps * sum(METHODS[method].seconds for method in args.methods)
+    volumes = 8
+    if args.data is None:
+        source, target = demo_counts(args)
+        volumes = target["validation"]
+        seconds += VOLUME_SECONDS * sum(target.values())
+        if kept_pretraining.find(args, seed) is None:
+            seconds += VOLUME_SECONDS * sum(source.values())
+            seconds += args.pretrain_steps * PRETRAINING.seconds
+    return seconds + (len(args.methods) + 1) * volumes * EVALUATION_SECONDS
+
+
+def run_seed(args: argparse.Namespace, seed: int, whole: Whole) -> dict[str, Any]:
     """Data, base model, every method, evaluation, round trip and pictures of one seed."""
-    settle(args)
     folder = args.output / f"seed{seed}" if len(args.seeds) > 1 else args.output
     folder.mkdir(parents=True, exist_ok=True)
     if args.data is None:
-        datalist, base, pretraining = make_demo(args, seed, folder)
+        datalist, base, pretraining = make_demo(args, seed, folder, whole)
     else:
         datalist, base, pretraining = args.data, args.pretrained, None
     entries = read_section(datalist, "training")
@@ -177,7 +203,7 @@ def run_seed(args: argparse.Namespace, seed: int) -> dict[str, Any]:
     models = {"zero-shot": build_unetr(args, base)}
     for method in args.methods:
         file = folder / f"{method}.safetensors"
-        job = Job(method, seed, entries, held_out, base, file)
+        job = Job(method, seed, entries, held_out, base, file, whole)
         label = METHODS[method].label
         reports[label] = in_own_process(args, job)
         model = build_unetr(args, base)
@@ -188,8 +214,11 @@ def run_seed(args: argparse.Namespace, seed: int) -> dict[str, Any]:
         models[label] = model
 
     volumes = load_volumes(args, held_out, augment=False)
-    bar = tqdm(models.items(), desc=f"{'evaluation':<23}", ncols=100)
-    scores = {name: evaluate(args, model, volumes) for name, model in bar}
+    evaluations = len(models) * len(held_out) * EVALUATION_SECONDS
+    scores = {
+        name: evaluate(args, model, volumes)
+        for name, model in whole.track("evaluation", models.items(), len(models), evaluations)
+    }
     run: dict[str, Any] = {"seed": seed, "scores": scores}
     run["reports"] = {name: asdict(report) for name, report in reports.items()}
     run["pretraining"] = asdict(pretraining) if pretraining else None
@@ -201,25 +230,37 @@ def run_seed(args: argparse.Namespace, seed: int) -> dict[str, Any]:
     return run
 
 
-def make_demo(args: argparse.Namespace, seed: int, folder: Path) -> tuple[Path, Path, Report]:
+def demo_counts(args: argparse.Namespace) -> tuple[dict[str, int], dict[str, int]]:
+    """Volumes per section of the source and of the target domain."""
+    source = {"training": 2 if args.smoke else 24, "validation": 2}
+    return source, {"training": args.volumes, "validation": 2 if args.smoke else 8}
+
+
+def make_demo(
+    args: argparse.Namespace, seed: int, folder: Path, whole: Whole
+) -> tuple[Path, Path, Report]:
     """Writes the two domains and pretrains a UNETR on the source; target datalist and weights."""
-    few = args.smoke
-    source = brain_domains.write_domain(
-        folder / "source",
-        brain_domains.SOURCE,
-        {"training": 2 if few else 24, "validation": 2},
-        seed,
-    )
-    target = brain_domains.write_domain(
-        folder / "target",
-        brain_domains.TARGET,
-        {"training": args.volumes, "validation": 2 if few else 8},
-        seed,
-    )
-    weights = folder / "pretrained.pt"
-    sections = [read_section(source, section) for section in ("training", "validation")]
-    report = in_own_process(args, Job("pretrain", seed, *sections, None, weights))
-    return target, weights, report
+    in_source, in_target = demo_counts(args)
+
+    def write(domain: brain_domains.Domain, counts: dict[str, int]) -> Path:
+        def track(
+            label: str, subjects: Sequence[brain_domains.Subject], count: int
+        ) -> Iterable[brain_domains.Subject]:
+            return whole.track(label, subjects, count, VOLUME_SECONDS * count)
+
+        return brain_domains.write_domain(folder / domain.name, domain, counts, seed, track)
+
+    def pretrain(weights: Path) -> Report:
+        source = write(brain_domains.SOURCE, in_source)
+        sections = [read_section(source, section) for section in ("training", "validation")]
+        return in_own_process(args, Job("pretrain", seed, *sections, None, weights, whole))
+
+    target = write(brain_domains.TARGET, in_target)
+    kept = kept_pretraining.find(args, seed)
+    if kept is None:
+        return target, *kept_pretraining.keep(args, seed, pretrain)
+    print(f"pretraining: kept from an earlier run, {kept[0]}")
+    return target, *kept
 
 
 def round_trip(

@@ -1,0 +1,79 @@
+"""UNETRs that the demo pretrained, kept from run to run: the longest part of it is done once.
+
+A kept one is taken only if nothing has changed that it depends on: the settings of the run, the
+code of the example, the libraries, and the processor, for another one rounds otherwise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.metadata
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from segmentation_training import Report
+
+#: What the data, the model and the training are made with.
+LIBRARIES = ("torch", "monai", "numpy", "scipy", "nibabel", "nilearn", "einops")
+CODE = ("brain_domains.py", "segmentation_data.py", "segmentation_training.py")
+#: What of the command line comes after the pretraining, or says where things go.
+NO_MATTER = {"output", "keep", "seeds", "data", "pretrained", "volumes", "methods", "steps"}
+NO_MATTER |= {"decoder_lr", "core_lr", "vit_lr", "rank", "selection", "alpha"}
+
+
+def key(args: argparse.Namespace, seed: int) -> str:
+    """A name that another pretraining would not have."""
+    device = torch.device(args.device)
+    on_gpu = device.type == "cuda"
+    processor = (
+        torch.cuda.get_device_name(device) if on_gpu else torch.backends.cpu.get_cpu_capability()
+    )
+    facts = {
+        "settings": {n: v for n, v in sorted(vars(args).items()) if n not in NO_MATTER},
+        "seed": seed,
+        "libraries": {name: importlib.metadata.version(name) for name in LIBRARIES},
+        "code": {
+            name: hashlib.sha256(Path(__file__).with_name(name).read_bytes()).hexdigest()
+            for name in CODE
+        },
+        "processor": [processor, torch.get_num_threads()],
+    }
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+
+def find(args: argparse.Namespace, seed: int) -> tuple[Path, Report] | None:
+    """Weights and report of the pretraining that is asked for, if they are kept."""
+    weights, told = _files(args, seed)
+    if not (weights.is_file() and told.is_file()):
+        return None
+    facts = json.loads(told.read_text())
+    facts["dice"] = {int(step): dice for step, dice in facts["dice"].items()}
+    return weights, Report(**facts)
+
+
+def keep(
+    args: argparse.Namespace, seed: int, pretrain: Callable[[Path], Report]
+) -> tuple[Path, Report]:
+    """Pretrains into a file of its own; only a whole one gets the name that `find` looks for."""
+    weights, told = _files(args, seed)
+    weights.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=weights.parent) as folder:
+        fresh = Path(folder, weights.name)
+        report = pretrain(fresh)
+        text = Path(folder, told.name)
+        text.write_text(json.dumps(asdict(report)))
+        os.replace(fresh, weights)
+        os.replace(text, told)
+    return weights, report
+
+
+def _files(args: argparse.Namespace, seed: int) -> tuple[Path, Path]:
+    name = key(args, seed)
+    return args.keep / f"{name}.pt", args.keep / f"{name}.json"

@@ -1,0 +1,49 @@
+"""Progress of a program of several stages: a line for each, which tells of the whole, too."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from tqdm import tqdm
+
+Item = TypeVar("Item")
+
+
+@dataclass
+class Whole:
+    """How far a program is. It may travel to the process that runs the next stage.
+
+    Work is counted in seconds, as they were measured once: only their ratios matter, and what is
+    left is told by the time that the work so far has taken.
+    """
+
+    work: float
+    done: float = 0.0
+    started: float = field(default_factory=time.time)
+
+    def track(
+        self,
+        stage: str,
+        items: Iterable[Item],
+        count: int,
+        work: float,
+        note: Callable[[], str] = str,
+    ) -> Iterator[Item]:
+        """The ``count`` items of a stage that is ``work``; ``note`` adds to the line."""
+        before = self.done
+        with tqdm(desc=f"{stage:<21}", total=count, ncols=100, mininterval=0.5) as bar:
+            for item in items:
+                yield item
+                self.done = before + work * (bar.n + 1) / count
+                said = [note(), str(self)]
+                bar.set_postfix_str(", ".join(filter(None, said)), refresh=False)
+                bar.update()
+        self.done = before + work
+
+    def __str__(self) -> str:
+        part = min(1.0, self.done / self.work)
+        left = round((time.time() - self.started) * (1 - part) / max(part, 1e-9))
+        return f"all {part:.0%}, {left // 60}:{left % 60:02} left"
