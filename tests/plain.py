@@ -4,6 +4,8 @@ Every adapted weight is W + alpha * C * U * R, by `torch.fft` from the base weig
 a core that is a leaf, so there are gradients of the cores too. In float64 that is ``exact``.
 """
 
+import copy
+
 import torch
 from torch.func import functional_call
 
@@ -11,38 +13,76 @@ from torch.func import functional_call
 class Plain:
     """A copy of an adapter's model at one dtype, in which nothing of the package computes.
 
+    Args:
+        base: the model before it was adapted; default the adapter's with its layers put back.
+
     Attributes:
         cores: the cores by the names of their stacks, leaves that ask for gradients.
+        trained: all that the adapter trains, in its order: the cores, and what is trained beside.
     """
 
-    def __init__(self, adapter, dtype=torch.float32):
+    def __init__(self, adapter, dtype=torch.float32, base=None):
         self.dtype = dtype
-        self._model = adapter.merge(inplace=False).to(dtype)
+        model = adapter.merge(inplace=False) if base is None else copy.deepcopy(base)
+        self._model = model.to(dtype)
         wide = torch.promote_types(dtype, torch.float32)
         self._stacks, self.cores = [], {}
         for entry in adapter.plan.stacks:
             stack = adapter.stacks[entry.name]
-            base = torch.stack(stack.base_slices()).detach().to(wide)
+            slices = torch.stack(stack.base_slices()).detach().to(wide)
             core = stack.core.detach().to(wide, copy=True).requires_grad_()
             self.cores[entry.name] = core
-            self._stacks.append((entry, stack, base, core))
+            self._stacks.append((entry, stack, slices, core))
+        own = dict(self._model.named_parameters())
+        beside = [own[name] for name, _ in adapter.named_parameters() if name in own]
+        self.trained = [*self.cores.values(), *beside]
 
     def __call__(self, *args, **kwargs):
+        return functional_call(self._model, self.parameters(), args, kwargs)
+
+    def parameters(self):
+        """Those of the model by their names, adapted weights as W_eff."""
         parameters = dict(self._model.named_parameters())
-        for entry, stack, base, core in self._stacks:
-            update = product(base[:, :, list(stack.columns)], core, base[:, list(stack.rows)])
-            w_eff = (base + stack.alpha * update).to(self.dtype)
+        for entry, stack, slices, core in self._stacks:
+            update = product(slices[:, :, list(stack.columns)], core, slices[:, list(stack.rows)])
+            w_eff = (slices + stack.alpha * update).to(self.dtype)
             first = 0
             for member in entry.members:
                 own = w_eff[first : first + member.slices].flatten(0, 1)
                 first += member.slices
                 write_weight(parameters, member.module, own)
-        return functional_call(self._model, parameters, args, kwargs)
+        return parameters
 
     def with_gradients(self, loss, *args):
-        """The output, and the gradients of its ``loss`` in all cores, by their order."""
+        """The output, and the gradients of its ``loss`` in all that the adapter trains."""
         y = self(*args)
-        return (y, *torch.autograd.grad(loss(y), list(self.cores.values())))
+        return (y, *torch.autograd.grad(loss(y), self.trained))
+
+
+def by_plain_torch(adapter, x):
+    """``plain`` and ``exact`` of `assert_composition_close`, for the adapted model's output."""
+    plain, exact = Plain(adapter, x.dtype), Plain(adapter, torch.float64)
+    return lambda: plain(x), exact(x.double())
+
+
+@torch.no_grad()
+def with_updates(base, model, adapters=None, change=lambda update: update):
+    """A copy of ``base`` with updates of a peft ``model``, default all, added to its weights.
+
+    ``change`` is what becomes of an update, oriented as its weight, before it is added.
+    """
+    twin = copy.deepcopy(base)
+    for name, layer in model.base_model.model.named_modules():
+        for adapter, place in getattr(layer, "tcur_places", {}).items():
+            if adapters is None or adapter in adapters:
+                weight, stack = twin.get_submodule(name).weight, layer.tcur_stacks[adapter]
+                wide = torch.promote_types(weight.dtype, torch.float32)
+                factors = (stack.lateral, stack.core, stack.horizontal)
+                update = stack.alpha * product(*(t.detach().to(wide) for t in factors))
+                own = update[place.slice_index : place.slice_index + place.slices].flatten(0, 1)
+                own = change(own.T if place.transposed else own)
+                weight.copy_(weight.to(wide) + own)
+    return twin
 
 
 def product(lateral, core, horizontal):

@@ -5,11 +5,11 @@ import copy
 import pytest
 import torch
 from torch import nn
-from torch.func import functional_call
 
 import tcur_kernels as tcur
+from plain import Plain
 from tcur_kernels.adapters.plan import make_plan
-from tolerance import assert_close
+from tolerance import assert_composition_close, assert_equal_in_float64
 
 WIDTH, HEADS = 8, 2
 
@@ -46,51 +46,16 @@ def both_ways(make, inputs, targets=None, **call):
     adapter = tcur.adapt(model, targets, rank=2, alpha=0.5)
     randomise(adapter)
 
-    # What the model would compute if each weight were W_eff, differentiable in the cores.
-    cores = {name: s.core.detach().clone().requires_grad_() for name, s in adapter.stacks.items()}
-    parameters = dict(base.named_parameters())
-    for entry in adapter.plan.stacks:
-        stack = adapter.stacks[entry.name]
-        w_eff = tcur.materialize(stack.base_slices(), stack.factors, cores[entry.name], 0.5)
-        first = 0
-        for member in entry.members:
-            own = w_eff[first : first + member.slices].flatten(0, 1)
-            first += member.slices
-            write_weight(parameters, member.module, own)
+    plain = Plain(adapter, torch.float64, base)
 
-    def run(function):
+    def run(function, cores):
         torch.manual_seed(1)  # dropout
-        return function(*inputs, **call)
+        out = function(*inputs, **call)
+        out = out if isinstance(out, tuple) else (out,)
+        return *out, *torch.autograd.grad(out[0].square().sum(), cores)
 
-    results = []
-    for function in (model, lambda *args, **kw: functional_call(base, parameters, args, kw)):
-        out = run(function)
-        results.append(out if isinstance(out, tuple) else (out,))
-    wanted = torch.autograd.grad(results[1][0].square().sum(), list(cores.values()))
     own = [stack.core for stack in adapter.stacks.values()]
-    grads = torch.autograd.grad(results[0][0].square().sum(), own)
-    return adapter, (*results[0], *grads), (*results[1], *wanted)
-
-
-def write_weight(parameters, name, weight):
-    owner, _, projection = name.rpartition(".")
-    fused = f"{owner}.in_proj_weight"
-    if f"{name}.weight" in parameters:
-        stored = parameters[f"{name}.weight"]
-        # A square Conv1D would not tell; those of the tests are told by name.
-        parameters[f"{name}.weight"] = weight.T if ".c_" in name else weight
-        assert parameters[f"{name}.weight"].shape == stored.shape
-    elif fused in parameters:
-        blocks = list(parameters[fused].chunk(3))
-        blocks["qkv".index(projection[0])] = weight
-        parameters[fused] = torch.cat(blocks)
-    else:
-        parameters[f"{name}_weight"] = weight
-
-
-def same(actual, expected):
-    for a, b in zip(actual, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+    return adapter, run(model, own), run(plain, list(plain.cores.values()))
 
 
 ATTENTIONS = {
@@ -145,7 +110,7 @@ def test_multihead_attention(kind, call):
         names = ("q_proj", "k_proj", "v_proj", "out_proj")
         expected = [(f"{a}.{n}", 1) for a in ("first", "second") for n in names]
         assert members(adapter.plan) == {"8x8": expected}
-    same(actual, wanted)
+    assert_equal_in_float64(actual, wanted)
     assert all(p.grad is None for n, p in adapter.model.named_parameters() if "tcur" not in n)
 
 
@@ -164,7 +129,7 @@ class Wrapped(nn.Module):
 def test_multihead_attention_without_a_batch():
     x, memory = torch.randn(5, WIDTH).double(), torch.randn(7, WIDTH).double()
     _, actual, wanted = both_ways(Attending, (x, memory))
-    same(actual, wanted)
+    assert_equal_in_float64(actual, wanted)
 
 
 @pytest.mark.parametrize(
@@ -178,22 +143,22 @@ def test_multihead_attention_without_a_batch():
 def test_parts_of_an_attention(targets, expected, tmp_path):
     x, memory = torch.randn(5, 3, WIDTH).double(), torch.randn(7, 3, WIDTH).double()
     adapter, actual, wanted = both_ways(Attending, (x, memory), targets)
-    same(actual, wanted)
+    assert_equal_in_float64(actual, wanted)
     assert [m.module for stack in adapter.plan.stacks for m in stack.members] == expected
 
     torch.manual_seed(0)
     model = Attending().double()
     adapter.save(tmp_path / "a")
     tcur.load_adapter(model, tmp_path / "a")
-    same(model(x, memory), adapter.model(x, memory))
+    assert_equal_in_float64(model(x, memory), adapter.model(x, memory))
     merged = adapter.merge(inplace=False)
-    same(merged(x, memory), adapter.model(x, memory))
+    assert_equal_in_float64(merged(x, memory), adapter.model(x, memory))
     assert [type(m) for m in merged.modules()] == [type(m) for m in Attending().modules()]
     other = Attending().double()
     other.load_state_dict(merged.state_dict())
     state = adapter.model.state_dict()
     adapter.merge()
-    same(adapter.model(x, memory), merged(x, memory))
+    assert_equal_in_float64(adapter.model(x, memory), merged(x, memory))
     adapter.unmerge()
     for name, value in state.items():
         assert torch.equal(adapter.model.state_dict()[name], value)
@@ -231,19 +196,28 @@ def test_transformer_encoders_do_not_go_past_their_layers(targets):
         before = model(x, src_key_padding_mask=padding)
     base = copy.deepcopy(model)
     adapter = tcur.adapt(model, targets, rank=2)
+    valid = ~padding
+
+    def check(y, rows=valid):
+        """``y`` against the present adapter on the base, at these positions."""
+        plain, exact = (Plain(adapter, dtype, base) for dtype in (torch.float32, torch.float64))
+        wanted = exact(x.double(), src_key_padding_mask=padding)[rows]
+        assert_composition_close(
+            y[rows], lambda: plain(x, src_key_padding_mask=padding)[rows], wanted
+        )
+
     with torch.no_grad():
-        zero_core = model(x, src_key_padding_mask=padding)
+        check(before)
+        check(model(x, src_key_padding_mask=padding))
         randomise(adapter)
         quiet = model(x, src_key_padding_mask=padding)
         merged = adapter.merge(inplace=False)
         fused = merged(x, src_key_padding_mask=padding)
     recorded = model(x, src_key_padding_mask=padding)
-    valid = ~padding
-    assert_close(zero_core[valid], before[valid], before[valid].double())
     assert (quiet - before)[valid].abs().max() > 1e-3
-    assert_close(quiet, recorded, recorded.double())
-    exact = copy.deepcopy(model).double()(x.double(), src_key_padding_mask=padding)
-    assert_close(fused[valid], quiet[valid], exact[valid])
+    check(quiet, ...)
+    check(recorded, ...)
+    check(fused)
     flags = [m.activation_relu_or_gelu for m in merged.layers]
     assert flags == [m.activation_relu_or_gelu for m in base.layers]
     assert merged.use_nested_tensor == base.use_nested_tensor
@@ -278,7 +252,7 @@ def test_gpt2(transformers, tmp_path):
     """Conv1D is stored (in, out) and told by its type: its square c_proj is no nn.Linear."""
     ids = torch.randint(11, (2, 6))
     adapter, actual, wanted = both_ways(lambda: Gpt2(transformers), (ids,))
-    same(actual, wanted)
+    assert_equal_in_float64(actual, wanted)
     h = [f"lm.transformer.h.{i}" for i in range(2)]
     assert members(adapter.plan) == {
         "8x8": [(f"{b}.attn.{n}", k) for b in h for n, k in (("c_attn", 3), ("c_proj", 1))],
@@ -294,11 +268,11 @@ def test_gpt2(transformers, tmp_path):
     tcur.load_adapter(model, tmp_path / "a")
     assert torch.equal(model(ids), adapter.model(ids))
     merged = adapter.merge(inplace=False)
-    same((merged(ids),), (model(ids),))
+    assert_equal_in_float64(merged(ids), model(ids))
     assert [type(m) for m in merged.modules()] == [type(m) for m in Gpt2(transformers).modules()]
     before = adapter.model(ids)
     adapter.merge()
-    same((adapter.model(ids),), (before,))
+    assert_equal_in_float64(adapter.model(ids), before)
     adapter.unmerge()
     assert torch.equal(adapter.model(ids), before)
     assert "nf=24, nx=8, slice=0" in repr(adapter.model)
@@ -320,7 +294,7 @@ def test_grouped_query_attention(transformers):
             return self.lm(ids).logits
 
     adapter, actual, wanted = both_ways(Llama, (torch.randint(11, (2, 6)),))
-    same(actual, wanted)
+    assert_equal_in_float64(actual, wanted)
     assert {s.name: s.n3 for s in adapter.plan.stacks} == {
         "16x16": 4,
         "8x16": 4,
@@ -349,14 +323,14 @@ class Recurrent(nn.Module):
 def test_shared_modules_and_tied_weights():
     x = torch.randn(4, WIDTH).double()
     adapter, actual, wanted = both_ways(Recurrent, (x,))
-    same(actual, wanted)
+    assert_equal_in_float64(actual, wanted)
     assert members(adapter.plan) == {"8x8": [("once", 1), ("last", 1)]}
     assert adapter.model.again is adapter.model.once
     reasons = {item.module: item.reason for item in adapter.plan.left_out}
     assert reasons["left"] == reasons["right"] == "its weight is tied: left.weight, right.weight"
     merged = adapter.merge(inplace=False)
     assert merged.again is merged.once
-    same((merged(x),), (adapter.model(x),))
+    assert_equal_in_float64(merged(x), adapter.model(x))
 
 
 def mlp():
@@ -432,13 +406,16 @@ def test_a_stack_per_layer_is_matrix_cur():
     adapter = tcur.adapt(model, rank=2, stacks="layer", alpha=0.5)
     assert members(adapter.plan) == {name: [(name, 1)] for name in "01234"}
     randomise(adapter)
-    h = x
-    for name, stack in adapter.stacks.items():
-        weight, rows, columns = weights[name], list(stack.rows), list(stack.columns)
-        update = weight[:, columns] @ stack.core[0] @ weight[rows]
-        h = nn.functional.linear(h, weight + 0.5 * update, getattr(model, name).bias)
-    exact = copy.deepcopy(model).double()(x.double())
-    assert_close(model(x), h, exact)
+
+    def by_definition(h):
+        for name, stack in adapter.stacks.items():
+            own = (weights[name], stack.core[0].detach(), getattr(model, name).bias.detach())
+            weight, core, bias = (tensor.to(h.dtype) for tensor in own)
+            update = weight[:, list(stack.columns)] @ core @ weight[list(stack.rows)]
+            h = nn.functional.linear(h, weight + 0.5 * update, bias)
+        return h
+
+    assert_composition_close(model(x), lambda: by_definition(x), by_definition(x.double()))
     nested = nn.ModuleDict({"a_b": nn.Linear(4, 12), "a": nn.ModuleDict({"b": nn.Linear(4, 4)})})
     nested["a"].qkv = nn.Linear(4, 12)
     plan = make_plan(nested, None, 2, stacks="layer")

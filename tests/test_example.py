@@ -1,6 +1,7 @@
 """The segmentation example: the whole of it on tiny volumes, and what it refuses."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,11 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
+
+import tcur_kernels as tcur
+from plain import Plain
+from tolerance import assert_composition_close
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -22,14 +28,24 @@ def example(monkeypatch):
     return unetr_segmentation
 
 
-def test_the_demo_end_to_end(tmp_path):
-    command = [sys.executable, str(EXAMPLES / "unetr_segmentation.py"), "--smoke"]
-    result = subprocess.run(
-        [*command, "--output", str(tmp_path)], capture_output=True, text=True, check=False
-    )
+def run_demo(folder, *arguments):
+    """What a smoke run prints, and the lines of its progress."""
+    command = [sys.executable, str(EXAMPLES / "unetr_segmentation.py"), "--smoke", *arguments]
+    command += ["--output", str(folder), "--keep", str(folder / "kept")]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
+    told = [int(part) for part in re.findall(r"all (\d+)%, \d+:\d\d left", result.stderr)]
+    assert told == sorted(told)
+    assert told[-1] == 100
+    return result.stdout, result.stderr
+
+
+def test_the_demo_end_to_end(example, tmp_path):
+    output, lines = run_demo(tmp_path)
     for text in ("HD95", "||U|| 0 ->", "adapter merged: logits differ by"):
-        assert text in result.stdout
+        assert text in output
+    for stage in ("pretraining ", "source volumes "):
+        assert stage in lines
     results = json.loads((tmp_path / "results.json").read_text())
     (run,) = results["runs"]
     reports = run["reports"]
@@ -42,9 +58,38 @@ def test_the_demo_end_to_end(tmp_path):
             assert reports[ours]["core_norm"][stack][-1] > 0
             assert all(norm > 0 for norm in reports[ours]["grad_norm"][stack])
     assert run["round_trip"]["loaded"] == run["round_trip"]["unmerged"] == 0
-    assert run["round_trip"]["merged"] < 1e-4
+    check_predictions(example, tmp_path)
     for picture in ("slices.png", "curves.png"):
         assert (tmp_path / picture).stat().st_size > 10_000
+
+    # The next run has the same base, and pretrains nothing.
+    output, lines = run_demo(tmp_path, "--methods", "head")
+    (file,) = (tmp_path / "kept").glob("*.pt")
+    assert f"pretraining: kept from an earlier run, {file}" in output
+    for stage in ("pretraining ", "source volumes "):
+        assert stage not in lines
+    (again,) = json.loads((tmp_path / "results.json").read_text())["runs"]
+    for name in ("zero-shot", "output layer only"):
+        assert again["scores"][name] == run["scores"][name]
+    assert again["pretraining"] == run["pretraining"]
+
+
+def check_predictions(example, folder):
+    """The logits of the trained model, of its process, and of the adapter loaded and merged."""
+    args = example.parse_args(["--smoke"])
+    (weights,) = (folder / "kept").glob("*.pt")
+    adapter = tcur.load_adapter(
+        example.build_unetr(args, weights).eval(), folder / "tcurlora.safetensors"
+    )
+    held_out = example.read_section(folder / "target" / "dataset.json", "validation")
+    image = example.load_volumes(args, held_out, augment=False)[0]["image"].as_tensor()
+    plain, double = Plain(adapter), Plain(adapter, torch.float64)
+    plain.eval = double.eval = lambda: None  # they are
+    exact = example.predict(args, double, image.double())
+    trained = load_file(folder / example.PROBE)["logits"]
+    merged = example.predict(args, adapter.merge(), image)
+    for logits in (trained, merged):
+        assert_composition_close(logits, lambda: example.predict(args, plain, image), exact)
 
 
 @pytest.mark.parametrize(

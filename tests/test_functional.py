@@ -6,8 +6,9 @@ import torch
 import oracle
 import tcur_kernels as tcur
 from cases import make_case
-from tcur_kernels import _native, functional
-from tolerance import assert_close
+from plain import product
+from tcur_kernels import _native, functional, reference
+from tolerance import assert_close, assert_composition_close
 
 BACKENDS = pytest.mark.parametrize("backend", ["auto", "reference", "cpu"])
 
@@ -21,26 +22,34 @@ def case():
 def test_products_and_gradients_against_the_definition(backend):
     case = make_case(12, 6, 9, 3)
     double = case.double()
-    core64 = double.core.requires_grad_()
-    core = case.core.requires_grad_()
+    core, core32, core64 = (c.core.clone().requires_grad_() for c in (case, case, double))
+    (lateral, horizontal), weights, x = case.spectra, list(case.weight), torch.randn(5, 9)
     exact = oracle.w_eff(double.weight, double.lateral, core64, double.horizontal, 0.5)
-    weights = list(case.weight)
     results = {
-        "materialize": (tcur.materialize(weights, case.factors, core, 0.5, backend=backend), exact),
+        "materialize": (
+            tcur.materialize(weights, case.factors, core, 0.5, backend=backend),
+            reference.materialize(case.weight, lateral, horizontal, core32, 0.5),
+            exact,
+        ),
         "cur_product": (
             tcur.cur_product(case.factors, core, backend),
+            reference.cur_product(lateral, core32, horizontal),
             oracle.cur_product(double.lateral, core64, double.horizontal),
         ),
+        "cur_linear": (
+            tcur.cur_linear(x, weights[3], None, case.factors, core, 3, 0.5, backend),
+            reference.cur_linear(x, weights[3], None, lateral, horizontal, core32, 3, 1, 0.5),
+            x.double() @ exact[3].T,
+        ),
     }
-    x = torch.randn(5, 9)
-    y = tcur.cur_linear(x, weights[3], None, case.factors, core, 3, 0.5, backend)
-    results["cur_linear"] = (y, x.double() @ exact[3].T)
-    for actual, wanted in results.values():
+    for actual, same, wanted in results.values():
         grad = torch.randn_like(actual)
-        (gradient,) = torch.autograd.grad(actual, core, grad, retain_graph=True)
-        (exact_gradient,) = torch.autograd.grad(wanted, core64, grad.double(), retain_graph=True)
-        assert_close(actual, wanted.float(), wanted)
-        assert_close(gradient, exact_gradient.float(), exact_gradient)
+        gradients = [
+            torch.autograd.grad(value, leaf, grad.to(value.dtype), retain_graph=True)[0]
+            for value, leaf in ((actual, core), (same, core32), (wanted, core64))
+        ]
+        assert_close(actual, same, wanted)
+        assert_close(*gradients)
 
 
 def test_effective_gives_the_same_map(case):
@@ -53,21 +62,20 @@ def test_effective_gives_the_same_map(case):
         y = linear(x, core)
         return (y, *torch.autograd.grad(y.square().sum(), (x, core)))
 
-    def by_definition(x, core):
-        dtype = x.dtype
-        product = oracle.cur_product(case.lateral, core, case.horizontal).to(dtype)
-        return x @ (case.weight[2].to(dtype) + product[2]).T
+    def by_torch(x, core):
+        product_of = oracle.cur_product if x.dtype == torch.float64 else product
+        update = product_of(case.lateral, core, case.horizontal)
+        return x @ (case.weight[2].to(x.dtype) + update[2]).T
 
-    exact = run(by_definition, x.double(), case.core.double())
-    same = run(by_definition, x, case.core)
+    exact = run(by_torch, x.double(), case.core.double())
     for effective in (None, w_eff[2]):
 
         def linear(x, core, effective=effective):
             args = (case.weight[2], None, case.factors, core, 2)
             return tcur.cur_linear(x, *args, effective=effective)
 
-        for actual, same_dtype, wanted in zip(run(linear, x, case.core), same, exact, strict=True):
-            assert_close(actual, same_dtype, wanted)
+        actual = run(linear, x, case.core)
+        assert_composition_close(actual, lambda: run(by_torch, x, case.core), exact)
 
 
 def test_half_precision_factors_are_computed_in_fp32():

@@ -7,8 +7,15 @@ from torch.nn import functional as F
 
 import oracle
 from cases import N3, make_case
+from plain import product
 from tcur_kernels import ops, reference
-from tolerance import PROMISE, assert_close, relative_error
+from tolerance import (
+    PROMISE,
+    assert_close,
+    assert_composition_close,
+    assert_equal_in_float64,
+    relative_error,
+)
 
 LANGUAGES = pytest.mark.parametrize("language", ops.LANGUAGES, ids=lambda name: name or "compiled")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -30,10 +37,10 @@ def test_materialize_update(language, n3, shape):
     """The update alone: fp32 against the definition, within the bound and the promise."""
     case = make_case(n3, *shape)
     exact = oracle.cur_product(case.lateral, case.core, case.horizontal)
-    product = ops.operator("materialize", language)([], *case.packed, case.core, 1.0, torch.float32)
-    assert product.is_contiguous()
-    assert_close(product, reference.cur_product(case.spectra[0], case.core, case.spectra[1]), exact)
-    assert relative_error(product, exact) <= PROMISE["ieee"]
+    update = ops.operator("materialize", language)([], *case.packed, case.core, 1.0, torch.float32)
+    assert update.is_contiguous()
+    assert_close(update, reference.cur_product(case.spectra[0], case.core, case.spectra[1]), exact)
+    assert relative_error(update, exact) <= PROMISE["ieee"]
 
 
 @LANGUAGES
@@ -134,14 +141,16 @@ def test_core_grad_tokens_of_projected_tokens_and_of_a_dense_gradient(language, 
     exact = reference.core_grad_tokens(x.double(), grad_y.double(), *case.double().spectra, *args)
     lateral_hat, horizontal_hat = case.packed
     op = ops.operator("core_grad_tokens", language)
-    # Plain torch goes the same way: one number of one sum may have no error at all by another.
-    plain = ops.operator("core_grad_tokens", "reference")
-    for inputs in (
-        (x @ horizontal_hat.T, grad_y, lateral_hat, None),
-        (grad_y.T @ x, None, lateral_hat, horizontal_hat),
-    ):
-        same = plain(*inputs, *args)
-        assert_close(op(*inputs, *args), same, exact)
+    ways = (
+        op(x @ horizontal_hat.T, grad_y, lateral_hat, None, *args),
+        op(grad_y.T @ x, None, lateral_hat, horizontal_hat, *args),
+    )
+    # A composition, with the product that comes first. One number may have no error by chance.
+    spectra = case.spectra
+    for actual in ways:
+        assert_composition_close(
+            actual, lambda: reference.core_grad_tokens(x, grad_y, *spectra, *args), exact
+        )
 
 
 @LANGUAGES
@@ -166,8 +175,7 @@ def test_every_way_to_the_gradient_of_the_core(language, way, materialized, slic
         return y, *first, *second
 
     z = x @ horizontal_hat.T if way == "z" else None
-    for actual, expected in zip(results(z, way == "dense"), results(None, False), strict=True):
-        torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+    assert_equal_in_float64(results(z, way == "dense"), results(None, False))
 
 
 @LANGUAGES
@@ -371,15 +379,21 @@ def test_fullgraph_with_two_shapes_and_one_compilation(language):
         w = ops.operator("materialize", language)([case.weight], *packed, core, 0.5, torch.float32)
         return y.square().sum() + w.square().sum()
 
+    def plain(x, case):
+        x, core = (t.detach().to(case.core.dtype).requires_grad_() for t in (x, case.core))
+        w = case.weight + 0.5 * product(case.lateral, core, case.horizontal)
+        loss = (x @ w[1].T).square().sum() + w.square().sum()
+        return torch.autograd.grad(loss, (x, core))
+
     compiled = torch.compile(step, backend="aot_eager", fullgraph=True, dynamic=True)
     torch._dynamo.reset()
     with torch._dynamo.config.patch(error_on_recompile=True):
         for tokens in (7, 11):
             x = torch.randn(tokens, 9, requires_grad=True)
-            expected = torch.autograd.grad(step(x, core), (x, core))
-            actual = torch.autograd.grad(compiled(x, core), (x, core))
-            for a, b in zip(actual, expected, strict=True):
-                assert_close(a, b, b.double())
+            exact = plain(x, case.double())
+            for function in (step, compiled):
+                actual = torch.autograd.grad(function(x, core), (x, core))
+                assert_composition_close(actual, lambda x=x: plain(x, case), exact)
 
 
 @LANGUAGES

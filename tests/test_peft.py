@@ -14,8 +14,9 @@ import tcur_kernels as tcur
 from hf_models import PEFT_SAYS
 from models import Tiny
 from oracle import cur_product
+from plain import Plain, product, with_updates
 from tcur_kernels.peft import TCURConfig, TCURLinear, register
-from tolerance import assert_close
+from tolerance import assert_close, assert_composition_close, bound
 
 pytestmark = [pytest.mark.filterwarnings(text) for text in PEFT_SAYS]
 
@@ -51,7 +52,23 @@ def reloaded(base, path):
 def randomise(model, *adapters):
     for name, core in cores(model).items():
         if not adapters or name.split(".")[-2] in adapters:
-            core.normal_()
+            core.normal_(std=0.3)  # from 1 on, softmax amplifies roundings without end
+
+
+def by_plain_torch(base, model, x):
+    """``plain`` and ``exact`` of `assert_composition_close`: the base with all updates added."""
+    model = copy.deepcopy(model)  # what becomes of it afterwards is not meant
+    exact = with_updates(copy.deepcopy(base).double(), model)(x.double())
+    return lambda: with_updates(base, model)(x), exact
+
+
+def as_native(model, base):
+    """The adapter of `tcur.adapt` with the same cores."""
+    adapter = tcur.adapt(copy.deepcopy(base), rank=2, targets=list(TARGETS))
+    with torch.no_grad():
+        for name, stack in adapter.stacks.items():
+            stack.core.copy_(cores(model)[f"base_model.tcur_{name}.default.core"])
+    return adapter
 
 
 def test_registering_again_changes_nothing():
@@ -88,15 +105,12 @@ def test_a_fresh_adapter_changes_no_bit_and_only_cores_train(mode, x):
 
 def test_the_same_numbers_as_the_native_adapter(x):
     model, base = adapted()
-    native = copy.deepcopy(base)
-    adapter = tcur.adapt(native, rank=2, targets=list(TARGETS))
+    randomise(model)
+    adapter = as_native(model, base)
+    native = adapter.model
     assert [s.members for s in model.plans["default"].stacks] == [
         s.members for s in adapter.plan.stacks
     ]
-    randomise(model)
-    with torch.no_grad():
-        for name, stack in adapter.stacks.items():
-            stack.core.copy_(cores(model)[f"base_model.tcur_{name}.default.core"])
     model(x).square().sum().backward()
     native(x).square().sum().backward()
     assert torch.equal(model(x), native(x))
@@ -228,11 +242,10 @@ def test_active_together(x):
     model(x).sum().backward()
     assert all(core.grad.abs().max() > 0 for core in cores(model).values())
     with torch.no_grad():
-        same = with_updates(base, model)(x)
-        exact = with_updates(base.double(), model)(x.double())
-        assert_close(y, same, exact)
+        expected = by_plain_torch(base, model, x)
+        assert_composition_close(y, *expected)
         model.merge_adapter()
-        assert_close(model(x), same, exact)
+        assert_composition_close(model(x), *expected)
         model.unmerge_adapter()
         assert torch.equal(model(x), y)
 
@@ -247,21 +260,30 @@ def test_an_adapter_for_each_row(shared, x):
     with torch.no_grad():
         for head in model.base_model.model.head.modules_to_save.values():
             head.weight.normal_()
-        alone = {"__base__": base(x)}
-        exact = {"__base__": copy.deepcopy(base).double()(x.double())}
-        for name in ("second", "default"):
-            model.set_adapter(name)
-            alone[name] = model(x)
-            exact[name] = copy.deepcopy(model).double()(x.double())
         names = ["second", "__base__", "default", "second"]
-        together = model.eval()(x, adapter_names=names)
-        apart, wanted = (
-            torch.stack([rows[name][i] for i, name in enumerate(names)]) for rows in (alone, exact)
-        )
-        assert_close(together, apart, wanted)
-        assert_close(model(x), alone["default"], exact["default"])
+
+        def alone(name, base=base):
+            """The base with the update of one adapter, and the head it trained."""
+            if name == "__base__":
+                return base
+            twin = with_updates(base, model, [name])
+            heads = model.base_model.model.head.modules_to_save
+            if name in heads:
+                twin.head.load_state_dict(heads[name].state_dict())
+            return twin
+
+        def apart(x, base=base):
+            return torch.stack([alone(name, base)(x)[i] for i, name in enumerate(names)])
+
+        double = copy.deepcopy(base).double()
+        expected = lambda: apart(x), apart(x.double(), double)
+        assert_composition_close(model.eval()(x, adapter_names=names), *expected)
         beams = model(x.repeat_interleave(2, 0), adapter_names=[n for n in names for _ in "ab"])
-        assert_close(beams[::2], apart, wanted)
+        assert_composition_close(beams[::2], *expected)
+        for name in ("default", "second"):
+            model.set_adapter(name)
+            exact = alone(name, double)(x.double())
+            assert_composition_close(model(x), lambda name=name: alone(name)(x), exact)
         with pytest.raises(ValueError, match="adapter_names: expected some of __base__, default"):
             model(x, adapter_names=["third"] * 4)
         with pytest.raises(
@@ -283,26 +305,14 @@ def exact_update(layer, name):
     return update[place.slice_index : place.slice_index + place.slices].flatten(0, 1)
 
 
-def with_updates(base, model):
-    """A copy of the base with the exact updates of all adapters added to its weights."""
-    twin = copy.deepcopy(base)
-    for name, layer in model.base_model.model.named_modules():
-        if isinstance(layer, TCURLinear):
-            for adapter in layer.tcur_places:
-                twin.get_submodule(name).weight += exact_update(layer, adapter)
-    return twin
-
-
 def test_delta_weight_is_the_update():
     model, _ = adapted(alpha=0.5)
     randomise(model)
     for layer in (m for m in model.modules() if isinstance(m, TCURLinear)):
         exact = exact_update(layer, "default")
         stack, place = layer.tcur_stacks["default"], layer.tcur_places["default"]
-        torch_way = stack.alpha * tcur.t_product(
-            tcur.t_product(stack.lateral, stack.core.detach()), stack.horizontal
-        )
-        same = torch_way[place.slice_index : place.slice_index + place.slices].flatten(0, 1)
+        whole = stack.alpha * product(stack.lateral, stack.core.detach(), stack.horizontal)
+        same = whole[place.slice_index : place.slice_index + place.slices].flatten(0, 1)
         assert_close(layer.get_delta_weight("default"), same, exact)
 
 
@@ -310,12 +320,12 @@ def test_merge_and_unmerge(x):
     model, base = adapted()
     randomise(model)
     with torch.no_grad():
-        y = model(x)
-        exact = copy.deepcopy(model).double()(x.double())
+        y, expected = model(x), by_plain_torch(base, model, x)
+        assert_composition_close(y, *expected)
         before = copy.deepcopy(model.state_dict())
         for safe in (False, True):
             model.merge_adapter(safe_merge=safe)
-            assert_close(model(x), y, exact)
+            assert_composition_close(model(x), *expected)
             model.unmerge_adapter()
             assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
         model.merge_adapter()
@@ -328,7 +338,7 @@ def test_merge_and_unmerge(x):
             model.unmerge_adapter()
         merged = model.merge_and_unload(safe_merge=True)
     assert set(merged.state_dict()) == set(base.state_dict())
-    assert_close(merged(x), y, exact)
+    assert_composition_close(merged(x), *expected)
 
 
 def test_fifty_merges_in_bf16_do_not_drift():
@@ -340,12 +350,15 @@ def test_fifty_merges_in_bf16_do_not_drift():
         model.merge_adapter()
         model.unmerge_adapter()
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
-    # Merged in fp32 and rounded once: no element is further than half a step of bf16 away.
+    # Merged in fp32 and rounded once: a sum of fp32 may lie on the other side of a rounding edge.
     layer = model.base_model.model.blocks[0].mlp[0]
-    exact = layer.base_layer.weight.double() + exact_update(layer, "default")
+    base_weight = base.blocks[0].mlp[0].weight
+    exact = base_weight.double() + exact_update(layer, "default")
+    same = with_updates(copy.deepcopy(base).float(), model).blocks[0].mlp[0].weight
+    error = bound(same, exact) * exact.norm()
     model.merge_adapter()
-    nearest = exact.to(torch.float32).to(torch.bfloat16)
-    assert (layer.base_layer.weight != nearest).float().mean() < 0.02  # ties fall either way
+    assert (layer.base_layer.weight >= (exact - error).bfloat16()).all()
+    assert (layer.base_layer.weight <= (exact + error).bfloat16()).all()
 
 
 def test_a_broken_core_is_refused_before_anything_is_written(x):
@@ -422,26 +435,23 @@ def test_cores_stay_fp32_in_a_bf16_model(x):
     assert {core.dtype for core in cores(model).values()} == {torch.float32}
     y = model(x.bfloat16())
     assert y.dtype == torch.bfloat16
-    exact = copy.deepcopy(base).double()(x.bfloat16().double())
-    assert_close(y, base(x.bfloat16()), exact)  # products of 16 bits are rounded in another place
+    assert_composition_close(y, *by_plain_torch(base, model, x.bfloat16()))
 
 
 def test_compiles_without_a_graph_break(x):
-    model, _ = adapted()
+    model, base = adapted()
     randomise(model)
-    y = model(x)
-    y.sum().backward()
-    grads = {name: core.grad.clone() for name, core in cores(model).items()}
-    model.zero_grad()
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    z = compiled(x)
-    z.sum().backward()
-    exact = copy.deepcopy(model).double()
-    exact.zero_grad()
-    exact(x.double()).sum().backward()
-    assert_close(z, y, exact(x.double()))
-    for name, core in cores(model).items():
-        assert_close(core.grad, grads[name], cores(exact)[name].grad)
+    adapter = as_native(model, base)
+    plain, exact = Plain(adapter), Plain(adapter, torch.float64)
+    exact = exact.with_gradients(torch.sum, x.double())
+    for function in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
+        model.zero_grad()
+        y = function(x)
+        y.sum().backward()
+        grads = [
+            cores(model)[f"base_model.tcur_{name}.default.core"].grad for name in adapter.stacks
+        ]
+        assert_composition_close((y, *grads), lambda: plain.with_gradients(torch.sum, x), exact)
 
 
 def test_plans_are_json(tmp_path):

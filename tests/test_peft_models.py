@@ -9,8 +9,9 @@ from torch import nn
 
 import tcur_kernels as tcur
 from hf_models import HF_MODELS, PEFT_SAYS, gpt2, llama, output, unetr, vit
+from plain import Plain, with_updates
 from tcur_kernels.peft import TCURConfig, TCURLinear
-from tolerance import assert_close
+from tolerance import assert_composition_close
 
 pytestmark = [pytest.mark.filterwarnings(text) for text in PEFT_SAYS]
 
@@ -24,7 +25,11 @@ def _offline(monkeypatch):
 def randomise(model):
     for name, p in model.named_parameters():
         if name.endswith(".core"):
-            p.normal_()
+            p.normal_(std=0.3)
+
+
+def in_double(inputs):
+    return {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
 
 
 @pytest.mark.parametrize("name", HF_MODELS)
@@ -47,14 +52,15 @@ def test_the_life_of_an_adapter(name, tmp_path):
         model.save_pretrained(tmp_path)
         loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
         assert torch.equal(output(loaded, inputs), y)
-        exact_inputs = {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
-        exact = output(copy.deepcopy(model).double(), exact_inputs)
+        exact = output(with_updates(copy.deepcopy(base).double(), loaded), in_double(inputs))
+        expected = lambda: output(with_updates(base, loaded), inputs), exact
+        assert_composition_close(y, *expected)
         model.merge_adapter()
-        assert_close(output(model, inputs), y, exact)
+        assert_composition_close(output(model, inputs), *expected)
         model.unmerge_adapter()
         assert torch.equal(output(model, inputs), y)
         merged = model.merge_and_unload(safe_merge=True)
-        assert_close(output(merged, inputs), y, exact)
+        assert_composition_close(output(merged, inputs), *expected)
     assert type(merged) is type(base)
     assert set(merged.state_dict()) == set(base.state_dict())
 
@@ -62,7 +68,7 @@ def test_the_life_of_an_adapter(name, tmp_path):
 def test_conv1d_computes_as_linear_does():
     """The same weights stored the other way round: the same indices, outputs and gradients."""
     base = gpt2().eval()
-    twin = copy.deepcopy(base)
+    twin, native = copy.deepcopy(base), copy.deepcopy(base)
     for module in list(twin.modules()):
         for name, child in list(module.named_children()):
             if type(child).__name__ == "Conv1D":
@@ -78,18 +84,21 @@ def test_conv1d_computes_as_linear_does():
     randomise(models[0])
     state = {k: v for k, v in models[0].state_dict().items() if k.endswith(".core")}
     models[1].load_state_dict(state, strict=False)
-    grads = []
+    adapter = tcur.adapt(native, rank=3)  # the same, for `Plain`
+    names = [f"base_model.tcur_{name}.default.core" for name in adapter.stacks]
+    with torch.no_grad():
+        for name, stack in zip(names, adapter.stacks.values(), strict=True):
+            stack.core.copy_(state[name])
+
+    def run(model, parameters):
+        y = output(model, inputs)
+        return y, *torch.autograd.grad(y.square().sum(), parameters)
+
+    plain, double = Plain(adapter), Plain(adapter, torch.float64)
+    expected = lambda: run(plain, plain.trained), run(double, double.trained)
     for model in models:
-        output(model, inputs).square().sum().backward()
-        grads.append([p.grad for p in model.parameters() if p.requires_grad])
-    exact = copy.deepcopy(models[1]).double()
-    exact.zero_grad()
-    y = output(exact, inputs)
-    y.square().sum().backward()
-    assert_close(output(models[0], inputs), output(models[1], inputs), y)
-    exact_grads = [p.grad for p in exact.parameters() if p.requires_grad]
-    for conv, linear, right in zip(*grads, exact_grads, strict=True):
-        assert_close(conv, linear, right)
+        cores = [model.get_parameter(name) for name in names]
+        assert_composition_close(run(model, cores), *expected)
     for conv, linear in zip(models[0].modules(), models[1].modules(), strict=True):
         if isinstance(conv, TCURLinear):
             assert conv.get_delta_weight("default").shape == conv.weight.shape

@@ -7,6 +7,7 @@ import torch
 
 import tcur_kernels as tcur
 from cases import make_case
+from oracle import w_eff
 from tolerance import assert_close
 
 BLOCKS = re.findall(
@@ -35,8 +36,5 @@ def test_the_two_columns():
         scope = {**names, "alpha": 0.5, "tcur": tcur, "torch": torch}
         exec(compile(code, "README.md", "exec"), scope)
         results.append(scope["w_eff"])
-    double = case.double()
-    exact = double.weight + 0.5 * tcur.t_product(
-        tcur.t_product(double.lateral, double.core), double.horizontal
-    )
+    exact = w_eff(case.weight, case.lateral, case.core, case.horizontal, 0.5)
     assert_close(results[0], results[1], exact)

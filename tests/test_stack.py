@@ -12,6 +12,7 @@ import tcur_kernels as tcur
 from tcur_kernels import decompose
 from tcur_kernels.decompose import FileMatrix, Leverage, Shards, SliceStack, open_stack
 from tcur_kernels.decompose.stack import BYTES_PER_ELEMENT
+from tolerance import relative_error
 
 RULES = [*decompose.RULES, Leverage("randomized", 4, 1)]
 
@@ -56,9 +57,11 @@ def test_any_workspace_gives_the_same(rule, a, folder):
         assert torch.equal(d.columns, first[0].columns)
         assert torch.equal(d.lateral, a[:, :, d.columns])
         assert torch.equal(d.horizontal, a[:, d.rows])
-        assert (d.core - first[0].core).norm() < 1e-6 * first[0].core.norm()
+        # A core is rounded once, from float64.
+        unit = torch.finfo(torch.float32).eps / 2
+        assert relative_error(d.core, first[0].core) <= 2 * unit
         for error in errors:
-            assert abs(error - first[1]) < 1e-7
+            assert abs(error - first[1]) <= unit
 
 
 @pytest.mark.parametrize("workspace", [20_000, 60_000, 1 << 30])
@@ -160,7 +163,7 @@ def test_parts_and_transposes_of_stored_matrices(a, tmp_path):
     d = tcur.tensor_cur(stack, 3, "norm2", "projection")
     assert torch.equal(d.lateral, expected[:, :, d.columns])
     assert torch.equal(d.horizontal, expected[:, d.rows])
-    assert d.relative_error(stack) == pytest.approx(d.relative_error(expected))
+    assert d.relative_error(stack) == pytest.approx(d.relative_error(expected), rel=1e-12)
     for first, rows in ((33, 67), (-1, 2), (99, None), (0, 0)):
         with pytest.raises(ValueError, match="names: expected rows within the 99 of in_proj"):
             open_stack(tmp_path, [FileMatrix("in_proj", first=first, rows=rows)])

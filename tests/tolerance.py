@@ -117,7 +117,7 @@ class AnotherOrder(TorchDispatchMode):
         """(tensor, dimension) pairs of one size there, each permuted alike."""
         tensor, dim = tensors[0]
         order = torch.randperm(tensor.shape[dim], generator=self.generator).to(tensor.device)
-        return [tensor.index_select(dim, order) for tensor, dim in tensors]
+        return [_resolved(tensor).index_select(dim, order) for tensor, dim in tensors]
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         args = list(args)
@@ -140,6 +140,13 @@ class AnotherOrder(TorchDispatchMode):
             args[:1] = self.permuted((args[0], args[1][0]))
         elif func in (aten.sum.default, aten.mean.default):
             args[:1] = self.permuted((args[0].flatten(), 0))
+
+
+def _resolved(tensor):
+    """Without the marks of conjugates and negatives, which nobody looks at within a mode."""
+    if tensor.is_conj():
+        tensor = tensor.conj().conj_physical()
+    return tensor._neg_view().neg() if tensor.is_neg() else tensor
 
 
 class _NoOperators(TorchDispatchMode):
