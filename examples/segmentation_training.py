@@ -43,15 +43,15 @@ DECODER = ("decoder", "out")
 #: The first two are compared. The others say why they come out as they do: how far one gets without
 #: the decoder, and with all of the transformer, which is what no adapter of it can be better than.
 METHODS = {
-    "decoder": Method("decoder-only", DECODER, seconds=0.16),
-    "tcurlora": Method("tCURLoRA", DECODER, cores=True, seconds=0.2),
-    "head": Method("output layer only", ("out",), seconds=0.09),
-    "core": Method("core + output layer", ("out",), cores=True, seconds=0.17),
+    "decoder": Method("decoder-only", DECODER, seconds=0.19),
+    "tcurlora": Method("tCURLoRA", DECODER, cores=True, seconds=0.24),
+    "head": Method("output layer only", ("out",), seconds=0.11),
+    "core": Method("core + output layer", ("out",), cores=True, seconds=0.19),
     "vit-head": Method("full ViT + output layer", ("out", "vit")),
     "vit": Method("full ViT + decoder", (*DECODER, "vit")),
     "full": Method("full fine-tuning", ("",)),
 }
-PRETRAINING = Method("pretraining", ("",), seconds=0.25)
+PRETRAINING = Method("pretraining", ("",), seconds=0.27)
 PROBE = "probe.safetensors"  # logits of the trained model for one volume, to compare with
 
 

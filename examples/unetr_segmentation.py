@@ -55,7 +55,7 @@ from segmentation_training import (
     settle,
 )
 
-VOLUME_SECONDS, EVALUATION_SECONDS = 0.5, 0.3  # of a volume on two cores, for the progress
+VOLUME_SECONDS, EVALUATION_SECONDS = 0.2, 0.1  # of a volume on two cores, for the progress
 
 
 def main() -> None:
