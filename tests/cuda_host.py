@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 from torch.utils.cpp_extension import include_paths, library_paths
 
 from cases import make_case
@@ -35,6 +36,12 @@ ORDERS = (-1, -2, 7, 8)
 def build(folder=KEPT, sources=SOURCES, flags=("-O1",)):
     """Compiles ``sources``/cuda for the host, all files at once; returns the library."""
     folder, sources = Path(folder), Path(sources)
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / "lock"):  # other processes wait, and take what is made here
+        return _build(folder, sources, flags)
+
+
+def _build(folder, sources, flags):
     command = [
         os.environ.get("CXX", "c++"),
         "-std=c++17",
@@ -55,7 +62,6 @@ def build(folder=KEPT, sources=SOURCES, flags=("-O1",)):
         contents = b"".join(file.read_bytes() for file in files)
         return f"{files[-1].stem}-{hashlib.sha256(common + contents).hexdigest()[:16]}"
 
-    folder.mkdir(parents=True, exist_ok=True)
     order = folder / "order.cpp"
     order.write_text(
         f'#include "{sources}/cuda/fibers.h"\n'

@@ -12,8 +12,9 @@ def run(script: str, processes: int, *arguments: str) -> subprocess.CompletedPro
     """``tests/script`` on some processes of this machine, checked to have ended well."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += [f"--nproc-per-node={processes}", str(Path(__file__).with_name(script))]
+    # Processes could wait for each other for ever; no machine is so busy that it takes that long.
     result = subprocess.run(
-        [*command, *arguments], capture_output=True, text=True, timeout=300, check=False
+        [*command, *arguments], capture_output=True, text=True, timeout=1500, check=False
     )
     assert result.returncode == 0, (result.stdout + result.stderr)[-8000:]
     return result
