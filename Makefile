@@ -13,8 +13,7 @@ BUILD_INPUTS := pyproject.toml setup.py constraints.txt $(shell find csrc -name 
 GPUS := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | grep -x '[0-9.]*' | sort -u)
 TEST_ARCHITECTURES := $(or $(TORCH_CUDA_ARCH_LIST),$(GPUS),9.0)
 
-# Threads of OpenMP that spin while they wait take a busy core from the very thread they wait for: a
-# step of the demo then takes ten times as long and more.
+# Threads of OpenMP that spin while they wait take a busy core from the very thread they wait for.
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: demo test test-cpus test-matrix lint format clean FORCE
