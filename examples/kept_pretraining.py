@@ -22,7 +22,8 @@ from segmentation_training import Report
 
 #: What the data, the model and the training are made with.
 LIBRARIES = ("torch", "monai", "numpy", "scipy", "nibabel", "nilearn", "einops")
-CODE = ("brain_domains.py", "segmentation_data.py", "segmentation_training.py")
+CODE = ("unetr_segmentation.py", "brain_domains.py", "segmentation_data.py")
+CODE += ("segmentation_training.py",)
 #: What of the command line comes after the pretraining, or says where things go.
 NO_MATTER = {"output", "keep", "seeds", "data", "pretrained", "volumes", "methods", "steps"}
 NO_MATTER |= {"decoder_lr", "core_lr", "vit_lr", "rank", "selection", "alpha"}

@@ -174,8 +174,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def work(args: argparse.Namespace, seed: int) -> float:
     """Seconds that `run_seed` takes about, stage by stage; their ratios are what is shown."""
     seconds = args.steps * sum(METHODS[method].seconds for method in args.methods)
-    volumes = 8
-    if args.data is None:
+    if args.data is not None:
+        volumes = len(read_section(args.data, "validation"))
+    else:
         source, target = demo_counts(args)
         volumes = target["validation"]
         seconds += VOLUME_SECONDS * sum(target.values())

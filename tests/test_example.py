@@ -136,3 +136,17 @@ def test_bad_files(example, tmp_path):
     refuses(example.build_unetr, "--pretrained: expected a state dict", args, checkpoint)
     torch.save({"out.conv.conv.bias": torch.zeros(7)}, checkpoint)
     refuses(example.build_unetr, "--pretrained: expected .* of shape .*, got", args, checkpoint)
+
+
+def test_the_progress_counts_volumes_of_ones_own(example, tmp_path):
+    for name in ("image.nii", "label.nii"):
+        write_volume(tmp_path / name, (8, 8, 8))
+    (tmp_path / "unetr.pt").touch()
+    entries = [{"image": "image.nii", "label": "label.nii"}] * 3
+    datalist = tmp_path / "dataset.json"
+    datalist.write_text(json.dumps({"training": entries, "validation": entries}))
+    arguments = ["--data", str(datalist), "--pretrained", str(tmp_path / "unetr.pt")]
+    args = example.parse_args([*arguments, "--methods", "head", "--steps", "10"])
+    evaluated = 2 * 3 * example.EVALUATION_SECONDS  # the base and the method
+    wanted = 10 * example.METHODS["head"].seconds + evaluated
+    assert example.work(args, 0) == pytest.approx(wanted)

@@ -1,5 +1,6 @@
 """When the demo may take what an earlier run pretrained."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -54,9 +55,13 @@ def test_what_is_kept_depends_on_all_that_it_was_made_with(demo, monkeypatch, tm
         assert kept.find(args, 0) is None
     with monkeypatch.context() as patch:
         for name in kept.CODE:
-            (tmp_path / name).write_text("another line")
+            shutil.copy(EXAMPLES / name, tmp_path)
         patch.setattr(kept, "__file__", str(tmp_path / "kept_pretraining.py"))
-        assert kept.find(args, 0) is None
+        for name in kept.CODE:
+            assert kept.find(args, 0)
+            (tmp_path / name).write_text("another line")
+            assert kept.find(args, 0) is None, name
+            shutil.copy(EXAMPLES / name, tmp_path)
     assert kept.find(args, 0)
 
 

@@ -22,6 +22,7 @@ from tolerance import (
 )
 
 TESTS = Path(__file__).parent
+TORCHS_OWN = ("assert_close", "allclose", "isclose")
 
 
 def adapted(mode="auto"):
@@ -158,5 +159,11 @@ def test_float64_is_compared_with_float64():
 def test_no_tolerance_of_taste(path):
     """Numbers of torch are compared by the bounds of `tolerance`, and by no others."""
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Attribute) and node.attr in ("assert_close", "allclose", "isclose"):
+        is_called = isinstance(node, ast.Attribute) and node.attr in TORCHS_OWN
+        is_imported = (
+            isinstance(node, ast.ImportFrom)
+            and (node.module or "").partition(".")[0] in ("torch", "numpy")
+            and any(name.name in TORCHS_OWN for name in node.names)
+        )
+        if is_called or is_imported:
             raise AssertionError(f"{path.name}:{node.lineno}: {ast.unparse(node)}")

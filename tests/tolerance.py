@@ -32,7 +32,8 @@ result of fp32 and not exact. Plain torch must be right to half of its digits, o
 something else; and it must not call an operator of this package.
 
 **float64.** `assert_equal_in_float64` compares two results of float64. `PROMISE` is the error that
-each precision promises to users. No other tolerance of fp32 results stands in the suite.
+each precision promises to users. Decompositions, whose errors are those of their conditions, have
+limits of their own, in their tests.
 """
 
 import torch
@@ -42,12 +43,11 @@ ORACLE = 16 * torch.finfo(torch.float64).eps
 
 #: Orders of summation that plain torch computes a composition in: its own, and some at random.
 ORDERS = 9
-#: Probability that a normal number is more than twice as far from 0 as each of `ORDERS` others;
-#: with three components 0.0004.
+#: Probability that a normal number is more than twice as far from 0 as each of `ORDERS` others.
 CHANCE = 0.0062
 
-#: Of two evaluations in float64 by different formulas. Conditions of up to a million times eps stay
-#: below it; a wrong formula does not.
+#: Of two evaluations in float64 by different formulas. Compositions that make an error of eps up to
+#: a million times larger stay below it; a wrong formula does not.
 FLOAT64 = 1e-9
 
 #: Error of the update C * U * R, relative to its norm, that each precision promises.
