@@ -13,8 +13,9 @@ BUILD_INPUTS := pyproject.toml setup.py constraints.txt $(shell find csrc -name 
 GPUS := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | grep -x '[0-9.]*' | sort -u)
 TEST_ARCHITECTURES := $(or $(TORCH_CUDA_ARCH_LIST),$(GPUS),9.0)
 
-# Threads of OpenMP that spin while they wait take a busy core from the very thread they wait for.
-export OMP_WAIT_POLICY ?= PASSIVE
+# Threads of OpenMP that spin for long while they wait take a busy core from the very thread they wait
+# for; those that sleep at once are late on a quiet machine. So they spin for a short while.
+export GOMP_SPINCOUNT ?= 1000
 
 .PHONY: demo test test-cpus test-matrix lint format clean FORCE
 
