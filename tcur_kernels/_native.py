@@ -77,12 +77,62 @@ def cuda_error() -> str | None:
 
 
 def cuda_facts() -> dict[str, Any]:
-    """What was compiled into the CUDA library."""
+    """What was compiled into the CUDA library, and why it does not run here if it does not."""
     library, error = _cuda()
     if library is None:
         return {"built": False, "error": error}
+    return {"built": True, "architectures": _architectures(library), "error": _absent_everywhere()}
+
+
+def _architectures(library: ctypes.CDLL) -> list[str]:
+    """What the kernels were compiled for: "90" is code for sm_90, "100+PTX" the driver's to do."""
     library.tcur_cuda_architectures.restype = ctypes.c_char_p
-    return {"built": True, "architectures": library.tcur_cuda_architectures().decode().split()}
+    names: bytes = library.tcur_cuda_architectures()
+    return names.decode().split()
+
+
+def _absent_everywhere() -> str | None:
+    """Why the CUDA library runs on no device here, or None if it runs on one."""
+    reasons = [
+        cuda_absence(torch.device("cuda", index)) for index in range(torch.cuda.device_count())
+    ]
+    if None in reasons:
+        return None
+    return reasons[0] if reasons else "torch sees no GPU here"
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def cuda_absence(device: torch.device) -> str | None:
+    """Why the CUDA library does not run on a device of that name, or None if it does.
+
+    A kernel that was compiled for other architectures would fail at its launch.
+    """
+    if torch.version.hip is not None:
+        return "CUDA kernels do not run on ROCm"
+    library, error = _cuda()
+    if library is None:
+        return error
+    capability = torch.cuda.get_device_capability(device)
+    names = _architectures(library)
+    if any(_runs_on(name, capability) for name in names):
+        return None
+    major, minor = capability
+    return f"compiled for {', '.join(names)}, not for the {major}.{minor} of {device}"
+
+
+def _runs_on(name: str, capability: tuple[int, int]) -> bool:
+    """Whether what was compiled for an architecture runs on devices of a compute capability.
+
+    Code runs on devices of the same first number and an equal or larger second one, code for "90a"
+    on its own alone; PTX is compiled by the driver for any later device.
+    """
+    number = name.removesuffix("+PTX").rstrip("af")
+    built = int(number[:-1]), int(number[-1])
+    if name.endswith("+PTX"):
+        return capability >= built
+    if name != number:
+        return capability == built
+    return capability[0] == built[0] and capability >= built
 
 
 if torch.version.cuda is not None:

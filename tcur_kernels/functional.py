@@ -231,12 +231,13 @@ def build_info() -> dict[str, Any]:
 
     Keys: ``version``, ``torch``, ``backends`` (those that run here), ``cpu`` (compiler, torch
     target, instruction sets compiled, runnable and chosen) and ``cuda`` (architectures compiled).
-    The last two have ``built``, and where that is False ``error``.
+    The last two have ``built``, and ``error`` where they do not run: not built, or of ``cuda`` for
+    other GPUs than those here. ``backend="auto"`` then takes Triton or the reference.
     """
     from . import __version__
 
     cpu, cuda = _native.cpu_facts(), _native.cuda_facts()
-    runs = {"cpu": cpu["built"], "cuda": cuda["built"] and torch.cuda.is_available()}
+    runs = {"cpu": cpu["built"], "cuda": cuda["error"] is None}
     if _TRITON_INSTALLED:
         from . import triton
 
@@ -271,10 +272,10 @@ def _language(backend: str, name: str, factors: CURFactors, precision: str) -> s
         return "triton_tf32" if precision == "tf32" else "triton"
     if device.type != backend:
         raise ValueError(f"backend: expected one for tensors on {device}, got '{backend}'")
-    error, needs = _BUILT_BY[backend]
-    if error() is not None:
+    absence, needs = _BUILT_BY[backend]
+    if (reason := absence(device)) is not None:
         raise RuntimeError(
-            f"backend: '{backend}' is not built here ({error()}); install the package "
+            f"backend: '{backend}' is not built here ({reason}); install the package "
             f"with {needs}: pip install --no-build-isolation ."
         )
     if backend == "cuda" and not cost.cuda_takes(factors.n3, factors.dtype):
@@ -288,7 +289,7 @@ def _language(backend: str, name: str, factors: CURFactors, precision: str) -> s
 def _best_backend(name: str, factors: CURFactors) -> str:
     if factors.device.type == "cuda":
         here = ["triton"] if _TRITON_INSTALLED else []
-        if _native.cuda_error() is None:
+        if _native.cuda_absence(factors.device) is None:
             here.append("cuda")
         n3, dtype = factors.n3, factors.dtype
         return cost.choose_gpu_backend(name, n3=n3, dtype=dtype, available=here)
@@ -314,10 +315,10 @@ def _check_triton(factors: CURFactors) -> None:
         )
 
 
-#: Backend -> why it is absent, and what it is built with.
+#: Backend -> why a device goes without it, and what it is built with.
 _BUILT_BY = {
-    "cpu": (_native.cpu_error, "a C++17 compiler"),
-    "cuda": (_native.cuda_error, "CUDA's nvcc"),
+    "cpu": (lambda device: _native.cpu_error(), "a C++17 compiler"),
+    "cuda": (lambda device: _native.cuda_absence(device), "CUDA's nvcc, for the GPUs here"),
 }
 
 

@@ -50,6 +50,95 @@ def language(backend, factors):
     return functional._language(backend, "materialize", factors, "ieee")
 
 
+class Library:
+    """Stands for a CUDA library that was compiled for some architectures."""
+
+    def __init__(self, architectures):
+        self.tcur_cuda_architectures = lambda: architectures.encode()
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """Sets what the library was compiled for, and the compute capabilities of the GPUs here."""
+
+    def set_up(architectures, *capabilities):
+        monkeypatch.setattr(_native, "_cuda", lambda: (Library(architectures), None))
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+        monkeypatch.setattr(
+            torch.cuda, "get_device_capability", lambda device: capabilities[device.index or 0]
+        )
+
+    return set_up
+
+
+@pytest.mark.parametrize(
+    ("architectures", "capability", "runs"),
+    [
+        ("80 90 100 100+PTX", (8, 0), True),
+        ("80 90 100 100+PTX", (8, 6), True),  # code of the same first number
+        ("80 90 100 100+PTX", (7, 5), False),
+        ("80 90 100 100+PTX", (12, 0), True),  # by PTX
+        ("80 90 100", (12, 0), False),
+        ("86", (8, 0), False),  # no older second number
+        ("90", (10, 0), False),
+        ("90a", (9, 0), True),
+        ("100a", (10, 3), False),  # "a" is for its own device alone
+    ],
+)
+def test_a_gpu_that_nothing_was_compiled_for(machine, monkeypatch, architectures, capability, runs):
+    """ "auto" takes another backend, "cuda" is refused, and `build_info` says why."""
+    machine(architectures, capability)
+    info = tcur.build_info()
+    assert info["cuda"]["built"]
+    assert info["cuda"]["architectures"] == architectures.split()
+    assert ("cuda" in info["backends"]) == runs
+    if runs:
+        assert info["cuda"]["error"] is None
+        assert language("auto", on_gpu()) == language("cuda", on_gpu()) == ""
+        return
+    reason = (
+        f"compiled for {architectures.replace(' ', ', ')}, not for the "
+        f"{capability[0]}.{capability[1]} of cuda:0"
+    )
+    assert info["cuda"]["error"] == reason
+    monkeypatch.setattr(functional, "_check_triton", lambda factors: None)
+    assert language("auto", on_gpu()) == "triton"
+    monkeypatch.setattr(functional, "_TRITON_INSTALLED", False)
+    assert language("auto", on_gpu()) == "reference"
+    with pytest.raises(RuntimeError, match=r"'cuda' is not built here \(compiled for .* of cuda"):
+        language("cuda", on_gpu())
+
+
+def test_each_gpu_is_asked_for_itself(machine):
+    machine("90", (8, 6), (9, 0))
+    info = tcur.build_info()
+    assert info["cuda"]["error"] is None
+    assert "cuda" in info["backends"]
+    assert _native.cuda_absence(torch.device("cuda", 0)) is not None
+    assert _native.cuda_absence(torch.device("cuda", 1)) is None
+    machine("90")
+    assert tcur.build_info()["cuda"]["error"] == "torch sees no GPU here"
+
+
+def test_rocm_takes_no_cuda_kernels(machine, monkeypatch):
+    machine("90", (9, 0))
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert _native.cuda_absence(torch.device("cuda", 0)) == "CUDA kernels do not run on ROCm"
+
+
+def test_the_choice_compiles(machine):
+    """The device is asked while the graph is traced, without a break."""
+
+    def function(x):
+        return x + 1 if _native.cuda_absence(torch.device("cuda", 0)) is None else x - 1
+
+    for capability, wanted in (((9, 0), 1.0), ((8, 0), -1.0)):
+        machine("90", capability)
+        torch.compiler.reset()
+        compiled = torch.compile(function, fullgraph=True, backend="eager")
+        assert compiled(torch.zeros(())).item() == wanted
+
+
 def test_without_the_library_a_gpu_takes_another_backend(monkeypatch):
     monkeypatch.setattr(_native, "_cuda", lambda: (None, "no _cuda.so"))
     assert tcur.build_info()["cuda"] == {"built": False, "error": "no _cuda.so"}
@@ -68,8 +157,8 @@ def test_a_library_that_does_not_load_says_why(monkeypatch, tmp_path):
     assert "_cuda.so" in error
 
 
-def test_what_cuda_is_asked_for(monkeypatch):
-    monkeypatch.setattr(_native, "_cuda", lambda: (object(), None))
+def test_what_cuda_is_asked_for(machine):
+    machine("90", (9, 0))
     assert language("cuda", on_gpu()) == ""
     assert language("auto", on_gpu()) == ""
     assert language("auto", on_gpu(dtype=torch.float64)) == "reference"
