@@ -206,8 +206,12 @@ class Kept:
             if built is not None:
                 built.is_void = True
 
+    def release(self) -> None:
+        """Gives back what eager code reads; a captured graph may be replayed yet."""
+        self._eager = None
+
     def forget(self) -> None:
-        """Lets go of everything."""
+        """Gives everything back: core and factors are in other memory, graphs read the old one."""
         self._eager = self._captured = None
         self._worn.clear()
 

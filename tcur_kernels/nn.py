@@ -395,7 +395,7 @@ class TProductStack(nn.Module):
         with torch.no_grad():
             for layer in self.layers:
                 layer.weight.copy_(slices_of(w_eff, layer))
-        self._kept.forget()
+        self._kept.release()
 
     def unmerge(self) -> None:
         """Restores the base weights bit for bit from the copy that `merge` kept."""

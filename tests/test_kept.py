@@ -284,6 +284,10 @@ def test_what_a_graph_reads_lives_as_long_as_the_stack(cuda, builds):
         stack.invalidate()
         run(stack, x)
     assert set(builds[3:]) <= {eager}
+    stack.merge()  # the layers do without W_eff now, a replay does not
+    assert [buffer.data_ptr() for buffer in kept._worn] == [first]
+    assert kept._captured.buffer.data_ptr() == second
+    assert kept._eager is None
 
 
 def test_another_stream_waits(cuda):
