@@ -134,16 +134,28 @@ def results(n3, n1, n2, rank):
     if n1 < 1000:
         update = operator("materialize")
         found.append(update([case.weight], *case.packed, case.core, 0.5, torch.float32))
-        x, grad_y = torch.randn(40, n2), torch.randn(40, 2 * n1)
-        found.append(operator("core_grad_tokens")(x, grad_y, *case.packed, n3, 0, 2))
-        args = (case.core, 0, 2, 0.5, False)
-        found.append(operator("cur_linear")(x, None, None, *case.packed, *args, False))
-        found.append(operator("cur_linear")(grad_y, None, None, *case.packed, *args, True))
-        # A core for each of 40 rows, of 20 cores: two turns of the sort of the rows.
-        ids, many = torch.randint(0, 20, (40,)), (20, *case.core.shape)
-        found.append(operator("core_grad_tokens")(x, grad_y, *case.packed, n3, 0, 2, ids, 20))
-        args = (torch.randn(many), 0, 2, 0.5, False, False, None, False, ids)
-        found.append(operator("cur_linear")(x, None, None, *case.packed, *args))
+        found += on_tokens(case)
+    return found
+
+
+def on_tokens(case, adapters=20):
+    """What the operators on tokens make of fixed inputs: 40 rows, by one core and by several.
+
+    20 adapters are two turns of the sort of the rows.
+    """
+    torch.manual_seed(2)
+    n3, n1, n2 = case.weight.shape
+    slices = min(2, n3)
+    x, grad_y = torch.randn(40, n2), torch.randn(40, slices * n1)
+    found = [operator("core_grad_tokens")(x, grad_y, *case.packed, n3, 0, slices)]
+    args = (case.core, 0, slices, 0.5, False)
+    found.append(operator("cur_linear")(x, None, None, *case.packed, *args, False))
+    found.append(operator("cur_linear")(grad_y, None, None, *case.packed, *args, True))
+    ids, many = torch.randint(0, adapters, (40,)), (adapters, *case.core.shape)
+    args = (n3, 0, slices, ids, adapters)
+    found.append(operator("core_grad_tokens")(x, grad_y, *case.packed, *args))
+    args = (torch.randn(many), 0, slices, 0.5, False, False, None, False, ids)
+    found.append(operator("cur_linear")(x, None, None, *case.packed, *args))
     return found
 
 
