@@ -23,8 +23,9 @@ import tcur_kernels as tcur
 
 from .gpu_bench import Bench
 from .gpu_build import logged
+from .gpu_clock import Contender, Run
 from .gpu_gradients import operator
-from .gpu_operators import SHAPES, TINY, VIT_B, Data, Shape, backends, text, why_absent
+from .gpu_operators import FP32, SHAPES, TINY, VIT_B, Data, Shape, backends, text, why_absent
 from .gpu_rows import Row
 
 CALLS = 10
@@ -61,6 +62,8 @@ METRICS |= {
     for name in STALLS
 }
 MARK = "spin_kernel"  # of torch.cuda._sleep, between the calls that ncu looks into
+#: Shapes that are timed with a part of the work left out.
+VARIED = ("vit_b_attention", "vit_b_mlp_up")
 #: What ncu looks into: operator, backend, shape.
 READINGS = [
     ("materialize", "cuda", "vit_b_attention"),
@@ -146,14 +149,61 @@ def _kernels(bench: Bench, row: Row, shape: Shape, op: str) -> None:
         bench.rows.add(replace(row, contender=name, ms=us / 1e3, note=note))
 
 
+def variants(bench: Bench, section: str, case: str, shape: Shape, backend: str) -> None:
+    """What binds: the same bytes with a part of the work left out, fp32 to fp32, beside a copy.
+
+    "no base" only writes. "fewer planes" has half the rank, so half the multiplications that form
+    the planes. "no transform" has the same numbers as one slice, whose tubes have length one.
+    """
+    n3, n1, n2, rank = shape
+    forms = {
+        "whole": shape,
+        "no base": shape,
+        "fewer planes": (n3, n1, n2, max(1, rank // 2)),
+        "no transform": (1, n3 * n1, n2, rank),
+    }
+    count = bench.clock.sets(2 * FP32.itemsize * n3 * n1 * n2)
+    stacks = [torch.randn(n3, n1, n2, device=bench.device) for _ in range(count)]
+    outs = [torch.empty_like(stack) for stack in stacks]
+
+    def runs(name: str) -> list[Run]:
+        data = Data.make(forms[name], bench.device)
+        factors, core = data.factors, data.core
+        if name == "no base":
+            op = operator("materialize_out", backend)
+            spectra = factors.packed()
+            return [partial(op, [], *spectra, core, 1.0, out=out) for out in outs]
+        sizes = forms[name][:3]
+        return [
+            partial(
+                tcur.materialize, w.view(sizes), factors, core, out=o.view(sizes), backend=backend
+            )
+            for w, o in zip(stacks, outs, strict=True)
+        ]
+
+    def copies() -> list[Run]:
+        return [partial(o.copy_, w) for w, o in zip(stacks, outs, strict=True)]
+
+    contenders = [Contender("copy", "torch", copies)]
+    for name in forms:
+        share = 0.5 if name == "no base" else 1.0
+        absent = why_absent(backend, bench.device)
+        contenders.append(Contender(name, backend, partial(runs, name), share=share, absent=absent))
+    bench.race(section, case, contenders, ratios=("whole",))
+
+
 def run(bench: Bench, out: Path) -> None:
-    """Kernels of every operator at the shapes of a ViT-B; then counters."""
+    """Kernels of every operator at the shapes of a ViT-B; what binds; then counters."""
     shapes = {name: SHAPES[name] for name in VIT_B} if not bench.tiny else {"tiny": TINY}
     here = [b for b in backends(bench.device) if why_absent(b, bench.device) is None]
     for (name, shape), op, backend in itertools.product(shapes.items(), OPERATORS, here):
         case = f"{op} {name} {text(shape)} {backend}"
         row = Row("kernels", case, "", backend)
         bench.piece("kernels", case, partial(_kernels, bench, row, shape, op))
+    for name, backend in itertools.product(VARIED if not bench.tiny else shapes, here):
+        case = f"{name} {text(shapes[name])} {backend}"
+        work = partial(variants, bench, "variants", case, shapes[name], backend)
+        bench.piece("variants", case, work)
     bench.piece("ncu", "counters", partial(_counters, bench, out))
 
 

@@ -209,7 +209,17 @@ def test_dry_run_of_the_gpu_command(tmp_path):
         rows = list(csv.DictReader(file))
     sections = {row["section"] for row in rows}
     operators = {"materialize", "core_grad_dense", "core_grad_tokens", "cur_linear"}
-    others = {"build", "rates", "kernels", "ncu", "gradients", "gradient_way", "step", "serving"}
+    others = {
+        "build",
+        "rates",
+        "kernels",
+        "variants",
+        "ncu",
+        "gradients",
+        "gradient_way",
+        "step",
+        "serving",
+    }
     assert sections == operators | others | {"tests", "sanitizer", "sweep", "unetr"}
     assert {row["commit"] for row in rows} == {"abc1234"}
     timed = {(row["section"], row["contender"]) for row in rows if row["ms"]}

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tcur_kernels import _native
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -274,6 +276,28 @@ def test_a_section_goes_on_behind_what_breaks_it(harness, monkeypatch, tmp_path)
     assert found[1].ms > 0
     lines = gpu.shortened([f"a {i}" for i in range(9)] + ["b 1", "c " + "x" * 99], 5, 20)
     assert lines == ["a 0", "a 1", "a 2", "a: 6 more in table.txt", "b 1", "c " + "x" * 17 + "…"]
+
+
+def test_without_nvcc_it_goes_on_with_triton_alone(harness, bench, monkeypatch, tmp_path):
+    build = importlib.import_module("benchmarks.gpu_build")
+    command = "import sys; print('nvcc fatal: {0}'); sys.exit('{0}' == 'cuda')"
+    monkeypatch.setattr(build, "COMMAND", command)
+    monkeypatch.setattr(build, "built", list)
+    monkeypatch.setattr(build, "ROOT", tmp_path)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    bench.device = argparse.Namespace(type="cuda")
+    log = tmp_path / "build.log"
+    build.run(bench, log)
+    rows = rows_of(harness, bench)
+    assert rows["cuda", ""].note == "FAILED: nvcc fatal: cuda; Triton alone from here on"
+    assert rows["cuda", ""].is_bad
+    assert rows["cpu", ""].note == "passed"
+    assert "nvcc fatal: cuda" in log.read_text()
+    # What is not here is a row of its own, and ends nothing.
+    monkeypatch.setattr(_native, "_cuda", lambda: (None, "no _cuda.so"))
+    operators = importlib.import_module("benchmarks.gpu_operators")
+    assert operators.backends(bench.device) == ["cuda", "triton"]
+    assert operators.why_absent("cuda", bench.device) == "no _cuda.so"
 
 
 def test_counters_and_names_of_kernels(harness, bench):
