@@ -17,7 +17,7 @@ TEST_ARCHITECTURES := $(or $(TORCH_CUDA_ARCH_LIST),$(GPUS),9.0)
 # for; those that sleep at once are late on a quiet machine. So they spin for a short while.
 export GOMP_SPINCOUNT ?= 1000
 
-.PHONY: demo test test-cpus test-matrix lint format clean FORCE
+.PHONY: demo test test-cpus test-versions test-matrix lint format clean FORCE
 
 demo: $(VENV)/.demo
 	@echo "The demo starts."
@@ -30,6 +30,10 @@ test: $(VENV)/.tests $(VENV)/.oldest_peft $(VENV)/.oldest_triton
 # What depends on roundings: under every instruction set that this machine has, with 1, 2 and 4 threads.
 test-cpus: $(VENV)/.tests
 	$(BIN)/python tests/cpus.py
+
+# Builds for the oldest and the newest torch and some between, each loaded and tested under every later one.
+test-versions: $(VENV)/.torch
+	$(BIN)/python tests/versions.py
 
 # More lengths, ranks and precisions of the Triton kernels: interpreted, then compiled.
 test-matrix: $(VENV)/.tests

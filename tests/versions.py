@@ -1,0 +1,167 @@
+"""One source and one binary for every torch that is claimed: `make test-versions`.
+
+For each release of `RELEASES` there is an environment of its own with the Triton that it came with.
+The libraries are built there, for the CPU and with nvcc for GPUs too. Each build is then loaded
+under its own and every later release, and the tests of the operators run; under its own release
+also the tests of layers, of Triton's kernels, interpreted and compiled, and of the harness for a
+GPU. At the end stands the table of docs/design.md.
+
+The environments take some 5 GB each and stay in ``.venv/versions``, the builds in
+``build/versions``; what failed is printed whole. Exits with 1 if anything failed.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+#: The oldest that pyproject.toml admits, what the GPU machines have, what constraints.txt pins, and
+#: the newest.
+RELEASES = ("2.10.0", "2.11.0", "2.13.0", "2.15.0")
+#: The Triton that each is run with: what it came with; one in between for 2.13, whose build for
+#: CPUs brings none.
+TRITON = {"2.10.0": "3.6.0", "2.11.0": "3.6.0", "2.13.0": "3.7.1", "2.15.0": "3.9.0"}
+#: numpy whose scalars the interpreter of a Triton knows.
+NUMPY = {"3.6.0": "numpy<2.4"}
+PACKAGES = ("pybind11", "ninja", "safetensors", "tqdm", "filelock", "hypothesis", "matplotlib")
+PACKAGES += ("peft", "pytest", "pytest-xdist", "setuptools>=77")
+#: Tests of a binary under a release, and those of a release.
+OPERATORS = ("ops", "functional", "isa", "token_cores", "device", "cuda", "reference")
+RELEASE = ("eager", "nn", "kept", "graph", "stack", "batch", "build", "gpu_harness")
+RELEASE += ("triton", "triton_compile")
+
+
+def environment():
+    """What pip and the builds get: one architecture, unless others are asked for."""
+    return {"TORCH_CUDA_ARCH_LIST": "9.0", "OMP_NUM_THREADS": "1", **os.environ}
+
+
+def run(command, cwd=ROOT, **more):
+    """A command, its output kept."""
+    return subprocess.run(
+        [str(part) for part in command],
+        cwd=cwd,
+        env={**environment(), **more},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+
+
+def done(command, cwd=ROOT, **more):
+    """Output of a command that must not fail."""
+    result = run(command, cwd, **more)
+    if result.returncode != 0:
+        raise SystemExit(f"{' '.join(map(str, command))}\n{result.stdout[-8000:]}")
+    return result.stdout
+
+
+class Release:
+    """A release of torch: its environment, and a copy of the sources that is built for it."""
+
+    def __init__(self, torch):
+        self.torch, self.triton = torch, TRITON[torch]
+        self.python = ROOT / ".venv" / "versions" / torch / "bin" / "python"
+        self.tree = ROOT / "build" / "versions" / torch
+        self.is_built = False
+
+    def install(self):
+        """The environment, if it is not complete."""
+        pins = [
+            line
+            for line in (ROOT / "constraints.txt").read_text().splitlines()
+            if line.split("==")[0] not in ("torch", "triton", "numpy", "setuptools")
+        ]
+        constraints = self.tree.with_suffix(".constraints")
+        constraints.parent.mkdir(parents=True, exist_ok=True)
+        constraints.write_text("\n".join(pins) + "\n")
+        if not self.python.exists():
+            done([sys.executable, "-m", "venv", self.python.parent.parent])
+        pip = [self.python, "-m", "pip", "--disable-pip-version-check", "install", "-q"]
+        done([*pip, f"torch=={self.torch}"])
+        pinned = [f"torch=={self.torch}", f"triton=={self.triton}"]
+        pinned.append(NUMPY.get(self.triton, "numpy"))
+        done([*pip, "-c", constraints, *pinned, *PACKAGES])
+
+    def build(self):
+        """Both libraries, in the copy; what is up to date is kept. How it ended."""
+        listed = done(["git", "ls-files", "-co", "--exclude-standard"]).splitlines()
+        for name in listed:
+            source, target = ROOT / name, self.tree / name
+            if not source.exists():
+                target.unlink(missing_ok=True)
+            elif not target.exists() or source.read_bytes() != target.read_bytes():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source, target)
+        result = run([self.python, "setup.py", "build_ext", "--inplace"], self.tree)
+        self.is_built = result.returncode == 0
+        return "built" if self.is_built else f"FAILED to build\n{result.stdout[-8000:]}"
+
+    def load(self, binary):
+        """Whether both libraries of a build load under this release, or what went wrong."""
+        code = (
+            "import tcur_kernels as t; i = t.build_info(); "
+            "print('loads' if i['cpu']['built'] and i['cuda']['built'] else i)"
+        )
+        return run([self.python, "-c", code], binary.tree).stdout.strip()
+
+    def test(self, binary, names):
+        """How tests of a build ended under this release."""
+        files = [f"tests/test_{name}.py" for name in names]
+        options = ["-q", "-p", "no:cacheprovider", "-n", "logical", "--maxprocesses", "8"]
+        command = [self.python, "-m", "pytest", *options, *files]
+        result = run(command, binary.tree, PYTHONPATH=str(binary.tree))  # tests start programs
+        lines = result.stdout.strip().splitlines() or ["no output"]
+        if result.returncode != 0:
+            return f"FAILED: {lines[-1]}\n{result.stdout[-12000:]}"
+        return lines[-1].strip("= ")
+
+
+def table(releases, cells):
+    """The results as Markdown: a row for each build, a column for each release it ran under."""
+    head = [f"{one.torch}, Triton {one.triton}" for one in releases]
+    lines = [f"| built with \\ under torch | {' | '.join(head)} |", f"|---|{'---|' * len(head)}"]
+    for binary in releases:
+        row = [cells.get((binary.torch, one.torch), "–") for one in releases]
+        lines.append(f"| torch {binary.torch} | {' | '.join(row)} |")
+    return lines
+
+
+def main():
+    """Builds, loads, tests; then the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("releases", nargs="*", default=RELEASES, help="of torch; default: all")
+    chosen = parser.parse_args().releases
+    releases = [Release(torch) for torch in RELEASES if torch in chosen]
+    cells, failed = {}, 0
+
+    def report(what, how, started):
+        print(f"{what}, {time.time() - started:.0f} s: {how}", flush=True)
+        return how.startswith("FAILED")
+
+    for one in releases:
+        started = time.time()
+        one.install()
+        failed += report(f"torch {one.torch}, Triton {one.triton}", one.build(), started)
+    for binary in (one for one in releases if one.is_built):
+        for one in releases[releases.index(binary) :]:
+            started, loaded = time.time(), one.load(binary)
+            if loaded != "loads":
+                failed += report(f"{binary.torch} under {one.torch}", f"FAILED: {loaded}", started)
+                cells[binary.torch, one.torch] = "does not load"
+                continue
+            names = OPERATORS if one is not binary else (*OPERATORS, *RELEASE)
+            how = one.test(binary, names)
+            failed += report(f"{binary.torch} under {one.torch}", how, started)
+            cells[binary.torch, one.torch] = how.splitlines()[0].split(" in ")[0]
+    print("\n".join(table(releases, cells)))
+    sys.exit(failed > 0)
+
+
+if __name__ == "__main__":
+    main()
