@@ -101,7 +101,6 @@ def _absent_everywhere() -> str | None:
     return reasons[0] if reasons else "torch sees no GPU here"
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def cuda_absence(device: torch.device) -> str | None:
     """Why the CUDA library does not run on a device of that name, or None if it does.
 
@@ -118,6 +117,11 @@ def cuda_absence(device: torch.device) -> str | None:
         return None
     major, minor = capability
     return f"compiled for {', '.join(names)}, not for the {major}.{minor} of {device}"
+
+
+# A traced graph is for one device, which is asked while it is traced. This is what
+# `torch.compiler.assume_constant_result` does, but that imports the compiler.
+cuda_absence._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _runs_on(name: str, capability: tuple[int, int]) -> bool:

@@ -4,10 +4,10 @@ For each release of `RELEASES` there is an environment of its own with the Trito
 The libraries are built there, for the CPU and with nvcc for GPUs too. Each build is then loaded
 under its own and every later release, and the tests of the operators run; under its own release
 also the tests of layers, of Triton's kernels, interpreted and compiled, and of the harness for a
-GPU. At the end stands the table of docs/design.md.
+GPU. Where all releases pass, the table of docs/design.md is written anew.
 
 The environments take some 5 GB each and stay in ``.venv/versions``, the builds in
-``build/versions``; what failed is printed whole. Exits with 1 if anything failed.
+``build/versions``; how a failure ended is printed. Exits with 1 if anything failed.
 """
 
 import argparse
@@ -27,6 +27,8 @@ RELEASES = ("2.10.0", "2.11.0", "2.13.0", "2.15.0")
 TRITON = {"2.10.0": "3.6.0", "2.11.0": "3.6.0", "2.13.0": "3.7.1", "2.15.0": "3.9.0"}
 #: numpy whose scalars the interpreter of a Triton knows.
 NUMPY = {"3.6.0": "numpy<2.4"}
+DOCUMENT = ROOT / "docs" / "design.md"
+BEGIN, END = "<!-- begin versions -->\n", "<!-- end versions -->\n"
 PACKAGES = ("pybind11", "ninja", "safetensors", "tqdm", "filelock", "hypothesis", "matplotlib")
 PACKAGES += ("peft", "pytest", "pytest-xdist", "setuptools>=77")
 #: Tests of a binary under a release, and those of a release.
@@ -159,7 +161,13 @@ def main():
             how = one.test(binary, names)
             failed += report(f"{binary.torch} under {one.torch}", how, started)
             cells[binary.torch, one.torch] = how.splitlines()[0].split(" in ")[0]
-    print("\n".join(table(releases, cells)))
+    lines = "\n".join(table(releases, cells))
+    print(lines)
+    if not failed and tuple(one.torch for one in releases) == RELEASES:
+        text = DOCUMENT.read_text(encoding="utf-8")
+        head, rest = text.split(BEGIN)
+        _, tail = rest.split(END)
+        DOCUMENT.write_text(f"{head}{BEGIN}{lines}\n{END}{tail}", encoding="utf-8")
     sys.exit(failed > 0)
 
 

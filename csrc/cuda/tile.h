@@ -8,8 +8,8 @@
 
 namespace tcur {
 
-// Slices whose core one block of spectrum.cu transforms, at 80 bytes of shared memory each, on
-// every architecture from sm_80 on.
+// Slices whose core one block of spectrum.cu transforms: two entries of them and their roots take
+// 64 KiB of shared memory, which every architecture from sm_80 on has.
 constexpr int kMaxSlices = 2048;
 
 struct Tile {
