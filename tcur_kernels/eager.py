@@ -166,8 +166,7 @@ class _Meeting(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.how = (core_of_packed, scale)
-        nothing = core.new_empty(())
-        return tuple(nothing.expand(core.shape) for _ in range(core.shape[0]))
+        return core.new_empty(()).expand(core.shape[0], *core.shape).unbind()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None]:

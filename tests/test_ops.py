@@ -332,7 +332,7 @@ def test_materialized_linear_is_the_plain_one(language):
 @LANGUAGES
 @pytest.mark.parametrize("n3", [1, 2, 5])
 def test_derivatives(language, n3):
-    """First and second derivatives: the four operators are closed under differentiation."""
+    """First and second derivatives: the operators are closed under differentiation."""
     case = make_case(n3, 3, 4, 2, torch.float64)
     core = case.core.clone().requires_grad_()
     x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)

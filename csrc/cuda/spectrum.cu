@@ -9,8 +9,8 @@
 // makes 8 fp64 multiplications per 8 reads: 4096 cores of 48 slices at rank 8 are 1.3e9 of them in
 // both sums, 40 µs of a GPU with 132 multiprocessors of 64 a cycle.
 //
-// Where parts are only added up, and not transformed, a block takes a piece of all numbers, 128 of
-// 48 slices at rank 8, so that 24 blocks ask for 0.4 MB at once.
+// Where parts are only added up, and not transformed, a block takes some of their numbers, 128
+// where there are 16 parts or more: 24 blocks for 48 slices at rank 8.
 // Planned: 512 threads, up to 64 registers, 2 blocks per multiprocessor.
 #include "spectrum.h"
 
