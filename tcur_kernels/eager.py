@@ -129,8 +129,7 @@ class LatestMeeting:
     """The meeting of a stack's latest graph, for the next layer. Graphs keep it alive, not this.
 
     Past its graph it would hold on to a core that was exchanged, and to the core's accumulator of
-    gradients, which runs on the stream of the first graph that it is part of: a later capture on
-    another one would fail.
+    gradients, which autograd runs on the stream that it was made on: a later capture has another.
     """
 
     __slots__ = ("_latest",)
