@@ -33,6 +33,8 @@ OPERATORS = (
     "materialize",
     "core_grad_dense",
     "core_grad_tokens",
+    "core_grad_tokens packed",
+    "core_of_packed",
     "cur_linear",
     "cur_linear bf16",
 )
@@ -83,6 +85,7 @@ def calls(shape: Shape, device: torch.device, tokens: int) -> dict[str, Callable
     x, grad_y = torch.randn(tokens, n2, device=device), torch.randn(tokens, n1, device=device)
     bias = torch.randn(n1, device=device)
     weight, packed = layers[at], factors.packed()
+    parts = torch.randn(n3, *data.core.shape, device=device)  # of a layer for each slice
 
     def linear(backend: str, dtype: torch.dtype = torch.float32) -> object:
         precision = "bf16" if dtype == torch.bfloat16 else "ieee"
@@ -99,6 +102,10 @@ def calls(shape: Shape, device: torch.device, tokens: int) -> dict[str, Callable
         "core_grad_tokens": lambda backend: operator("core_grad_tokens", backend)(
             x, grad_y, *packed, n3, at, 1
         ),
+        "core_grad_tokens packed": lambda backend: operator("core_grad_tokens", backend)(
+            x, grad_y, *packed, n3, at, 1, None, 1, True
+        ),
+        "core_of_packed": lambda backend: operator("core_of_packed", backend)(parts, 1.0),
         "cur_linear": linear,
         "cur_linear bf16": partial(linear, dtype=torch.bfloat16),
     }

@@ -77,6 +77,7 @@ def _step_of(model: nn.Module, x: Tensor, times: int) -> Callable[[], object]:
 def _kernels_of(stack: tcur.TProductStack, x: Tensor, times: int) -> Callable[[], object]:
     """The operators of all layers, forward and backward; in inference mode they are no more."""
     linear, gradient = torch.ops.tcur.cur_linear.default, torch.ops.tcur.core_grad_tokens.default
+    core_of_packed = torch.ops.tcur.core_of_packed.default
     with torch.inference_mode():
         lateral_hat, horizontal_hat = (hat.clone() for hat in stack.factors.packed())
         factors = (lateral_hat, horizontal_hat, stack.core.clone())
@@ -88,7 +89,7 @@ def _kernels_of(stack: tcur.TProductStack, x: Tensor, times: int) -> Callable[[]
     def run() -> None:
         with torch.inference_mode():
             for _ in range(times):
-                y = grad
+                y, packed = grad, []
                 for index, weight, bias in places:
                     z = F.linear(y, horizontal_hat)
                     if stack.mode == "materialized":
@@ -98,6 +99,8 @@ def _kernels_of(stack: tcur.TProductStack, x: Tensor, times: int) -> Callable[[]
                         how = (*factors, index, 1, 1.0, False)
                         y = linear(y, weight, bias, *how, False, z)
                         linear(grad, weight, None, *how, True)
-                    gradient(z, grad, lateral_hat, None, stack.n3, index, 1)
+                    where = (stack.n3, index, 1, None, 1, True)
+                    packed.append(gradient(z, grad, lateral_hat, None, *where))
+                core_of_packed(torch.stack(packed), 1.0)
 
     return run

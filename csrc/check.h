@@ -119,7 +119,8 @@ inline TokenSizes check_gradient_tokens(
     int64_t slice_index,
     int64_t slices,
     const std::optional<Tensor>& adapter_ids,
-    int64_t adapters) {
+    int64_t adapters,
+    bool packed) {
   const Sizes sizes = check_token_factors(lateral_hat, horizontal_hat, n3);
   STD_TORCH_CHECK(
       slice_index >= 0 && slices >= 1 && slice_index + slices <= n3,
@@ -140,7 +141,22 @@ inline TokenSizes check_gradient_tokens(
     STD_TORCH_CHECK(!adapter_ids.has_value(), "tcur: adapter_ids goes without a dense gradient");
   }
   STD_TORCH_CHECK(adapters >= 0, "tcur: adapters must not be negative");
+  STD_TORCH_CHECK(
+      !packed || !adapter_ids.has_value(), "tcur: adapter_ids goes without packed gradients");
   return {sizes, tokens};
+}
+
+struct PackedSizes {
+  int64_t count, n3, rank;
+};
+
+// Arguments of core_of_packed.
+inline PackedSizes check_packed_gradients(const Tensor& packed) {
+  STD_TORCH_CHECK(
+      packed.dim() == 4 && packed.size(1) >= 1 && packed.size(2) >= 1 &&
+          packed.size(2) == packed.size(3),
+      "tcur: packed must be [m, n3, rank, rank]");
+  return {packed.size(0), packed.size(1), packed.size(2)};
 }
 
 struct LinearSizes : TokenSizes {

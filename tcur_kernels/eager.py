@@ -9,6 +9,7 @@ stack. Graphs that are traced or transformed go through the operators instead.
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import ops
+from . import ops, streams
 
 HALVES = (torch.bfloat16, torch.float16)
 
@@ -68,6 +69,7 @@ class Call:
 
     __slots__ = (
         "core_grad_tokens",
+        "core_of_packed",
         "cur_linear",
         "horizontal_hat",
         "lateral_hat",
@@ -89,6 +91,93 @@ class Call:
         self.on_gradient: Callable[[], None] = _nothing
         self.cur_linear = ops.operator("cur_linear", language)
         self.core_grad_tokens = ops.operator("core_grad_tokens", language)
+        self.core_of_packed = ops.operator("core_of_packed", language)
+
+
+class Meeting:
+    """Where the gradients of one core meet, those of all layers that share it: one node.
+
+    Layers hand on packed ∂Û, which the node adds up, transforms and scales, once for all of them.
+    It saves nothing, so that it serves any number of calls and of backwards. Every layer is
+    connected to an output of its own: autograd adds up what comes to one output alone, the
+    gradients of a layer that is called several times.
+
+    Args:
+        core: [n3, r, r], a leaf.
+        scale: alpha.
+        core_of_packed: the operator.
+        where: the stream and the capture it is made in, to which autograd holds the node.
+
+    Attributes:
+        seats: what `_Layer` takes for the core's gradient, by the first slice of a layer.
+    """
+
+    __slots__ = ("__weakref__", "core", "scale", "seats", "where")
+
+    def __init__(
+        self,
+        core: Tensor,
+        scale: float,
+        core_of_packed: torch._ops.OpOverload,
+        where: tuple[int, int],
+    ) -> None:
+        self.core, self.scale, self.where = core, scale, where
+        self.seats: tuple[Tensor, ...] = _apply_meeting(core, scale, core_of_packed)
+
+
+class LatestMeeting:
+    """The meeting of a stack's latest graph, for the next layer. Graphs keep it alive, not this.
+
+    Past its graph it would hold on to a core that was exchanged, and to the core's accumulator of
+    gradients, which autograd runs on the stream that it was made on: a later capture has another.
+    """
+
+    __slots__ = ("_latest",)
+
+    def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """The next layer begins another one."""
+        self._latest: weakref.ref[Meeting] | None = None
+
+    def of(self, core: Tensor, scale: float, call: Call, capture: int) -> Meeting:
+        """The meeting of ``core``, a leaf that requires grad, on the current stream."""
+        meeting = None if self._latest is None else self._latest()
+        where = (streams.current(core.device), capture)
+        if (
+            meeting is None
+            or meeting.core is not core
+            or meeting.scale != scale
+            or meeting.where != where
+        ):
+            meeting = Meeting(core, scale, call.core_of_packed, where)
+            self._latest = weakref.ref(meeting)
+        return meeting
+
+
+class _Meeting(torch.autograd.Function):
+    """The core as often as it has slices: what comes out stands for it in layers, never read."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, core: Tensor, scale: float, core_of_packed: torch._ops.OpOverload
+    ) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.how = (core_of_packed, scale)
+        return core.new_empty(()).expand(core.shape[0], *core.shape).unbind()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None]:
+        packed = [grad for grad in grads if grad is not None]
+        if not packed:  # all layers were differentiated by the operators
+            return None, None, None
+        core_of_packed, scale = ctx.how
+        with _kernels_alone():
+            return core_of_packed(torch.stack(packed), scale), None, None
+
+
+_apply_meeting = super(torch.autograd.Function, _Meeting).apply
 
 
 def project(x: Tensor, horizontal_hat: Tensor) -> Tensor:
@@ -108,15 +197,18 @@ def run_layer(
     materialized: bool,
     dense_grad: bool,
     adapter_ids: Tensor | None,
+    meeting: Meeting | None,
 ) -> Tensor:
     """A layer on the slices of ``call``; arguments as for `functional.cur_linear`, all fitting.
 
     Args:
         materialized: ``weight`` is W_eff, not the base.
+        meeting: of ``core``, for its gradient; None: the gradient reaches ``core`` from here.
     """
     how = (call, scale, materialized, dense_grad)
     if torch.is_grad_enabled() and (x.requires_grad or core.requires_grad):
-        y: Tensor = _apply(x, core, z, weight, bias, adapter_ids, *how)
+        seat = None if meeting is None else meeting.seats[call.slice_index]
+        y: Tensor = _apply(x, core, z, weight, bias, adapter_ids, seat, meeting, *how)
         return y
     return _value(x, core, z, weight, bias, adapter_ids, *how)
 
@@ -147,7 +239,7 @@ def _value(
 
 
 class _Layer(torch.autograd.Function):
-    """The node: the gradient reaches ``x`` and ``core``."""
+    """The node: the gradient reaches ``x`` and ``core``, or in place of that its ``seat``."""
 
     @staticmethod
     def forward(
@@ -158,6 +250,8 @@ class _Layer(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         adapter_ids: Tensor | None,
+        seat: Tensor | None,
+        meeting: Meeting | None,
         *how: Any,
     ) -> Tensor:
         needs_x, needs_core, *_ = ctx.needs_input_grad
@@ -169,18 +263,23 @@ class _Layer(torch.autograd.Function):
             adapter_ids,
         )
         ctx.how = how
+        ctx.meeting = meeting  # alive for as long as this node is
         return _value(x, core, z, weight, bias, adapter_ids, *how)
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
         saved = ctx.saved_tensors  # once: checkpointing allows no second look
         needs_x, needs_core, *_ = ctx.needs_input_grad
+        args = (needs_x, needs_core, saved, ctx.how, grad_y)
+        grad_core = grad_seat = None
         if torch.is_grad_enabled():  # to be differentiated again, which the operators can be
-            grads = _gradients(needs_x, needs_core, saved, ctx.how, grad_y, True)
+            grad_x, grad_core = _gradients(*args, again=True, packed=False)
         else:
+            is_met = ctx.meeting is not None
             with _kernels_alone():
-                grads = _gradients(needs_x, needs_core, saved, ctx.how, grad_y, False)
-        return (*grads, *[None] * 8)
+                grad_x, grad = _gradients(*args, again=False, packed=is_met)
+            grad_core, grad_seat = (None, grad) if is_met else (grad, None)
+        return (grad_x, grad_core, *[None] * 4, grad_seat, *[None] * 5)
 
 
 def _gradients(
@@ -190,6 +289,7 @@ def _gradients(
     how: tuple[Any, ...],
     grad_y: Tensor,
     again: bool,
+    packed: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
     x, z, weight, core, adapter_ids = saved
     call, scale, materialized, dense_grad = how
@@ -204,10 +304,11 @@ def _gradients(
             grad_x = call.cur_linear(grad_y, weight, None, *factors, core, *where, *rest)
     if needs_core:
         call.on_gradient()
+        how_formed = (dense_grad, adapter_ids, packed)
         grad_core = ops.core_gradient(
-            call.core_grad_tokens, x, z, grad_y, *factors, core, *where, dense_grad, adapter_ids
+            call.core_grad_tokens, x, z, grad_y, *factors, core, *where, *how_formed
         )
-        if scale != 1.0:
+        if scale != 1.0 and not packed:
             grad_core = scale * grad_core
     return grad_x, grad_core
 

@@ -9,6 +9,7 @@ aborts at exit when a library that defined several is torn down.)
 ``materialize``         W_eff = W + scale C*U*R for all slices; no weights: the product alone
 ``core_grad_dense``     its adjoint: G -> Cᵀ*G*Rᵀ
 ``core_grad_tokens``    the same from tokens of one or more consecutive slices
+``core_of_packed``      packed ∂Û of several layers -> the gradient that they make together
 ``cur_linear``          consecutive slices of W_eff as a linear map, or its transpose
 ======================  ==========================================================================
 
@@ -16,8 +17,10 @@ Factors travel as packed half spectra: ``lateral_hat`` [n1, q] and ``horizontal_
 q = n3 * rank, column ``plane * rank + a`` (`reference.pack` gives the order of the planes), fp32 or
 fp64; the core has their dtype. The operators on tokens take them in bf16 too: the projections
 z = x R̂ᵀ and p = dy Ĉ are then products in that precision, and the core stays fp32. Only the core,
-``x`` and gradients are differentiable, and the four operators are closed under differentiation: the
-derivative of each is made of the others.
+``x`` and gradients are differentiable, and the operators are closed under differentiation: the
+derivative of each is made of the others. Packed gradients are the exception: ``core_grad_tokens``
+with ``packed`` and ``core_of_packed`` are for a backward that nobody differentiates, and say so
+where somebody does.
 
 ``core_grad_tokens`` without ``horizontal_hat`` takes z [..., q] for ``x``; without ``grad_y`` it
 takes one slice of G = dyᵀx, the n1 rows of which are its tokens. ``cur_linear`` takes z where it is
@@ -29,6 +32,10 @@ flattened tokens of ``x`` are B rows of equal length, and token t goes by core
 ``adapter_ids[t // (tokens / B)]``. ``core_grad_tokens`` returns [adapters, n3, r, r], each core
 the sum over its own tokens, in an order that ids and sizes alone determine. That is the factored
 way; ``materialized`` and ``dense_grad`` are refused with it.
+
+With ``packed``, ``core_grad_tokens`` returns ∂Û [n3, r, r] as real planes (`reference.pack`), not
+transformed back: ∂Û of a stack's layers add up, and ``core_of_packed`` ends the sum, once.
+``adapter_ids`` is refused with it.
 
 Nothing is imported here but torch and the reference: no Triton, no compiled library.
 """
@@ -60,8 +67,10 @@ _SCHEMAS = {
     "core_grad_dense": "(Tensor grad, Tensor lateral_hat, Tensor horizontal_hat) -> Tensor",
     "core_grad_tokens": (
         "(Tensor x, Tensor? grad_y, Tensor lateral_hat, Tensor? horizontal_hat, int n3,"
-        " int slice_index, int slices, Tensor? adapter_ids=None, SymInt adapters=1) -> Tensor"
+        " int slice_index, int slices, Tensor? adapter_ids=None, SymInt adapters=1,"
+        " bool packed=False) -> Tensor"
     ),
+    "core_of_packed": "(Tensor packed, float scale) -> Tensor",
     "cur_linear": (
         "(Tensor x, Tensor? weight, Tensor? bias, Tensor lateral_hat, Tensor horizontal_hat,"
         " Tensor core, int slice_index, int slices, float scale, bool materialized,"
@@ -129,10 +138,15 @@ def _core_grad_tokens_fake(
     slices: int,
     adapter_ids: Tensor | None = None,
     adapters: int = 1,
+    packed: bool = False,
 ) -> Tensor:
     rank = lateral_hat.shape[1] // n3
     shape = (n3, rank, rank) if adapter_ids is None else (adapters, n3, rank, rank)
     return lateral_hat.new_empty(shape, dtype=_compute_dtype(lateral_hat))
+
+
+def _core_of_packed_fake(packed: Tensor, scale: float) -> Tensor:
+    return packed.new_empty(packed.shape[1:])
 
 
 def _cur_linear_fake(
@@ -221,13 +235,20 @@ def _core_grad_tokens_reference(
     slices: int,
     adapter_ids: Tensor | None = None,
     adapters: int = 1,
+    packed: bool = False,
 ) -> Tensor:
+    if packed and adapter_ids is not None:
+        raise RuntimeError("tcur: adapter_ids goes without packed gradients")
     spectra = _spectra(lateral_hat, horizontal_hat, n3)
     if grad_y is None:
         _refuse_with_ids(adapter_ids, "a dense gradient")
         grad_y = _identity(lateral_hat.shape[0], x)
     where = (n3, slice_index, slices)
-    return reference.core_grad_tokens(x, grad_y, *spectra, *where, adapter_ids, adapters)
+    return reference.core_grad_tokens(x, grad_y, *spectra, *where, adapter_ids, adapters, packed)
+
+
+def _core_of_packed_reference(packed: Tensor, scale: float) -> Tensor:
+    return reference.core_of_packed(packed, scale)
 
 
 def _cur_linear_reference(
@@ -301,12 +322,14 @@ def _register_core_grad_dense_autograd(language: str) -> None:
 
 def _register_core_grad_tokens_autograd(language: str) -> None:
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, grad_y, lateral_hat, horizontal_hat, _, slice_index, slices, adapter_ids, _ = inputs
+        x, grad_y, lateral_hat, horizontal_hat, _, *where, adapter_ids, _, ctx.packed = inputs
         ctx.save_for_backward(x, grad_y, lateral_hat, horizontal_hat, adapter_ids)
-        ctx.where = (slice_index, slices)
+        ctx.where = where
         ctx.dtype = None if grad_y is None else grad_y.dtype
 
     def backward(ctx: Any, grad_core: Tensor) -> tuple[Any, ...]:
+        if ctx.packed:
+            raise _no_derivative()
         x, grad_y, lateral_hat, horizontal_hat, adapter_ids = ctx.saved_tensors
         if horizontal_hat is None:
             horizontal_hat = _identity(lateral_hat.shape[1], lateral_hat)
@@ -321,7 +344,7 @@ def _register_core_grad_tokens_autograd(language: str) -> None:
 
         grad_x = apply(grad_y, True).to(x.dtype) if ctx.needs_input_grad[0] else None
         grad_grad_y = apply(x, False).to(ctx.dtype) if ctx.needs_input_grad[1] else None
-        return (grad_x, grad_grad_y, *[None] * 7)
+        return (grad_x, grad_grad_y, *[None] * 8)
 
     torch.library.register_autograd(
         _qualified("core_grad_tokens", language),
@@ -329,6 +352,19 @@ def _register_core_grad_tokens_autograd(language: str) -> None:
         setup_context=setup_context,
         lib=_library,
     )
+
+
+def _no_derivative() -> RuntimeError:
+    return RuntimeError(
+        "tcur: packed gradients cannot be differentiated; core_grad_tokens with packed=False can"
+    )
+
+
+def _register_core_of_packed_autograd(language: str) -> None:
+    def backward(ctx: Any, grad_core: Tensor) -> tuple[Any, ...]:
+        raise _no_derivative()
+
+    torch.library.register_autograd(_qualified("core_of_packed", language), backward, lib=_library)
 
 
 def core_gradient(
@@ -343,10 +379,15 @@ def core_gradient(
     slices: int,
     dense: bool,
     adapter_ids: Tensor | None,
+    packed: bool = False,
 ) -> Tensor:
-    """The gradient of ``core`` by a layer of scale 1: from z, from x, or ``dense`` from dyᵀx."""
-    where = (core.shape[-3], slice_index, slices)
-    ids = (adapter_ids, 1 if adapter_ids is None else core.shape[0])
+    """The gradient of ``core`` by a layer of scale 1: from z, from x, or ``dense`` from dyᵀx.
+
+    ``packed``: what of it `core_grad_tokens` returns then.
+    """
+    n3, first = core.shape[-3], slice_index
+    where = (n3, first, slices)
+    ids = (adapter_ids, 1 if adapter_ids is None else core.shape[0], packed)
     grad: Tensor
     if z is not None:
         grad = core_grad_tokens(z, grad_y, lateral_hat, None, *where, *ids)
@@ -355,12 +396,11 @@ def core_gradient(
     if not dense:
         grad = core_grad_tokens(x, grad_y, lateral_hat, horizontal_hat, *where, *ids)
         return grad
-    n3, first, _ = where
     count = math.prod(x.shape[:-1])
     tokens, grads = (t.reshape(count, t.shape[-1]) for t in (x, grad_y))
     each = (grads.mT @ tokens).unflatten(0, (slices, -1))
     parts = [
-        core_grad_tokens(each[s], None, lateral_hat, horizontal_hat, n3, first + s, 1)
+        core_grad_tokens(each[s], None, lateral_hat, horizontal_hat, n3, first + s, 1, *ids)
         for s in range(slices)
     ]
     return parts[0] if slices == 1 else torch.stack(parts).sum(0)
@@ -448,6 +488,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "materialize": _materialize_fake,
     "core_grad_dense": _core_grad_dense_fake,
     "core_grad_tokens": _core_grad_tokens_fake,
+    "core_of_packed": _core_of_packed_fake,
     "cur_linear": _cur_linear_fake,
     "materialize_out": lambda *args, **kwargs: None,
 }
@@ -455,12 +496,14 @@ _REFERENCE: dict[str, Callable[..., Any]] = {
     "materialize": _materialize_reference,
     "core_grad_dense": _core_grad_dense_reference,
     "core_grad_tokens": _core_grad_tokens_reference,
+    "core_of_packed": _core_of_packed_reference,
     "cur_linear": _cur_linear_reference,
 }
 _AUTOGRAD: dict[str, Callable[[str], None]] = {
     "materialize": _register_materialize_autograd,
     "core_grad_dense": _register_core_grad_dense_autograd,
     "core_grad_tokens": _register_core_grad_tokens_autograd,
+    "core_of_packed": _register_core_of_packed_autograd,
     "cur_linear": _register_cur_linear_autograd,
 }
 

@@ -88,6 +88,7 @@ def core_grad_tokens(
     slices: int = 1,
     adapter_ids: Tensor | None = None,
     adapters: int = 1,
+    packed: bool = False,
 ) -> Tensor:
     """Gradient of the core of ``y = x (C*U*R)_lᵀ`` from tokens, without any n1 x n2 gradient.
 
@@ -95,6 +96,8 @@ def core_grad_tokens(
     slices from ``slice_index`` on. With z_k = x R̂_kᴴ and p_k = dy conj(Ĉ_k), slice l adds
     e^{-2πikl/n3} p_kᵀ z_k to ∂Û_k. With ``adapter_ids`` (see `slice_update`) each of the
     ``adapters`` cores gets the sum over its own tokens: [adapters, n3, r, r].
+
+    ``packed``: ∂Û itself, as `pack` orders it, [n3, r, r]; `core_of_packed` goes on from there.
     """
     n1 = lateral_hat.shape[1]
     tokens = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).to(lateral_hat.dtype)
@@ -104,11 +107,18 @@ def core_grad_tokens(
     for s in range(slices):
         p = _rows(grads[:, s] @ lateral_hat.conj(), adapter_ids)
         core_hat = core_hat + _phases(lateral_hat, n3, -(slice_index + s)) * (p.mT @ z)
+    if packed:
+        return pack(core_hat[:, 0], n3)
     if adapter_ids is None:
         return from_half_spectrum(core_hat[:, 0], n3)
     own = core_hat.new_zeros(core_hat.shape[0], adapters, *core_hat.shape[2:])
     own = own.index_add(1, adapter_ids, core_hat)
     return from_half_spectrum(own, n3).movedim(1, 0).contiguous()
+
+
+def core_of_packed(packed: Tensor, scale: float) -> Tensor:
+    """scale times the core whose packed half spectrum is the sum of ``packed`` [m, n3, r, r]."""
+    return scale * from_half_spectrum(unpack(packed.sum(0)), packed.shape[1])
 
 
 def cur_linear(

@@ -148,6 +148,10 @@ def on_tokens(case, adapters=20):
     slices = min(2, n3)
     x, grad_y = torch.randn(40, n2), torch.randn(40, slices * n1)
     found = [operator("core_grad_tokens")(x, grad_y, *case.packed, n3, 0, slices)]
+    how = (n3, 0, slices, None, 1, True)
+    found.append(operator("core_grad_tokens")(x, grad_y, *case.packed, *how))
+    parts = torch.randn(7, *case.core.shape)
+    found.append(operator("core_of_packed")(parts, 0.5))
     args = (case.core, 0, slices, 0.5, False)
     found.append(operator("cur_linear")(x, None, None, *case.packed, *args, False))
     found.append(operator("cur_linear")(grad_y, None, None, *case.packed, *args, True))

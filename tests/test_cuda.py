@@ -11,7 +11,10 @@ import tcur_kernels as tcur
 from cases import make_case
 from tcur_kernels import _native, cost, functional
 
-NAMES = ("materialize", "materialize_out", "core_grad_dense", "core_grad_tokens", "cur_linear")
+NAMES = (
+    "materialize", "materialize_out", "core_grad_dense", "core_grad_tokens", "core_of_packed",
+    "cur_linear",
+)  # fmt: skip
 
 built = pytest.mark.skipif(_native.cuda_error() == "no _cuda.so", reason="built without nvcc")
 

@@ -198,16 +198,31 @@ def test_core_grad_dense_dtypes(dtype, n3):
 
 @pytest.mark.parametrize("n3", N3)
 @pytest.mark.parametrize(("tokens", "slices"), [((1,), 1), ((3, 5), 3), ((600,), 2), ((0,), 1)])
-def test_core_grad_tokens(n3, tokens, slices):
+@pytest.mark.parametrize("packed", [False, True])
+def test_core_grad_tokens(n3, tokens, slices, packed):
     slices = min(slices, n3)
     case = make_case(n3, 6, 9, 3)
     x, grad_y = torch.randn(*tokens, 9), torch.randn(*tokens, slices * 6)
-    args = (n3, (n3 - slices) // 2, slices)
+    args = (n3, (n3 - slices) // 2, slices, None, 1, packed)
     exact = reference.core_grad_tokens(x.double(), grad_y.double(), *case.double().spectra, *args)
     same = reference.core_grad_tokens(x, grad_y, *case.spectra, *args)
     actual = operator("core_grad_tokens")(x, grad_y, *case.packed, *args)
     assert actual.is_contiguous()
     assert_close(actual, same, exact)
+
+
+@pytest.mark.parametrize("n3", [*N3, 127, 600])
+@pytest.mark.parametrize("count", [0, 1, 48])
+@pytest.mark.parametrize("rank", [1, 3, 8])
+def test_core_of_packed(n3, count, rank):
+    packed = torch.randn(count, n3, rank, rank)
+    exact = reference.core_of_packed(packed.double(), 0.7)
+    same = reference.core_of_packed(packed, 0.7)
+    for precision in ("ieee", "tf32"):
+        actual = operator("core_of_packed", precision)(packed, 0.7)
+        assert actual.is_contiguous()
+        assert_close(actual, same, exact)
+    assert_close(operator("core_of_packed")(shifted(packed), 0.7), same, exact)
 
 
 @pytest.mark.parametrize("n3", [1, 12])
@@ -387,9 +402,11 @@ def test_long_sums_over_tokens():
     """Several parts for every group of threads that adds them up, and several tokens a thread."""
     case = make_case(12, 8, 8, 8)
     x, grad_y = torch.randn(5000, 8), torch.randn(5000, 8)
-    exact = reference.core_grad_tokens(x.double(), grad_y.double(), *case.double().spectra, 12, 5)
-    same = reference.core_grad_tokens(x, grad_y, *case.spectra, 12, 5)
-    assert_close(operator("core_grad_tokens")(x, grad_y, *case.packed, 12, 5, 1), same, exact)
+    for packed in (False, True):
+        args, wide = (12, 5, 1, None, 1, packed), case.double().spectra
+        exact = reference.core_grad_tokens(x.double(), grad_y.double(), *wide, *args)
+        same = reference.core_grad_tokens(x, grad_y, *case.spectra, *args)
+        assert_close(operator("core_grad_tokens")(x, grad_y, *case.packed, *args), same, exact)
 
 
 @pytest.mark.parametrize(
@@ -493,6 +510,9 @@ def test_opcheck(permuted):
     check("materialize_out", weights, *factors, core.detach(), 0.5, out=out)
     check("core_grad_dense", lay_out(torch.randn(5, 6, 9)).requires_grad_(), *factors)
     check("core_grad_tokens", x.requires_grad_(), grad_y.requires_grad_(), *factors, 5, 2, 2)
+    tokens = (x.detach(), grad_y.detach())  # packed there is no derivative
+    check("core_grad_tokens", *tokens, *factors, 5, 2, 2, None, 1, True)
+    check("core_of_packed", lay_out(torch.randn(3, 5, 2, 2)), 0.7)
     weight = torch.cat(weights[2:4])
     check("cur_linear", x, weight, torch.randn(12), *factors, core, 2, 2, 0.5, False, False)
     check("cur_linear", grad_y, weight, None, *factors, core, 2, 2, 0.5, False, True)
@@ -507,6 +527,15 @@ def test_what_the_kernels_cannot_do_is_refused():
     with pytest.raises(RuntimeError, match="at most 2048 slices, got 2049"):
         operator("materialize")([], *case.packed, case.core, 1.0, torch.float32)
     case = make_case(4, 6, 9, 2)
+    with pytest.raises(RuntimeError, match=r"packed must be \[m, n3, rank, rank\]"):
+        operator("core_of_packed")(case.core, 1.0)
+    with pytest.raises(RuntimeError, match="packed must be fp32, bf16 or fp16 for CUDA"):
+        operator("core_of_packed")(case.core[None].double(), 1.0)
+    with pytest.raises(RuntimeError, match="packed has an unexpected dtype"):
+        operator("core_of_packed")(case.core[None].half(), 1.0)
+    tokens, ids = (torch.ones(2, 9), torch.ones(2, 6)), torch.zeros(2, dtype=torch.int64)
+    with pytest.raises(RuntimeError, match="adapter_ids goes without packed gradients"):
+        operator("core_grad_tokens")(*tokens, *case.packed, 4, 0, 1, ids, 1, True)
     with pytest.raises(RuntimeError, match="core has an unexpected shape"):
         operator("materialize")([], *case.packed, case.core[:, :1], 1.0, torch.float32)
     with pytest.raises(RuntimeError, match="weights has an unexpected shape"):

@@ -103,6 +103,14 @@ def test_gradients_of_the_core(device, backend, stack):
     op = ops.operator("core_grad_tokens", language(backend))
     grad = op(x.to(device), grad_y.to(device), *factors.packed(), *args)
     assert_close(grad.cpu(), same, exact)
+    packed = op(x.to(device), grad_y.to(device), *factors.packed(), *args, None, 1, True)
+    args = (*args, None, 1, True)
+    exact = reference.core_grad_tokens(x.double(), grad_y.double(), *stack.double().spectra, *args)
+    assert_close(packed.cpu(), reference.core_grad_tokens(x, grad_y, *stack.spectra, *args), exact)
+    several = torch.randn(48, *stack.core.shape)
+    core = ops.operator("core_of_packed", language(backend))(several.to(device), 0.7)
+    exact = reference.core_of_packed(several.double(), 0.7)
+    assert_close(core.cpu(), reference.core_of_packed(several, 0.7), exact)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -46,6 +46,16 @@ def test_every_variant_is_right(isa, n3, dtype):
     tokens = torch.ops.tcur.core_grad_tokens(x, grad_y, *case.packed, n3, n3 - 1, 1)
     assert_close(tokens, same, exact)
 
+    args = (n3, n3 - 1, 1, None, 1, True)
+    packed = torch.ops.tcur.core_grad_tokens(x, grad_y, *case.packed, *args)
+    same = reference.core_grad_tokens(x, grad_y, *case.spectra, *args)
+    tokens = (x.double(), grad_y.double())
+    assert_close(packed, same, reference.core_grad_tokens(*tokens, *case.double().spectra, *args))
+    parts = torch.randn(3, n3, 5, 5, dtype=dtype)
+    exact = reference.core_of_packed(parts.double(), 0.7)
+    same = reference.core_of_packed(parts, 0.7)
+    assert_close(torch.ops.tcur.core_of_packed(parts, 0.7), same, exact)
+
     args = (case.core, n3 - 1, 1, 0.5)
     y = torch.ops.tcur.cur_linear(x, None, None, *case.packed, *args, False, False)
     exact_args = (case.double().core, n3 - 1, 1, 0.5)

@@ -118,17 +118,71 @@ def test_core_grad_dense_dtypes(language, dtype):
 @LANGUAGES
 @pytest.mark.parametrize("n3", N3)
 @pytest.mark.parametrize(("tokens", "slices"), [((1,), 1), ((3, 5), 3), ((600,), 2), ((0,), 1)])
-def test_core_grad_tokens(language, n3, tokens, slices):
+@pytest.mark.parametrize("packed", [False, True])
+def test_core_grad_tokens(language, n3, tokens, slices, packed):
     slices = min(slices, n3)
     first = (n3 - slices) // 2
     case = make_case(n3, 6, 9, 3)
     x, grad_y = torch.randn(*tokens, 9), torch.randn(*tokens, slices * 6)
-    args = (n3, first, slices)
+    args = (n3, first, slices, None, 1, packed)
     exact = reference.core_grad_tokens(x.double(), grad_y.double(), *case.double().spectra, *args)
     torch_same = reference.core_grad_tokens(x, grad_y, *case.spectra, *args)
     actual = ops.operator("core_grad_tokens", language)(x, grad_y, *case.packed, *args)
     assert actual.is_contiguous()
     assert_close(actual, torch_same, exact)
+
+
+@LANGUAGES
+@pytest.mark.parametrize("n3", N3)
+@pytest.mark.parametrize("count", [0, 1, 48])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_core_of_packed(language, n3, count, dtype):
+    packed = torch.randn(count, n3, 3, 3, dtype=dtype)
+    actual = ops.operator("core_of_packed", language)(packed, 0.7)
+    assert actual.is_contiguous()
+    assert actual.dtype == dtype
+    same = reference.core_of_packed(packed, 0.7)
+    assert_close(actual, same, reference.core_of_packed(packed.double(), 0.7))
+    wide = packed.double().mT.contiguous().mT[:, :, ::2]  # strided
+    strided = ops.operator("core_of_packed", language)(wide[..., ::2], 0.7)
+    exact = reference.core_of_packed(packed.double()[:, :, ::2, ::2].contiguous(), 0.7)
+    assert_equal_in_float64(strided, exact)
+
+
+@LANGUAGES
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("n3", [1, 5, 12])
+def test_packed_gradients_end_as_the_gradient_does(language, dtype, n3):
+    """Of all slices, added up and transformed once: the sum of the gradients."""
+    case = make_case(n3, 6, 9, 3, torch.promote_types(dtype, torch.float32))
+    hats = [hat.to(dtype) for hat in case.packed]  # bf16: projections in that precision
+    op = ops.operator("core_grad_tokens", language)
+    tokens = [[torch.randn(2, 20, n).to(dtype) for n in (9, 6)] for _ in range(n3)]
+    packed = [op(*each, *hats, n3, i, 1, None, 1, True) for i, each in enumerate(tokens)]
+    actual = ops.operator("core_of_packed", language)(torch.stack(packed), 0.7)
+    assert actual.dtype == torch.promote_types(dtype, torch.float32)
+
+    def summed(wide, spectra):
+        each = [reference.core_grad_tokens(*wide(t), *spectra, n3, i) for i, t in enumerate(tokens)]
+        return 0.7 * torch.stack(each).sum(0)
+
+    exact = summed(lambda t: [each.double() for each in t], case.double().spectra)
+    if dtype == torch.bfloat16:
+        assert relative_error(actual, exact) <= PROMISE["bf16"]
+    else:
+        assert_composition_close(actual, lambda: summed(lambda t: t, case.spectra), exact)
+
+
+@LANGUAGES
+def test_packed_gradients_have_no_derivative_and_say_so(language):
+    case = make_case(5, 6, 9, 2)
+    x, packed = torch.randn(7, 9, requires_grad=True), torch.randn(3, 5, 2, 2, requires_grad=True)
+    op = ops.operator("core_grad_tokens", language)
+    part = op(x, torch.randn(7, 6), *case.packed, 5, 1, 1, None, 1, True)
+    core = ops.operator("core_of_packed", language)(packed, 0.7)
+    for result in (part, core):
+        with pytest.raises(RuntimeError, match="packed gradients cannot be differentiated"):
+            result.sum().backward()
 
 
 @LANGUAGES
@@ -278,7 +332,7 @@ def test_materialized_linear_is_the_plain_one(language):
 @LANGUAGES
 @pytest.mark.parametrize("n3", [1, 2, 5])
 def test_derivatives(language, n3):
-    """First and second derivatives: the four operators are closed under differentiation."""
+    """First and second derivatives: the operators are closed under differentiation."""
     case = make_case(n3, 3, 4, 2, torch.float64)
     core = case.core.clone().requires_grad_()
     x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
@@ -337,6 +391,9 @@ def test_opcheck(language, dense):
     check("cur_linear", x, weight, None, *factors, core, 2, 2, 0.5, True, False, z)
     check("core_grad_tokens", z, grad_y, factors[0], None, 5, 2, 2)
     check("core_grad_tokens", torch.randn(6, 9), None, *factors, 5, 2, 1)
+    tokens = (x.detach(), grad_y.detach())  # packed there is no derivative
+    check("core_grad_tokens", *tokens, *factors, 5, 2, 2, None, 1, True)
+    check("core_of_packed", lay_out(torch.randn(3, 5, 2, 2)), 0.7)
 
 
 @LANGUAGES
@@ -428,6 +485,14 @@ def test_compiled_operators_check_their_shapes():
         ),
         "slice_index": lambda: torch.ops.tcur.core_grad_tokens(
             torch.ones(2, 9), torch.ones(2, 6), lateral_hat, horizontal_hat, 4, 4, 1
+        ),
+        "without packed gradients": lambda: torch.ops.tcur.core_grad_tokens(
+            torch.ones(2, 9), torch.ones(2, 6), lateral_hat, horizontal_hat, 4, 0, 1,
+            torch.zeros(2, dtype=torch.int64), 1, True,
+        ),
+        "packed must be .m": lambda: torch.ops.tcur.core_of_packed(torch.ones(2, 4, 2, 3), 1.0),
+        "packed must be fp32": lambda: torch.ops.tcur.core_of_packed(
+            torch.ones(2, 4, 2, 2).bfloat16(), 1.0
         ),
         "same tokens": lambda: torch.ops.tcur.core_grad_tokens(
             torch.ones(2, 9), torch.ones(3, 6), lateral_hat, horizontal_hat, 4, 0, 1

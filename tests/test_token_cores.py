@@ -254,6 +254,8 @@ def test_operators_refuse_what_has_one_core(language):
         )
     with pytest.raises(RuntimeError, match=r"adapter_ids goes .*without a dense gradient"):
         grad(torch.randn(6, 9), None, *case.packed, 4, 0, 1, ids, 5)
+    with pytest.raises(RuntimeError, match="adapter_ids goes without packed gradients"):
+        grad(x, torch.randn(2, 6), *case.packed, 4, 0, 1, ids, 5, True)
 
 
 def test_compiled_operators_check_their_ids():

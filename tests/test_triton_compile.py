@@ -24,6 +24,7 @@ from tcur_kernels.triton import (
     blocks,
     core_grad_dense,
     core_grad_tokens,
+    core_of_packed,
     cur_linear,
     launch,
     materialize,
@@ -102,8 +103,10 @@ def launches_of(arch, precision, n3, rank, dtype, n1=768, n2=1024):
             materialize.run(weights, *packed, core, 0.5, w_eff, precision)
         core_grad_dense.run(w_eff, *packed, precision)
         args = (x, y, *packed, n3, 0, 1)
-        core_grad_tokens.run(*args, None, 1, precision)
-        core_grad_tokens.run(*args, ids, 4, precision)
+        core_grad_tokens.run(*args, None, 1, False, precision)
+        core_grad_tokens.run(*args, None, 1, True, precision)
+        core_grad_tokens.run(*args, ids, 4, False, precision)
+        core_of_packed.run(cores, 0.5)
         for transposed in (False, True):
             args = (y if transposed else x, weight, None, *packed)
             how = (0, 1, 0.5, False, transposed, None)
@@ -286,11 +289,13 @@ def test_every_launch_is_made_on_the_device_of_its_tensors(monkeypatch):
         for given in ([case.weight], weights):
             ops.operator("materialize", "triton")(given, *packed, core, 0.5, torch.float32)
         ops.operator("core_grad_dense", "triton")(case.weight, *packed)
-        ops.operator("core_grad_tokens", "triton")(x, y, *packed, 5, 0, 1)
+        for is_packed in (False, True):
+            ops.operator("core_grad_tokens", "triton")(x, y, *packed, 5, 0, 1, None, 1, is_packed)
+        ops.operator("core_of_packed", "triton")(core[None], 0.5)
         args = (x, weights[0], None, *packed, core, 0, 1, 0.5, False, False)
         ops.operator("cur_linear", "triton")(*args)
 
-    assert len(record("sm_90", calls, Guarded())) == 2 + 2 + 3 + 4 + 4
+    assert len(record("sm_90", calls, Guarded())) == 2 + 2 + 3 + 4 + 4 + 1 + 4
     assert not current
 
 

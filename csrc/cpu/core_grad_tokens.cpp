@@ -4,7 +4,7 @@
 // No R̂: x is z already. No dy: the tokens are the rows of G = dyᵀx, and p = Ĉ.
 // For a pair of planes the block is [[rr, ri], [ir, ii]], and slice l adds
 // e^{-2πikl/n3} ((rr - ii) - i (ri + ir)) to ∂Û_k. With adapter_ids the tokens of each core are
-// summed for themselves.
+// summed for themselves. Packed: ∂Û itself, which is not transformed back.
 #include "token_cores.h"
 
 namespace tcur {
@@ -56,6 +56,7 @@ void run(
     const TokenCores& cores,
     int64_t slice_index,
     int64_t slices,
+    bool packed,
     const Tensor& out) {  // [..., n3, rank, rank]
   const int64_t q = sizes.n3 * sizes.rank, core_size = q * sizes.rank;
   const Kernels<T>& k = kernels<T>();
@@ -107,7 +108,11 @@ void run(
         }
       }
       T* grad = grads + chunks[starts[i]].core * core_size;
-      core_from_spectrum(dft, core_hat.data(), sizes.rank, grad);
+      if (packed) {
+        std::copy(core_hat.begin(), core_hat.end(), grad);
+      } else {
+        core_from_spectrum(dft, core_hat.data(), sizes.rank, grad);
+      }
     }
   });
 }
@@ -121,9 +126,19 @@ Tensor core_grad_tokens(
     int64_t slice_index,
     int64_t slices,
     std::optional<Tensor> adapter_ids,
-    int64_t adapters) {
+    int64_t adapters,
+    bool packed) {
   const TokenSizes sizes = check_gradient_tokens(
-      x, grad_y, lateral_hat, horizontal_hat, n3, slice_index, slices, adapter_ids, adapters);
+      x,
+      grad_y,
+      lateral_hat,
+      horizontal_hat,
+      n3,
+      slice_index,
+      slices,
+      adapter_ids,
+      adapters,
+      packed);
   const int64_t tokens = sizes.tokens;
   const ScalarType precision = lateral_hat.scalar_type();
   Tensor z = torch::stable::reshape(x, {tokens, sizes.n2});
@@ -147,9 +162,9 @@ Tensor core_grad_tokens(
   }
   Tensor out = torch::stable::new_empty(lateral_hat, shape, compute);
   if (compute == ScalarType::Double) {
-    run<double>(sizes, p, z, cores, slice_index, slices, out);
+    run<double>(sizes, p, z, cores, slice_index, slices, packed, out);
   } else {
-    run<float>(sizes, p, z, cores, slice_index, slices, out);
+    run<float>(sizes, p, z, cores, slice_index, slices, packed, out);
   }
   return out;
 }

@@ -1,4 +1,4 @@
-// What the four operators do before and after their kernels, on the CPU side.
+// What the operators do before and after their kernels, on the CPU side.
 #pragma once
 
 #include "../check.h"

@@ -350,7 +350,7 @@ Tensor core_grad_dense(Tensor grad, Tensor lateral_hat, Tensor horizontal_hat) {
   const TokenRows z_rows{
       z.const_data_ptr(), Element::f32, sizes.n3 * sizes.rank, z.size(0) * sizes.n1};
   const TokenCores one(z_rows.rows, std::nullopt, 1);
-  core_from_products(call, p, z_rows, n3, rank, 0, 1, one, tables.tables(), out);
+  core_from_products(call, p, z_rows, n3, rank, 0, 1, one, tables.tables(), false, out);
   return out;
 }
 

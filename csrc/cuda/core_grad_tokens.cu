@@ -5,7 +5,8 @@
 // already. No dy: the tokens are the rows of G = dyᵀx, and p = Ĉ.
 //
 // Beside these products: one launch for the blocks, and one that ends their sums and transforms
-// them (spectrum.h), with adapter_ids a third one that sorts rows by core (row_order.h).
+// them (spectrum.h), with adapter_ids a third one that sorts rows by core (row_order.h). Packed,
+// the sums are all that is wanted: core_of_packed.cu transforms those of many layers at once.
 #include "products.h"
 
 namespace tcur {
@@ -20,9 +21,19 @@ Tensor core_grad_tokens(
     int64_t slice_index,
     int64_t slices,
     std::optional<Tensor> adapter_ids,
-    int64_t adapters) {
+    int64_t adapters,
+    bool packed) {
   const TokenSizes sizes = check_gradient_tokens(
-      x, grad_y, lateral_hat, horizontal_hat, n3, slice_index, slices, adapter_ids, adapters);
+      x,
+      grad_y,
+      lateral_hat,
+      horizontal_hat,
+      n3,
+      slice_index,
+      slices,
+      adapter_ids,
+      adapters,
+      packed);
   const Call call(lateral_hat);
   call.check("x", x);
   call.check("lateral_hat", lateral_hat);
@@ -65,6 +76,7 @@ Tensor core_grad_tokens(
       slices,
       cores,
       tables.tables(),
+      packed,
       out);
   return out;
 }

@@ -165,6 +165,7 @@ void core_from_products(
     int64_t slices,
     const TokenCores& cores,
     const Tables& tables,
+    bool packed,
     const Tensor& out) {
   STD_TORCH_CHECK(
       p.element == Element::bf16 || (p.element == Element::f32 && z.element == Element::f32),
@@ -197,6 +198,12 @@ void core_from_products(
         call.stream(),
         args);
   }
+  if (packed) {
+    const PackedArgs last{
+        parts.const_data_ptr<float>(), grid.chunks, out.numel(), out.mutable_data_ptr<float>()};
+    sum_packed(last, call.stream());
+    return;
+  }
   const CoreArgs last{
       parts.const_data_ptr<float>(),
       cores.rows,
@@ -205,6 +212,7 @@ void core_from_products(
       cores.cores(),
       rank,
       out.mutable_data_ptr<float>(),
+      1.0,
       tables};
   make_core(last, call.stream());
 }

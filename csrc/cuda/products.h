@@ -13,8 +13,9 @@ struct TokenRows {
   int64_t stride, rows;
 };
 
-// p: [tokens, slices*q], z: [tokens, q], q = n3*rank. out: [cores, n3, rank, rank].
-// z in bf16 goes with p in bf16.
+// p: [tokens, slices*q], z: [tokens, q], q = n3*rank. out: [cores, n3, rank, rank], the gradients
+// of the cores; packed, with one core alone: ∂Û, not transformed back. z in bf16 goes with p in
+// bf16.
 void core_from_products(
     const Call& call,
     const TokenRows& p,
@@ -25,6 +26,7 @@ void core_from_products(
     int64_t slices,
     const TokenCores& cores,
     const Tables& tables,
+    bool packed,
     const Tensor& out);
 
 }  // namespace tcur

@@ -8,6 +8,9 @@
 // thread forms L lines of an entry; with L = 4 a number that it reads is used four times, which
 // makes 8 fp64 multiplications per 8 reads: 4096 cores of 48 slices at rank 8 are 1.3e9 of them in
 // both sums, 40 µs of a GPU with 132 multiprocessors of 64 a cycle.
+//
+// Where parts are only added up, and not transformed, a block takes some of their numbers, 128
+// where there are 16 parts or more: 24 blocks for 48 slices at rank 8.
 // Planned: 512 threads, up to 64 registers, 2 blocks per multiprocessor.
 #include "spectrum.h"
 
@@ -261,6 +264,53 @@ core_kernel(const TCUR_PARAMETER CoreBlock block) {
   });
 }
 
+struct PackedBlock {
+  PackedArgs args;
+  int groups, columns;  // threads that share the parts of the same W numbers; of them a block's
+};
+
+template <int W>
+TCUR_KERNEL(kThreads, 2)
+packed_kernel(const TCUR_PARAMETER PackedBlock block) {
+  const PackedArgs& args = block.args;
+  const int groups = block.groups, columns = block.columns, width = columns * W;
+  const int64_t begin = static_cast<int64_t>(blockIdx.x) * width;
+  double* sums = shared_memory<double>();  // [groups, width]
+  const int group = threadIdx.x / columns, at = (threadIdx.x - group * columns) * W;
+  if (group < groups) {
+    double sum[W] = {};
+    const int64_t last = begin + at < args.size ? args.count : 0;
+    for (int64_t part = group; part < last; part += BATCH * groups) {
+      float values[BATCH][W] = {};
+#pragma unroll
+      for (int u = 0; u < BATCH; ++u) {
+        if (part + u * groups < last) {
+          load_entries<W>(args.parts + (part + u * groups) * args.size + begin + at, values[u]);
+        }
+      }
+#pragma unroll
+      for (int u = 0; u < BATCH; ++u) {
+#pragma unroll
+        for (int w = 0; w < W; ++w) {
+          sum[w] += values[u][w];
+        }
+      }
+    }
+#pragma unroll
+    for (int w = 0; w < W; ++w) {
+      sums[group * width + at + w] = sum[w];
+    }
+  }
+  __syncthreads();
+  for (int i = threadIdx.x; i < width && begin + i < args.size; i += kThreads) {
+    double sum = sums[i];
+    for (int other = 1; other < groups; ++other) {
+      sum += sums[other * width + i];
+    }
+    args.packed[begin + i] = static_cast<float>(sum);
+  }
+}
+
 // By the shape alone: a sum must not depend on the device.
 Entries choose_entries(int64_t cores, int n3, int rank) {
   constexpr int64_t enough = 264;
@@ -278,6 +328,10 @@ int64_t shared_bytes(const Entries& entries, int n3, int groups) {
   return n3 * static_cast<int64_t>(sizeof(double2)) +
          (static_cast<int64_t>(groups) * n3 << entries.log_count) *
              static_cast<int64_t>(sizeof(double));
+}
+
+bool starts_at_vector(const float* data) {
+  return reinterpret_cast<uintptr_t>(data) % sizeof(float4) == 0;
 }
 
 // Whether threads have several lines to form anyway.
@@ -388,7 +442,7 @@ void make_core(const CoreArgs& args, Stream stream) {
     return;
   }
   // As many threads for the parts as there are, where a core may have several parts.
-  const bool by_four = entries.log_count >= 2 && args.rank % 2 == 0;
+  const bool by_four = entries.log_count >= 2 && args.rank % 2 == 0 && starts_at_vector(args.parts);
   const int columns = n3 << (by_four ? entries.log_count - 2 : entries.log_count);
   const int64_t parts = std::max<int64_t>(1, args.rows * args.parts_per_row / args.cores);
   int groups = static_cast<int>(std::clamp<int64_t>(kThreads / columns, 1, parts));
@@ -403,7 +457,21 @@ void make_core(const CoreArgs& args, Stream stream) {
       kThreads,
       shared_bytes(entries, n3, groups),
       stream,
-      CoreBlock{args, entries, 1.0 / n3, groups});
+      CoreBlock{args, entries, args.scale / n3, groups});
+}
+
+void sum_packed(const PackedArgs& args, Stream stream) {
+  const int groups = static_cast<int>(std::clamp<int64_t>(args.count, 1, 16));
+  const int columns = kThreads / groups;
+  const bool by_four = args.size % 4 == 0 && starts_at_vector(args.parts);
+  const int64_t width = columns * (by_four ? 4 : 1);
+  launch(
+      by_four ? packed_kernel<4> : packed_kernel<1>,
+      (args.size + width - 1) / width,
+      kThreads,
+      groups * width * static_cast<int64_t>(sizeof(double)),
+      stream,
+      PackedBlock{args, groups, columns});
 }
 
 }  // namespace tcur

@@ -59,10 +59,19 @@ struct CoreArgs {
   RowOrder order;  // null: all rows belong to core 0
   int64_t cores;
   int rank;
-  float* core;  // [cores, n3, rank, rank]
+  float* core;  // [cores, n3, rank, rank], scale times the inverse transform of the sums
+  double scale;
   Tables tables;
 };
 
 void make_core(const CoreArgs& args, Stream stream);
+
+struct PackedArgs {
+  const float* parts;  // [count, size], of packed ∂Û
+  int64_t count, size;
+  float* packed;  // [size], their sum in order, not transformed
+};
+
+void sum_packed(const PackedArgs& args, Stream stream);
 
 }  // namespace tcur

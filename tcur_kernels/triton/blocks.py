@@ -4,7 +4,8 @@ Both gradients end in ∂Û_k = Σ_rows (L_re - i L_im)ᵀ (R_re - i R_im): for 
 R = x R̂ᵀ, for a dense gradient L = Ĉ and R = its transform times R̂ᵀ. Of LᵀR, which has q x q
 numbers, only the blocks of 2r x 2r on the diagonal are formed. Rows are cut into blocks by shape
 alone, every block writes its own partial sum and a second kernel adds them in order: no atomics,
-the same bits at every run.
+the same bits at every run. It transforms them, too, or else leaves ∂Û packed: those of a stack's
+layers are added up, and transformed, together.
 """
 
 from __future__ import annotations
@@ -90,7 +91,7 @@ def core_of_partials_kernel(
     partial_ptr,  # [blocks, n3, r * r]
     ids_ptr,  # [groups] int64, where IDS: the core that a group belongs to
     core_ptr,  # [cores, n3, r * r] out
-    blocks, blocks_of_group, n3, square,
+    scale, blocks, blocks_of_group, n3, square,
     SLICES: tl.constexpr, PLANES: tl.constexpr, COLS: tl.constexpr, IDS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -119,7 +120,25 @@ def core_of_partials_kernel(
         core = dot(table, total, core, PRECISION)
     mask = (l < n3)[:, None] & (e < square)[None, :]
     at = (which.to(tl.int64) * n3 + l)[:, None] * square + e[None, :]
-    tl.store(core_ptr + at, core, mask=mask)
+    tl.store(core_ptr + at, scale * core, mask=mask)
+
+
+@triton.jit
+def sum_of_partials_kernel(
+    partial_ptr,  # [blocks, size]
+    packed_ptr,  # [size] out
+    blocks, size,
+    ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """Adds the partial sums, ROWS of them at a time."""
+    e = tl.program_id(0) * COLS + tl.arange(0, COLS)
+    total = tl.zeros([ROWS, COLS], tl.float32)
+    for first in range(0, blocks, ROWS):
+        block = first + tl.arange(0, ROWS)
+        mask = (block < blocks)[:, None] & (e < size)[None, :]
+        at = block[:, None].to(tl.int64) * size + e[None, :]
+        total += tl.load(partial_ptr + at, mask=mask, other=0.0)
+    tl.store(packed_ptr + e, tl.sum(total, axis=0), mask=e < size)
 
 
 def core_gradient(
@@ -133,15 +152,15 @@ def core_gradient(
     precision: str,
     adapter_ids: Tensor | None = None,
     adapters: int = 1,
+    packed: bool = False,
 ) -> Tensor:
     """The gradient of the core [n3, r, r], fp32, from left and right as above.
 
-    With ``adapter_ids`` rows are groups of equal length: [adapters, n3, r, r].
+    With ``adapter_ids`` rows are groups of equal length: [adapters, n3, r, r]. ``packed``: ∂Û.
     """
     groups = 1 if adapter_ids is None else adapter_ids.shape[0]
     rows = right.shape[0] // max(1, groups)
     blocks = launch.row("diagonal_blocks", arch)
-    sums = launch.row("core_of_partials", arch)
     tiles = triton.cdiv(rank, launch.PARTS)
     blocks_of_group = slices * triton.cdiv(rows, blocks.span)
     count = groups * blocks_of_group
@@ -153,16 +172,50 @@ def core_gradient(
             SPAN=blocks.span, ROWS=blocks.rows, PARTS=launch.PARTS, PRECISION=precision,
             num_warps=blocks.warps, num_stages=blocks.stages,
         )  # fmt: skip
-    square = rank * rank
-    shape = (n3, rank, rank) if adapter_ids is None else (adapters, n3, rank, rank)
-    core = partial.new_empty(shape)
-    ids = partial if adapter_ids is None else adapter_ids.contiguous()
-    grid = (adapters, triton.cdiv(n3, sums.slices), triton.cdiv(square, sums.cols))
-    if adapters:
+    if packed:
+        return _sum_of_partials(partial, arch)
+    how = (1.0, arch, precision)
+    if adapter_ids is None:
+        return core_of_partials(partial, *how)
+    return core_of_partials(partial, *how, adapter_ids.contiguous(), adapters, blocks_of_group)
+
+
+def core_of_partials(
+    partial: Tensor,  # [blocks, n3, r, r], contiguous
+    scale: float,
+    arch: str,
+    precision: str,
+    ids: Tensor | None = None,
+    cores: int = 1,
+    blocks_of_id: int = 1,
+) -> Tensor:
+    """``scale`` times the core that the sum of packed ∂Û belongs to.
+
+    With ``ids``, each for ``blocks_of_id`` of the blocks, there are several: [cores, n3, r, r].
+    """
+    blocks, n3, rank, _ = partial.shape
+    row = launch.row("core_of_partials", arch)
+    core = partial.new_empty((n3, rank, rank) if ids is None else (cores, n3, rank, rank))
+    grid = (cores, triton.cdiv(n3, row.slices), triton.cdiv(rank * rank, row.cols))
+    if cores:
         wrap_triton(core_of_partials_kernel)[grid](
-            partial, ids, core, count, blocks_of_group, n3, square,
-            SLICES=sums.slices, PLANES=sums.bins, COLS=sums.cols, IDS=adapter_ids is not None,
+            partial, partial if ids is None else ids, core,
+            scale, blocks, blocks_of_id, n3, rank * rank,
+            SLICES=row.slices, PLANES=row.bins, COLS=row.cols, IDS=ids is not None,
             PRECISION=precision,
-            num_warps=sums.warps, num_stages=sums.stages,
+            num_warps=row.warps, num_stages=row.stages,
         )  # fmt: skip
     return core
+
+
+def _sum_of_partials(partial: Tensor, arch: str) -> Tensor:
+    """[blocks, n3, r, r] -> their sum, ∂Û [n3, r, r]."""
+    row = launch.row("sum_of_partials", arch)
+    packed = partial.new_empty(partial.shape[1:])
+    size = packed.numel()
+    wrap_triton(sum_of_partials_kernel)[(triton.cdiv(size, row.cols),)](
+        partial, packed, partial.shape[0], size,
+        ROWS=row.rows, COLS=row.cols,
+        num_warps=row.warps, num_stages=row.stages,
+    )  # fmt: skip
+    return packed

@@ -27,6 +27,7 @@ def run(
     slices: int,
     adapter_ids: Tensor | None,
     adapters: int,
+    packed: bool,
     precision: str,
 ) -> Tensor:
     """Launches the kernels: the gradient of the core, [n3, r, r], or of each of the cores."""
@@ -36,6 +37,8 @@ def run(
     tokens = math.prod(x.shape[:-1])
     check_factors(lateral_hat, horizontal_hat, n3, q // n3, None)
     check_tokens(n3, slice_index, slices, tokens, adapter_ids)
+    if packed and adapter_ids is not None:
+        raise ValueError("packed: expected False with adapter_ids, got True")
     expect("x", x, [*x.shape[:-1], q if horizontal_hat is None else horizontal_hat.shape[1]])
     if grad_y is None:
         expect("x", x, [n1, x.shape[-1]])
@@ -50,4 +53,4 @@ def run(
         p = product(grad_y.reshape(tokens * slices, n1), lateral_hat, arch, precision)
     p = p.reshape(tokens, slices * q)
     where = (n3, q // n3, slice_index, slices)
-    return core_gradient(p, z.contiguous(), *where, arch, exact, adapter_ids, adapters)
+    return core_gradient(p, z.contiguous(), *where, arch, exact, adapter_ids, adapters, packed)

@@ -18,7 +18,7 @@ from torch import Tensor
 from triton.runtime.jit import JITFunction
 
 from .. import ops
-from . import core_grad_dense, core_grad_tokens, cur_linear, materialize
+from . import core_grad_dense, core_grad_tokens, core_of_packed, cur_linear, materialize
 from .products import product_kernel
 
 #: Whether kernels run in Triton's interpreter, on the CPU. Triton decides when it is imported.
@@ -86,6 +86,7 @@ def _define(language: str, precision: str) -> None:
         slices: int,
         adapter_ids: Tensor | None = None,
         adapters: int = 1,
+        packed: bool = False,
     ) -> Tensor:
         with _device_of(x):
             return core_grad_tokens.run(
@@ -98,8 +99,14 @@ def _define(language: str, precision: str) -> None:
                 slices,
                 adapter_ids,
                 adapters,
+                packed,
                 precision,
             )
+
+    @operator(qualified("core_of_packed"), mutates_args=())
+    def _core_of_packed(packed: Tensor, scale: float) -> Tensor:
+        with _device_of(packed):
+            return core_of_packed.run(packed, scale)
 
     @operator(qualified("cur_linear"), mutates_args=())
     def _cur_linear(

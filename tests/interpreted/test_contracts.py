@@ -88,6 +88,9 @@ def test_opcheck(permuted):
     check_op("core_grad_dense", lay_out(torch.randn(3, 4, 5)).requires_grad_(), *factors)
     x, grad_y = x.requires_grad_(), grad_y.requires_grad_()
     check_op("core_grad_tokens", x, grad_y, *factors, 3, 1, 2)
+    tokens = (x.detach(), grad_y.detach())  # packed there is no derivative
+    check_op("core_grad_tokens", *tokens, *factors, 3, 1, 2, None, 1, True)
+    check_op("core_of_packed", lay_out(torch.randn(3, 3, 2, 2)), 0.7)
     weight = torch.cat(weights[1:3])
     check_op("cur_linear", x, weight, torch.randn(8), *factors, core, 1, 2, 0.5, False, False)
     check_op("cur_linear", grad_y, weight, None, *factors, core, 1, 2, 0.5, False, True)
@@ -104,6 +107,7 @@ def test_inputs_may_be_strided():
     check("core_grad_dense", weight, *factors)
     x, grad_y = torch.randn(20, 7).T, torch.randn(7, 1).expand(7, 8)
     check("core_grad_tokens", x, grad_y, *factors, 6, 1, 1)
+    check("core_of_packed", torch.randn(2, 6, 2, 4)[..., ::2], 0.7)
     check("cur_linear", x, weight[1], None, *factors, core, 1, 1, 0.5, False, False)
 
 
@@ -127,6 +131,7 @@ def test_the_same_bits_at_every_run():
     for name, args in (
         ("core_grad_dense", (grad, *case.packed)),
         ("core_grad_tokens", (x, grad_y, *case.packed, 3, 1, 1)),
+        ("core_grad_tokens", (x, grad_y, *case.packed, 3, 1, 1, None, 1, True)),
     ):
         op = ops.operator(name, "triton")
         assert torch.equal(op(*args), op(*args))
@@ -147,7 +152,7 @@ def test_autocast_does_not_reach_inside():
 
 
 def test_schemas_are_those_of_the_other_languages():
-    for name in ("materialize", "core_grad_dense", "core_grad_tokens", "cur_linear"):
+    for name in ops._SCHEMAS:
         for language in ("triton", "triton_tf32"):
             ours = ops.operator(name, language)._schema.arguments
             theirs = ops.operator(name, "reference")._schema.arguments
@@ -202,6 +207,14 @@ def test_operators_check_their_shapes():
         "lateral_hat: expected float32": lambda: op.core_grad_dense_triton(
             case.weight.double(), packed[0].double(), packed[1].double()
         ),
+        "packed: expected False with adapter_ids": lambda: op.core_grad_tokens_triton(
+            x, y, *packed, 4, 0, 1, torch.zeros(2, dtype=torch.int64), 1, True
+        ),
+        r"packed: expected \[2, 4, 2, 2\]": lambda: op.core_of_packed_triton(
+            torch.ones(2, 4, 2, 3), 1.0
+        ),
+        r"packed: expected \[m, n3, r, r\]": lambda: op.core_of_packed_triton(core, 1.0),
+        "packed: expected float32": lambda: op.core_of_packed_triton(core[None].double(), 1.0),
         "adapter_ids": lambda: op.cur_linear_triton(
             x, None, None, *packed, core[None], 0, 1, 1.0, False, False, None, False,
             torch.zeros(3, dtype=torch.int64),

@@ -65,6 +65,12 @@ def run_blocks(module, n3):
 
     check("core_grad_tokens", z, grad_y, lateral_hat, None, n3, n3 - 1, 1, run=run)
 
+    def run_packed(packed, scale):
+        total = module._sum_of_partials(packed, "cpu")
+        return module.core_of_partials(total[None], scale, "cpu", "3xtf32")
+
+    check("core_of_packed", torch.randn(17, n3, 3, 3), 0.7, run=run_packed)
+
 
 def run_cur_linear(module, n3, transposed=False):
     case = make_case(n3, 18, 35, 3)
@@ -97,6 +103,8 @@ MUTATIONS = [
     (PHASE, "blocks", "(k * (slice_index + s)) % n3", "(k * s) % n3", 5),
     (CONJUGATE, "blocks", "tl.trans(-l_im), r_im", "tl.trans(l_im), r_im", 5),
     (TILE, "blocks", "tl.minimum(start + SPAN, rows)", "tl.minimum(start + 32, rows)", 5),
+    (TILE, "blocks", "range(0, blocks, ROWS)", "range(0, ROWS, ROWS)", 5),
+    (CONJUGATE, "blocks", "imag[None, :], -sin, cos", "imag[None, :], sin, cos", 5),
     # cur_linear
     (PHASE, "cur_linear", "(k * (l + n3 - m)) % n3", "(k * (n3 - m)) % n3", 5),
     (CONJUGATE, "cur_linear", "dot(-z_im, b, m_re", "dot(z_im, b, m_re", 5),

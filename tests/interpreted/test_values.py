@@ -87,13 +87,21 @@ def test_core_grad_tokens(n3, rank):
     case = make_case(n3, 20, 19, rank)
     x, grad_y = torch.randn(2, 35, 19), torch.randn(2, 35, slices * 20)
     check("core_grad_tokens", x, grad_y, *case.packed, n3, n3 - slices, slices)
+    check("core_grad_tokens", x, grad_y, *case.packed, n3, n3 - slices, slices, None, 1, True)
+
+
+@pytest.mark.parametrize(("n3", "rank"), TOKENS_N3_RANKS)
+@pytest.mark.parametrize("count", [0, 1, 48])
+def test_core_of_packed(n3, rank, count):
+    check("core_of_packed", torch.randn(count, n3, rank, rank), 0.7)
 
 
 @pytest.mark.parametrize(("tokens", "slices"), [(0, 1), (1, 3), (600, 2)])
 def test_core_grad_tokens_of_none_one_and_several_blocks(tokens, slices):
     case = make_case(3, 6, 9, 2)
     x, grad_y = torch.randn(tokens, 9), torch.randn(tokens, slices * 6)
-    check("core_grad_tokens", x, grad_y, *case.packed, 3, 0, slices)
+    for packed in (False, True):
+        check("core_grad_tokens", x, grad_y, *case.packed, 3, 0, slices, None, 1, packed)
 
 
 def test_core_grad_tokens_of_projected_tokens_and_of_a_dense_gradient():

@@ -1,0 +1,22 @@
+"""``core_of_packed`` in Triton: one launch, which adds up and transforms; see `blocks`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import launch
+from .blocks import core_of_partials
+from .contract import expect
+
+
+def run(packed: Tensor, scale: float) -> Tensor:
+    """Launches the kernel: the gradient of the core, [n3, r, r]."""
+    if packed.ndim != 4:
+        raise ValueError(f"packed: expected [m, n3, r, r], got {list(packed.shape)}")
+    expect("packed", packed, [*packed.shape[:3], packed.shape[2]])
+    if packed.dtype != torch.float32:
+        raise TypeError(f"packed: expected float32, got {packed.dtype}")
+    arch = launch.arch_of(packed.device)
+    exact, _ = launch.dot_precisions(arch, "ieee", packed.dtype)
+    return core_of_partials(packed.contiguous(), scale, arch, exact)
