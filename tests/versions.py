@@ -29,6 +29,8 @@ TRITON = {"2.10.0": "3.6.0", "2.11.0": "3.6.0", "2.13.0": "3.7.1", "2.15.0": "3.
 NUMPY = {"3.6.0": "numpy<2.4"}
 DOCUMENT = ROOT / "docs" / "design.md"
 BEGIN, END = "<!-- begin versions -->\n", "<!-- end versions -->\n"
+#: What torch 2.15 says of itself in `opcheck`.
+IGNORED = "ignore:The .grad attribute of a Tensor:UserWarning:torch._subclasses.meta_utils"
 PACKAGES = ("pybind11", "ninja", "safetensors", "tqdm", "filelock", "hypothesis", "matplotlib")
 PACKAGES += ("peft", "pytest", "pytest-xdist", "setuptools>=77")
 #: Tests of a binary under a release, and those of a release.
@@ -117,7 +119,9 @@ class Release:
         files = [f"tests/test_{name}.py" for name in names]
         options = ["-q", "-p", "no:cacheprovider", "-n", "logical", "--maxprocesses", "8"]
         command = [self.python, "-m", "pytest", *options, *files]
-        result = run(command, binary.tree, PYTHONPATH=str(binary.tree))  # tests start programs
+        # By way of variables, because tests start programs, and pytest, too.
+        more = {"PYTHONPATH": str(binary.tree), "PYTEST_ADDOPTS": f"-W '{IGNORED}'"}
+        result = run(command, binary.tree, **more)
         lines = result.stdout.strip().splitlines() or ["no output"]
         if result.returncode != 0:
             return f"FAILED: {lines[-1]}\n{result.stdout[-12000:]}"
