@@ -195,7 +195,9 @@ class TProductStack(nn.Module):
             base = [each.mT for each in base]
             materialize(base, factors.transposed(), core.mT, self.alpha, out=built.buffer)
         else:
-            slices = [each for weight in base for each in weight.split(n1)]
+            slices: list[Tensor] = []
+            for weight in base:
+                slices.extend([weight] if weight.shape[0] == n1 else weight.split(n1))
             materialize(slices, factors, core, self.alpha, out=built.buffer)
         self._factors = factors
         self._kept.put(built, core, self.layers, weights, capture)

@@ -399,10 +399,11 @@ def run(
 def _places_beside(
     distances: Sequence[int], counts: Sequence[int], n1: int, n2: int
 ) -> tuple[int, ...]:
-    """Where slices are of which layers hold ``counts`` side by side; layers by their distances.
+    """Where slices lie of which layers hold ``counts`` side by side; layers by their distances.
 
     Three rows of n3: the distance of each slice from the first layer's weight, in elements; where
-    it begins in W_eff, in rows of n2 elements; how many slices its layer holds.
+    it begins in W_eff, in rows of n2 elements; how many slices its layer holds, which is how far
+    its rows are apart, in rows of n2 elements too.
     """
     places: list[tuple[int, int, int]] = []
     for distance, count in zip(distances, counts, strict=True):
@@ -413,9 +414,9 @@ def _places_beside(
 
 @cache
 def _table(places: tuple[int, ...], device: torch.device) -> Tensor:
-    """Places of weights as int64 on the device.
+    """Those places, or the distances alone, as int64 on the device.
 
-    A value of the places alone, so what is kept cannot be stale; and nothing is ever dropped,
+    A value of the distances alone, so what is kept cannot be stale; and nothing is ever dropped,
     since a captured graph may read the table as long as the process lives. It is half a kilobyte
     for each set of weights that stays where it is.
     """
