@@ -250,7 +250,7 @@ template <bool BESIDE, int N3>
 TCUR_DEVICE void write_tile(
     const MaterializeArgs& args, const float* rows, int64_t first_row, int64_t first_column) {
   using T = Tubes<N3>;
-  T::for_outer([&](int l0, int row, int column) __attribute__((always_inline)) {
+  T::template for_outer<BESIDE>([&](int l0, int row, int column) __attribute__((always_inline)) {
     const int64_t r = first_row + row, c = first_column + column;
     if (r >= args.n1 || c >= args.n2) {
       return;
