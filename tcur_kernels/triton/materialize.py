@@ -134,19 +134,21 @@ def _finish(
     value = tl.reshape(update, [slices, ROWS, COLS])
     inside = mask[:, None, None] & (i < n1)[None, :, None] & (j < n2)[None, None, :]
     if BASE == "beside":
-        first = tl.load(places_ptr + n3 + l, mask=mask, other=0) * n2
         stride = tl.load(places_ptr + 2 * n3 + l, mask=mask, other=0) * n2
         within = i[None, :, None] * stride[:, None, None] + j[None, None, :]
     else:
-        first = l.to(tl.int64) * n1 * n2
         within = i[None, :, None] * n2 + j[None, None, :]
     if BASE != "none":
         if BASE == "stack":
-            place = first
+            place = l.to(tl.int64) * n1 * n2
         else:
             place = tl.multiple_of(tl.load(places_ptr + l, mask=mask, other=0), ALIGNED)
         w = tl.load(base_ptr + (place[:, None, None] + within), mask=inside, other=0.0)
         value += w.to(tl.float32)
+    if BASE == "beside":  # asked for after the base: gfx942 has no registers to hold both places
+        first = tl.load(places_ptr + n3 + l, mask=mask, other=0) * n2
+    else:
+        first = l.to(tl.int64) * n1 * n2
     at = first[:, None, None] + within
     tl.store(out_ptr + at, value.to(out_ptr.dtype.element_ty), mask=inside)
 
