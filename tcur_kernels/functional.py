@@ -54,12 +54,15 @@ def materialize(
     Args:
         weight: W as one tensor ``[n3, n1, n2]`` or as n3 tensors ``[n1, n2]`` (the layers' own
             weights; no stacked copy is made). Frozen; fp32, bf16, fp16, or fp64 with fp64 factors.
+            With ``out``, tensors may be ``[n1, slices * n2]``: consecutive slices side by side.
         factors: frozen C and R.
         core: U, ``[n3, r, r]``; the gradient reaches it.
         scale: alpha.
         out_dtype: dtype of the result, default that of the weight. The sum is formed in the dtype
             of the core and rounded once.
-        out: buffer ``[n3, n1, n2]`` to write into and return; no gradient then.
+        out: buffer ``[n3, n1, n2]`` to write into and return; no gradient then. Where slices lie
+            side by side it is flat, ``[n3 * n1 * n2]``, for matrices of the shapes of the weights,
+            one after the other.
         backend: "auto", "reference", "cpu", "triton" or "cuda".
         precision: of the products, as for `cur_product`.
 
@@ -68,7 +71,7 @@ def materialize(
             requires grad together with ``out`` while gradients are recorded.
     """
     _check_core(core, factors)
-    weights = _check_weights(weight, factors)
+    weights = _check_weights(weight, factors, out is not None)
     if not math.isfinite(scale):
         raise ValueError(f"scale: expected a finite number, got {scale}")
     language = _language(backend, "materialize", factors, precision)
@@ -79,7 +82,8 @@ def materialize(
         op = ops.operator("materialize", language)
         w_eff: Tensor = op(weights, *factors.packed(precision), core, scale, dtype)
         return w_eff
-    _check_out(out, out_dtype, factors)
+    is_flat = weights[0].ndim == 2 and len(weights) < factors.n3
+    _check_out(out, out_dtype, factors, is_flat)
     if core.requires_grad and torch.is_grad_enabled():
         raise ValueError("out: expected None while the core requires grad; use torch.no_grad()")
     op = ops.operator("materialize_out", language)
@@ -384,28 +388,41 @@ def check_adapter_ids(adapter_ids: Tensor, adapters: int, device: torch.device) 
         )
 
 
-def _check_weights(weight: Tensor | Sequence[Tensor], factors: CURFactors) -> list[Tensor]:
+def _check_weights(
+    weight: Tensor | Sequence[Tensor], factors: CURFactors, beside: bool
+) -> list[Tensor]:
+    """The weights as a list; ``beside``: layers may hold several slices side by side."""
     n1, n2, n3 = factors.n1, factors.n2, factors.n3
     if isinstance(weight, Tensor):
         weights, shape = [weight], [n3, n1, n2]
     else:
         weights, shape = list(weight), [n1, n2]
-        if len(weights) != n3:
+        if not weights or (len(weights) != n3 and not beside):
             raise ValueError(f"weight: expected {n3} tensors [{n1}, {n2}], got {len(weights)}")
+    slices = 0
     for tensor in weights:
         check_floating("weight", tensor)
         check_frozen("weight", tensor)
-        if list(tensor.shape) != shape:
-            raise ValueError(f"weight: expected {shape}, got {list(tensor.shape)}")
+        count = max(1, tensor.shape[-1] // n2) if beside and tensor.ndim == 2 else 1
+        if list(tensor.shape) != [*shape[:-1], count * n2]:
+            expected = f"[{n1}, slices * {n2}]" if beside and len(shape) == 2 else shape
+            raise ValueError(f"weight: expected {expected}, got {list(tensor.shape)}")
+        slices += count
         check_dtype("weight", tensor, weights[0].dtype)
         check_device("weight", tensor, factors.device)
+    if len(shape) == 2 and slices != n3:
+        raise ValueError(f"weight: expected {n3} slices [{n1}, {n2}] together, got {slices}")
     _check_precision("weight", weights[0], factors)
     return weights
 
 
-def _check_out(out: Tensor, out_dtype: torch.dtype | None, factors: CURFactors) -> None:
+def _check_out(
+    out: Tensor, out_dtype: torch.dtype | None, factors: CURFactors, is_flat: bool
+) -> None:
     check_floating("out", out)
-    shape = (factors.n3, factors.n1, factors.n2)
+    shape: tuple[int, ...] = (factors.n3, factors.n1, factors.n2)
+    if is_flat:
+        shape = (math.prod(shape),)
     if out.shape != shape or not out.is_contiguous():
         raise ValueError(f"out: expected a contiguous {list(shape)}, got {list(out.shape)}")
     if out_dtype is not None:

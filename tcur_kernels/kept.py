@@ -50,8 +50,10 @@ class Effective:
     of gradients and captures.
 
     Args:
-        buffer: ``[n3, n1, n2]``, to be filled; or with its slices transposed, ``[n3, n2, n1]``.
-        transposed: which of them.
+        buffer: to be filled: the layers' weights one after the other, as each lies in memory. That
+            is ``[n3, n1, n2]``; or transposed, ``[n3, n2, n1]``; or where a transposed weight has
+            several slices side by side, flat.
+        transposed: whether weights are stored (in, out).
     """
 
     def __init__(self, buffer: Tensor, transposed: bool) -> None:
@@ -99,10 +101,11 @@ class Effective:
         # one took.
         return not self.is_doubtful or is_within_backward()
 
-    @property
-    def w_eff(self) -> Tensor:
-        """``[n3, n1, n2]``."""
-        return self.buffer.mT if self.transposed else self.buffer
+    def w_eff(self, layers: Sequence[Layer]) -> Tensor:
+        """``[n3, n1, n2]`` of all layers; a copy where slices of one lie side by side."""
+        if self.buffer.ndim == 3:
+            return self.buffer.mT if self.transposed else self.buffer
+        return torch.cat([self._part(each).unflatten(0, (each.slices, -1)) for each in layers])
 
     @property
     def is_by_value(self) -> bool:
@@ -113,12 +116,21 @@ class Effective:
         """Whether the weight of a layer is still the one that was added to."""
         return version_of(weight) == self._weight_versions[layer.slice_index]
 
+    def _part(self, layer: Layer) -> Tensor:
+        out, in_ = layer.out_features, layer.in_features
+        first = layer.slice_index * (out // layer.slices) * in_
+        part = self.buffer.view(-1)[first : first + out * in_]
+        return part.view(in_, out).T if self.transposed else part.view(out, in_)
+
     def view_of(self, layer: Layer) -> Tensor:
-        """The slices of one layer, ``[out_features, in_features]``, for the current stream."""
+        """The slices of one layer, ``[out_features, in_features]``, for the current stream.
+
+        Its strides are those of the layer's weight.
+        """
         view = self._views.get(layer.slice_index)
         if view is None:
             with torch.inference_mode(False):
-                view = slices_of(self.w_eff, layer)
+                view = self._part(layer)
             self._views[layer.slice_index] = view
         if self._mark is not None:
             stream = streams.current(self.buffer.device)
@@ -230,11 +242,11 @@ class Kept:
         self,
         dtype: torch.dtype,
         device: torch.device,
-        shape: tuple[int, int, int],
+        shape: tuple[int, ...],
         transposed: bool,
         capture: int,
     ) -> Effective:
-        """A buffer for W_eff of ``shape`` [n3, n1, n2]: the last one if free, else a new one."""
+        """A buffer of that shape, see `Effective`: the last one if free, else a new one."""
         last = self._captured if capture else self._eager
         if last is not None:
             if last.reclaim(dtype, device, transposed, capture):
@@ -244,9 +256,7 @@ class Kept:
                 self._worn.append(last.buffer)
             else:
                 self._eager = last = None  # gives its memory back before more is asked for
-        n3, n1, n2 = shape
-        stored = (n3, n2, n1) if transposed else shape
-        return Effective(torch.empty(stored, dtype=dtype, device=device), transposed)
+        return Effective(torch.empty(shape, dtype=dtype, device=device), transposed)
 
     def put(
         self,
@@ -322,12 +332,6 @@ class Projected:
             return None
         z: Tensor | None = self._z()
         return z
-
-
-def slices_of(w_eff: Tensor, layer: Layer) -> Tensor:
-    """The part of W_eff that belongs to a layer, as its weight ``[out_features, in_features]``."""
-    block = w_eff[layer.slice_index : layer.slice_index + layer.slices]
-    return block.view(layer.out_features, layer.in_features)
 
 
 def version_of(tensor: Tensor) -> tuple[int, int]:

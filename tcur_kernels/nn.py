@@ -16,7 +16,7 @@ from .distributed import ReentrantGuard, is_sharded, whole
 from .eager import Call, LatestMeeting, is_traced, project, run_layer, without_autocast
 from .factors import PRECISIONS, CURFactors
 from .functional import check_cores, cur_linear, materialize, prepare
-from .kept import Effective, Kept, Layer, Projected, slices_of
+from .kept import Effective, Kept, Layer, Projected
 from .linear import TProductLinear, check_linears, slices_in
 
 
@@ -164,33 +164,41 @@ class TProductStack(nn.Module):
 
         The buffer is reused from version to version: fresh memory costs more in page faults than
         the kernel. While a graph still holds a view of it for its backward, the next version goes
-        to a new buffer instead.
+        to a new buffer instead. Where a weight that is stored (in, out) has several slices, they
+        lie side by side, and this is a copy.
         """
+        return self._built(dtype).w_eff(self.layers)
+
+    def _built(self, dtype: torch.dtype) -> Effective:
         kept, core = self._kept, self.core
         capture = kept.capture_of(core.device)
         weights = [layer.weight for layer in self.layers]
         for layer, weight in zip(self.layers, weights, strict=True):
             built = kept.find(dtype, core, layer, weight, capture)
             if built is None or kept.has_graphs:  # this is no pass, of which each layer counts one
-                return self._build(dtype, weights, capture).w_eff
+                return self._build(dtype, weights, capture)
         assert built is not None
-        return built.w_eff
+        return built
 
     @torch.inference_mode(False)  # what is kept must also serve a training step
     @torch.no_grad()
     def _build(self, dtype: torch.dtype, weights: Sequence[Tensor], capture: int) -> Effective:
-        core, factors, shape = self.core, self.factors, (self.n3, self.n1, self.n2)
-        slices: list[Tensor] = []
-        for weight in self._backup or weights:
-            slices.extend([weight] if weight.shape[0] == self.n1 else weight.split(self.n1))
+        core, factors, (n3, n1, n2) = self.core, self.factors, (self.n3, self.n1, self.n2)
+        base = self._backup or weights
         # Stored (in, out), as by Conv1D: (C * U * R)ᵀ slice by slice is Rᵀ * Uᵀ * Cᵀ, and no weight
-        # has to be copied for the kernels.
-        transposed = all(each.mT.is_contiguous() and not each.is_contiguous() for each in slices)
+        # has to be copied for the kernels. Slices of one weight lie side by side then.
+        transposed = all(each.mT.is_contiguous() and not each.is_contiguous() for each in base)
+        shape: tuple[int, ...] = (n3, n1, n2)
+        if transposed:
+            shape = (n3, n2, n1) if len(base) == n3 else (n3 * n2 * n1,)
         built = self._kept.to_fill(dtype, core.device, shape, transposed, capture)
         if transposed:
-            slices = [each.mT for each in slices]
-            materialize(slices, factors.transposed(), core.mT, self.alpha, out=built.buffer)
+            base = [each.mT for each in base]
+            materialize(base, factors.transposed(), core.mT, self.alpha, out=built.buffer)
         else:
+            slices: list[Tensor] = []
+            for weight in base:
+                slices.extend([weight] if weight.shape[0] == n1 else weight.split(n1))
             materialize(slices, factors, core, self.alpha, out=built.buffer)
         self._factors = factors
         self._kept.put(built, core, self.layers, weights, capture)
@@ -394,11 +402,11 @@ class TProductStack(nn.Module):
                 "merge: expected whole weights, got sharded ones; save the adapter, and merge it "
                 "into a model on one process"
             )
-        w_eff = self.effective(self.layers[0].weight.dtype)
+        built = self._built(self.layers[0].weight.dtype)
         self._backup = [layer.weight.detach().clone() for layer in self.layers]
         with torch.no_grad():
             for layer in self.layers:
-                layer.weight.copy_(slices_of(w_eff, layer))
+                layer.weight.copy_(built.view_of(layer))
         self._kept.release()
 
     def unmerge(self) -> None:

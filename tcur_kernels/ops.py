@@ -13,6 +13,11 @@ aborts at exit when a library that defined several is torn down.)
 ``cur_linear``          consecutive slices of W_eff as a linear map, or its transpose
 ======================  ==========================================================================
 
+``materialize_out`` is ``materialize`` into a buffer, without a derivative. It alone takes layers
+that hold several consecutive slices side by side, [n1, slices * n2], as GPT-2's fused projection
+does: where any does, ``out`` is flat, n3 * n1 * n2 numbers, the matrices of W_eff one after the
+other, each of the shape of its layer's weight.
+
 Factors travel as packed half spectra: ``lateral_hat`` [n1, q] and ``horizontal_hat`` [q, n2] with
 q = n3 * rank, column ``plane * rank + a`` (`reference.pack` gives the order of the planes), fp32 or
 fp64; the core has their dtype. The operators on tokens take them in bf16 too: the projections
@@ -217,7 +222,16 @@ def _materialize_reference_out(
     *,
     out: Tensor,
 ) -> None:
-    out.copy_(_materialize_reference(weights, lateral_hat, horizontal_hat, core, scale, out.dtype))
+    factors, n3 = (lateral_hat, horizontal_hat, core, scale), core.shape[0]
+    if not weights or weights[0].ndim == 3 or len(weights) == n3:
+        out.copy_(_materialize_reference(weights, *factors, out.dtype))
+        return
+    each = [weight.split(horizontal_hat.shape[1], 1) for weight in weights]
+    w_eff = _materialize_reference([part for parts in each for part in parts], *factors, out.dtype)
+    if out.shape != (w_eff.numel(),):
+        raise RuntimeError(f"tcur: out must be flat, [{w_eff.numel()}], got {list(out.shape)}")
+    matrices = [torch.cat([*part], 1).flatten() for part in w_eff.split([*map(len, each)])]
+    out.copy_(torch.cat(matrices))
 
 
 def _core_grad_dense_reference(grad: Tensor, lateral_hat: Tensor, horizontal_hat: Tensor) -> Tensor:

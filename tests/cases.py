@@ -47,3 +47,28 @@ def make_case(n3, n1, n2, rank, dtype=torch.float32, weight_dtype=None):
     horizontal = torch.randn(n3, rank, n2, dtype=dtype)
     core = torch.randn(n3, rank, rank, dtype=dtype)
     return Case(weight, lateral, horizontal, core)
+
+
+def counts_of(n3):
+    """How many slices lie side by side in matrices that have n3 together, some of them alone."""
+    counts = []
+    while sum(counts) < n3:
+        counts.append(min((3, 1, 2, 1)[len(counts) % 4], n3 - sum(counts)))
+    return counts
+
+
+def side_by_side(slices, counts):
+    """Matrices [n1, count * n2] of consecutive slices [n3, n1, n2]."""
+    return [torch.cat([*part], 1) for part in slices.split(counts)]
+
+
+def flat(matrices):
+    """One after the other, as `materialize_out` writes them."""
+    return torch.cat([matrix.flatten() for matrix in matrices])
+
+
+def slices_of(flat, counts, n1, n2):
+    """The slices [n3, n1, n2] of matrices that lie one after the other."""
+    parts = flat.split([count * n1 * n2 for count in counts])
+    each = [part.view(n1, -1, n2).transpose(0, 1) for part in parts]
+    return torch.cat(each)

@@ -278,6 +278,25 @@ def test_gpt2(transformers, tmp_path):
     assert "nf=24, nx=8, slice=0" in repr(adapter.model)
 
 
+@pytest.mark.parametrize("mode", ["materialized", "factored"])
+def test_gpt2_of_fp32(transformers, mode):
+    """Its fused projections are read where they are: adapted, merged and plain agree."""
+    torch.manual_seed(0)
+    ids = torch.randint(11, (2, 6))
+    model = Gpt2(transformers)
+    base = copy.deepcopy(model)
+    before = base(ids)
+    adapter = tcur.adapt(model, rank=2, alpha=0.5, mode=mode)
+    assert torch.equal(model(ids), before)
+    randomise(adapter)
+    plain, exact = (Plain(adapter, dtype, base) for dtype in (torch.float32, torch.float64))
+    merged = adapter.merge(inplace=False)
+    for each in (model, merged):
+        assert_composition_close(each(ids), lambda: plain(ids), exact(ids))
+    if mode == "materialized":
+        assert torch.equal(model(ids), merged(ids))
+
+
 def test_grouped_query_attention(transformers):
     """Keys and values are narrower than queries: they form a stack of their own."""
     config = transformers.LlamaConfig(

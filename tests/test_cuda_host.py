@@ -10,7 +10,7 @@ import torch
 
 import cuda_host
 import oracle
-from cases import N3, make_case
+from cases import N3, counts_of, make_case, side_by_side, slices_of
 from cuda_host import operator
 from plain import product as product_of
 from tcur_kernels import cost, ops, reference
@@ -155,6 +155,58 @@ def test_materialize_dtypes(layers, weight_dtype, out_dtype, n2, n3):
     out = torch.full_like(w_eff, float("nan"))
     operator("materialize_out")(weights, *case.packed, case.core, 0.5, out=out)
     assert torch.equal(out, w_eff)
+
+
+def check_side_by_side(case, out_dtype=torch.float32, given=None):
+    """W_eff from matrices of several slices: within the bound, and the bits of single slices."""
+    n3, n1, n2 = case.weight.shape
+    counts, double = counts_of(n3), case.double()
+    exact = oracle.w_eff(double.weight, double.lateral, double.core, double.horizontal, 0.5)
+    torch_same = reference.materialize(case.weight, *case.spectra, case.core, 0.5).to(out_dtype)
+    out = torch.full((case.weight.numel(),), float("nan"), dtype=out_dtype)
+    matrices = given or side_by_side(case.weight, counts)
+    operator("materialize_out")(matrices, *case.packed, case.core, 0.5, out=out)
+    w_eff = slices_of(out, counts, n1, n2)
+    assert_close(w_eff, torch_same, exact)
+    if given is None:  # else by another kernel, where addresses ask for it
+        args = (*case.packed, case.core, 0.5, out_dtype)
+        assert torch.equal(w_eff, operator("materialize")([case.weight], *args))
+
+
+@pytest.mark.parametrize(
+    ("n3", "n1", "n2", "rank"),
+    [
+        # By kernels of their own: each width of a thread, one row, edges of tiles.
+        *[(n3, 9, 36, 3) for n3 in (2, 5, 12, 16, 48, 64, 144)],
+        (12, 1, 4, 1),
+        (48, 33, 68, 9),
+        # By codelets: rows that are no multiple of four, a length or rank without such a kernel.
+        *[(n3, 9, 37, 3) for n3 in (2, 5, 12, 48, 144)],
+        (18, 9, 36, 3),
+        (12, 33, 68, 33),
+        # By the matrix, in one launch and in several.
+        *[(n3, 9, n2, 2) for n3 in (17, 47, 146) for n2 in (20, 21)],
+        (256, 5, 8, 2),
+        (257, 5, 9, 2),
+    ],
+)
+def test_side_by_side(n3, n1, n2, rank):
+    check_side_by_side(make_case(n3, n1, n2, rank))
+
+
+@pytest.mark.parametrize("weight_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("out_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("n2", [37, 40], ids=["scalar", "vector"])
+@pytest.mark.parametrize("n3", [12, 17], ids=["codelet", "matrix"])
+def test_side_by_side_dtypes(weight_dtype, out_dtype, n2, n3):
+    check_side_by_side(make_case(n3, 6, n2, 3, torch.float32, weight_dtype), out_dtype)
+
+
+@pytest.mark.parametrize("n3", [12, 17], ids=["codelet", "matrix"])
+def test_side_by_side_at_odd_addresses(n3):
+    case = make_case(n3, 9, 36, 3)
+    matrices = side_by_side(case.weight, counts_of(n3))
+    check_side_by_side(case, given=[shifted(matrices[0]), *matrices[1:]])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -508,6 +560,8 @@ def test_opcheck(permuted):
     check("materialize", weights, *factors, core, 0.5, torch.float32)
     out = torch.zeros(5, 6, 9)
     check("materialize_out", weights, *factors, core.detach(), 0.5, out=out)
+    beside = [lay_out(w) for w in side_by_side(case.weight, [3, 2])]
+    check("materialize_out", beside, *factors, core.detach(), 0.5, out=torch.zeros(270))
     check("core_grad_dense", lay_out(torch.randn(5, 6, 9)).requires_grad_(), *factors)
     check("core_grad_tokens", x.requires_grad_(), grad_y.requires_grad_(), *factors, 5, 2, 2)
     tokens = (x.detach(), grad_y.detach())  # packed there is no derivative
@@ -540,6 +594,13 @@ def test_what_the_kernels_cannot_do_is_refused():
         operator("materialize")([], *case.packed, case.core[:, :1], 1.0, torch.float32)
     with pytest.raises(RuntimeError, match="weights has an unexpected shape"):
         operator("materialize")([case.weight[:, :3]], *case.packed, case.core, 1.0, torch.float32)
+    beside = side_by_side(case.weight, [3, 1])
+    with pytest.raises(RuntimeError, match="out has an unexpected shape"):
+        operator("materialize")(beside, *case.packed, case.core, 1.0, torch.float32)
+    with pytest.raises(RuntimeError, match="weights must have n3 slices together"):
+        operator("materialize_out")(
+            beside[:1], *case.packed, case.core, 1.0, out=torch.empty(4 * 54)
+        )
 
 
 def test_the_order_of_threads_makes_no_difference(host):

@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 import tcur_kernels as tcur
-from cases import make_case
+from cases import counts_of, make_case, side_by_side, slices_of
 from plain import product
 from tcur_kernels import ops, reference
 from tolerance import PROMISE, assert_close, assert_composition_close, relative_error
@@ -74,6 +74,21 @@ def test_materialize(device, backend, stack, weight_dtype, out_dtype):
     layers = list(weight.unbind())
     again = tcur.materialize(layers, factors, core, 0.5, out_dtype, backend=backend)
     assert torch.equal(again, result)
+
+
+@pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_slices_side_by_side(device, backend, stack, weight_dtype, out_dtype):
+    """As in the weights of GPT-2's fused projections: the numbers of single slices."""
+    factors, weight, core = on(device, stack)
+    weight = weight.to(weight_dtype)
+    n3, n1, n2 = weight.shape
+    counts = counts_of(n3)
+    shape = weight.shape if n3 == 1 else (n3 * n1 * n2,)
+    out = torch.full(shape, float("nan"), dtype=out_dtype, device=device)
+    tcur.materialize(side_by_side(weight, counts), factors, core, 0.5, out=out, backend=backend)
+    w_eff = tcur.materialize(weight, factors, core, 0.5, out_dtype, backend=backend)
+    assert torch.equal(slices_of(out.flatten(), counts, n1, n2), w_eff)
 
 
 @pytest.mark.parametrize("precision", ["ieee", "tf32", "bf16"])

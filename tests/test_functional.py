@@ -5,7 +5,7 @@ import torch
 
 import oracle
 import tcur_kernels as tcur
-from cases import make_case
+from cases import make_case, side_by_side, slices_of
 from plain import product
 from tcur_kernels import _native, functional, reference
 from tolerance import assert_close, assert_composition_close
@@ -93,6 +93,16 @@ def test_out_is_reused(case):
     result = tcur.materialize(case.weight, case.factors, case.core, out=buffer)
     assert result is buffer
     assert torch.equal(buffer, tcur.materialize(case.weight, case.factors, case.core))
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_slices_side_by_side(case, backend):
+    matrices = side_by_side(case.weight, [3, 1])
+    out = torch.empty(216)
+    how = {"out": out, "backend": backend}
+    assert tcur.materialize(matrices, case.factors, case.core, 0.5, **how) is out
+    w_eff = tcur.materialize(case.weight, case.factors, case.core, 0.5, backend=backend)
+    assert torch.equal(slices_of(out, [3, 1], 6, 9), w_eff)
 
 
 def test_build_info():
@@ -210,6 +220,32 @@ def test_factors_refuse(change, error, message):
         ),
         ({"scale": float("nan")}, ValueError, "scale: expected a finite number, got nan"),
         ({"out_dtype": torch.int32}, TypeError, "out_dtype: expected a floating dtype"),
+        ({"weight": []}, ValueError, r"weight: expected 4 tensors \[6, 9\], got 0"),
+        (
+            {"weight": [torch.ones(6, 27), torch.ones(6, 9)]},
+            ValueError,
+            r"weight: expected 4 tensors \[6, 9\], got 2",
+        ),
+        (
+            {"weight": [torch.ones(6, 27), torch.ones(6, 8)], "out": torch.empty(216)},
+            ValueError,
+            r"weight: expected \[6, slices \* 9\], got \[6, 8\]",
+        ),
+        (
+            {"weight": [torch.ones(6, 27), torch.ones(6, 18)], "out": torch.empty(216)},
+            ValueError,
+            r"weight: expected 4 slices \[6, 9\] together, got 5",
+        ),
+        (
+            {"weight": [torch.ones(6, 27), torch.ones(6, 9)], "out": torch.empty(4, 6, 9)},
+            ValueError,
+            r"out: expected a contiguous \[216\], got \[4, 6, 9\]",
+        ),
+        (
+            {"weight": [torch.ones(6, 9)] * 4, "out": torch.empty(216)},
+            ValueError,
+            r"out: expected a contiguous \[4, 6, 9\], got \[216\]",
+        ),
         ({"out": torch.empty(4, 6, 8)}, ValueError, r"out: expected a contiguous \[4, 6, 9\]"),
         ({"out": torch.empty(4, 9, 6).mT}, ValueError, "out: expected a contiguous"),
         ({"out": torch.empty(4, 6, 9).int()}, TypeError, "out: expected a floating dtype"),

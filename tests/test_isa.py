@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cases import make_case
+from cases import counts_of, flat, make_case, side_by_side
 from tcur_kernels import _cpu, ops, reference
 from tolerance import assert_close, bound, relative_error
 
@@ -32,6 +32,12 @@ def test_every_variant_is_right(isa, n3, dtype):
     )
     same = reference.materialize(case.weight, *case.spectra, case.core, 0.5)
     assert_close(w_eff, same, exact)
+    counts = counts_of(n3)
+    if len(counts) < n3:
+        out = torch.empty(w_eff.numel(), dtype=dtype)
+        matrices = side_by_side(case.weight, counts)
+        torch.ops.tcur.materialize_out(matrices, *case.packed, case.core, 0.5, out=out)
+        assert torch.equal(out, flat(side_by_side(w_eff, counts)))
 
     grad = torch.randn_like(case.weight)
     exact = reference.core_grad_dense(grad.double(), *case.double().spectra)

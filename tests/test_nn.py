@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import oracle
 import tcur_kernels as tcur
@@ -162,34 +163,82 @@ def test_new_base_weights_are_seen():
     assert torch.equal(stack.layers[0](x), linears[0](x))
 
 
-@pytest.mark.parametrize("n3", [1, 2, 5])
-def test_weights_stored_the_other_way_round_are_not_copied(n3, monkeypatch):
-    """As GPT-2's ``Conv1D`` has them; kernels copy what is not contiguous."""
-    linears = make_linears(count=n3, fused=False, dtype=torch.float64)
-    plain = tcur.TProductStack(linears, rank=2, alpha=0.7, mode="materialized")
+class Operands(TorchDispatchMode):
+    """Which memory `materialize_out` is given, and every other operator that makes as much."""
+
+    def __init__(self, numbers):
+        super().__init__()
+        self.numbers, self.given, self.made = numbers, [], []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func.name() == "tcur::materialize_out":
+            self.given.append([weight.data_ptr() for weight in args[0]])
+        is_new = func._schema.returns and func._schema.returns[0].alias_info is None
+        if is_new and isinstance(result, torch.Tensor) and result.numel() >= self.numbers:
+            self.made.append(func.name())
+        return result
+
+
+@pytest.mark.parametrize("widths", [(1,), (1, 1), (1,) * 5, (3,), (3, 1, 3, 1), (1, 2, 2)], ids=str)
+def test_weights_stored_the_other_way_round_are_not_copied(widths):
+    """As GPT-2's ``Conv1D`` has them, with one slice or with several side by side."""
+    linears = [nn.Linear(30, 20 * width, dtype=torch.float64) for width in widths]
+    for linear in linears:
+        linear.requires_grad_(False)
+    how = {"rank": 2, "alpha": 0.7, "mode": "materialized", "n1": 20}
+    plain = tcur.TProductStack(linears, **how)
     for linear in linears:
         linear.weight = nn.Parameter(linear.weight.T.contiguous().T, requires_grad=False)
-    stack = tcur.TProductStack(linears, rank=2, alpha=0.7, mode="materialized")
-    randomise(stack)
-    plain.core.data.copy_(stack.core)
-    copied, materialize = [], tcur_nn.materialize
-
-    def looked_at(weights, *args, **kwargs):
-        copied.extend(not weight.is_contiguous() for weight in weights)
-        return materialize(weights, *args, **kwargs)
-
-    monkeypatch.setattr(tcur_nn, "materialize", looked_at)
-    x = torch.randn(4, 9, dtype=torch.float64, requires_grad=True)
-    for layer, same in zip(stack.layers, plain.layers, strict=True):
-        grads = [torch.autograd.grad(each(x).square().sum(), x)[0] for each in (layer, same)]
-        assert_equal_in_float64(*grads)
-        assert_equal_in_float64(layer(x), same(x))
-    assert copied == [False] * 2 * n3
+    stack = tcur.TProductStack(linears, **how)
+    x = torch.randn(4, 30, dtype=torch.float64, requires_grad=True)
+    for is_new in (True, False):
+        randomise(stack)
+        plain.core.data.copy_(stack.core)
+        with Operands(20 * 30) as operands:  # factors and core are smaller
+            stack.layers[0](x)
+        assert operands.given == [[linear.weight.data_ptr() for linear in linears]]
+        assert operands.made == ["aten::empty.memory_format"] * is_new  # the buffer
+        for layer, same in zip(stack.layers, plain.layers, strict=True):
+            grads = [torch.autograd.grad(each(x).square().sum(), x)[0] for each in (layer, same)]
+            assert_equal_in_float64(*grads)
+            assert_equal_in_float64(layer(x), same(x))
     assert_equal_in_float64(stack.effective(x.dtype), plain.effective(x.dtype))
     stack.merge()
-    assert_equal_in_float64(stack.layers[0](x), plain.layers[0](x))
+    for layer, same in zip(stack.layers, plain.layers, strict=True):
+        assert_equal_in_float64(layer(x), same(x))
     stack.unmerge()
     assert stack.layers[0].weight.mT.is_contiguous()
+
+
+def test_stacks_of_both_ways_of_storing():
+    """Their W_eff lies as that of nn.Linear, and is right."""
+    linears = make_linears(dtype=torch.float64)
+    plain = tcur.TProductStack(linears, rank=2, mode="materialized")
+    linears[1].weight = nn.Parameter(linears[1].weight.T.contiguous().T, requires_grad=False)
+    stack = tcur.TProductStack(linears, rank=2, mode="materialized")
+    randomise(stack)
+    plain.core.data.copy_(stack.core)
+    x = torch.randn(4, 9, dtype=torch.float64)
+    for layer, same in zip(stack.layers, plain.layers, strict=True):
+        assert_equal_in_float64(layer(x), same(x))
+    assert_equal_in_float64(stack.effective(x.dtype), plain.effective(x.dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_w_eff_lies_as_fused_weights_do(dtype):
+    """So a product with it is that with the weight: a zero core changes no bit on any BLAS."""
+    linears = [nn.Linear(40, width, dtype=dtype).requires_grad_(False) for width in (96, 32, 96)]
+    for linear in linears:
+        linear.weight = nn.Parameter(linear.weight.T.contiguous().T, requires_grad=False)
+    stack = tcur.TProductStack(linears, rank=2, mode="materialized")
+    built = stack._built(dtype)
+    x = torch.randn(50, 40).to(dtype)
+    for layer, linear in zip(stack.layers, linears, strict=True):
+        view = built.view_of(layer)
+        assert (view.shape, view.stride()) == (linear.weight.shape, linear.weight.stride())
+        assert torch.equal(view, linear.weight)
+        assert torch.equal(layer(x), linear(x))
 
 
 def test_the_buffer_is_reused_but_never_under_a_pending_backward(builds):

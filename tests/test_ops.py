@@ -6,7 +6,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.nn import functional as F
 
 import oracle
-from cases import N3, make_case
+from cases import N3, counts_of, make_case, side_by_side, slices_of
 from plain import product
 from tcur_kernels import ops, reference
 from tolerance import (
@@ -87,6 +87,81 @@ def test_materialize_into_a_buffer(language):
     op = ops.operator("materialize_out", language)
     assert op([case.weight], *case.packed, case.core, 0.5, out=out) is None
     assert torch.equal(out, materialize(language, case))
+
+
+def materialize_beside(language, case, counts, out_dtype):
+    """W_eff from matrices of slices side by side, as slices."""
+    n3, n1, n2 = case.weight.shape
+    out = torch.full((n3 * n1 * n2,), float("nan"), dtype=out_dtype)
+    weights = side_by_side(case.weight, counts)
+    op = ops.operator("materialize_out", language)
+    assert op(weights, *case.packed, case.core, 0.5, out=out) is None
+    return slices_of(out, counts, n1, n2)
+
+
+#: Edges of every kind; rows that are written past the caches, aligned for that and not.
+BESIDE = [
+    *[(n3, n1, n2, counts_of(n3)) for n3 in N3[1:] for n1, n2 in ((1, 1), (3, 5), (13, 150))],
+    (6, 130, 1408, [3, 1, 2]),
+    (6, 130, 1400, [2, 3, 1]),
+    (12, 5, 70, [12]),
+]
+
+
+@LANGUAGES
+@pytest.mark.parametrize(("n3", "n1", "n2", "counts"), BESIDE, ids=str)
+def test_materialize_side_by_side(language, n3, n1, n2, counts):
+    case = make_case(n3, n1, n2, 1)
+    double = case.double()
+    exact = oracle.w_eff(double.weight, double.lateral, double.core, double.horizontal, 0.5)
+    torch_same = reference.materialize(case.weight, *case.spectra, case.core, 0.5)
+    w_eff = materialize_beside(language, case, counts, torch.float32)
+    assert_close(w_eff, torch_same, exact)
+    assert torch.equal(w_eff, materialize(language, case))
+
+
+@LANGUAGES
+@pytest.mark.parametrize("weight_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("out_dtype", DTYPES, ids=str)
+def test_materialize_side_by_side_dtypes(language, weight_dtype, out_dtype):
+    wide = torch.float64 if torch.float64 in (weight_dtype, out_dtype) else torch.float32
+    case = make_case(12, 6, 70, 3, wide, weight_dtype)
+    double = case.double()
+    exact = oracle.w_eff(double.weight, double.lateral, double.core, double.horizontal, 0.5)
+    torch_same = reference.materialize(case.weight, *case.spectra, case.core, 0.5).to(out_dtype)
+    w_eff = materialize_beside(language, case, [3, 1, 2, 3, 3], out_dtype)
+    assert_close(w_eff, torch_same, exact)
+
+
+@LANGUAGES
+def test_side_by_side_of_any_strides(language):
+    case = make_case(4, 5, 6, 2)
+    weights = [w.T.contiguous().T for w in side_by_side(case.weight, [3, 1])]
+    out = torch.empty(120)
+    ops.operator("materialize_out", language)(weights, *case.packed, case.core, 0.5, out=out)
+    assert torch.equal(slices_of(out, [3, 1], 5, 6), materialize(language, case))
+
+
+@LANGUAGES
+def test_side_by_side_goes_into_a_flat_buffer(language):
+    """Nothing else is written, or read out of bounds; there is no derivative by that way."""
+    case = make_case(4, 5, 6, 2)
+    weights, packed = side_by_side(case.weight, [3, 1]), case.packed
+    write, make = (ops.operator(name, language) for name in ("materialize_out", "materialize"))
+    for out in (torch.empty(4, 5, 6), torch.empty(119), torch.empty(240)[::2]):
+        before = out.fill_(7).clone()
+        if out.is_contiguous() or language != "reference":
+            with pytest.raises(RuntimeError, match="tcur: out "):
+                write(weights, *packed, case.core, 0.5, out=out)
+            assert torch.equal(out, before)
+    flat, last = torch.empty(120), torch.empty(5, 9)
+    for given in (weights[:1], [*weights, case.weight[0]], [weights[0], last], [last, weights[1]]):
+        with pytest.raises(RuntimeError):
+            write(given, *packed, case.core, 0.5, out=flat)
+    with pytest.raises(RuntimeError):
+        make(weights, *packed, case.core, 0.5, torch.float32)
+    with pytest.raises(RuntimeError):
+        write(list(case.weight), *packed, case.core, 0.5, out=flat)
 
 
 @LANGUAGES
@@ -379,6 +454,8 @@ def test_opcheck(language, dense):
     check("materialize", [], *factors, core, 0.5, torch.bfloat16)
     out = torch.zeros(5, 6, 9)
     check("materialize_out", weights, *factors, core.detach(), 0.5, out=out)
+    beside = [lay_out(w) for w in side_by_side(case.weight, [3, 2])]
+    check("materialize_out", beside, *factors, core.detach(), 0.5, out=torch.zeros(270))
     grad = lay_out(torch.randn(5, 6, 9)).requires_grad_()
     check("core_grad_dense", grad, *factors)
     check("core_grad_tokens", x.requires_grad_(), grad_y.requires_grad_(), *factors, 5, 2, 2)

@@ -110,9 +110,9 @@ def test_tables_of_addresses_are_kept_and_not_made_in_a_capture(monkeypatch):
     from tcur_kernels.triton import materialize
 
     here = torch.device("cpu")
-    tables = [materialize._places((0, 4 * place), 4, here) for place in range(1000)]
-    assert all(materialize._places((0, 4 * p), 4, here) is tables[p] for p in range(1000))
+    tables = [materialize._table((0, place), here) for place in range(1000)]
+    assert all(materialize._table((0, p), here) is tables[p] for p in range(1000))
     assert tables[7].tolist() == [0, 7]
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(RuntimeError, match=r"weights: expected .* one call before the capture"):
-        materialize._places((0, 4), 4, torch.device("cuda", 0))
+        materialize._table((0, 1), torch.device("cuda", 0))

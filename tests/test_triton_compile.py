@@ -17,7 +17,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from cases import make_case
+from cases import counts_of, make_case
 from tcur_kernels import ops
 from tcur_kernels.triton import (
     INTERPRETED,
@@ -101,6 +101,9 @@ def launches_of(arch, precision, n3, rank, dtype, n1=768, n2=1024):
     def calls():
         for weights in ([], [w_eff], list(w_eff)):
             materialize.run(weights, *packed, core, 0.5, w_eff, precision)
+        if n3 > 1:
+            matrices = [empty(n1, count * n2, dtype=dtype) for count in counts_of(n3)]
+            materialize.run(matrices, *packed, core, 0.5, w_eff.flatten(), precision)
         core_grad_dense.run(w_eff, *packed, precision)
         args = (x, y, *packed, n3, 0, 1)
         core_grad_tokens.run(*args, None, 1, False, precision)
@@ -258,11 +261,18 @@ def test_weights_of_layers_are_read_by_vectors(arch, n3, dtype):
     def vectors(launched):
         return compiled(arch, launched).asm["ptx"].count("ld.global.v4.b32")
 
+    def stores(launched):
+        return compiled(arch, launched).asm["ptx"].count("st.global.v4.b32")
+
     launches = launches_of(arch, "ieee", n3, 8, dtype)
-    none, stack, layers = [launched for launched in launches if "BASE" in launched.options]
-    assert vectors(layers) == vectors(stack) > vectors(none)
-    layers.options["ALIGNED"] = 1  # one address is not a multiple of 16
-    assert vectors(layers) == vectors(none)
+    launches = [launched for launched in launches if "BASE" in launched.options]
+    none, stack, layers, beside = launches
+    assert [each.options["BASE"] for each in launches] == ["none", "stack", "layers", "beside"]
+    assert vectors(beside) == vectors(layers) == vectors(stack) > vectors(none)
+    assert stores(beside) == stores(stack) > 0
+    for each in (layers, beside):
+        each.options["ALIGNED"] = 1  # one address is not a multiple of 16
+        assert vectors(each) == vectors(none)
 
 
 def test_every_launch_is_made_on_the_device_of_its_tensors(monkeypatch):

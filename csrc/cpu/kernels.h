@@ -54,18 +54,23 @@ struct Factors {
   }
 };
 
+// One slice [n1, n2], its rows `stride` numbers apart in the base and in W_eff alike.
+struct MaterializeSlice {
+  const void* base;  // null without a base
+  void* out;
+  int64_t stride;
+};
+
 template <class T>
 struct MaterializeArgs {
   Factors<T> f;
-  const T* core_hat;        // [n3, rank, core_stride], weighted by scale * inverse_weight
-  int64_t core_stride;      // of rows, padded with zeros to whole vectors
-  const void* const* base;  // n3 pointers to [n1, n2]; unused if base_element is none
-  Element base_element;
-  void* out;  // [n3, n1, n2]
-  Element out_element;
-  int64_t tile_blocks;    // blocks of a tile
-  int64_t column_chunks;  // tasks per row block
-  bool stream;            // write past the caches
+  const T* core_hat;                  // [n3, rank, core_stride], weighted by scale * inverse_weight
+  int64_t core_stride;                // of rows, padded with zeros to whole vectors
+  const MaterializeSlice* slices;     // n3
+  Element base_element, out_element;  // base_element none: no base
+  int64_t tile_blocks;                // blocks of a tile
+  int64_t column_chunks;              // tasks per row block
+  bool stream;                        // write past the caches
 };
 
 template <class T>

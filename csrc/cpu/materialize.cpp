@@ -8,31 +8,25 @@ namespace {
 // ones may still be there when the linear layers read them.
 constexpr int64_t kStreamBytes = 4 << 20;
 
-// The base as n3 pointers to [n1, n2], whether it comes as one tensor, as layers, or not at all.
-std::vector<const void*> base_pointers(const std::vector<Tensor>& weights, const Sizes& s) {
-  std::vector<const void*> base;
-  if (weights.size() == 1 && weights[0].dim() == 3) {
-    check_shape("weights", weights[0], {s.n3, s.n1, s.n2});
-    const char* data = static_cast<const char*>(weights[0].const_data_ptr());
-    for (int64_t l = 0; l < s.n3; ++l) {
-      base.push_back(data + l * s.n1 * s.n2 * weights[0].element_size());
-    }
-  } else if (!weights.empty()) {
-    STD_TORCH_CHECK(
-        static_cast<int64_t>(weights.size()) == s.n3, "tcur: weights must be n3 tensors [n1, n2]");
-    for (const Tensor& weight : weights) {
-      check_shape("weights", weight, {s.n1, s.n2});
-      check_dtype("weights", weight, weights[0].scalar_type());
-      base.push_back(weight.const_data_ptr());
+std::vector<MaterializeSlice> slices_of(
+    const std::vector<SlicePlace>& places, const Sizes& s, const Tensor& out) {
+  std::vector<MaterializeSlice> slices;
+  char* matrix = static_cast<char*>(out.mutable_data_ptr());
+  for (const SlicePlace& place : places) {
+    const int64_t bytes = s.n2 * static_cast<int64_t>(out.element_size());  // of a row of a slice
+    slices.push_back({place.base, matrix + place.index * bytes, place.count * s.n2});
+    if (place.index == place.count - 1) {
+      matrix += place.count * s.n1 * bytes;
     }
   }
-  return base;
+  return slices;
 }
 
 template <class T>
 void run(
     const Sizes& sizes,
-    const std::vector<Tensor>& weights,
+    const std::vector<SlicePlace>& places,
+    Element base_element,
     const Tensor& lateral_hat,
     const Tensor& horizontal_hat,
     const Tensor& core,
@@ -40,7 +34,7 @@ void run(
     const Tensor& out) {
   const TubeDft<T> dft(sizes.n3);
   const PackedFactors<T> factors(sizes, lateral_hat, horizontal_hat, dft);
-  const std::vector<const void*> base = base_pointers(weights, sizes);
+  const std::vector<MaterializeSlice> slices = slices_of(places, sizes, out);
   const Kernels<T>& k = kernels<T>();
   const int64_t core_stride = round_up(sizes.rank, k.lanes);
   const std::vector<T> core_hat =
@@ -55,9 +49,8 @@ void run(
       factors.view(),
       core_hat.data(),
       core_stride,
-      base.data(),
-      base.empty() ? Element::none : element_of(weights[0].scalar_type()),
-      out.mutable_data_ptr(),
+      slices.data(),
+      base_element,
       element_of(out.scalar_type()),
       blocks,
       chunks,
@@ -82,14 +75,14 @@ void materialize_out(
   const Sizes sizes = check_factors(lateral_hat, horizontal_hat, core.size(0));
   check_shape("core", core, {sizes.n3, sizes.rank, sizes.rank});
   check_dtype("core", core, lateral_hat.scalar_type());
-  check_shape("out", out, {sizes.n3, sizes.n1, sizes.n2});
-  STD_TORCH_CHECK(out.is_contiguous(), "tcur: out must be contiguous");
   STD_TORCH_CHECK(element_of(out.scalar_type()) != Element::none, "tcur: out has no known dtype");
   for (Tensor& weight : weights) {
     STD_TORCH_CHECK(
         element_of(weight.scalar_type()) != Element::none, "tcur: weights have no known dtype");
     weight = torch::stable::contiguous(weight);
   }
+  const std::vector<SlicePlace> places = place_slices(weights, sizes, out);
+  const Element base = weights.empty() ? Element::none : element_of(weights[0].scalar_type());
   if (out.numel() == 0) {
     return;
   }
@@ -97,9 +90,9 @@ void materialize_out(
   const Tensor h = torch::stable::contiguous(horizontal_hat);
   const Tensor c = torch::stable::contiguous(core);
   if (l.scalar_type() == ScalarType::Double) {
-    run<double>(sizes, weights, l, h, c, scale, out);
+    run<double>(sizes, places, base, l, h, c, scale, out);
   } else {
-    run<float>(sizes, weights, l, h, c, scale, out);
+    run<float>(sizes, places, base, l, h, c, scale, out);
   }
 }
 

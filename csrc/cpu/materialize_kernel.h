@@ -135,13 +135,18 @@ constexpr int64_t kBytesAhead = 12 * 1024;
 // too short for the processor to see them coming.
 template <bool STREAM, bool BASE, class T, class S, class O>
 TCUR_TARGET inline void sweep_block(
-    const S* base, const S* later, const T* tubes, O* out, int64_t row_stride) {
+    const S* base,
+    const S* later,
+    int64_t later_stride,
+    const T* tubes,
+    O* out,
+    int64_t row_stride) {
   constexpr int lanes = Simd<T>::lanes, line = 64 / sizeof(S);
 #pragma GCC unroll 4
   for (int i = 0; i < kRowBlock; ++i) {
 #pragma GCC unroll 4
     for (int j = 0; BASE && j < kColumnBlock; j += line) {
-      fetch<Cache::first>(later + i * row_stride + j);
+      fetch<Cache::first>(later + i * later_stride + j);
     }
 #pragma GCC unroll 4
     for (int j = 0; j < kColumnBlock; j += lanes) {
@@ -163,32 +168,35 @@ struct Finished {
 
 template <bool STREAM, class T, class S, class O>
 TCUR_TARGET void sweep(const MaterializeArgs<T>& m, const Finished<T>& tile) {
-  const int64_t n1 = m.f.n1, n2 = m.f.n2, n3 = m.f.n3;
-  const int64_t here = tile.row * n2 + tile.col;
+  const int64_t n3 = m.f.n3;
   const int64_t slice_bytes = tile.rows * tile.n * static_cast<int64_t>(sizeof(S));
   const int64_t ahead = (kBytesAhead + slice_bytes - 1) / slice_bytes;
   const bool based = m.base_element != Element::none;
   for (int64_t slice = 0; slice < n3; ++slice) {
     const T* values = tile.tubes + slice * tile_stride(m.tile_blocks);
-    const S* base = based ? static_cast<const S*>(m.base[slice]) + here : nullptr;
-    const int64_t then = slice + ahead < n3 ? slice + ahead : n3 - 1;
-    const S* later = based ? static_cast<const S*>(m.base[then]) + here : nullptr;
-    O* out = static_cast<O*>(m.out) + slice * n1 * n2 + here;
-    // Rows of a block are aligned alike where n2 allows it; col is a multiple of the block anyway.
-    const bool aligned = reinterpret_cast<uintptr_t>(out) % 64 == 0 && n2 * sizeof(O) % 64 == 0;
+    const MaterializeSlice& own = m.slices[slice];
+    const MaterializeSlice& then = m.slices[slice + ahead < n3 ? slice + ahead : n3 - 1];
+    const int64_t stride = own.stride, here = tile.row * stride + tile.col;
+    const int64_t there = tile.row * then.stride + tile.col;
+    const S* base = based ? static_cast<const S*>(own.base) + here : nullptr;
+    const S* later = based ? static_cast<const S*>(then.base) + there : nullptr;
+    O* out = static_cast<O*>(own.out) + here;
+    // Rows of a block are aligned alike where their distance allows it; col is a multiple of the
+    // block anyway.
+    const bool aligned = reinterpret_cast<uintptr_t>(out) % 64 == 0 && stride * sizeof(O) % 64 == 0;
     for (int64_t at = 0; at < tile.n; at += kColumnBlock, values += kBlock) {
       const int64_t width = tile.n - at < kColumnBlock ? tile.n - at : kColumnBlock;
       if (tile.rows == kRowBlock && width == kColumnBlock && (aligned || !STREAM)) {
         if (based) {
-          sweep_block<STREAM, true>(base + at, later + at, values, out + at, n2);
+          sweep_block<STREAM, true>(base + at, later + at, then.stride, values, out + at, stride);
         } else {
-          sweep_block<STREAM, false, T, S>(nullptr, nullptr, values, out + at, n2);
+          sweep_block<STREAM, false, T, S>(nullptr, nullptr, 0, values, out + at, stride);
         }
         continue;
       }
       for (int64_t i = 0; i < tile.rows; ++i) {
-        const S* from = based ? base + i * n2 + at : nullptr;
-        add_row(from, values + i * kColumnBlock, out + i * n2 + at, width);
+        const S* from = based ? base + i * stride + at : nullptr;
+        add_row(from, values + i * kColumnBlock, out + i * stride + at, width);
       }
     }
   }
@@ -235,12 +243,13 @@ Sweep<T> sweep_for(Element base, Element out, bool stream) {
 template <int BYTES, class T>
 TCUR_TARGET inline void fetch_base(
     const MaterializeArgs<T>& m, int64_t slice, int64_t row, int64_t col) {
-  const char* base = static_cast<const char*>(m.base[slice]) + (row * m.f.n2 + col) * BYTES;
+  const int64_t stride = m.slices[slice].stride;
+  const char* base = static_cast<const char*>(m.slices[slice].base) + (row * stride + col) * BYTES;
 #pragma GCC unroll 4
   for (int i = 0; i < kRowBlock; ++i) {
 #pragma GCC unroll 4
     for (int at = 0; at < kColumnBlock * BYTES; at += 64) {
-      fetch<Cache::second>(base + i * m.f.n2 * BYTES + at);
+      fetch<Cache::second>(base + i * stride * BYTES + at);
     }
   }
 }

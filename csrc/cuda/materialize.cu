@@ -75,7 +75,7 @@ TCUR_DEVICE void prefetch_base(const MaterializeArgs& args, const Corner& corner
     const int64_t column = corner.column + line * (kLine / bytes);
     const char* base = static_cast<const char*>(args.base[which]);
     if (base != nullptr && corner.row + row < args.n1 && column < args.n2) {
-      prefetch(base + ((corner.row + row) * args.n2 + column) * bytes);
+      prefetch(base + args.within(which, (corner.row + row) * args.n2, column) * bytes);
     }
   }
 }
@@ -165,44 +165,56 @@ struct Steps {
   }
 };
 
+// Of a slice that `Place` was made for as if it lay alone.
+TCUR_DEVICE int64_t within(const MaterializeArgs& args, int slot, const Place& place) {
+  return args.within(slot, place.row_start, place.at - place.row_start);
+}
+
 template <int BYTES, int N>
 TCUR_DEVICE void add_base(
-    const MaterializeArgs& args, const Steps& bases, const Place& place, Quad (&x)[N]) {
+    const MaterializeArgs& args, const Steps& slots, const Place& place, Quad (&x)[N]) {
 #pragma unroll
   for (int i = 0; i < N; ++i) {
-    const auto raw = load_four<BYTES>(args.base[bases[i]], place.at, place.count, args.vector);
+    const int slot = slots[i];
+    const auto raw =
+        load_four<BYTES>(args.base[slot], within(args, slot, place), place.count, args.vector);
     x[i] = x[i] + Four<BYTES>::widened(raw, args.base_element);
   }
 }
 
 template <int BYTES, int N>
 TCUR_DEVICE void store_slices(
-    const MaterializeArgs& args, const Steps& slices, const Place& place, const Quad (&x)[N]) {
+    const MaterializeArgs& args,
+    const Steps& slots,
+    const Steps& slices,
+    const Place& place,
+    const Quad (&x)[N]) {
 #pragma unroll
   for (int i = 0; i < N; ++i) {
-    const int64_t at = slices[i] * args.n1 * args.n2 + place.at;
+    const int slot = slots[i];
+    const int64_t at = args.first(slot, slices[i]) + within(args, slot, place);
     const auto raw = Four<BYTES>::narrowed(x[i], args.out_element);
     store_four<BYTES>(args.out, at, place.count, args.vector, raw);
   }
 }
 
-// Some slices of W_eff for a quad of positions, from what is added to the base.
+// Some slices of W_eff for a quad of positions, from what is added to the base; `slots` of theirs.
 template <int N>
 TCUR_DEVICE void write_slices(
     const MaterializeArgs& args,
-    const Steps& bases,
+    const Steps& slots,
     const Steps& slices,
     const Place& place,
     Quad (&x)[N]) {
   if (args.base_element == Element::f32) {
-    add_base<4>(args, bases, place, x);
+    add_base<4>(args, slots, place, x);
   } else if (args.base_element != Element::none) {
-    add_base<2>(args, bases, place, x);
+    add_base<2>(args, slots, place, x);
   }
   if (args.out_element == Element::f32) {
-    store_slices<4>(args, slices, place, x);
+    store_slices<4>(args, slots, slices, place, x);
   } else {
-    store_slices<2>(args, slices, place, x);
+    store_slices<2>(args, slots, slices, place, x);
   }
 }
 
@@ -291,49 +303,41 @@ Tile choose_tile(const Sizes& sizes, const SharedLimits& limits) {
   return {8, 3};
 }
 
-// The base as n3 matrices [n1, n2], whether it comes as one tensor, as layers, or not at all.
-class Base {
+// All slices of a call: where they lie, and the type of their base.
+class Slices {
  public:
-  Base(const std::vector<Tensor>& weights, const Sizes& s) {
-    if (weights.empty()) {
-      return;
-    }
-    element_ = element_of(weights[0].scalar_type());
-    const bool is_stack = weights.size() == 1 && weights[0].dim() == 3;
-    if (is_stack) {
-      check_shape("weights", weights[0], {s.n3, s.n1, s.n2});
-    } else {
-      STD_TORCH_CHECK(
-          static_cast<int64_t>(weights.size()) == s.n3,
-          "tcur: weights must be n3 tensors [n1, n2]");
-    }
-    for (int64_t l = 0; l < s.n3; ++l) {
-      if (is_stack) {
-        const char* data = static_cast<const char*>(weights[0].const_data_ptr());
-        slices_.push_back(data + l * s.n1 * s.n2 * bytes_of(element_));
-      } else {
-        check_shape("weights", weights[l], {s.n1, s.n2});
-        check_dtype("weights", weights[l], weights[0].scalar_type());
-        slices_.push_back(weights[l].const_data_ptr());
-      }
+  Slices(const std::vector<Tensor>& weights, const Sizes& sizes, const Tensor& out)
+      : places_(place_slices(weights, sizes, out)) {
+    if (!weights.empty()) {
+      element_ = element_of(weights[0].scalar_type());
     }
   }
 
+  // Slice l goes to a slot of the arguments.
+  void put(int64_t l, MaterializeArgs& args, int slot) const {
+    const SlicePlace& place = places_[l];
+    args.base[slot] = place.base;
+    args.beside[slot] = {
+        static_cast<unsigned short>(place.count), static_cast<unsigned short>(place.index)};
+  }
+
   bool is_aligned_for(int64_t numbers) const {
-    return std::all_of(slices_.begin(), slices_.end(), [&](const void* slice) {
-      return is_aligned(slice, numbers * bytes_of(element_));
+    return std::all_of(places_.begin(), places_.end(), [&](const SlicePlace& place) {
+      return is_aligned(place.base, numbers * bytes_of(element_));
     });
   }
   Element element() const {
     return element_;
   }
-  const void* operator[](int64_t l) const {
-    return slices_.empty() ? nullptr : slices_[l];
+  // Slices side by side in one matrix, at most.
+  int64_t most_beside() const {
+    const auto fewer = [](const SlicePlace& a, const SlicePlace& b) { return a.count < b.count; };
+    return std::max_element(places_.begin(), places_.end(), fewer)->count;
   }
 
  private:
   Element element_ = Element::none;
-  std::vector<const void*> slices_;
+  std::vector<SlicePlace> places_;
 };
 
 template <int... I>
@@ -350,8 +354,10 @@ TubesKernel tubes_kernel_for(int64_t n3) {
 
 // Whether everything is as the kernels for tubes want it; their tiles are too large for some
 // devices.
-bool takes_tubes(const Call& call, const Sizes& sizes, const MaterializeArgs& args) {
+bool takes_tubes(
+    const Call& call, const Sizes& sizes, const Slices& slices, const MaterializeArgs& args) {
   return fits_tubes(sizes.n1, sizes.n2, sizes.n3, sizes.rank, args.vector) &&
+         sizes.n1 * sizes.n2 * slices.most_beside() <= UINT32_MAX &&
          tubes_kernel_for(sizes.n3).shared_bytes <= call.limits().block;
 }
 
@@ -361,7 +367,7 @@ void launch_tubes(
     const float* lateral_hat,
     const float* core,
     double scale,
-    const Base& base,
+    const Slices& slices,
     MaterializeArgs args) {
   const TubesKernel tubes = tubes_kernel_for(sizes.n3);
   const int64_t in_column = tiles_of(sizes.n1, tubes.rows), rows = in_column * tubes.rows;
@@ -391,14 +397,14 @@ void launch_tubes(
   args.mixed = mixed.const_data_ptr<float>();
   args.horizontal_hat = tiles.const_data_ptr<float>();
   for (int l = 0; l < args.n3; ++l) {
-    args.base[l] = base[l];
+    slices.put(l, args, l);
   }
   // Asking ahead pays while what all blocks ask for stays in the second-level cache; measured on an
   // H100, with 50 MB of it: 6 % gained on stacks of 113 MB, 7 to 15 % lost on stacks of 1 GB and
   // more.
   constexpr int64_t most = 512LL * 1024 * 1024;
-  args.prefetches = base.element() != Element::none &&
-                    sizes.n1 * sizes.n2 * sizes.n3 * bytes_of(base.element()) <= most;
+  args.prefetches = args.base_element != Element::none &&
+                    sizes.n1 * sizes.n2 * sizes.n3 * bytes_of(args.base_element) <= most;
   launch_early(
       call.device(),
       tubes.kernel,
@@ -410,12 +416,12 @@ void launch_tubes(
 }
 
 void launch_by_codelets(
-    const Call& call, const Sizes& sizes, const Base& base, MaterializeArgs args) {
+    const Call& call, const Sizes& sizes, const Slices& slices, MaterializeArgs args) {
   args.tile = choose_tile(sizes, call.limits());
   args.tiles_in_row = tiles_of(sizes.n2, args.tile.columns());
-  args.bases = base.element() == Element::none ? 0 : args.n3;
-  for (int l = 0; l < args.bases; ++l) {
-    args.base[l] = base[l];
+  args.bases = args.base_element == Element::none ? 0 : args.n3;
+  for (int l = 0; l < args.n3; ++l) {
+    slices.put(l, args, l);
   }
   launch(
       kernel_for(dft_factors(sizes.n3).outer, std::make_integer_sequence<int, kLongestOuter>{}),
@@ -427,17 +433,19 @@ void launch_by_codelets(
 }
 
 void launch_by_matrix(
-    const Call& call, const Sizes& sizes, const Base& base, MaterializeArgs args) {
+    const Call& call, const Sizes& sizes, const Slices& slices, MaterializeArgs args) {
   args.lines = first_lines(args.n3);
   args.tile = matrix_tile(args.lines);
   args.tiles_in_row = tiles_of(sizes.n2, args.tile.columns());
-  args.bases = base.element() == Element::none ? 0 : 2 * args.lines.count;
+  args.bases = args.base_element == Element::none ? 0 : 2 * args.lines.count;
   for (; args.lines.first <= args.n3 / 2; args.lines.first += args.lines.count) {
-    for (int j = 0; j < args.bases / 2; ++j) {
-      const int l = args.lines.first + j;
-      const bool is_line = l < args.lines.end(args.n3), is_single = l == 0 || 2 * l == args.n3;
-      args.base[j] = is_line ? base[l] : nullptr;
-      args.base[args.lines.count + j] = is_line && !is_single ? base[args.n3 - l] : nullptr;
+    std::fill_n(args.base, 2 * args.lines.count, nullptr);
+    for (int l = args.lines.first; l < args.lines.end(args.n3); ++l) {
+      const int slot = l - args.lines.first;
+      slices.put(l, args, slot);
+      if (l > 0 && 2 * l != args.n3) {
+        slices.put(args.n3 - l, args, args.lines.count + slot);
+      }
     }
     launch(
         materialize_matrix_kernel,
@@ -460,8 +468,6 @@ void write_materialized(
   STD_TORCH_CHECK(core.dim() == 3, "tcur: core must be [n3, rank, rank]");
   const Sizes sizes = check_packed(lateral_hat, horizontal_hat, core.size(0));
   check_shape("core", core, {sizes.n3, sizes.rank, sizes.rank});
-  check_shape("out", out, {sizes.n3, sizes.n1, sizes.n2});
-  STD_TORCH_CHECK(out.is_contiguous(), "tcur: out must be contiguous");
   const Call call(lateral_hat);
   const Precision precision = call.precision(lateral_hat, horizontal_hat, tf32);
   call.check("core", core, ScalarType::Float);
@@ -471,6 +477,7 @@ void write_materialized(
     call.check("weights", weight);
     weight = torch::stable::contiguous(weight);
   }
+  const Slices slices(weights, sizes, out);
   if (out.numel() == 0) {
     return;
   }
@@ -479,7 +486,6 @@ void write_materialized(
   const Tensor c = torch::stable::contiguous(core);
   const int n3 = static_cast<int>(sizes.n3), rank = static_cast<int>(sizes.rank);
   const int64_t q = sizes.n3 * sizes.rank;
-  const Base base(weights, sizes);
   MaterializeArgs args{};
   args.horizontal_hat = h.const_data_ptr<float>();
   args.out = out.mutable_data_ptr();
@@ -488,15 +494,16 @@ void write_materialized(
   args.n3 = n3;
   args.rank = rank;
   args.precision = precision;
-  args.base_element = base.element();
+  args.base_element = slices.element();
   args.out_element = element_of(out.scalar_type());
-  args.vector = sizes.n2 % 4 == 0 && base.is_aligned_for(4) &&
+  args.vector = sizes.n2 % 4 == 0 && slices.is_aligned_for(4) &&
                 is_aligned(args.out, 4 * bytes_of(args.out_element));
-  if (takes_tubes(call, sizes, args)) {
+  args.side_by_side = slices.most_beside() > 1;
+  if (takes_tubes(call, sizes, slices, args)) {
     const Spectrum tables(call, sizes.n3);
     args.tables = tables.tables();
     launch_tubes(
-        call, sizes, l.const_data_ptr<float>(), c.const_data_ptr<float>(), scale, base, args);
+        call, sizes, l.const_data_ptr<float>(), c.const_data_ptr<float>(), scale, slices, args);
     return;
   }
   const Spectrum spectrum(call, c, scale, {nullptr, 1}, 1);
@@ -512,9 +519,9 @@ void write_materialized(
   args.mixed = mixed.const_data_ptr<float>();
   args.tables = spectrum.tables();
   if (dft_factors(sizes.n3).outer > 0) {
-    launch_by_codelets(call, sizes, base, args);
+    launch_by_codelets(call, sizes, slices, args);
   } else {
-    launch_by_matrix(call, sizes, base, args);
+    launch_by_matrix(call, sizes, slices, args);
   }
 }
 

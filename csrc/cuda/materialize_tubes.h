@@ -27,7 +27,7 @@ TCUR_DEVICE void prefetch_bases(const MaterializeArgs& args, int64_t row, int64_
     const int l = i / in_base, at = i - l * in_base;
     const int64_t r = row + at / in_row, c = column + at % in_row * (kLine / bytes);
     if (r < args.n1 && c < args.n2) {
-      prefetch(static_cast<const char*>(args.base[l]) + (r * args.n2 + c) * bytes);
+      prefetch(static_cast<const char*>(args.base[l]) + args.within(l, r * args.n2, c) * bytes);
     }
   }
 }
@@ -191,19 +191,31 @@ class Formed {
   Quad re_[kInner][kTall] = {}, im_[kInner][kTall] = {};
 };
 
+// Where some numbers of a row begin, in every slice: row_start + column, were each slice alone.
+struct Spot {
+  unsigned row_start, column;
+
+  // BESIDE: counted in a slice of the matrices of several slices.
+  template <bool BESIDE>
+  TCUR_DEVICE unsigned within(const MaterializeArgs& args, int l) const {
+    return (BESIDE ? row_start * args.beside[l].count : row_start) + column;
+  }
+};
+
 // x += the bases of slices l0, l0 + inner, …, all asked for before the first is used.
-template <int BYTES, int N3>
+template <int BYTES, bool BESIDE, int N3>
 TCUR_DEVICE void add_bases(
     const MaterializeArgs& args,
     int l0,
-    unsigned at,
+    const Spot& spot,
     Lanes<Tubes<N3>::kWide> (&x)[Tubes<N3>::kOuter]) {
   using T = Tubes<N3>;
   using Several = Raw<BYTES, T::kWide>;
   typename Several::Type raw[T::kOuter];
 #pragma unroll
   for (int j = 0; j < T::kOuter; ++j) {
-    raw[j] = Several::load(args.base[l0 + T::kInner * j], at);
+    const int l = l0 + T::kInner * j;
+    raw[j] = Several::load(args.base[l], spot.within<BESIDE>(args, l));
   }
 #pragma unroll
   for (int j = 0; j < T::kOuter; ++j) {
@@ -211,11 +223,11 @@ TCUR_DEVICE void add_bases(
   }
 }
 
-template <int BYTES, int N3>
+template <int BYTES, bool BESIDE, int N3>
 TCUR_DEVICE void store_slices_of(
     const MaterializeArgs& args,
     int l0,
-    unsigned at,
+    const Spot& spot,
     const Lanes<Tubes<N3>::kWide> (&x)[Tubes<N3>::kOuter]) {
   using T = Tubes<N3>;
   using Several = Raw<BYTES, T::kWide>;
@@ -223,17 +235,22 @@ TCUR_DEVICE void store_slices_of(
   char* out = static_cast<char*>(args.out) + l0 * slice;
 #pragma unroll
   for (int j = 0; j < T::kOuter; ++j) {
+    const int l = l0 + T::kInner * j;
+    if constexpr (BESIDE) {
+      out = static_cast<char*>(args.out) + args.first(l, l) * BYTES;
+    }
+    const unsigned at = spot.within<BESIDE>(args, l);
     Several::store(out, at, Several::narrowed(x[j], args.out_element));
     out += T::kInner * slice;
   }
 }
 
 // The step of the outer factor: W_eff of a tile whose middle numbers are in shared memory.
-template <int N3>
+template <bool BESIDE, int N3>
 TCUR_DEVICE void write_tile(
     const MaterializeArgs& args, const float* rows, int64_t first_row, int64_t first_column) {
   using T = Tubes<N3>;
-  T::for_outer([&](int l0, int row, int column) __attribute__((always_inline)) {
+  T::template for_outer<BESIDE>([&](int l0, int row, int column) __attribute__((always_inline)) {
     const int64_t r = first_row + row, c = first_column + column;
     if (r >= args.n1 || c >= args.n2) {
       return;
@@ -244,16 +261,16 @@ TCUR_DEVICE void write_tile(
       x[j] = load_lanes<T::kWide>(from + plane * T::kPositions);
     });
     real_inverse<T::kOuter, float>(x);
-    const auto at = static_cast<unsigned>(r * args.n2 + c);
+    const Spot spot{static_cast<unsigned>(r * args.n2), static_cast<unsigned>(c)};
     if (args.base_element == Element::f32) {
-      add_bases<4, N3>(args, l0, at, x);
+      add_bases<4, BESIDE, N3>(args, l0, spot, x);
     } else if (args.base_element != Element::none) {
-      add_bases<2, N3>(args, l0, at, x);
+      add_bases<2, BESIDE, N3>(args, l0, spot, x);
     }
     if (args.out_element == Element::f32) {
-      store_slices_of<4, N3>(args, l0, at, x);
+      store_slices_of<4, BESIDE, N3>(args, l0, spot, x);
     } else {
-      store_slices_of<2, N3>(args, l0, at, x);
+      store_slices_of<2, BESIDE, N3>(args, l0, spot, x);
     }
   });
 }
@@ -302,7 +319,11 @@ materialize_tubes_kernel(const TCUR_PARAMETER MaterializeArgs args) {
     planes.transform(k1, args.tables, rows);
   }
   __syncthreads();
-  write_tile<N3>(args, rows, first_row, first_column);
+  if (args.side_by_side) {  // apart, so that other stacks pay nothing for it
+    write_tile<true, N3>(args, rows, first_row, first_column);
+  } else {
+    write_tile<false, N3>(args, rows, first_row, first_column);
+  }
 }
 
 template <int PART, int N3>

@@ -59,13 +59,14 @@ TCUR_DEVICE Corner corner_of(const Tile& tile, int64_t index, int64_t tiles_in_r
 // Where a quad of positions of a tile lies in a slice, and how many of its numbers are there.
 struct Place {
   int64_t at, count;
+  int64_t row_start;  // what of `at` is whole rows
 };
 TCUR_DEVICE Place
 place_of(const Tile& tile, const Corner& corner, int64_t n1, int64_t n2, int position) {
   const int tile_row = position >> tile.log_columns;
   const int64_t row = corner.row + tile_row;
   const int64_t column = corner.column + tile.swizzled(tile_row, position & (tile.columns() - 1));
-  return {row * n2 + column, row < n1 ? n2 - column : 0};
+  return {row * n2 + column, row < n1 ? n2 - column : 0, row * n2};
 }
 
 }  // namespace tcur

@@ -115,13 +115,14 @@ struct Tubes {
     return 4 * (group() % (kColumns / 4));
   }
 
-  // f(l0, row, column) for each share of the outer step.
-  template <class F>
+  // f(l0, row, column) for each share of the outer step. CONCEALED: what depends on l0 alone is not
+  // to be computed before the loop, since no registers are left to keep it in.
+  template <bool CONCEALED = false, class F>
   TCUR_DEVICE static void for_outer(F&& f) {
     constexpr int kInRow = kColumns / kWide, kShares = kVectors / 32;
     const int lane = threadIdx.x % 32;
     for (int i = threadIdx.x / 32; i < kInner * kShares; i += kWarps) {
-      const int l0 = i / kShares, vector = i % kShares * 32 + lane;
+      const int l0 = (CONCEALED ? concealed(i) : i) / kShares, vector = i % kShares * 32 + lane;
       f(l0, vector / kInRow, kWide * (vector % kInRow));
     }
   }

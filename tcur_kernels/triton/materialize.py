@@ -19,6 +19,8 @@ Three forms of the transform, chosen by n3 in the table of `launch`:
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Sequence
 from functools import cache
 
@@ -124,34 +126,42 @@ def _right(horizontal_ptr, plane, used, is_pair, c0, j, n2, rank, PARTS: tl.cons
 
 @triton.jit
 def _finish(
-    base_ptr, places_ptr, out_ptr, update, l, mask, i, j, n1, n2,
+    base_ptr, places_ptr, out_ptr, update, l, mask, i, j, n1, n2, n3,
     ROWS: tl.constexpr, COLS: tl.constexpr, BASE: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """Adds the base to ``update`` [slices, ROWS * COLS] and writes: the one pass over W."""
     slices: tl.constexpr = update.shape[0]
     value = tl.reshape(update, [slices, ROWS, COLS])
     inside = mask[:, None, None] & (i < n1)[None, :, None] & (j < n2)[None, None, :]
-    within = i[None, :, None] * n2 + j[None, None, :]
+    if BASE == "beside":
+        stride = tl.load(places_ptr + 2 * n3 + l, mask=mask, other=0) * n2
+        within = i[None, :, None] * stride[:, None, None] + j[None, None, :]
+    else:
+        within = i[None, :, None] * n2 + j[None, None, :]
     if BASE != "none":
-        if BASE == "layers":
-            place = tl.multiple_of(tl.load(places_ptr + l, mask=mask, other=0), ALIGNED)
-        else:
+        if BASE == "stack":
             place = l.to(tl.int64) * n1 * n2
+        else:
+            place = tl.multiple_of(tl.load(places_ptr + l, mask=mask, other=0), ALIGNED)
         w = tl.load(base_ptr + (place[:, None, None] + within), mask=inside, other=0.0)
         value += w.to(tl.float32)
-    at = (l.to(tl.int64) * n1 * n2)[:, None, None] + within
+    if BASE == "beside":  # asked for after the base: gfx942 has no registers to hold both places
+        first = tl.load(places_ptr + n3 + l, mask=mask, other=0) * n2
+    else:
+        first = l.to(tl.int64) * n1 * n2
+    at = first[:, None, None] + within
     tl.store(out_ptr + at, value.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _dense_kernel(
     base_ptr,  # [n3, n1, n2], or the first of the layers' weights [n1, n2]
-    places_ptr,  # [n3] int64: distance of each layer's weight from the first, in elements,
-    # each a multiple of ALIGNED
+    places_ptr,  # [n3] int64: distance of each slice of the layers from the first, in elements,
+    # each a multiple of ALIGNED; for BASE "beside" see `_places_beside`
     mixed_ptr,  # [n3, n1, RANKS]: planes of P
     horizontal_ptr,  # [q, n2]
     roots_ptr,  # [2, K, n3]
-    out_ptr,  # [n3, n1, n2]
+    out_ptr,  # [n3, n1, n2], or the matrices of W_eff one after the other
     n1, n2, n3, rank,
     ROWS: tl.constexpr, COLS: tl.constexpr, RANKS: tl.constexpr, PARTS: tl.constexpr,
     BINS: tl.constexpr, SLICES: tl.constexpr,
@@ -183,7 +193,7 @@ def _dense_kernel(
         table = tl.where(imag[None, :], -table, table)
         update = dot(table, tl.reshape(planes, [BINS, ROWS * COLS]), update, PRECISION)
     _finish(
-        base_ptr, places_ptr, out_ptr, update, l, l < n3, i, j, n1, n2, ROWS, COLS, BASE,
+        base_ptr, places_ptr, out_ptr, update, l, l < n3, i, j, n1, n2, n3, ROWS, COLS, BASE,
         ALIGNED,
     )  # fmt: skip
 
@@ -244,12 +254,12 @@ def _folded_kernel(
         even = dot(cos, re_planes, even, PRECISION)
         odd = dot(sin, im_planes, odd, PRECISION)
     _finish(
-        base_ptr, places_ptr, out_ptr, even - odd, l, l <= last, i, j, n1, n2, ROWS, COLS, BASE,
-        ALIGNED,
+        base_ptr, places_ptr, out_ptr, even - odd, l, l <= last, i, j, n1, n2, n3, ROWS, COLS,
+        BASE, ALIGNED,
     )  # fmt: skip
     paired = (l > 0) & (2 * l < n3)  # slices 0 and n3/2 are their own mirror image
     _finish(
-        base_ptr, places_ptr, out_ptr, even + odd, n3 - l, paired, i, j, n1, n2,
+        base_ptr, places_ptr, out_ptr, even + odd, n3 - l, paired, i, j, n1, n2, n3,
         ROWS, COLS, BASE, ALIGNED,
     )  # fmt: skip
     if MIDDLE:
@@ -257,7 +267,7 @@ def _folded_kernel(
         mask = l_middle < tl.where(tl.program_id(1) == 0, n3, 0)
         _finish(
             base_ptr, places_ptr, out_ptr, tl.reshape(middle, [1, ROWS * COLS]), l_middle, mask,
-            i, j, n1, n2, ROWS, COLS, BASE, ALIGNED,
+            i, j, n1, n2, n3, ROWS, COLS, BASE, ALIGNED,
         )  # fmt: skip
 
 
@@ -302,7 +312,7 @@ def _direct_kernel(
     slices = l + tl.arange(0, 1)
     _finish(
         base_ptr, places_ptr, out_ptr, tl.reshape(update, [1, ROWS * COLS]), slices, slices < n3,
-        i, j, n1, n2, ROWS, COLS, BASE, ALIGNED,
+        i, j, n1, n2, n3, ROWS, COLS, BASE, ALIGNED,
     )  # fmt: skip
 
 
@@ -318,15 +328,22 @@ def run(
     out: Tensor,
     precision: str,
 ) -> None:
-    """Launches the kernels; writes ``out`` [n3, n1, n2], contiguous."""
+    """Launches the kernels; writes ``out``, contiguous.
+
+    [n3, n1, n2], or where layers hold slices side by side flat, see `ops`.
+    """
     n3, _, rank = core.shape
     n1, n2 = lateral_hat.shape[0], horizontal_hat.shape[1]
     check_factors(lateral_hat, horizontal_hat, n3, rank, core)
     layers = len(weights) > 0 and weights[0].ndim == 2
-    if len(weights) not in (0, n3 if layers else 1):
-        raise ValueError(f"weights: expected {n3 if layers else 1}, got {len(weights)}")
-    for weight in weights:
-        expect("weights", weight, [n1, n2] if layers else [n3, n1, n2])
+    # Slices that each layer holds, side by side; a stack holds them one after the other.
+    counts = [max(1, weight.shape[-1] // max(1, n2)) if layers else 1 for weight in weights]
+    if len(weights) > 0 and sum(counts) != (n3 if layers else 1):
+        raise ValueError(f"weights: expected {n3 if layers else 1}, got {sum(counts)}")
+    beside = layers and len(weights) < n3
+    expect("out", out, [n3 * n1 * n2] if beside else [n3, n1, n2])
+    for weight, count in zip(weights, counts, strict=True):
+        expect("weights", weight, [n1, count * n2] if layers else [n3, n1, n2])
         if weight.dtype != weights[0].dtype:
             raise TypeError(f"weights: expected {weights[0].dtype}, got {weight.dtype}")
     arch = launch.arch_of(core.device)
@@ -344,14 +361,24 @@ def run(
     base, places, kind, aligned = mixed, mixed, "none", 1
     if layers and not all(weight.is_contiguous() for weight in weights):
         # A copy in any case; of one tensor, so that no table is kept for addresses of copies.
-        weights, layers = [torch.stack(list(weights))], False
+        if beside:
+            copy = torch.cat([weight.flatten() for weight in weights])
+            parts = copy.split([weight.numel() for weight in weights])
+            weights = [part.view(n1, -1) for part in parts]
+        else:
+            weights, layers = [torch.stack(list(weights))], False
     if weights:
         base, kind = weights[0].contiguous(), "layers" if layers else "stack"
     if layers:
-        addresses = tuple(weight.data_ptr() for weight in weights)
-        places = _places(addresses, base.element_size(), core.device)
+        addresses = [weight.data_ptr() for weight in weights]
+        size = base.element_size()
+        distances = tuple((address - addresses[0]) // size for address in addresses)
         if all(address % 16 == 0 for address in addresses):
-            aligned = 16 // base.element_size()  # what a thread loads at once
+            aligned = 16 // size  # what a thread loads at once
+        if beside:
+            kind, aligned = "beside", math.gcd(aligned, n2)
+            distances = _places_beside(distances, counts, n1, n2)
+        places = _table(distances, core.device)
     chosen = launch.row("materialize", arch, n3)
     kernel = _FORMS[chosen.form]
     tiles = triton.cdiv(n1, chosen.rows) * triton.cdiv(n2, chosen.cols)
@@ -371,11 +398,27 @@ def run(
     )  # fmt: skip
 
 
-@cache
-def _places(addresses: tuple[int, ...], size: int, device: torch.device) -> Tensor:
-    """Distance of each layer's weight from the first one, in elements, [n3] int64.
+def _places_beside(
+    distances: Sequence[int], counts: Sequence[int], n1: int, n2: int
+) -> tuple[int, ...]:
+    """Where slices lie of which layers hold ``counts`` side by side; layers by their distances.
 
-    A value of the addresses alone, so what is kept cannot be stale; and nothing is ever dropped,
+    Three rows of n3: the distance of each slice from the first layer's weight, in elements; where
+    it begins in W_eff, in rows of n2 elements; how many slices its layer holds, which is how far
+    its rows are apart, in rows of n2 elements too.
+    """
+    places: list[tuple[int, int, int]] = []
+    for distance, count in zip(distances, counts, strict=True):
+        matrix = len(places) * n1
+        places += [(distance + s * n2, matrix + s, count) for s in range(count)]
+    return tuple(itertools.chain(*zip(*places, strict=True)))
+
+
+@cache
+def _table(places: tuple[int, ...], device: torch.device) -> Tensor:
+    """Those places, or the distances alone, as int64 on the device.
+
+    A value of the distances alone, so what is kept cannot be stale; and nothing is ever dropped,
     since a captured graph may read the table as long as the process lives. It is half a kilobyte
     for each set of weights that stays where it is.
     """
@@ -384,5 +427,4 @@ def _places(addresses: tuple[int, ...], size: int, device: torch.device) -> Tens
             "weights: expected layers whose addresses are on the device already, as after one call "
             "before the capture of a CUDA graph, got layers that are seen in a capture first"
         )
-    places = [(address - addresses[0]) // size for address in addresses]
     return torch.tensor(places, dtype=torch.int64, device=device)

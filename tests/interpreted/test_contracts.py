@@ -5,7 +5,7 @@ import torch
 
 import oracle
 import tcur_kernels as tcur
-from cases import make_case
+from cases import make_case, side_by_side
 from checks import check, in_float64
 from tcur_kernels import ops
 from tolerance import PROMISE, assert_composition_close, relative_error
@@ -85,6 +85,8 @@ def test_opcheck(permuted):
     check_op("materialize", [], *factors, core, 0.5, torch.bfloat16)
     out = torch.zeros(3, 4, 5)
     check_op("materialize_out", weights, *factors, core.detach(), 0.5, out=out)
+    beside = [lay_out(w) for w in side_by_side(case.weight, [2, 1])]
+    check_op("materialize_out", beside, *factors, core.detach(), 0.5, out=torch.zeros(60))
     check_op("core_grad_dense", lay_out(torch.randn(3, 4, 5)).requires_grad_(), *factors)
     x, grad_y = x.requires_grad_(), grad_y.requires_grad_()
     check_op("core_grad_tokens", x, grad_y, *factors, 3, 1, 2)
@@ -192,6 +194,9 @@ def test_operators_check_their_shapes():
         ),
         "weights: expected 4": lambda: op.materialize_triton(
             list(case.weight[:3]), *packed, core, 1.0, torch.float32
+        ),
+        "out: expected .216.": lambda: op.materialize_triton(
+            side_by_side(case.weight, [3, 1]), *packed, core, 1.0, torch.float32
         ),
         "weights: expected torch.float32": lambda: op.materialize_triton(
             [case.weight[0].half(), *case.weight[1:]][::-1], *packed, core, 1.0, torch.float32

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from cases import make_case
+from cases import counts_of, make_case, side_by_side, slices_of
 from checks import check, check_promise
+from tcur_kernels import ops
 
 #: One length for each form and each parity; 66 makes two parts of a long tube.
 N3 = (1, 2, 3, 12, 47, 48)
@@ -47,6 +48,36 @@ def test_materialize_of_layers_at_odd_addresses(n3, dtype):
     layers = [row[1:].view(16, 32) for row in numbers]
     assert len({layer.data_ptr() % 16 for layer in layers}) > 1
     check("materialize", layers, *case.packed, case.core, 0.5, torch.float32)
+
+
+def check_side_by_side(case, matrices, counts, out_dtype=torch.float32):
+    n3, n1, n2 = case.weight.shape
+
+    def run(weights, *args):
+        *args, out_dtype = args
+        out = torch.full((n3 * n1 * n2,), float("nan"), dtype=out_dtype)
+        ops.operator("materialize_out", "triton")(matrices, *args, out=out)
+        return slices_of(out, counts, n1, n2).contiguous()
+
+    check("materialize", [case.weight], *case.packed, case.core, 0.5, out_dtype, run=run)
+
+
+@pytest.mark.parametrize("n3", [2, 3, 12, 17, 47, 48, 66])
+@pytest.mark.parametrize(("n1", "n2"), [(18, 35), (3, 16)])
+def test_materialize_side_by_side(n3, n1, n2):
+    case, counts = make_case(n3, n1, n2, 3), counts_of(n3)
+    check_side_by_side(case, side_by_side(case.weight, counts), counts)
+
+
+@pytest.mark.parametrize("n3", FORMS)
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_materialize_side_by_side_dtypes(n3, dtype):
+    case, counts = make_case(n3, 5, 20, 3, weight_dtype=dtype), counts_of(n3)
+    matrices = side_by_side(case.weight, counts)
+    for out_dtype in (dtype, torch.float32):
+        check_side_by_side(case, matrices, counts, out_dtype)
+    strided = [matrix.T.contiguous().T for matrix in matrices]
+    check_side_by_side(case, strided, counts)
 
 
 @pytest.mark.parametrize(("n3", "rank"), N3_RANKS)
