@@ -94,8 +94,8 @@ class Call:
         self.core_of_packed = ops.operator("core_of_packed", language)
 
 
-class Meeting:
-    """Where the gradients of one core meet, those of all layers that share it: one node.
+class GradientSum:
+    """Where the gradient of one core is summed over all layers that share it: one node.
 
     Layers hand on packed ∂Û, which the node adds up, transforms and scales, once for all of them.
     It saves nothing, so that it serves any number of calls and of backwards. Every layer is
@@ -109,10 +109,10 @@ class Meeting:
         where: the stream and the capture it is made in, to which autograd holds the node.
 
     Attributes:
-        seats: what `_Layer` takes for the core's gradient, by the first slice of a layer.
+        addends: what `_Layer` takes for the core's gradient, by the first slice of a layer.
     """
 
-    __slots__ = ("__weakref__", "core", "scale", "seats", "where")
+    __slots__ = ("__weakref__", "addends", "core", "scale", "where")
 
     def __init__(
         self,
@@ -122,11 +122,11 @@ class Meeting:
         where: tuple[int, int],
     ) -> None:
         self.core, self.scale, self.where = core, scale, where
-        self.seats: tuple[Tensor, ...] = _apply_meeting(core, scale, core_of_packed)
+        self.addends: tuple[Tensor, ...] = _apply_gradient_sum(core, scale, core_of_packed)
 
 
-class LatestMeeting:
-    """The meeting of a stack's latest graph, for the next layer. Graphs keep it alive, not this.
+class LatestSum:
+    """The sum of a stack's latest graph, for the next layer. Graphs keep it alive, not this.
 
     Past its graph it would hold on to a core that was exchanged, and to the core's accumulator of
     gradients, which autograd runs on the stream that it was made on: a later capture has another.
@@ -139,24 +139,24 @@ class LatestMeeting:
 
     def forget(self) -> None:
         """The next layer begins another one."""
-        self._latest: weakref.ref[Meeting] | None = None
+        self._latest: weakref.ref[GradientSum] | None = None
 
-    def of(self, core: Tensor, scale: float, call: Call, capture: int) -> Meeting:
-        """The meeting of ``core``, a leaf that requires grad, on the current stream."""
-        meeting = None if self._latest is None else self._latest()
+    def of(self, core: Tensor, scale: float, call: Call, capture: int) -> GradientSum:
+        """The sum for ``core``, a leaf that requires grad, on the current stream."""
+        gradient_sum = None if self._latest is None else self._latest()
         where = (streams.current(core.device), capture)
         if (
-            meeting is None
-            or meeting.core is not core
-            or meeting.scale != scale
-            or meeting.where != where
+            gradient_sum is None
+            or gradient_sum.core is not core
+            or gradient_sum.scale != scale
+            or gradient_sum.where != where
         ):
-            meeting = Meeting(core, scale, call.core_of_packed, where)
-            self._latest = weakref.ref(meeting)
-        return meeting
+            gradient_sum = GradientSum(core, scale, call.core_of_packed, where)
+            self._latest = weakref.ref(gradient_sum)
+        return gradient_sum
 
 
-class _Meeting(torch.autograd.Function):
+class _GradientSum(torch.autograd.Function):
     """The core as often as it has slices: what comes out stands for it in layers, never read."""
 
     @staticmethod
@@ -177,7 +177,7 @@ class _Meeting(torch.autograd.Function):
             return core_of_packed(torch.stack(packed), scale), None, None
 
 
-_apply_meeting = super(torch.autograd.Function, _Meeting).apply
+_apply_gradient_sum = super(torch.autograd.Function, _GradientSum).apply
 
 
 def project(x: Tensor, horizontal_hat: Tensor) -> Tensor:
@@ -197,18 +197,18 @@ def run_layer(
     materialized: bool,
     dense_grad: bool,
     adapter_ids: Tensor | None,
-    meeting: Meeting | None,
+    gradient_sum: GradientSum | None,
 ) -> Tensor:
     """A layer on the slices of ``call``; arguments as for `functional.cur_linear`, all fitting.
 
     Args:
         materialized: ``weight`` is W_eff, not the base.
-        meeting: of ``core``, for its gradient; None: the gradient reaches ``core`` from here.
+        gradient_sum: that of ``core``, or None: the gradient reaches ``core`` from here.
     """
     how = (call, scale, materialized, dense_grad)
     if torch.is_grad_enabled() and (x.requires_grad or core.requires_grad):
-        seat = None if meeting is None else meeting.seats[call.slice_index]
-        y: Tensor = _apply(x, core, z, weight, bias, adapter_ids, seat, meeting, *how)
+        addend = None if gradient_sum is None else gradient_sum.addends[call.slice_index]
+        y: Tensor = _apply(x, core, z, weight, bias, adapter_ids, addend, gradient_sum, *how)
         return y
     return _value(x, core, z, weight, bias, adapter_ids, *how)
 
@@ -239,7 +239,7 @@ def _value(
 
 
 class _Layer(torch.autograd.Function):
-    """The node: the gradient reaches ``x`` and ``core``, or in place of that its ``seat``."""
+    """The node: the gradient reaches ``x`` and ``core``, or in place of that its ``addend``."""
 
     @staticmethod
     def forward(
@@ -250,8 +250,8 @@ class _Layer(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         adapter_ids: Tensor | None,
-        seat: Tensor | None,
-        meeting: Meeting | None,
+        addend: Tensor | None,
+        gradient_sum: GradientSum | None,
         *how: Any,
     ) -> Tensor:
         needs_x, needs_core, *_ = ctx.needs_input_grad
@@ -263,7 +263,7 @@ class _Layer(torch.autograd.Function):
             adapter_ids,
         )
         ctx.how = how
-        ctx.meeting = meeting  # alive for as long as this node is
+        ctx.gradient_sum = gradient_sum  # alive for as long as this node is
         return _value(x, core, z, weight, bias, adapter_ids, *how)
 
     @staticmethod
@@ -271,15 +271,15 @@ class _Layer(torch.autograd.Function):
         saved = ctx.saved_tensors  # once: checkpointing allows no second look
         needs_x, needs_core, *_ = ctx.needs_input_grad
         args = (needs_x, needs_core, saved, ctx.how, grad_y)
-        grad_core = grad_seat = None
+        grad_core = grad_addend = None
         if torch.is_grad_enabled():  # to be differentiated again, which the operators can be
             grad_x, grad_core = _gradients(*args, again=True, packed=False)
         else:
-            is_met = ctx.meeting is not None
+            is_summed = ctx.gradient_sum is not None
             with _kernels_alone():
-                grad_x, grad = _gradients(*args, again=False, packed=is_met)
-            grad_core, grad_seat = (None, grad) if is_met else (grad, None)
-        return (grad_x, grad_core, *[None] * 4, grad_seat, *[None] * 5)
+                grad_x, grad = _gradients(*args, again=False, packed=is_summed)
+            grad_core, grad_addend = (None, grad) if is_summed else (grad, None)
+        return (grad_x, grad_core, *[None] * 4, grad_addend, *[None] * 5)
 
 
 def _gradients(

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from . import cost
 from .decompose import MAX_WORKSPACE, Selection, Stack, as_stack, check_rank, select_slices
 from .distributed import ReentrantGuard, is_sharded, whole
-from .eager import Call, LatestMeeting, is_traced, project, run_layer, without_autocast
+from .eager import Call, LatestSum, is_traced, project, run_layer, without_autocast
 from .factors import PRECISIONS, CURFactors
 from .functional import check_cores, cur_linear, materialize, prepare
 from .kept import Effective, Kept, Layer, Projected
@@ -128,7 +128,7 @@ class TProductStack(nn.Module):
         self._factors: CURFactors | None = None
         self._calls: dict[tuple[int, str, torch.dtype], Call] = {}
         self._projected = Projected()
-        self._meeting = LatestMeeting()
+        self._gradient_sum = LatestSum()
         self.layers: list[Layer] = []
         start = 0
         for linear, count in zip(linears, counts, strict=True):
@@ -281,13 +281,13 @@ class TProductStack(nn.Module):
             call.on_gradient = self._kept.doubt
             if not capture:  # what is made in a capture has no values until the graph is replayed
                 self._calls[layer.slice_index, precision, dtype] = call
-        gradient, z, meeting = "x", None, None
+        gradient, z, gradient_sum = "x", None, None
         if adapter_ids is not None:
             gradient = "z"  # which q, k, v share; dyᵀx would mix the tokens of all cores
         elif core.requires_grad and torch.is_grad_enabled():
             gradient = cost.choose_gradient(tokens, self.n1, self.n2, self.n3, self.rank)
             if core.is_leaf:  # one that was computed may be another at the next layer
-                meeting = self._meeting.of(core, self.alpha, call, capture)
+                gradient_sum = self._gradient_sum.of(core, self.alpha, call, capture)
         if gradient == "z":
             with without_autocast():
                 z = self._project(source, x, call.horizontal_hat, capture)
@@ -302,7 +302,7 @@ class TProductStack(nn.Module):
             materialized=built is not None,
             dense_grad=gradient == "dense",
             adapter_ids=adapter_ids,
-            meeting=meeting,
+            gradient_sum=gradient_sum,
         )
 
     def _effective_for(
@@ -439,7 +439,7 @@ class TProductStack(nn.Module):
             # Else all that was made of them stays: a captured graph may read it.
             self._kept.forget()
             self._projected.forget()
-            self._meeting.forget()
+            self._gradient_sum.forget()
             self._calls.clear()
             self._factors = None
         if self._backup is not None:
@@ -456,7 +456,7 @@ class TProductStack(nn.Module):
         nothing: dict[str, Any] = {
             "_kept": Kept(),
             "_projected": Projected(),
-            "_meeting": LatestMeeting(),
+            "_gradient_sum": LatestSum(),
             "_factors": None,
             "_calls": {},
         }

@@ -95,7 +95,7 @@ def test_one_transform_and_no_addition_for_all_layers(mode, way, alpha):
 def test_the_counts_would_tell(monkeypatch):
     """Without the node every layer transforms, and autograd adds up."""
     stack = make_stack()
-    monkeypatch.setattr(tcur.eager.LatestMeeting, "of", lambda *args: None)
+    monkeypatch.setattr(tcur.eager.LatestSum, "of", lambda *args: None)
     x = tokens(stack)
     loss = loss_of(stack, x)
     layers = len(stack.layers)
@@ -197,11 +197,11 @@ def test_another_core_has_its_own():
 def test_a_graph_that_is_gone_leaves_no_node():
     stack = make_stack()
     loss = loss_of(stack, tokens(stack))
-    meeting = stack._meeting._latest
-    assert meeting() is not None
+    gradient_sum = stack._gradient_sum._latest
+    assert gradient_sum() is not None
     loss.backward()
     del loss
-    assert meeting() is None
+    assert gradient_sum() is None
 
 
 @pytest.mark.parametrize("twin_of", [copy.deepcopy, lambda s: pickle.loads(pickle.dumps(s))])
@@ -295,11 +295,11 @@ def test_no_node_where_nothing_is_differentiated():
         loss_of(stack, x)
     with torch.inference_mode():
         loss_of(stack, x)
-    assert stack._meeting._latest is None
+    assert stack._gradient_sum._latest is None
     cores = torch.stack([stack.core.detach()] * 2).requires_grad_()
     with stack.batch(cores, torch.tensor([0, 1])):
         loss_of(stack, tokens(stack, 4)).backward()
-    assert stack._meeting._latest is None
+    assert stack._gradient_sum._latest is None
     assert cores.grad is not None
 
 
@@ -308,11 +308,11 @@ def test_streams_and_captures_have_their_own(monkeypatch):
     cuda = FakeStreams(monkeypatch)
     stack = make_stack()
     x = tokens(stack)
-    losses, meetings = [], set()
+    losses, sums = [], set()
     for cuda.stream, cuda.capture in ((1, 0), (2, 0), (2, 5), (2, 0)):
         losses.append(loss_of(stack, x))
-        meetings.add(stack._meeting._latest())
-    assert len(meetings) == 4
+        sums.add(stack._gradient_sum._latest())
+    assert len(sums) == 4
     sum(losses).backward()
     assert_equal_in_float64(stack.core.grad, exact(stack, x, 4)[1])
 
