@@ -1,7 +1,11 @@
 """The build: what it says and does where a compiler is missing."""
 
+import importlib
 import os
+import platform
+import re
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -126,3 +130,22 @@ def test_other_processors_get_plain_cpp(tmp_path):
     compiler = os.environ.get("CXX", "c++").split()[0]
     subprocess.run([compiler, *options, *includes, *target], check=True)
     subprocess.run([tmp_path / "elsewhere"], check=True)
+
+
+@pytest.mark.skipif(
+    shutil.which("objdump") is None or platform.machine() != "x86_64",
+    reason="looks for instructions of x86-64, with binutils",
+)
+def test_the_base_is_fetched_ahead():
+    """GCC drops calls of functions that only prefetch, and nothing but speed tells."""
+    library = Path(importlib.import_module("tcur_kernels._cpu").__file__)
+
+    def output(*command):
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    names = [line.split()[-1] for line in output("nm", library).splitlines()]
+    kernels = [name for name in names if re.search(r"product_planesI[fd]Li[248]E", name)]
+    assert kernels
+    for name in kernels:
+        body = output("objdump", "-d", "--no-show-raw-insn", f"--disassemble={name}", library)
+        assert "prefetch" in body, name

@@ -174,8 +174,8 @@ TCUR_TARGET void sweep(const MaterializeArgs<T>& m, const Finished<T>& tile) {
   const bool based = m.base_element != Element::none;
   for (int64_t slice = 0; slice < n3; ++slice) {
     const T* values = tile.tubes + slice * tile_stride(m.tile_blocks);
-    const MaterializeSlice& own = m.slices[slice];
-    const MaterializeSlice& then = m.slices[slice + ahead < n3 ? slice + ahead : n3 - 1];
+    const MaterializeSlice own = m.slices[slice];
+    const MaterializeSlice then = m.slices[slice + ahead < n3 ? slice + ahead : n3 - 1];
     const int64_t stride = own.stride, here = tile.row * stride + tile.col;
     const int64_t there = tile.row * then.stride + tile.col;
     const S* base = based ? static_cast<const S*>(own.base) + here : nullptr;
