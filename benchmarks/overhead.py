@@ -21,7 +21,7 @@ import tcur_kernels as tcur
 from .timing import Timing, interleave
 
 #: name -> (tokens, width, slices, rank)
-CASES = {"tiny_16": (8, 16, 4, 2)}
+CASES = {"tiny_16": (8, 16, 4, 2), "tiny_16_40_slices": (8, 16, 40, 2)}
 YARDSTICK = "linear"
 MODES = ("materialized", "factored")
 LAYERS = 1000
