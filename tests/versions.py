@@ -22,9 +22,9 @@ ROOT = Path(__file__).parent.parent
 #: The oldest that pyproject.toml admits, what the GPU machines have, what constraints.txt pins, and
 #: the newest.
 RELEASES = ("2.10.0", "2.11.0", "2.13.0", "2.15.0")
-#: The Triton that each is run with: what it came with; one in between for 2.13, whose build for
-#: CPUs brings none.
-TRITON = {"2.10.0": "3.6.0", "2.11.0": "3.6.0", "2.13.0": "3.7.1", "2.15.0": "3.9.0"}
+#: The Triton that each is run with: what it came with; for 2.13, whose build for CPUs brings none,
+#: that of constraints.txt.
+TRITON = {"2.10.0": "3.6.0", "2.11.0": "3.6.0", "2.13.0": "3.9.0", "2.15.0": "3.9.0"}
 #: numpy whose scalars the interpreter of a Triton knows.
 NUMPY = {"3.6.0": "numpy<2.4"}
 DOCUMENT = ROOT / "docs" / "design.md"
@@ -35,8 +35,8 @@ PACKAGES = ("pybind11", "ninja", "safetensors", "tqdm", "filelock", "hypothesis"
 PACKAGES += ("peft", "pytest", "pytest-xdist", "setuptools>=77")
 #: Tests of a binary under a release, and those of a release.
 OPERATORS = ("ops", "functional", "isa", "token_cores", "device", "cuda", "reference")
-RELEASE = ("eager", "nn", "kept", "graph", "stack", "batch", "build", "gpu_harness")
-RELEASE += ("triton", "triton_compile")
+RELEASE = ("eager", "gradient_sum", "nn", "kept", "graph", "stack", "batch", "build")
+RELEASE += ("gpu_harness", "triton", "triton_compile")
 
 
 def environment():
@@ -68,8 +68,8 @@ def done(command, cwd=ROOT, **more):
 class Release:
     """A release of torch: its environment, and a copy of the sources that is built for it."""
 
-    def __init__(self, torch):
-        self.torch, self.triton = torch, TRITON[torch]
+    def __init__(self, torch, triton=None):
+        self.torch, self.triton = torch, triton or TRITON[torch]
         self.python = ROOT / ".venv" / "versions" / torch / "bin" / "python"
         self.tree = ROOT / "build" / "versions" / torch
         self.is_built = False
@@ -142,8 +142,9 @@ def main():
     """Builds, loads, tests; then the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("releases", nargs="*", default=RELEASES, help="of torch; default: all")
-    chosen = parser.parse_args().releases
-    releases = [Release(torch) for torch in RELEASES if torch in chosen]
+    parser.add_argument("--triton", help="in place of the one that belongs to them")
+    args = parser.parse_args()
+    releases = [Release(torch, args.triton) for torch in RELEASES if torch in args.releases]
     cells, failed = {}, 0
 
     def report(what, how, started):
@@ -167,7 +168,7 @@ def main():
             cells[binary.torch, one.torch] = how.splitlines()[0].split(" in ")[0]
     lines = "\n".join(table(releases, cells))
     print(lines)
-    if not failed and tuple(one.torch for one in releases) == RELEASES:
+    if not failed and len(releases) == len(RELEASES) and args.triton is None:
         text = DOCUMENT.read_text(encoding="utf-8")
         head, rest = text.split(BEGIN)
         _, tail = rest.split(END)
