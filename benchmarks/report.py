@@ -14,6 +14,8 @@ from . import gpu_report, rows
 
 matplotlib.use("Agg")
 ROOT = Path(__file__).parent.parent
+#: op -> further columns, each a difference of two contenders' values.
+DIFFERENCES = {"overhead": (("materialized", "linear"), ("factored", "linear"))}
 DOCUMENTS = tuple(
     ROOT / name for name in ("docs/performance.md", "docs/decomposition.md", "README.md")
 )
@@ -77,16 +79,19 @@ LAYOUT = {
 
 
 def table(op: str, recorded: Sequence[dict[str, str]]) -> str:
-    """Markdown of one operator: ratios of medians of the newest rows."""
+    """Markdown of one operator: ratios and differences of medians of the newest rows."""
     columns = LAYOUT[op]
     ours = columns[0][0]
     unit = "MB" if op.endswith("memory") else "ms"
     columns = [pair for pair in columns if pair[0] != pair[1]]
+    differences = DIFFERENCES.get(op, ())
     heads = ["device", "case", f"{ours}, {unit}", *(f"{top} / {bottom}" for top, bottom in columns)]
+    heads += [f"{top} - {bottom}, {unit}" for top, bottom in differences]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for (device, case), value in newest(op, recorded).items():
-        ratios = [_ratio(value.get(top), value.get(bottom)) for top, bottom in columns]
-        lines.append("| " + " | ".join([device, case, f"{value[ours]:.4g}", *ratios]) + " |")
+        cells = [_ratio(value.get(top), value.get(bottom)) for top, bottom in columns]
+        cells += [_difference(value.get(top), value.get(bottom)) for top, bottom in differences]
+        lines.append("| " + " | ".join([device, case, f"{value[ours]:.4g}", *cells]) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -104,6 +109,12 @@ def _ratio(numerator: float | None, denominator: float | None) -> str:
     if numerator is None or denominator is None:
         return "–"
     return f"{numerator / denominator:.2f}"
+
+
+def _difference(minuend: float | None, subtrahend: float | None) -> str:
+    if minuend is None or subtrahend is None:
+        return "–"
+    return f"{minuend - subtrahend:.3g}"
 
 
 def write() -> list[Path]:

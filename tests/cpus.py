@@ -23,7 +23,8 @@ LEVELS = {
 THREADS = {"default": (1, 4), "avx2": (2, 1), "avx512": (4, 2)}
 #: Kernels of other languages, and programs as a whole: they take minutes, and what of them depends
 #: on this processor is in the others.
-LEFT_OUT = ("test_cuda_host.py", "test_device.py", "test_example.py", "test_peft_examples.py")
+LEFT_OUT = ("test_cuda_host.py", "test_cuda_host_tokens.py", "test_device.py", "test_example.py")
+LEFT_OUT += ("test_peft_examples.py",)
 
 
 def modules():

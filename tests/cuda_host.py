@@ -29,6 +29,8 @@ SOURCES = ROOT / "csrc"
 KEPT = ROOT / "build" / "cuda_host"
 LANGUAGE = "cudahost"
 LANGUAGE_TF32 = "cudahost_tf32"
+#: What its kernels read and write.
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 #: Orders of the fibers of a block, and of the blocks: forward, reverse, and two seeds of a shuffle.
 ORDERS = (-1, -2, 7, 8)
 
@@ -114,6 +116,12 @@ def load(library=None):
 
 def operator(name, precision="ieee"):
     return ops.operator(name, LANGUAGE_TF32 if precision == "tf32" else LANGUAGE)
+
+
+def shifted(tensor):
+    """The same numbers, contiguous, from an address that is no multiple of a vector."""
+    flat = torch.cat([tensor.new_zeros(1), tensor.flatten()])
+    return flat[1:].view(tensor.shape)
 
 
 #: Two factors; the product with the matrix, in two launches of two chunks; a rank for which a block

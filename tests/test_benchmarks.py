@@ -171,6 +171,8 @@ def test_rows_and_tables(benchmarks, monkeypatch, tmp_path):
     (row, *_) = benchmarks.rows.read()
     assert (row["op"], row["shape"], row["torch"]) == ("materialize", "4x6x7x2", torch.__version__)
     peaks = {"lora": benchmarks.memory.Peak(2, 1), "tcur": benchmarks.memory.Peak(1, 0.5)}
+    costs = {"linear": Timing(8, 8, 8, 1), "materialized": Timing(38, 38, 38, 4.75)}
+    benchmarks.rows.append("overhead", "tiny_16", (8, 16, 4, 2), costs)
     path = benchmarks.rows.append("memory", "vit_b_mlp_9_tokens", (9,), peaks)
     assert path.stem.endswith("-memory")
     with pytest.raises(ValueError, match="expected the marks <!-- begin cast -->"):
@@ -194,6 +196,7 @@ def test_rows_and_tables(benchmarks, monkeypatch, tmp_path):
     text = document.read_text()
     assert "| vit_b_mlp_9_tokens | 1 | 0.50 | – | – | – |" in text
     assert "| some | 2 | 2.00 | – | – | – | – |" in text
+    assert "| tiny_16 | 38 | 4.75 | – | – | – | 30 | – |" in text
     assert "the former table" not in text
     benchmarks.report.write()
     assert document.read_text() == text
