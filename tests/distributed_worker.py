@@ -118,7 +118,7 @@ def fsdp(rank, x, wanted, path):
     tcur.load_adapter(alone, path)
     compare([("output", alone(x))], [("output", model(x))], "saved by rank 0")
     for call, message in (
-        (adapter.merge, "merge: expected whole weights, got sharded ones"),
+        (adapter.merge, "merge: expected whole weights, got sharded or offloaded"),
         (
             lambda: tcur.TProductStack([model.blocks[0].mlp[0]], 2),
             "linears: expected whole weights",
@@ -132,7 +132,9 @@ def fsdp_forced(rank, x):
     model, _ = adapted("materialized")
     for block in model.blocks:
         fully_shard(block)
-    with pytest.raises(ValueError, match="where weights are sharded, got 'materialized'"):
+    with pytest.raises(
+        ValueError, match="where weights are sharded or offloaded, got 'materialized'"
+    ):
         model(x)
 
 

@@ -66,7 +66,7 @@ def test_names_and_files_and_tensors_mix(tmp_path):
             stack.core.copy_(cores[0][name])
         adapter.add("b")
         for name, stack in adapter.stacks.items():
-            stack.core_b.copy_(cores[1][name])
+            stack.core_of("b").copy_(cores[1][name])
     adapter.save(tmp_path / "a", "b")
     stacked = adapter.stack_cores(["default", "b", cores[2], tmp_path / "a"])
     assert stacked.adapters == 4
@@ -182,7 +182,7 @@ def test_rows_may_be_cut_to_windows():
     torch.manual_seed(0)
     adapter = tcur.adapt(Windows(), rank=2)
     cores, x, ids = some_cores(adapter), torch.randn(3, 8, 6), torch.tensor([1, 0, 3])
-    with adapter.batch(adapter.stack_cores(cores), ids):
+    with adapter.batch(adapter.stack_cores(cores), ids, repeat="each"):
         y = adapter.model(x)
     assert_composition_close(y, *by_rows(adapter, cores, ids, x))
 

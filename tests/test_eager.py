@@ -26,9 +26,10 @@ def by_operators(stack, layer, x, mode):
     """What a layer is by the public function, all of whose derivatives are the operators'."""
     effective = None
     if mode == "materialized":
-        effective = stack.effective(x.dtype)[layer.slice_index]
+        effective = stack.effective(x.dtype)[layer.tcur_place.slice_index]
     return tcur.cur_linear(
-        x, layer.weight, layer.bias, stack.factors, stack.core, layer.slice_index, stack.alpha,
+        x, layer.base_weight, layer.bias, stack.factors, stack.core,
+        layer.tcur_place.slice_index, stack.alpha,
         effective=effective,
     )  # fmt: skip
 
@@ -67,8 +68,8 @@ def test_half_precision_is_that_of_the_operators(dtype, bias):
     factors = stack.lateral.float(), stack.horizontal.float()
 
     def by_torch(x, core, product):
-        update = product(factors[0], core, factors[1])[layer.slice_index]
-        w_eff = (layer.weight.to(update.dtype) + stack.alpha * update).to(x.dtype)
+        update = product(factors[0], core, factors[1])[layer.tcur_place.slice_index]
+        w_eff = (layer.base_weight.to(update.dtype) + stack.alpha * update).to(x.dtype)
         return [grad.to(x.dtype) for grad in torch.autograd.grad((x @ w_eff.T).sum(), (x, core))]
 
     wide = [t.detach().double().requires_grad_() for t in (x, stack.core)]

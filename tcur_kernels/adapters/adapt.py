@@ -9,31 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .. import cost
 from ..decompose import MAX_WORKSPACE, Selection
 from ..factors import CURFactors
 from ..nn import TProductStack
+from ..places import Place
 from .adapter import Adapter
-from .fingerprint import STACKS, persistent_buffers
-from .install import put_in_place
+from .fingerprint import PREFIX, persistent_buffers
+from .install import is_adapted, put_in_place
 from .plan import Plan, StackPlan, Targets, check_setting, make_plan, setting
 from .streaming import BaseFiles, on_meta
 from .trained import trained_names
-from .weights import find_weights, stand_in
-
-
-class Stacks(nn.ModuleDict):
-    """The stacks of a model, as a child of it; what makes their cores parameters of the model.
-
-    As a module it is the identity: an ``nn.Sequential`` that is adapted runs through all its
-    children, this one too.
-    """
-
-    def forward(self, input: Tensor) -> Tensor:
-        """``input``, as it came."""
-        return input
+from .weights import find_weights
 
 
 def adapt(
@@ -90,7 +79,7 @@ def adapt(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
-    if hasattr(model, STACKS):
+    if is_adapted(model):
         raise ValueError("model: expected a base model, got one that is adapted already")
     ranks = list(rank.values()) if isinstance(rank, Mapping) else [rank]
     if not isinstance(mode, str) or not all(type(one) is int for one in ranks):
@@ -138,17 +127,20 @@ def build_stack(
 
     ``reading`` is generator, max_workspace and progress of `tensor_cur`.
     """
-    weights = find_weights(model)
-    linears = [stand_in(weights[member.module]) for member in plan.members]
+    weights, places, start = find_weights(model), [], 0
+    for member in plan.members:
+        found = weights[member.module].place
+        places.append(Place(found.module, start, member.slices, found.projection))
+        start += member.slices
     try:
         return TProductStack(
-            linears,
+            places,
             rank,
             alpha,
             selection,
             mode,
-            n1=plan.n1,
             precision=precision,
+            name=plan.name,
             factors=factors,
             source=None if files is None else files.stack(model, plan),
             **reading,
@@ -170,10 +162,10 @@ def install(
         name: files.read(name) if files and buffer.is_meta else buffer.detach().clone()
         for name, buffer in persistent_buffers(model)
     }
+    put_in_place(model, stacks)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in trained)
-    put_in_place(model, plan, stacks)
-    model.add_module(STACKS, Stacks(stacks))
+        if not name.startswith(PREFIX):
+            parameter.requires_grad_(name in trained)
     noted = [replace(stack, note=_note(stacks[stack.name])) for stack in plan.stacks]
     return Adapter(model, replace(plan, stacks=tuple(noted)), stacks, train_also, buffers)
 
@@ -184,7 +176,7 @@ def _note(stack: TProductStack) -> str:
     head = f"rank {rank}"
     if stack.mode != "auto":
         return f"{head}, {stack.mode} as asked for"
-    dtype = stack.layers[0].weight.dtype
+    dtype = stack.places[0].weight.dtype
     worth = cost.tokens_worth_materializing(n1, n2, n3, rank)
     best = cost.choose_mode(
         "auto",

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from ..distributed import is_first_process, is_sharded, whole
 from ..nn import TProductStack
+from ..rows import Repeat
 from .batch import StackedCores, check_batch_first
 from .checkpoint import write_adapter_file
 from .contents import Contents, read_contents
-from .fingerprint import STACKS, digest, frozen_digest, persistent_buffers
-from .install import take_out
+from .fingerprint import digest, frozen_digest, persistent_buffers
+from .install import key_of, stacks_of, take_out
 from .plan import Plan
 from .streaming import on_meta
 from .trained import trained_names
@@ -67,7 +68,7 @@ class Adapter:
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Name in the model and parameter, for all that the active adapter trains: cores first."""
         for name, stack in self.stacks.items():
-            yield f"{STACKS}.{name}.core", stack.core
+            yield key_of(name), stack.core
         parameters = dict(self.model.named_parameters())
         for name in trained_names(self.model, self.train_also):
             yield name, parameters[name]
@@ -222,6 +223,7 @@ class Adapter:
         entries, weights = [], find_weights(self.model)
         for plan in self.plan.stacks:
             stack = self.stacks[plan.name]
+            stack.base.certify()
             tensors[f"core.{plan.name}"] = stack.core_of(self._key(name))
             tensors[f"rows.{plan.name}"] = torch.tensor(stack.rows)
             tensors[f"columns.{plan.name}"] = torch.tensor(stack.columns)
@@ -273,27 +275,34 @@ class Adapter:
         return StackedCores.of(self.stacks, [self._cores(entry) for entry in adapters])
 
     @contextmanager
-    def batch(self, cores: StackedCores, adapter_ids: Tensor) -> Iterator[None]:
+    def batch(
+        self, cores: StackedCores, adapter_ids: Tensor, repeat: Repeat | None = None
+    ) -> Iterator[None]:
         """Context in which each row of a batch goes by an adapter of its own.
 
-        Between the two products that all rows share, row b takes core ``adapter_ids[b]``.
+        Between the two products that all rows share, row b takes core ``adapter_ids[b]``. That
+        holds for calls of the model in this thread, or task, and for no others.
 
         Args:
             cores: of `stack_cores`.
             adapter_ids: int64 ``[B]``, on the device of the cores. The batch must be the first axis
                 of what the adapted layers get.
+            repeat: how rows repeat where layers get k times as many as there are ids: "each" k
+                times in a row (beams, windows of an image, a decoder beside its encoder), or "all"
+                of them, one batch after the other (classifier-free guidance). Default: they do
+                not, and a layer that gets another number of rows refuses them.
 
         Raises:
-            TypeError, ValueError: bad ids; a model that is merged, or that has an attention whose
-                batch is not the first axis.
+            TypeError, ValueError: bad ids or ``repeat``; a model that is merged, or that has an
+                attention whose batch is not the first axis.
         """
         if self.is_merged:
             raise ValueError("batch: expected an unmerged adapter, got one that is merged")
         check_batch_first(self.model)
         cores.check(self.stacks, adapter_ids)
-        with ExitStack() as contexts:
+        with ExitStack() as batches:
             for name, stack in self.stacks.items():
-                contexts.enter_context(stack.batch(cores[name], adapter_ids))
+                batches.enter_context(stack.batch(cores[name], adapter_ids, repeat))
             yield
 
     # -- merge, unmerge, disable
@@ -321,10 +330,8 @@ class Adapter:
                 stack.merge()
             return self.model
         merged = copy.deepcopy(self.model)
-        for twin in merged.get_submodule(STACKS).children():
-            assert isinstance(twin, TProductStack)
+        for twin in stacks_of(merged).values():
             twin.merge()
-        delattr(merged, STACKS)
         take_out(merged)
         return merged
 

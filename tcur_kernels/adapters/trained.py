@@ -7,12 +7,12 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from .fingerprint import STACKS
+from .fingerprint import PREFIX
 
 
 def trained_names(model: nn.Module, patterns: Sequence[str]) -> list[str]:
     """Parameters that ``train_also`` names, in the model's order; each pattern matches some."""
-    names = [n for n, _ in model.named_parameters() if not n.startswith(f"{STACKS}.")]
+    names = [n for n, _ in model.named_parameters() if not n.startswith(PREFIX)]
     chosen: set[str] = set()
     for pattern in patterns:
         if not isinstance(pattern, str):

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from ..layers import TProductConv1D, TProductMultiheadAttention
-from ..linear import TProductLinear
+from ..layers import TProductMultiheadAttention
+from ..linear import Adapted
 from ..places import PROJECTIONS, Place, is_attention, is_conv1d, is_plain_linear
 
 #: Modules with a matrix or more that are no linear maps of tokens.
@@ -64,14 +64,18 @@ def find_weights(model: nn.Module) -> dict[str, Weight]:
             assert isinstance(module, nn.MultiheadAttention)
             for projection in PROJECTIONS:
                 part = f"{name}.{projection}"
-                found[part] = Weight(part, name, module, Place(module, projection=projection))
+                found[part] = Weight(part, name, module, _place(module, projection))
             out = f"{name}.out_proj"
-            found[out] = Weight(out, name, module, Place(module.out_proj))
-        elif is_plain_linear(module) or is_conv1d(module) or isinstance(module, TProductLinear):
-            found[name] = Weight(name, name, module, Place(module))
-        elif isinstance(module, TProductConv1D):
-            found[name] = Weight(name, name, module, module.place)
+            found[out] = Weight(out, name, module, _place(module.out_proj, None))
+        elif is_plain_linear(module) or is_conv1d(module) or isinstance(module, Adapted):
+            found[name] = Weight(name, name, module, _place(module, None))
     return found
+
+
+def _place(module: nn.Module, projection: str | None) -> Place:
+    """The place of a weight: that in its stack, if the module is adapted."""
+    adapted = module.tcur_places.get(projection) if isinstance(module, Adapted) else None
+    return Place(module, projection=projection) if adapted is None else adapted
 
 
 def reasons_to_leave_out(
@@ -111,13 +115,3 @@ def reasons_to_leave_out(
 def aliases(model: nn.Module, module: nn.Module) -> list[str]:
     """All names that a module goes by in a model."""
     return [n for n, m in model.named_modules(remove_duplicate=False) if m is module]
-
-
-def stand_in(weight: Weight) -> nn.Linear:
-    """A frozen ``nn.Linear`` with the tensors of a weight: planning must not freeze the model."""
-    tensor, bias = weight.tensor.detach(), weight.place.bias
-    linear = nn.Linear(tensor.shape[1], tensor.shape[0], bias=False, device="meta")
-    linear.weight = nn.Parameter(tensor, requires_grad=False)
-    if bias is not None:
-        linear.bias = nn.Parameter(bias.detach(), requires_grad=False)
-    return linear.train(weight.module.training)

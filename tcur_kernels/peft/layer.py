@@ -97,9 +97,8 @@ class TCURLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     def get_delta_weight(self, adapter: str) -> Tensor:
         """The update of the weight by one adapter, oriented as the weight, dtype of the core."""
         stack, place = self._stack(adapter), self.tcur_places[adapter]
-        update = slice_update(
-            stack.factors, stack.core, place.slice_index, place.slices, stack.alpha
-        )
+        factors = stack.base.factors if self.merged else stack.factors
+        update = slice_update(factors, stack.core, place.slice_index, place.slices, stack.alpha)
         return update.t() if place.transposed else update
 
     def merged_weight(self, adapter_names: list[str]) -> Tensor:

@@ -123,7 +123,7 @@ class TCURModel(BaseTuner):  # type: ignore[misc]
             if f"{self.prefix}{entry.name}" not in self._modules:
                 self.add_module(f"{self.prefix}{entry.name}", nn.ModuleDict())
             self.stacks_named(entry.name)[adapter_name] = stack
-            for member, place in zip(entry.members, stack.layers, strict=True):
+            for member, place in zip(entry.members, stack.places, strict=True):
                 self._found[member.module] = (stack, place)
 
     def _targeted_layers(self, peft_config: TCURConfig, model: nn.Module) -> dict[str, nn.Module]:

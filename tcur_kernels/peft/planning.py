@@ -101,30 +101,25 @@ def build_stacks(plan: Plan, layers: Layers, config: TCURConfig) -> dict[str, TP
         rule: Selection = config.selection
         if saved is not None:
             rule = (saved["rows"], saved["columns"])
-        linears = [_stand_in(layers[member.module]) for member in entry.members]
+        places = _places_of(entry, layers)
         try:
             stack = TProductStack(
-                linears,
+                places,
                 config.rank,
                 config.alpha,
                 rule,
                 config.mode,
-                n1=entry.n1,
                 precision=config.precision,
+                name=entry.name,
             )
         except ValueError as error:
             raise ValueError(f"stack {entry.name}: {error}") from error
         if saved is not None and config.check_base and _fingerprint(stack) != saved["sha256"]:
             raise ValueError(
                 f"model: expected the base that the adapter was made for, got other weights in "
-                f"stack {entry.name} ({linears[0].weight.dtype}; check_base=False in the config "
+                f"stack {entry.name} ({places[0].weight.dtype}; check_base=False in the config "
                 "loads all the same)"
             )
-        starts = itertools.accumulate((m.slices for m in entry.members), initial=0)
-        stack.layers = [
-            Place(layers[member.module], first, member.slices)
-            for member, first in zip(entry.members, starts, strict=False)
-        ]
         stacks[entry.name] = stack
     return stacks
 
@@ -150,13 +145,13 @@ def is_supported(layer: nn.Module) -> bool:
     return is_plain_linear(layer) or is_conv1d(layer)
 
 
-def _stand_in(layer: nn.Module) -> nn.Linear:
-    """A frozen ``nn.Linear`` with the weight of a layer, not a copy of it."""
-    weight = Place(layer).weight.detach()
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    # Not by attribute: with low_cpu_mem_usage, peft sends every parameter registered to "meta".
-    linear._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
-    return linear
+def _places_of(entry: StackPlan, layers: Layers) -> list[Place]:
+    """The weights of a stack, in the order of their slices."""
+    starts = itertools.accumulate((m.slices for m in entry.members), initial=0)
+    return [
+        Place(layers[member.module], first, member.slices)
+        for member, first in zip(entry.members, starts, strict=False)
+    ]
 
 
 def _reasons_to_leave_out(model: nn.Module, layers: Layers) -> dict[str, str]:

@@ -1,0 +1,52 @@
+"""What must not be lost when a model goes from one core to another between forward and backward."""
+
+from __future__ import annotations
+
+import weakref
+
+import torch
+from torch import Tensor, nn
+
+
+class LateGradient:
+    """Gives a core that is frozen by now the gradient of a graph that it was trained in.
+
+    autograd drops the gradient of a leaf that asks for none any more, without a word. A hook on the
+    leaf still gets it. To be made before the core is frozen.
+    """
+
+    def __init__(self, core: nn.Parameter) -> None:
+        self._core = weakref.ref(core)
+        core.register_hook(self._came)
+
+    def _came(self, grad: Tensor) -> None:
+        core = self._core()
+        if core is not None and not core.requires_grad:
+            grad = grad.detach().to(core.dtype)
+            core.grad = grad.clone() if core.grad is None else core.grad + grad
+
+
+class ForwardCore:
+    """Refuses to compute a checkpoint again with another core than that of its forward.
+
+    Activation checkpointing runs a layer a second time, within the backward. It compares shapes and
+    not values, so another adapter would go unseen, and the gradient would be that of a mixture.
+    """
+
+    def __init__(self) -> None:
+        self._latest: tuple[int, int] | None = None
+
+    def check(self, core: tuple[int, int]) -> None:
+        """To be called in every forward of a trained stack, with what tells its cores apart.
+
+        Raises:
+            RuntimeError: a second forward, with another core than the latest first one.
+        """
+        if torch._C._current_graph_task_id() == -1:
+            self._latest = core
+        elif torch.is_grad_enabled() and self._latest not in (None, core):
+            raise RuntimeError(
+                "core: expected the adapter of the forward where activation checkpointing computes "
+                "a layer again, got another one; call backward before another adapter is "
+                "activated, and within the batch of many"
+            )
