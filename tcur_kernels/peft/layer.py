@@ -97,8 +97,9 @@ class TCURLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     def get_delta_weight(self, adapter: str) -> Tensor:
         """The update of the weight by one adapter, oriented as the weight, dtype of the core."""
         stack, place = self._stack(adapter), self.tcur_places[adapter]
-        factors = stack.base.factors if self.merged else stack.factors
-        update = slice_update(factors, stack.core, place.slice_index, place.slices, stack.alpha)
+        update = slice_update(
+            stack.factors, stack.core, place.slice_index, place.slices, stack.alpha
+        )
         return update.t() if place.transposed else update
 
     def merged_weight(self, adapter_names: list[str]) -> Tensor:
@@ -131,6 +132,7 @@ class TCURLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             )
         if self.tcur_backup is None:
             self.tcur_backup = weight.detach().clone()
+            self._tell_places(self.tcur_backup)
         with torch.no_grad():
             weight.copy_(merged)
         self.merged_adapters.extend(names)
@@ -143,7 +145,13 @@ class TCURLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         with torch.no_grad():
             self.get_base_layer().get_parameter("weight").copy_(self.tcur_backup)
         self.tcur_backup = None
+        self._tell_places(None)
         self.merged_adapters.clear()
+
+    def _tell_places(self, backup: Tensor | None) -> None:
+        """C and R of every adapter are slices of the base weight, which is the copy while merged."""
+        for place in self.tcur_places.values():
+            place.backup = backup
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """True: the update is a matrix, of rank up to n3 * r."""
