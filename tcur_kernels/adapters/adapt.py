@@ -119,7 +119,18 @@ def adapt(
             max_workspace=max_workspace,
             progress=progress,
         )
+        _check_learns(stack.name, built[stack.name])
     return install(model, plan, built, patterns, files)
+
+
+def _check_learns(name: str, stack: TProductStack) -> None:
+    """Refuses C or R of zeros: the gradient of the core would be zero for good."""
+    for what, factor in (("columns C", stack.lateral), ("rows R", stack.horizontal)):
+        if not factor.any():
+            raise ValueError(
+                f"stack {name}: selection: expected {what} with numbers, without which the core "
+                "never learns, got zeros"
+            )
 
 
 def build_stack(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..decompose import check_rank
+from ..places import PROJECTIONS
 from .weights import Weight, find_weights, reasons_to_leave_out
 
 #: None (all, grouped by shape), names or patterns, {stack name: names or patterns}, or a function
@@ -33,6 +34,8 @@ _FUSED_QKV = ("qkv", "qkv_proj", "Wqkv", "in_proj", "query_key_value", "c_attn")
 
 #: Of one reason, more modules than these are counted rather than listed when a plan is printed.
 _LISTED = 3
+
+_ALL_ZERO = "all weights of its stack are zero: C and R would be, and the core could never learn"
 
 _Value = TypeVar("_Value")
 
@@ -66,7 +69,10 @@ class StackPlan:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A module that could have been adapted and is not."""
+    """A module that holds matrices and is not adapted.
+
+    A bare parameter of the model itself, which no module of a name holds, goes by its own name.
+    """
 
     module: str
     reason: str
@@ -138,23 +144,22 @@ def make_plan(
 
     Raises:
         TypeError: a target that is no linear layer.
-        ValueError: a target that matches nothing, or in no stack, or no layer left to adapt.
+        ValueError: a target that matches nothing, or no layer that can be adapted, each with its
+            reason; or no layer left to adapt.
     """
     if stacks not in STACKS_BY:
         raise ValueError(f"stacks: expected one of {', '.join(STACKS_BY)}, got {stacks!r}")
     weights = find_weights(model)
     reasons = reasons_to_leave_out(model, weights, set(trained), loaded)
     explicit = targets is not None
-    chosen = _choose(model, weights, targets)
+    chosen, considered = _choose(model, weights, reasons, targets)
     if isinstance(chosen, dict):
         if stacks == "layer":
             raise ValueError("stacks: expected 'shape' where targets name the stacks, got 'layer'")
         groups = _named_groups(chosen, weights, reasons)
-        considered = {name for names in chosen.values() for name in names}
     else:
         taken = {name: weights[name].tensor for name in chosen if name not in reasons}
         groups = groups_by_shape(taken) if stacks == "shape" else groups_by_layer(taken)
-        considered = set(chosen) if explicit else set(reasons)
 
     planned, left_out = [], []
     for key, (n1, n2), members in groups:
@@ -168,6 +173,14 @@ def make_plan(
             left_out += [LeftOut(member.module, reason) for member in members]
             continue
         check_rank("rank", own, n1, n2)
+        if loaded and not any(_has_numbers(weights[member.module]) for member in members):
+            if explicit:
+                raise ValueError(
+                    f"targets: expected weights that are not all zero in stack {key}, got zeros in "
+                    f"{', '.join(member.module for member in members[:5])}: {_ALL_ZERO}"
+                )
+            left_out += [LeftOut(member.module, _ALL_ZERO) for member in members]
+            continue
         planned.append(StackPlan(key, n1, n2, tuple(members)))
     left_out += [LeftOut(n, reason) for n, reason in reasons.items() if n in considered]
     if not planned:
@@ -181,7 +194,8 @@ def make_plan(
 
     def registered(item: LeftOut) -> int:
         weight = weights.get(item.module)
-        return order[item.module if weight is None else weight.owner]
+        # What is no module is a parameter of the model itself, and comes first.
+        return order.get(item.module if weight is None else weight.owner, -1)
 
     return Plan(tuple(planned), tuple(sorted(left_out, key=registered)))
 
@@ -251,22 +265,34 @@ def _slices_of(name: str, weight: Tensor) -> int:
     return 3 if fused else 1
 
 
+def _has_numbers(weight: Weight) -> bool:
+    return bool(weight.tensor.detach().any())
+
+
+_Chosen = list[str] | dict[str, list[str]]
+
+
 def _choose(
-    model: nn.Module, weights: Mapping[str, Weight], targets: Targets
-) -> list[str] | dict[str, list[str]]:
-    """Names of the layers that the targets choose, in the model's order; or such names by stack."""
+    model: nn.Module, weights: Mapping[str, Weight], reasons: Mapping[str, str], targets: Targets
+) -> tuple[_Chosen, set[str]]:
+    """Names of the layers that the targets choose, in the model's order; or such names by stack.
+
+    And the names of all that they speak of, layers that cannot be adapted among them.
+    """
     if targets is None:
-        return list(weights)
+        return list(weights), set(reasons)
     if isinstance(targets, Mapping):
         for stack in targets:
             _check_stack_name(stack)
-        return {
-            stack: _match(f"targets[{stack!r}]", model, weights, patterns)
-            for stack, patterns in targets.items()
-        }
+        by_stack, considered = {}, set()
+        for stack, patterns in targets.items():
+            argument = f"targets[{stack!r}]"
+            by_stack[stack], met = _match(argument, model, weights, reasons, patterns)
+            considered |= met
+        return by_stack, considered
     if callable(targets):
-        return _called(targets, weights)
-    return _match("targets", model, weights, targets)
+        return _called(targets, model, weights, reasons)
+    return _match("targets", model, weights, reasons, targets)
 
 
 def _check_stack_name(stack: Any) -> None:
@@ -280,29 +306,49 @@ def _match(
     argument: str,
     model: nn.Module,
     weights: Mapping[str, Weight],
+    reasons: Mapping[str, str],
     targets: str | Sequence[str],
-) -> list[str]:
-    """Names of the linear layers that the targets match, each target at least one."""
+) -> tuple[list[str], set[str]]:
+    """Names of the linear layers that the targets match, each target at least one; see `_choose`.
+
+    Raises:
+        TypeError, ValueError: a target without a layer that can be adapted, and why.
+    """
     modules = {name: module for name, module in model.named_modules() if name}
-    chosen: dict[str, None] = {}
+    names: dict[str, str] = {name: name for name in (*modules, *weights, *reasons)}
+    for name, module in modules.items():
+        if isinstance(module, nn.MultiheadAttention) and name in reasons:
+            # One that is left out has no projections of its own, yet they may be asked for.
+            names |= {f"{name}.{part}": name for part in (*PROJECTIONS, "out_proj")}
+    chosen: set[str] = set()
+    considered: set[str] = set()
     for target in [targets] if isinstance(targets, str) else targets:
         if not isinstance(target, str):
             raise TypeError(f"{argument}: expected names or patterns, got {type(target).__name__}")
-        found = [n for n in {**modules, **weights} if _matches(n, target)]
+        found = {own for name, own in names.items() if _matches(name, target)}
         if not found:
             raise ValueError(f"{argument}: expected a module that matches {target!r}, got none")
         # An attention stands for its projections.
-        linear = [n for n, weight in weights.items() if {n, weight.owner} & set(found)]
+        linear = [n for n, weight in weights.items() if {n, weight.owner} & found]
+        met = [name for name in reasons if name in found or name in linear]
+        why = "; ".join(f"{name}: {reasons[name]}" for name in met[:5])
         if not linear:
-            kinds = {type(modules[name]).__name__ for name in found}
-            several = any(isinstance(modules[name], nn.Linear) for name in found)
+            parts = [model.get_submodule(n) for n in names if n in found and n in modules]
+            kinds = sorted({type(part).__name__ for part in parts} or {"a parameter"})
+            several = any(isinstance(part, nn.Linear) for part in parts)
             expected = "a plain nn.Linear" if several else "nn.Linear"
             raise TypeError(
-                f"{argument}: expected {target!r} to match {expected}, got "
-                f"{', '.join(sorted(kinds))}"
+                f"{argument}: expected {target!r} to match {expected}, got {', '.join(kinds)}"
+                + (f" ({why})" if why else "")
             )
-        chosen.update(dict.fromkeys(linear))
-    return [name for name in weights if name in chosen]
+        if set(linear) <= set(met):
+            raise ValueError(
+                f"{argument}: expected {target!r} to match a layer that can be adapted, got none "
+                f"({why})"
+            )
+        chosen |= set(linear)
+        considered |= set(met)
+    return [name for name in weights if name in chosen], considered
 
 
 def _matches(name: str, target: str) -> bool:
@@ -310,13 +356,23 @@ def _matches(name: str, target: str) -> bool:
 
 
 def _called(
-    choose: Callable[[str, nn.Module], bool | str | None], weights: Mapping[str, Weight]
-) -> list[str] | dict[str, list[str]]:
-    """What a function chose: names, or names by stack."""
+    choose: Callable[[str, nn.Module], bool | str | None],
+    model: nn.Module,
+    weights: Mapping[str, Weight],
+    reasons: Mapping[str, str],
+) -> tuple[_Chosen, set[str]]:
+    """What a function chose: names, or names by stack; see `_choose`.
+
+    It is asked of all that is an ``nn.Linear`` by inheritance, too, to say why it is left out.
+    """
+    asked = {name: weight.module for name, weight in weights.items()}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and name in reasons:
+            asked[name] = module
     chosen: list[str] = []
     by_stack: dict[str, list[str]] = defaultdict(list)
-    for name, weight in weights.items():
-        answer = choose(name, weight.module)
+    for name, module in asked.items():
+        answer = choose(name, module)
         if isinstance(answer, str):
             _check_stack_name(answer)
             by_stack[answer].append(name)
@@ -332,7 +388,8 @@ def _called(
             f"targets: expected the function to name a stack for all layers or for none, got none "
             f"for {chosen[0]}"
         )
-    return dict(by_stack) if by_stack else chosen
+    named = {name for names in by_stack.values() for name in names}
+    return dict(by_stack) or chosen, (named | set(chosen)) & set(reasons)
 
 
 def _named_groups(
@@ -350,10 +407,9 @@ def _named_groups(
             taken[name] = stack
         own = {n: weights[n].tensor for n in names if n not in reasons}
         if not own:
+            why = "; ".join(f"{n}: {reasons[n]}" for n in names)
             raise ValueError(
-                f"targets[{stack!r}]: expected a layer that can be adapted, got none ("
-                + "; ".join(f"{n}: {reasons[n]}" for n in names)
-                + ")"
+                f"targets[{stack!r}]: expected a layer that can be adapted, got none ({why})"
             )
         groups.append(_one_group(stack, own))
     return groups
@@ -363,10 +419,13 @@ def _one_group(stack: str, weights: Mapping[str, Tensor]) -> _Group:
     """One stack of layers named together: cut to the smallest slice among them."""
     n1 = min(weight.shape[0] // _slices_of(name, weight) for name, weight in weights.items())
     n2 = next(iter(weights.values())).shape[1]
-    kinds = {(weight.dtype, weight.device) for weight in weights.values()}
-    if len(kinds) > 1:
-        raise ValueError(f"targets[{stack!r}]: expected one dtype and device, got {kinds}")
+    first, like = next(iter(weights.items()))
     for name, weight in weights.items():
+        if (weight.dtype, weight.device) != (like.dtype, like.device):
+            raise ValueError(
+                f"targets[{stack!r}]: expected one dtype and device, got {like.dtype} on "
+                f"{like.device} in {first}, {weight.dtype} on {weight.device} in {name}"
+            )
         if weight.shape[1] != n2 or weight.shape[0] % n1:
             raise ValueError(
                 f"targets[{stack!r}]: expected layers made of {n1} x {n2} slices, got {name} "
