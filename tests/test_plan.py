@@ -349,9 +349,9 @@ def test_slices_of_zeros_are_refused():
     for layer in model:
         nn.init.zeros_(layer.weight[0])
         nn.init.zeros_(layer.weight[:, 1])
-    with pytest.raises(ValueError, match="stack 4x4: selection: expected columns C .* got zeros"):
+    with pytest.raises(ValueError, match=r"stack 4x4: selection: expected columns C .* got zeros"):
         tcur.adapt(model, rank=1, selection=([2], [1]))
-    with pytest.raises(ValueError, match="stack 4x4: selection: expected rows R .* got zeros"):
+    with pytest.raises(ValueError, match=r"stack 4x4: selection: expected rows R .* got zeros"):
         tcur.adapt(model, rank=1, selection=([0], [2]))
     assert all(parameter.requires_grad for parameter in model.parameters())
     tcur.adapt(model, rank=1, selection=([2], [2]))
