@@ -137,8 +137,10 @@ def merge(args: argparse.Namespace) -> None:
         bar: Iterable[Path] = tqdm(files, desc="merging", unit="shard")
         return bar
 
-    merge_directory(directory, contents, args.out, progress)
+    left_out = merge_directory(directory, contents, args.out, progress)
     print(f"written: {args.out}")
+    if left_out:
+        print(f"not copied, as it is without the adapter: {', '.join(left_out)}")
 
 
 def bench(args: argparse.Namespace) -> None:

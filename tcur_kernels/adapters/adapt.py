@@ -97,7 +97,7 @@ def adapt(
         raise TypeError(f"rank, mode: expected an int and a str, got {rank!r} and {mode!r}")
     patterns = (train_also,) if isinstance(train_also, str) else tuple(train_also)
     trained = trained_names(model, patterns)
-    files = None if weights is None else BaseFiles(weights, max_workspace, progress)
+    files = None if weights is None else BaseFiles(model, weights, max_workspace, progress)
     if files is not None and on_meta(model) is None:
         raise ValueError("weights: expected a model on the meta device, got one that is loaded")
     plan = make_plan(model, targets, rank, trained, stacks, loaded=files is None)
@@ -161,7 +161,7 @@ def build_stack(
             n1=plan.n1,
             precision=precision,
             factors=factors,
-            source=None if files is None else files.stack(model, plan),
+            source=None if files is None else files.stack(plan),
             **reading,
         )
     except ValueError as error:

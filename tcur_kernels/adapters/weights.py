@@ -222,9 +222,11 @@ def _bare_matrices(model: nn.Module, seen: set[int], trained: set[str]) -> dict[
         elif left:
             listed = list(left.values())
             more = f" and {len(listed) - _NAMED} more" if len(listed) > _NAMED else ""
+            what = "bare parameters, not as linear layers"
+            if len(listed) == 1:
+                what = "a bare parameter, not as a linear layer"
             found[name] = (
-                f"{type(module).__name__} holds {', '.join(listed[:_NAMED])}{more} as bare "
-                "parameters, not as linear layers"
+                f"{type(module).__name__} holds {', '.join(listed[:_NAMED])}{more} as {what}"
             )
         elif bare:
             found[name] = _TRAINED
