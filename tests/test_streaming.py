@@ -101,6 +101,27 @@ def test_every_kind_of_weight_is_found_in_files(tmp_path):
         assert torch.equal(adapter.stacks[name].horizontal, stack.horizontal)
 
 
+def test_parameters_that_are_views_are_read_from_their_first_row(tmp_path):
+    """A flat buffer of a whole model, cut into its parameters, is on the meta device, too."""
+    base = Mixed()
+    save_file(dict(base.state_dict()), tmp_path / "model.safetensors")
+    with torch.device("meta"):
+        model = Mixed()
+    flat = torch.empty(sum(p.numel() for p in model.parameters()) + 8, device="meta")
+    place = 8
+    for full, parameter in list(model.named_parameters()):
+        owner, _, name = full.rpartition(".")
+        view = flat[place : place + parameter.numel()].view_as(parameter)
+        model.get_submodule(owner)._parameters[name] = nn.Parameter(view)
+        place += parameter.numel()
+    assert model.last[1].weight.storage_offset() > 0
+    adapter = tcur.adapt(model, rank=3, weights=tmp_path)
+    expected = tcur.adapt(base, rank=3)
+    for name, stack in expected.stacks.items():
+        assert torch.equal(adapter.stacks[name].lateral, stack.lateral)
+        assert torch.equal(adapter.stacks[name].horizontal, stack.horizontal)
+
+
 def test_drawn_slices_and_rules_of_ones_own():
     def indices(**kwargs):
         torch.manual_seed(0)

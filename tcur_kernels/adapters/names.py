@@ -145,7 +145,8 @@ class Origins:
         self._prefix = ""
         if model is not None:
             self._prefix = str(getattr(model, "base_model_prefix", ""))
-            self._found = _by_transformers(model, shapes)
+            self._found, failed = _by_transformers(model, shapes)
+            self._hint = failed or self._hint
             for names in _tied(model):
                 there = [name for name in names if name in self._found]
                 self._found |= {n: self._found[there[0]] for n in names if there and n not in there}
@@ -168,9 +169,10 @@ class Origins:
         if len(found) == 1:
             return found[0]
         got = ", ".join(sorted({n for origin in found for n in origin.stored})[:3]) or "none"
-        hint = f" ({self._hint})" if self._hint else ""
+        lacking = "" if found else "; what files lack is made anew when a model is loaded from them"
         raise ValueError(
-            f"{self._argument}: expected a tensor {name} in {self._path}, got {got}{hint}"
+            f"{self._argument}: expected a tensor {name} in {self._path}, got {got}"
+            + (f" ({self._hint})" if self._hint else lacking)
         )
 
 
@@ -180,8 +182,13 @@ def is_of_transformers(model: nn.Module) -> bool:
     return module is not None and isinstance(model, module.PreTrainedModel)
 
 
-def _by_transformers(model: Any, shapes: Mapping[str, Sequence[int]]) -> dict[str, list[Origin]]:
-    """Name in the model -> its origins, found as transformers finds them when it loads."""
+def _by_transformers(
+    model: Any, shapes: Mapping[str, Sequence[int]]
+) -> tuple[dict[str, list[Origin]], str]:
+    """Name in the model -> its origins, found as transformers finds them when it loads.
+
+    And what it cannot put together, if anything.
+    """
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import (
@@ -191,7 +198,7 @@ def _by_transformers(model: Any, shapes: Mapping[str, Sequence[int]]) -> dict[st
             rename_source_key,
         )
     except ImportError:  # transformers 4 has no such rules
-        return {name: [Origin(name)] for name in shapes}
+        return {name: [Origin(name)] for name in shapes}, ""
     rules = get_model_conversion_mapping(model)
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
@@ -199,6 +206,7 @@ def _by_transformers(model: Any, shapes: Mapping[str, Sequence[int]]) -> dict[st
     held, prefix = model.state_dict(), model.base_model_prefix
     origins: dict[str, list[Origin]] = defaultdict(list)
     regrouped: dict[str, tuple[Any, list[tuple[str, str]]]] = {}
+    failed = ""
     for stored in sorted(shapes, key=dot_natural_key):
         name, pattern = rename_source_key(stored, renamings, converters, prefix, held)
         if name not in held and stored in held:
@@ -208,10 +216,14 @@ def _by_transformers(model: Any, shapes: Mapping[str, Sequence[int]]) -> dict[st
         else:
             regrouped.setdefault(name, (by_pattern[pattern], []))[1].append((stored, pattern))
     for target, (converter, parts) in regrouped.items():
-        group = Regrouped(model, rules, converter, target, parts, shapes)
+        try:
+            group = Regrouped(model, rules, converter, target, parts, shapes)
+        except ValueError as error:  # it may be that nobody asks for this one
+            failed = str(error)
+            continue
         for name in group.held:
             origins[name].append(Origin(name, group))
-    return dict(origins)
+    return dict(origins), failed
 
 
 def _tied(model: nn.Module) -> list[list[str]]:
