@@ -30,6 +30,14 @@ TEXT = {
 }
 
 
+def clip(kind="CLIPModel"):
+    """Two towers of one architecture."""
+    config = transformers.CLIPConfig(
+        vision_config=VISION, text_config={k: v for k, v in TEXT.items() if "key_value" not in k}
+    )
+    return getattr(transformers, kind)(config)
+
+
 def vit(kind="ViTForImageClassification"):
     return getattr(transformers, kind)(transformers.ViTConfig(**VISION))
 
@@ -77,6 +85,8 @@ CASES = {
     "Mixtral": (mixtral, "MixtralForCausalLM", tokens, "model.layers.1.mlp.experts"),
     "LLaVA": (llava, "LlavaForConditionalGeneration", tokens, "lm_head"),
     "LLaVA without its head": (llava, "LlavaModel", tokens, "language_model.norm"),
+    "CLIP, one of two towers": (clip, "CLIPVisionModel", pixels, ()),
+    "CLIP, what one tower has": (clip, "CLIPVisionModel", pixels, "post_layernorm"),
     "BERT": (lambda: bert("BertModel"), "BertForSequenceClassification", tokens, ()),
 }
 

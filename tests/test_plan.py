@@ -328,6 +328,14 @@ def test_matrices_that_are_bare_parameters_are_named():
             make_plan(model, ["layers.*", name], 2)
 
 
+def test_integers_are_not_trained():
+    model = Mixture()
+    before = [parameter.requires_grad for parameter in model.parameters()]
+    with pytest.raises(TypeError, match=r"train_also: expected .*uint8 in experts.packed by 'exp"):
+        tcur.adapt(model, rank=2, train_also=["norm", "experts"])
+    assert [parameter.requires_grad for parameter in model.parameters()] == before
+
+
 def test_stacks_of_zeros_are_left_out():
     model = nn.Sequential(*[nn.Linear(4, 4) for _ in range(2)], *[nn.Linear(4, 6) for _ in "ab"])
     nn.init.zeros_(model[0].weight)  # one of two is no hindrance

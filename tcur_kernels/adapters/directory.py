@@ -329,6 +329,11 @@ def _edits(directory: ModelDirectory, contents: Contents) -> list[_Edit]:
     names = [parameter for stored in contents.stacks for parameter, _, _ in stored.stored]
     learned = {name: value for (_, name), value in contents.learned.items()}
     origins = directory.origins([*names, *learned], is_checked=not learned)
+    parts = origins.parts_with([*names, *learned])
+    if len(parts) > 1:  # the adapter is of one of several parts: its fingerprint says of which
+        parts = [part for part in parts if _fits(directory, origins.below(part), contents)]
+    if len(parts) == 1:
+        origins = origins.below(parts[0])
     edits: dict[str, _Edit] = {}
 
     def add(name: str, step: Callable[[Tensor], Tensor]) -> None:
@@ -342,6 +347,15 @@ def _edits(directory: ModelDirectory, contents: Contents) -> list[_Edit]:
     for name, value in learned.items():
         add(name, partial(_learned, name=name, value=value))
     return list(edits.values())
+
+
+def _fits(directory: ModelDirectory, origins: Origins, contents: Contents) -> bool:
+    """Whether the first stack of an adapter was made of these weights."""
+    stored = contents.stacks[0]
+    try:
+        return digest(_slices(directory, origins, stored)) == stored.base_sha256
+    except ValueError:  # of other sizes
+        return False
 
 
 def _learned(tensor: Tensor, name: str, value: Tensor) -> Tensor:

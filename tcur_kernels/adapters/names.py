@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from copy import deepcopy
+from copy import copy, deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -141,6 +141,7 @@ class Origins:
         hint: str = "",
     ) -> None:
         self._argument, self._path, self._hint = argument, path, hint
+        self._below = ""
         self._found: dict[str, list[Origin]] = {name: [Origin(name)] for name in shapes}
         self._prefix = ""
         if model is not None:
@@ -157,6 +158,8 @@ class Origins:
         Raises:
             ValueError: none of that name, or several that could be meant.
         """
+        if self._below:
+            return self._found[f"{self._below}.{name}"][0]
         found = self._found.get(name, [])
         if not found and self._prefix:
             # An adapter of a model with a head, files of one without; or the other way round.
@@ -174,6 +177,28 @@ class Origins:
             f"{self._argument}: expected a tensor {name} in {self._path}, got {got}"
             + (f" ({self._hint})" if self._hint else lacking)
         )
+
+    def parts_with(self, names: Sequence[str]) -> list[str]:
+        """Names of parts of the model that have all these tensors: a tower of one with two.
+
+        Empty if the model itself has them.
+        """
+        if all(name in self._found for name in names):
+            return []
+        first = f".{names[0]}"
+        parts = [own.removesuffix(first) for own in self._found if own.endswith(first)]
+        wanted = [[f"{part}.{name}" for name in names] for part in parts]
+        return [
+            part
+            for part, own in zip(parts, wanted, strict=True)
+            if all(len(self._found.get(name, ())) == 1 for name in own)
+        ]
+
+    def below(self, part: str) -> Origins:
+        """The origins of the tensors of a part, by their names within it."""
+        within = copy(self)
+        within._below = part
+        return within
 
 
 def is_of_transformers(model: nn.Module) -> bool:
