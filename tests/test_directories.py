@@ -81,12 +81,17 @@ def test_folders_are_copied_and_weights_without_the_adapter_are_not(base, adapte
 
 
 def test_layers_in_folders_of_a_sentence_transformer_are_copied(base, adapter, capsys):
-    fill(base, "2_Dense/pytorch_model.bin", "3_Other/pytorch_model.bin")
+    fill(base, "2_Dense/pytorch_model.bin", "3_Other/pytorch_model.bin", "pytorch_model.bin")
     modules = [{"idx": 0, "path": ""}, {"idx": 1, "path": "2_Dense"}]
     (base / "modules.json").write_text(json.dumps(modules))
     assert merge(base, adapter, base.parent / "out") == 0
     assert "2_Dense/pytorch_model.bin" in files(base.parent / "out")
-    assert "3_Other/pytorch_model.bin\n" in capsys.readouterr().out
+    assert ": 3_Other/pytorch_model.bin, pytorch_model.bin\n" in capsys.readouterr().out
+    fill(base, "modules.json", "a.safetensors.index.json")  # of another kind, or none
+    assert merge(base, adapter, base.parent / "out2") == 0
+    assert "modules.json" in files(base.parent / "out2")
+    out = capsys.readouterr().out
+    assert ": 2_Dense/pytorch_model.bin, 3_Other/pytorch_model.bin, a.safetensors.index" in out
 
 
 def test_links_are_followed(base, adapter, tmp_path):
@@ -195,6 +200,10 @@ def test_the_index_says_which_files_are_the_model(base, adapter, tmp_path, capsy
     message = "expected all tensors of the index in .*got no head.bias in model-1.safetensors"
     assert message.split(".*")[1] in capsys.readouterr().err
     (base / "model.safetensors.index.json").rename(base / "one.safetensors.index.json")
+    index = {"weight_map": {"a": "../model-1.safetensors"}}
+    (base / "one.safetensors.index.json").write_text(json.dumps(index))
+    assert merge(base, adapter, tmp_path / "out2") == 2
+    assert "expected names of files in" in capsys.readouterr().err
     fill(base, "two.safetensors.index.json")
     assert merge(base, adapter, tmp_path / "out2") == 2
     assert "expected one index in" in capsys.readouterr().err
@@ -237,14 +246,15 @@ def test_what_needs_weights_says_so(base, adapter, tmp_path, capsys):
         assert ("but pytorch_model.bin; save_pretrained of" in err) == bool(more)
 
 
-def test_a_model_that_needs_a_package(base, capsys, monkeypatch):
+@pytest.mark.parametrize("error", [ImportError, RuntimeError, TypeError])
+def test_a_model_that_needs_a_package(error, base, capsys, monkeypatch):
     transformers = pytest.importorskip("transformers")
 
     def missing(*args, **kwargs):
-        raise ImportError("BertModel requires timm")
+        raise error("BertModel requires timm")
 
     transformers.BertConfig(architectures=["BertModel"]).save_pretrained(base)
-    monkeypatch.setattr(transformers, "BertModel", missing)
+    monkeypatch.setattr(transformers.BertModel, "__init__", missing)
     assert cli.main(["plan", str(base)]) == 2
     message = "model_dir: expected a model that transformers knows, got BertModel requires timm"
     assert message in capsys.readouterr().err

@@ -238,6 +238,12 @@ class Wrapped(torch.Tensor):
     """A tensor that is more than its numbers, as quantised ones are."""
 
 
+class Sharded(Wrapped):
+    """As a DTensor: a process has a part of it."""
+
+    full_tensor = None
+
+
 def test_weights_that_no_stack_can_be_made_of():
     def layer(change=None, *sizes):
         linear = nn.Linear(*(sizes or (4, 4)))
@@ -256,6 +262,7 @@ def test_weights_that_no_stack_can_be_made_of():
                 "float8": layer(lambda w: w.to(torch.float8_e4m3fn)),
                 "complex": layer(lambda w: w.to(torch.complex64)),
                 "wrapped": layer(lambda w: w.as_subclass(Wrapped)),
+                "sharded": layer(lambda w: w.as_subclass(Sharded)),
                 "sparse": layer(lambda w: w.to_sparse_csr()),
                 "meta": layer(lambda w: w.to("meta")),
                 "other": layer(),
@@ -272,6 +279,7 @@ def test_weights_that_no_stack_can_be_made_of():
         "float8": "its weight is torch.float8_e4m3fn",
         "complex": "its weight is torch.complex64",
         "wrapped": "its weight is a Wrapped, no plain tensor",
+        "sharded": "its weight is sharded: adapt first, then fully_shard",
         "sparse": "its weight is torch.sparse_csr",
         "meta": "its weight is on the meta device: C and R are slices of loaded weights",
         "biased": "its bias is a Wrapped, no plain tensor",

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -161,8 +162,7 @@ class ModelDirectory:
             kind = getattr(transformers, (config.architectures or [""])[0], None)
             with torch.device("meta"):
                 model = transformers.AutoModel.from_config(config) if kind is None else kind(config)
-        except (ValueError, KeyError, OSError, ImportError, AttributeError) as error:
-            # An ImportError: the model needs a package of its own, timm for one.
+        except Exception as error:  # of any kind: the code is that of every model there is
             raise ValueError(
                 f"model_dir: expected a model that transformers knows, got {error}"
             ) from error
@@ -255,8 +255,7 @@ def _copy_rest(directory: ModelDirectory, place: Path, out: Path) -> list[str]:
     """Copies what is no shard; returns what is left out, see `merge_directory`."""
     left_out: list[str] = []
     modules = directory.path / "modules.json"  # sentence-transformers: folders with further layers
-    listed = json.loads(modules.read_text(encoding="utf-8")) if modules.is_file() else []
-    own = {Path(entry.get("path", "")) for entry in listed}
+    own = _listed(modules, lambda entries: {entry["path"] for entry in entries}) or set()
     apart = {os.path.realpath(path) for path in (place, out)}  # they may be below the input
 
     def copy(folder: Path, above: tuple[str, ...]) -> None:
@@ -273,7 +272,7 @@ def _copy_rest(directory: ModelDirectory, place: Path, out: Path) -> list[str]:
                 continue
             if entry.name in _NOT_COPIED or (
                 entry.is_file()
-                and folder not in own - {Path()}
+                and (str(folder) not in own or folder == Path())
                 and _is_weights(directory, relative)
             ):
                 left_out.append(str(relative))
@@ -288,12 +287,19 @@ def _copy_rest(directory: ModelDirectory, place: Path, out: Path) -> list[str]:
     return left_out
 
 
+def _listed(path: Path, read: Callable[[Any], set[str]]) -> set[str] | None:
+    """What a JSON file lists; None without one, or if it is of another kind."""
+    try:
+        return read(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
 def _is_weights(directory: ModelDirectory, path: Path) -> bool:
     """Whether a file that is no shard holds a model's weights, or lists files that do."""
     if path.name.endswith(".safetensors.index.json") and path.parent == Path():
-        index = json.loads((directory.path / path).read_text(encoding="utf-8"))
-        listed = set(index.get("weight_map", {}).values())
-        return not listed <= {file.name for file in directory.shards}
+        listed = _listed(directory.path / path, lambda index: set(index["weight_map"].values()))
+        return listed is None or not listed <= {file.name for file in directory.shards}
     if path.name.endswith(".safetensors"):  # in a folder they belong to another model
         return path.parent == Path()
     return path.name.removesuffix(".index.json").endswith(_WEIGHTS)

@@ -273,6 +273,9 @@ def model_files(argument: str, path: Path) -> tuple[list[Path], dict[str, str] |
         raise ValueError(
             f"{argument}: expected an index with a weight_map, got {indices[0]}"
         ) from error
+    for name in names:
+        if Path(name).name != name:
+            raise ValueError(f"{argument}: expected names of files in {indices[0]}, got {name}")
     lost = [name for name in names if not (path / name).is_file()]
     if lost:
         tensors = [tensor for tensor, name in listed.items() if name in lost]
