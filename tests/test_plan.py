@@ -290,6 +290,21 @@ def test_weights_that_no_stack_can_be_made_of():
             make_plan(model, ["plain", "other", name], 2)
 
 
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
+def test_layers_that_are_not_initialised_stay_lazy():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.LazyLinear(3))
+    adapter = tcur.adapt(model, rank=2)
+    assert dict_of(adapter.plan).keys() == {"2"}
+    assert model(torch.randn(5, 4)).shape == (5, 3)
+    assert not model[2].weight.requires_grad
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.LazyBatchNorm1d())
+    with pytest.raises(
+        ValueError, match=r"model: expected buffers with values, got 2.running_mean"
+    ):
+        tcur.adapt(model, rank=2)
+    assert model[0].weight.requires_grad
+
+
 class Experts(nn.Module):
     """Matrices as parameters of their own, as experts and position embeddings are."""
 

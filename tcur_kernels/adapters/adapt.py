@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedBuffer
 
 from .. import cost
 from ..decompose import MAX_WORKSPACE, Selection
@@ -95,6 +96,12 @@ def adapt(
     ranks = list(rank.values()) if isinstance(rank, Mapping) else [rank]
     if not isinstance(mode, str) or not all(type(one) is int for one in ranks):
         raise TypeError(f"rank, mode: expected an int and a str, got {rank!r} and {mode!r}")
+    for name, buffer in model.named_buffers():
+        if isinstance(buffer, UninitializedBuffer):
+            raise ValueError(
+                f"model: expected buffers with values, got {name} that is not initialised yet: run "
+                "a batch through the model first"
+            )
     patterns = (train_also,) if isinstance(train_also, str) else tuple(train_also)
     trained = trained_names(model, patterns)
     files = None if weights is None else BaseFiles(model, weights, max_workspace, progress)
@@ -182,7 +189,7 @@ def install(
         for name, buffer in persistent_buffers(model)
     }
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in trained)
+        parameter.requires_grad = name in trained  # the method is not for uninitialised ones
     put_in_place(model, plan, stacks)
     model.add_module(STACKS, Stacks(stacks))
     noted = [replace(stack, note=_note(stacks[stack.name])) for stack in plan.stacks]
