@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 import tcur_kernels as tcur
 from models import Tiny
 from tcur_kernels import cli
-from tcur_kernels.adapters import directory as merging
+from tcur_kernels.adapters import copying, directory
 
 
 def tiny():
@@ -165,9 +165,9 @@ def test_an_interrupted_merge_leaves_nothing(base, adapter, tmp_path, moment, mo
         raise KeyboardInterrupt
 
     if moment == "save_file":
-        monkeypatch.setattr(merging, "save_file", interrupt)
+        monkeypatch.setattr(directory, "save_file", interrupt)
     else:
-        monkeypatch.setattr(merging.shutil, "copyfile", interrupt)
+        monkeypatch.setattr(copying.shutil, "copyfile", interrupt)
     before = sorted(tmp_path.rglob("*"))
     for out in (tmp_path / "out", tmp_path / "x" / "y"):
         with pytest.raises(KeyboardInterrupt):

@@ -106,7 +106,8 @@ MAY_IMPORT = {
     "linear": {"distributed", "kept"},
     "layers": {"kept", "linear", "places"},
     "adapters.weights": {"distributed", "layers", "linear", "places"},
-    "adapters.plan": {"adapters.weights", "decompose", "places"},
+    "adapters.targets": {"adapters.weights", "places"},
+    "adapters.plan": {"adapters.targets", "adapters.weights", "decompose"},
     "adapters.fingerprint": {"adapters.plan", "adapters.weights", "distributed"},
     "adapters.install": {
         "adapters.plan",
@@ -118,6 +119,7 @@ MAY_IMPORT = {
     },
     "adapters.checkpoint": set(),
     "adapters.names": set(),
+    "adapters.copying": set(),
     "adapters.streaming": {"adapters.names", "adapters.plan", "adapters.weights", "decompose"},
     "adapters.curves": {"adapters.plan", "adapters.streaming", "adapters.weights", "decompose"},
     "adapters.trained": {"adapters.fingerprint"},
@@ -159,6 +161,7 @@ MAY_IMPORT = {
     },
     "adapters.directory": {
         "adapters.contents",
+        "adapters.copying",
         "adapters.fingerprint",
         "adapters.names",
         "decompose",

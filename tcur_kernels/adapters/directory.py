@@ -7,16 +7,11 @@ here builds a model of loaded weights; what is in memory is one shard, and C and
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-import secrets
-import shutil
 import stat
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -27,29 +22,12 @@ from ..decompose import model_files
 from ..factors import CURFactors
 from ..functional import slice_update
 from .contents import Contents, StoredStack
+from .copying import copy_rest, new_directory
 from .fingerprint import digest, update_digest
 from .names import Origin, Origins, Read
 
 #: Wraps what is worked through, as ``tqdm`` does.
 Progress = Callable[[Iterable[Path]], Iterable[Path]]
-
-#: Endings of files with weights that are not merged.
-_WEIGHTS = (
-    ".bin",
-    ".pt",
-    ".pth",
-    ".ckpt",
-    ".h5",
-    ".msgpack",
-    ".ot",
-    ".gguf",
-    ".onnx",
-    ".onnx_data",
-    ".tflite",
-)
-
-#: Folders that tell of the directory rather than of the model, copies of its weights among them.
-_NOT_COPIED = (".git", ".cache")
 
 
 class ModelDirectory:
@@ -209,8 +187,8 @@ def merge_directory(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"out: expected a directory that is new or empty, got {out}")
     waiting = _edits(directory, contents)
-    with _new_directory(Path(os.path.realpath(out))) as place:
-        left_out = _copy_rest(directory, place, out)
+    with new_directory(Path(os.path.realpath(out))) as place:
+        left_out = copy_rest(directory.path, directory.shards, place, out)
         done: dict[str, Tensor] = {}
         for file in progress(list(directory.shards)):
             tensors = directory.read_shard(file)
@@ -229,80 +207,6 @@ def merge_directory(
             save_file(tensors, written, metadata=directory.metadata(file))
             written.chmod(mode)  # which the library does not take from the umask
     return left_out
-
-
-@contextmanager
-def _new_directory(out: Path) -> Iterator[Path]:
-    """A directory that becomes ``out`` when the block ends well, and leaves nothing otherwise."""
-    parents = [parent for parent in out.parents if not parent.exists()]
-    place = out.with_name(f".{out.name}.{secrets.token_hex(4)}")
-    try:
-        place.mkdir(parents=True)
-        yield place
-        if out.exists():
-            place.chmod(stat.S_IMODE(out.stat().st_mode))
-            out.rmdir()
-        place.replace(out)
-    except BaseException:
-        shutil.rmtree(place, ignore_errors=True)
-        for parent in parents:  # the innermost first
-            with suppress(OSError):
-                parent.rmdir()
-        raise
-
-
-def _copy_rest(directory: ModelDirectory, place: Path, out: Path) -> list[str]:
-    """Copies what is no shard; returns what is left out, see `merge_directory`."""
-    left_out: list[str] = []
-    modules = directory.path / "modules.json"  # sentence-transformers: folders with further layers
-    own = _listed(modules, lambda entries: {entry["path"] for entry in entries}) or set()
-    apart = {os.path.realpath(path) for path in (place, out)}  # they may be below the input
-
-    def copy(folder: Path, above: tuple[str, ...]) -> None:
-        here = os.path.realpath(directory.path / folder)
-        if here in above:
-            raise ValueError(
-                f"model_dir: expected folders that end, got {directory.path / folder}, which leads "
-                "to one above it"
-            )
-        (place / folder).mkdir(exist_ok=True)
-        for entry in sorted((directory.path / folder).iterdir()):
-            relative = folder / entry.name
-            if entry in directory.shards or os.path.realpath(entry) in apart:
-                continue
-            if entry.name in _NOT_COPIED or (
-                entry.is_file()
-                and (str(folder) not in own or folder == Path())
-                and _is_weights(directory, relative)
-            ):
-                left_out.append(str(relative))
-            elif entry.is_dir():
-                copy(relative, (*above, here))
-            elif entry.is_file():
-                shutil.copyfile(entry, place / relative)
-            else:
-                raise ValueError(f"model_dir: expected files and folders, got {entry}")
-
-    copy(Path(), ())
-    return left_out
-
-
-def _listed(path: Path, read: Callable[[Any], set[str]]) -> set[str] | None:
-    """What a JSON file lists; None without one, or if it is of another kind."""
-    try:
-        return read(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
-
-
-def _is_weights(directory: ModelDirectory, path: Path) -> bool:
-    """Whether a file that is no shard holds a model's weights, or lists files that do."""
-    if path.name.endswith(".safetensors.index.json") and path.parent == Path():
-        listed = _listed(directory.path / path, lambda index: set(index["weight_map"].values()))
-        return listed is None or not listed <= {file.name for file in directory.shards}
-    if path.name.endswith(".safetensors"):  # in a folder they belong to another model
-        return path.parent == Path()
-    return path.name.removesuffix(".index.json").endswith(_WEIGHTS)
 
 
 class _Edit:
