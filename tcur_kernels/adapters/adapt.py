@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import UninitializedBuffer
 
 from .. import cost
 from ..decompose import MAX_WORKSPACE, Selection
@@ -84,9 +85,15 @@ def adapt(
     ranks = list(rank.values()) if isinstance(rank, Mapping) else [rank]
     if not isinstance(mode, str) or not all(type(one) is int for one in ranks):
         raise TypeError(f"rank, mode: expected an int and a str, got {rank!r} and {mode!r}")
+    for name, buffer in model.named_buffers():
+        if isinstance(buffer, UninitializedBuffer):
+            raise ValueError(
+                f"model: expected buffers with values, got {name} that is not initialised yet: run "
+                "a batch through the model first"
+            )
     patterns = (train_also,) if isinstance(train_also, str) else tuple(train_also)
     trained = trained_names(model, patterns)
-    files = None if weights is None else BaseFiles(weights, max_workspace, progress)
+    files = None if weights is None else BaseFiles(model, weights, max_workspace, progress)
     if files is not None and on_meta(model) is None:
         raise ValueError("weights: expected a model on the meta device, got one that is loaded")
     plan = make_plan(model, targets, rank, trained, stacks, loaded=files is None)
@@ -108,7 +115,18 @@ def adapt(
             max_workspace=max_workspace,
             progress=progress,
         )
+        _check_learns(stack.name, built[stack.name])
     return install(model, plan, built, patterns, files)
+
+
+def _check_learns(name: str, stack: TProductStack) -> None:
+    """Refuses C or R of zeros: the gradient of the core would be zero for good."""
+    for what, factor in (("columns C", stack.lateral), ("rows R", stack.horizontal)):
+        if not factor.any():
+            raise ValueError(
+                f"stack {name}: selection: expected {what} with numbers, without which the core "
+                "never learns, got zeros"
+            )
 
 
 def build_stack(
@@ -142,7 +160,7 @@ def build_stack(
             precision=precision,
             name=plan.name,
             factors=factors,
-            source=None if files is None else files.stack(model, plan),
+            source=None if files is None else files.stack(plan),
             **reading,
         )
     except ValueError as error:
@@ -165,7 +183,7 @@ def install(
     put_in_place(model, stacks)
     for name, parameter in model.named_parameters():
         if not name.startswith(PREFIX):
-            parameter.requires_grad_(name in trained)
+            parameter.requires_grad = name in trained  # the method is not for uninitialised ones
     noted = [replace(stack, note=_note(stacks[stack.name])) for stack in plan.stacks]
     return Adapter(model, replace(plan, stacks=tuple(noted)), stacks, train_also, buffers)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -23,6 +24,10 @@ from .plan import Plan
 from .streaming import on_meta
 from .trained import trained_names
 from .weights import find_weights
+
+
+#: So many layers a warning names.
+_NAMED = 5
 
 
 class Adapter:
@@ -304,6 +309,36 @@ class Adapter:
             for name, stack in self.stacks.items():
                 batches.enter_context(stack.batch(cores[name], adapter_ids, repeat))
             yield
+
+    # -- layers that the model does without
+
+    def unused(self) -> tuple[str, ...]:
+        """Names of adapted layers that were neither called nor read while others were.
+
+        Their slices of the core get no gradient, and merging changes a weight that was not looked
+        at. Compiled calls leave no trace: layers that run in compiled code alone are named too.
+        """
+        names = []
+        for plan in self.plan.stacks:
+            places = self.stacks[plan.name].places
+            names += [
+                member.module
+                for member, place in zip(plan.members, places, strict=True)
+                if not place.ran
+            ]
+        every = sum(len(plan.members) for plan in self.plan.stacks)
+        return () if len(names) == every else tuple(names)
+
+    def _name_unused(self, caller: str) -> None:
+        names = self.unused()
+        if names:
+            more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+            warnings.warn(
+                f"{caller}: {', '.join(names[:_NAMED])}{more} never ran: adapted layers that the "
+                "model neither called nor read while it used others, so that their slices of the "
+                "cores were not trained (adapter.unused() has all names)",
+                stacklevel=3,
+            )
 
     # -- merge, unmerge, disable
 

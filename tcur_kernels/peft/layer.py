@@ -149,7 +149,7 @@ class TCURLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         self.merged_adapters.clear()
 
     def _tell_places(self, backup: Tensor | None) -> None:
-        """C and R of every adapter are slices of the base weight, which is the copy while merged."""
+        """C and R are slices of the base weight, which is the copy while merged."""
         for place in self.tcur_places.values():
             place.backup = backup
 
