@@ -22,7 +22,7 @@ from .kept import Effective, Kept, Projected
 from .linear import check_weights, places_of
 from .places import Place
 from .rows import Repeat, Rows, check_repeat, rows_of, using_rows
-from .switching import ForwardCore, LateGradient
+from .switching import ForwardCore, LateGradient, warn_of_unused
 
 
 class TProductStack(nn.Module):
@@ -134,6 +134,7 @@ class TProductStack(nn.Module):
         self.enabled = True
         self._guard = ReentrantGuard()
         self._activations = 0
+        self._is_looked_over = False
         self._late: dict[str, LateGradient] = {}
         self._reset()
         for place in places:
@@ -323,7 +324,7 @@ class TProductStack(nn.Module):
     def core_grad_of_weight(self, grad: Tensor, place: Place) -> Tensor:
         """Gradient of the core from that of one place's W_eff, ``[out, in]``; differentiable."""
         factors = self.factors
-        self._kept.doubt()
+        self._gradient_came()
         call = prepare(place.weight, None, factors, place.slice_index, "ieee")
         hats = (call.lateral_hat, call.horizontal_hat)
         total: Tensor | None = None
@@ -333,6 +334,17 @@ class TProductStack(nn.Module):
             total = part if total is None else total + part
         assert total is not None
         return (self.alpha * total).to(self.core.dtype)
+
+    def _gradient_came(self) -> None:
+        """The core may be written from now on. A first step has run all layers that ever run."""
+        self._kept.doubt()
+        if not self._is_looked_over:
+            self._is_looked_over = True
+            warn_of_unused("backward", self.unused())
+
+    def unused(self) -> list[str]:
+        """Names of the layers that were neither called nor read since they were adapted."""
+        return [place.name for place in self.places if place.name and not place.ran]
 
     @property
     def _sizes(self) -> tuple[int, int, int, int]:
@@ -450,7 +462,7 @@ class TProductStack(nn.Module):
             call = self._calls.get((place.slice_index, precision, dtype))
             if call is None:
                 call = prepare(weight, bias, self.base.factors, place.slice_index, precision)
-                call.on_gradient = self._kept.doubt
+                call.on_gradient = self._gradient_came
                 if not capture:  # what is made in a capture has no values until it is replayed
                     self._calls[place.slice_index, precision, dtype] = call
         gradient, z, gradient_sum = "x", None, None

@@ -70,6 +70,7 @@ class Place:
     Attributes:
         stack: the `TProductStack` that the slices belong to, set by it.
         backup: the base weight as it is stored, while the module holds W_eff.
+        name: of the weight in its model, for messages.
         ran: whether the layer has been called, or its weight read, since it was adapted.
     """
 
@@ -86,6 +87,7 @@ class Place:
         self.transposed = is_conv1d(module) if transposed is None else transposed
         self.stack: Any = None
         self.backup: Tensor | None = None
+        self.name = ""
         self.ran = False
         self.out_features, self.in_features = self.weight.shape
 

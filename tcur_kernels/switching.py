@@ -1,8 +1,10 @@
-"""What must not be lost when a model goes from one core to another between forward and backward."""
+"""What must not be lost without a word: gradients of another core, and layers that never run."""
 
 from __future__ import annotations
 
+import warnings
 import weakref
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -50,3 +52,19 @@ class ForwardCore:
                 "a layer again, got another one; call backward before another adapter is "
                 "activated, and within the batch of many"
             )
+
+
+#: So many layers a warning names.
+_NAMED = 5
+
+
+def warn_of_unused(caller: str, names: Sequence[str]) -> None:
+    """Names adapted layers that the model did without, if there are any."""
+    if names:
+        more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+        warnings.warn(
+            f"{caller}: {', '.join(names[:_NAMED])}{more} never ran: adapted layers that the model "
+            "neither called nor read while it used others; their slices of the cores are not "
+            "trained (see adapter.unused)",
+            stacklevel=3,
+        )

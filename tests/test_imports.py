@@ -139,6 +139,7 @@ MAY_IMPORT = {
         "distributed",
         "nn",
         "rows",
+        "switching",
     },
     "adapters.adapt": {
         "adapters.adapter",

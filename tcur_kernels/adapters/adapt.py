@@ -149,6 +149,7 @@ def build_stack(
     for member in plan.members:
         found = weights[member.module].place
         places.append(Place(found.module, start, member.slices, found.projection))
+        places[-1].name = member.module
         start += member.slices
     try:
         return TProductStack(

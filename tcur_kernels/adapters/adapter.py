@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from ..distributed import is_first_process, is_sharded, whole
 from ..nn import TProductStack
 from ..rows import Repeat
+from ..switching import warn_of_unused
 from .batch import StackedCores, check_batch_first
 from .checkpoint import write_adapter_file
 from .contents import Contents, read_contents
@@ -24,10 +24,6 @@ from .plan import Plan
 from .streaming import on_meta
 from .trained import trained_names
 from .weights import find_weights
-
-
-#: So many layers a warning names.
-_NAMED = 5
 
 
 class Adapter:
@@ -218,6 +214,7 @@ class Adapter:
             raise ValueError(f"save: expected loaded weights, got {missing} on the meta device")
         name = self.active if name is None else name
         self._check_known("name", name)
+        warn_of_unused("save", self.unused())
         learned = self._learned() if name == self.active else self._inactive[name]
         trained = trained_names(self.model, self.train_also)
         tensors: dict[str, Tensor] = {f"trained.{key}": learned[key] for key in trained}
@@ -318,27 +315,9 @@ class Adapter:
         Their slices of the core get no gradient, and merging changes a weight that was not looked
         at. Compiled calls leave no trace: layers that run in compiled code alone are named too.
         """
-        names = []
-        for plan in self.plan.stacks:
-            places = self.stacks[plan.name].places
-            names += [
-                member.module
-                for member, place in zip(plan.members, places, strict=True)
-                if not place.ran
-            ]
-        every = sum(len(plan.members) for plan in self.plan.stacks)
+        names = [name for stack in self.stacks.values() for name in stack.unused()]
+        every = sum(len(stack.places) for stack in self.stacks.values())
         return () if len(names) == every else tuple(names)
-
-    def _name_unused(self, caller: str) -> None:
-        names = self.unused()
-        if names:
-            more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-            warnings.warn(
-                f"{caller}: {', '.join(names[:_NAMED])}{more} never ran: adapted layers that the "
-                "model neither called nor read while it used others, so that their slices of the "
-                "cores were not trained (adapter.unused() has all names)",
-                stacklevel=3,
-            )
 
     # -- merge, unmerge, disable
 
@@ -360,6 +339,7 @@ class Adapter:
         """
         if self.is_merged:
             raise ValueError("merge: expected an unmerged adapter, got one that is merged already")
+        warn_of_unused("merge", self.unused())
         if inplace:
             for stack in self.stacks.values():
                 stack.merge()
