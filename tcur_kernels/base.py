@@ -61,6 +61,9 @@ class Base:
         self.rows, self.columns = (tuple(each) for each in indices)
         self.factors, self.is_own = factors, is_own
         self.generation = 0
+        self._turn = 0
+        #: What somebody did to W_eff, to be raised at the next look.
+        self.misuse: str | None = None
         self._versions: dict[int, _Version] = {}
         self._unsure: set[int] = set()
         for place in places:
@@ -76,7 +79,7 @@ class Base:
         first = place.slice_index
         if self._unsure or version_of(weight) != self._versions.get(first):
             return False
-        return first > 0 or self._knows_all()
+        return first > 0 or (self._knows_all() and self._looks_the_same(weight))
 
     @property
     def is_unsure(self) -> bool:
@@ -97,9 +100,13 @@ class Base:
         """Compares what may have changed, and takes C and R anew where it did.
 
         Raises:
-            RuntimeError: C and R are of other weights than these, and not all weights are here.
+            RuntimeError: C and R are of other weights than these, and not all weights are here; or
+                W_eff was written to.
             ValueError: weights that are not finite.
         """
+        if self.misuse is not None:
+            message, self.misuse = self.misuse, None
+            raise RuntimeError(message)
         here = [place for place in self.places if is_here(place)]
         # Gathered for every layer by FSDP on an accelerator, where a comparison would wait for it.
         gathered = len(here) < len(self.places)
@@ -147,6 +154,26 @@ class Base:
             version_of(place.weight) == versions.get(place.slice_index) or not is_here(place)
             for place in self.places
         )
+
+    def _looks_the_same(self, weight: Tensor) -> bool:
+        """Whether one number of one weight is still that in C; another one in every pass.
+
+        A write through ``.data`` leaves no trace. Weights that are all drawn anew that way are
+        found out by any number. On the CPU, where nothing has to be waited for.
+        """
+        if weight.device.type != "cpu" or not self.is_own:
+            return True
+        self._turn += 1
+        place = self.places[self._turn % len(self.places)]
+        if not is_here(place):
+            return True
+        n1, column = self.factors.n1, self._turn % self.factors.rank
+        row = self._turn % place.out_features
+        own = self.factors.lateral[place.slice_index + row // n1, row % n1, column]
+        if place.weight[row, self.columns[column]].item() == own.item():
+            return True
+        self.suspect()
+        return False
 
     def _are_of(self, places: Sequence[Place]) -> bool:
         """Whether these layers' rows of C and R are slices of their weights."""

@@ -263,6 +263,16 @@ class TProductStack(nn.Module):
         self._kept.doubt()
         self.base.suspect(place)
 
+    def was_misused(self, place: Place) -> None:
+        """To be said when W_eff was written through a view of what a read of a weight gave."""
+        self._kept.invalidate()
+        self.base.misuse = (
+            f"weight: expected a view of W_eff that is not written to, got a write in place to a "
+            f"part of the weight of {place.name or 'a layer'}, which would be lost; write to its "
+            "base_weight"
+        )
+        self.base.suspect()
+
     def loaded(self, place: Place) -> None:
         """To be said when a checkpoint brought the base weight of a place."""
         self.base.suspect(place)

@@ -53,6 +53,7 @@ class EffectiveWeight(torch.Tensor):
     _source: EffectiveWeight | None
     _places: Sequence[Place]
     _value: Tensor | None
+    _writes: int
 
     # Functions of torch treat it as any tensor: the fused paths of torch's transformer layers, for
     # one, stay as they are.
@@ -70,6 +71,7 @@ class EffectiveWeight(torch.Tensor):
         )
         made.tcur_stored, made._places = stored, places
         made._source = made._value = None
+        made._writes = 0
         return made
 
     def is_of(self, stored: Tensor | None) -> bool:
@@ -103,7 +105,7 @@ class EffectiveWeight(torch.Tensor):
             return args[0]._moved(args[0].tcur_stored)
         if func is torch.ops.aten._to_copy.default and kwargs.get("dtype") in (None, args[0].dtype):
             # Whoever moves weights from device to device puts back what was moved.
-            return args[0]._moved(args[0].tcur_stored.detach().to(**kwargs))
+            return args[0]._moved(func(args[0].tcur_stored.detach(), **kwargs))
         written = [
             value
             for argument, value in zip(func._schema.arguments, args, strict=False)
@@ -126,11 +128,18 @@ class EffectiveWeight(torch.Tensor):
         out = func(*tree_map(plain, args), **tree_map(plain, kwargs))
         for target in targets:
             target._value = None
+            target._writes += 1
             for place in target._places:  # below autograd, where nobody counts versions
                 place.stack.base.suspect(place)
             if out is target.tcur_stored:
                 out = target
         return out
+
+    def __del__(self) -> None:
+        # Views count their writes together with the tensor that they are of, and keep it alive.
+        if not self.is_inference() and self._version != self._writes:
+            for place in self._places:
+                place.stack.was_misused(place)
 
     def numpy(self, *, force: bool = False) -> Any:
         """As of any tensor."""
