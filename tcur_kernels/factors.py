@@ -54,7 +54,7 @@ class CURFactors:
                 f"{min(n1, horizontal.shape[2])}, got {rank}"
             )
         for name, factor in (("lateral", lateral), ("horizontal", horizontal)):
-            if not torch.isfinite(factor).all():
+            if not factor.is_meta and not torch.isfinite(factor).all():
                 raise ValueError(f"{name}: expected finite numbers, got NaN or Inf")
         dtype = torch.promote_types(lateral.dtype, torch.float32)
         self.lateral, self.horizontal = lateral.detach(), horizontal.detach()
@@ -105,6 +105,8 @@ class CURFactors:
             raise ValueError(
                 f"precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}"
             )
+        if precision != "ieee" and self.dtype == torch.float64:
+            raise ValueError(f"precision: expected ieee for fp64 factors, got '{precision}'")
         if precision != "bf16":
             return self.lateral_hat, self.horizontal_hat
         if self._narrow is not None:
@@ -129,8 +131,15 @@ class CURFactors:
         return turned
 
     def _may_keep(self) -> bool:
-        """What is made in a capture has no values until the graph is replayed."""
-        return torch.compiler.is_compiling() or not streams.capture_of(self.device)
+        """What is made in a capture has no values until the graph is replayed.
+
+        And what is made within a transform of functorch belongs to that transform.
+        """
+        if torch.compiler.is_compiling():
+            return True
+        if torch._C._are_functorch_transforms_active():
+            return False
+        return not streams.capture_of(self.device)
 
     def __repr__(self) -> str:
         return (

@@ -222,7 +222,9 @@ class TProductStack(nn.Module):
         """``x`` through one layer of this stack; see `TProductLinear.forward`."""
         weight, bias, source = layer.weight, layer.bias, x
         dtype, precision = weight.dtype, self.precision
-        if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        kind = x.device.type
+        has_autocast = torch.amp.is_autocast_available(kind)  # the meta device has none
+        if has_autocast and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
             # What autocast does to a linear layer; the operators themselves are out of its reach.
             dtype = torch.get_autocast_dtype(x.device.type)
             x = x.to(dtype)

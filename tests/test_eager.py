@@ -141,6 +141,18 @@ def test_a_bias_that_requires_grad_is_refused_in_forward():
         layer(torch.ones(3, 40))
 
 
+@MODES
+def test_calls_of_one_input_have_backwards_of_their_own(mode):
+    """They share z, whose graph no backward of a layer frees."""
+    stack = make_stack(mode, dtype=torch.float64)
+    x = torch.randn(6, 40, dtype=torch.float64, requires_grad=True)
+    for loss in [layer(x).sin().sum() for layer in stack.layers]:
+        loss.backward()
+    wanted = sum(by_operators(stack, layer, x, mode).sin().sum() for layer in stack.layers)
+    found = (x.grad, stack.core.grad)
+    assert_equal_in_float64(found, torch.autograd.grad(wanted, (x, stack.core)))
+
+
 def test_without_autocast():
     a = torch.randn(4, 4)
     with torch.autocast("cpu", torch.bfloat16):
