@@ -11,6 +11,9 @@ from . import reference, streams
 #: (tensor cores of a GPU), or operands rounded to bf16.
 PRECISIONS = ("ieee", "tf32", "bf16")
 
+#: Of weights, tokens and results.
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
 
 class CURFactors:
     """The frozen factors C and R of one stack, with their packed half spectra.
@@ -149,11 +152,19 @@ class CURFactors:
 
 
 def check_floating(name: str, tensor: Tensor) -> None:
-    """Refuses what is no tensor of a floating dtype."""
+    """Refuses what is no tensor of a floating dtype that is computed with."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
-    if not tensor.dtype.is_floating_point:
-        raise TypeError(f"{name}: expected a floating dtype, got {tensor.dtype}")
+    check_floating_dtype(name, tensor.dtype)
+
+
+def check_floating_dtype(name: str, dtype: torch.dtype) -> None:
+    """Refuses integers and complex numbers, and those of 8 bits, which nothing here computes."""
+    if not dtype.is_floating_point:
+        raise TypeError(f"{name}: expected a floating dtype, got {dtype}")
+    if dtype not in DTYPES:
+        expected = ", ".join(map(str, DTYPES))
+        raise TypeError(f"{name}: expected one of {expected}, got {dtype}")
 
 
 def check_frozen(name: str, tensor: Tensor) -> None:

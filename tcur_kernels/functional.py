@@ -12,7 +12,15 @@ from torch import Tensor
 
 from . import _native, cost, eager, ops
 from .autocast import outside_autocast
-from .factors import PRECISIONS, CURFactors, check_device, check_dtype, check_floating, check_frozen
+from .factors import (
+    PRECISIONS,
+    CURFactors,
+    check_device,
+    check_dtype,
+    check_floating,
+    check_floating_dtype,
+    check_frozen,
+)
 
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
 
@@ -72,12 +80,10 @@ def materialize(
     """
     _check_core(core, factors)
     weights = _check_weights(weight, factors, out is not None)
-    if not math.isfinite(scale):
-        raise ValueError(f"scale: expected a finite number, got {scale}")
+    _check_scale(scale)
     if out is None:
         dtype = weights[0].dtype if out_dtype is None else out_dtype
-        if not dtype.is_floating_point:
-            raise TypeError(f"out_dtype: expected a floating dtype, got {dtype}")
+        check_floating_dtype("out_dtype", dtype)
         op = _operator("materialize", backend, factors, precision)
         w_eff: Tensor = op(weights, *factors.packed(precision), core, scale, dtype)
         return w_eff
@@ -162,6 +168,7 @@ def cur_linear(
         check_cores(core, factors, adapter_ids)
         _check_rows(adapter_ids, x)
     slices = _check_layer(weight, bias, factors, slice_index)
+    _check_scale(scale)
     if x.ndim < 1 or x.shape[-1] != factors.n2:
         raise ValueError(f"x: expected [..., {factors.n2}], got {list(x.shape)}")
     check_dtype("x", x, weight.dtype)
@@ -169,12 +176,14 @@ def cur_linear(
     if effective is not None:
         check_frozen("effective", effective)
         check_dtype("effective", effective, x.dtype)
+        check_device("effective", effective, x.device)
         if effective.shape != weight.shape:
             raise ValueError(
                 f"effective: expected {list(weight.shape)}, got {list(effective.shape)}"
             )
     if z is not None:
         check_floating("z", z)
+        check_device("z", z, x.device)
         if z.shape != (*x.shape[:-1], factors.n3 * factors.rank):
             raise ValueError(
                 f"z: expected {[*x.shape[:-1], factors.n3 * factors.rank]}, got {list(z.shape)}"
@@ -228,7 +237,12 @@ def slice_update(
     reaches ``core``. Arguments as for `cur_linear`.
     """
     _check_core(core, factors)
+    if isinstance(slices, bool) or not isinstance(slices, int):
+        raise TypeError(f"slices: expected an int, got {type(slices).__name__}")
+    if not 1 <= slices <= factors.n3:
+        raise ValueError(f"slices: expected 1 to {factors.n3}, got {slices}")
     _check_slice(slice_index, slices, factors.n3)
+    _check_scale(scale)
     rows = torch.eye(slices * factors.n1, dtype=core.dtype, device=core.device)
     op = _operator("cur_linear", backend, factors, "ieee")
     where = (slice_index, slices, float(scale), False, True)
@@ -524,6 +538,13 @@ def _check_layer(weight: Tensor, bias: Tensor | None, factors: CURFactors, slice
     slices = weight.shape[0] // n1
     _check_slice(slice_index, slices, factors.n3)
     return slices
+
+
+def _check_scale(scale: float) -> None:
+    if isinstance(scale, Tensor):  # a gradient would not reach it
+        raise TypeError("scale: expected a number, got a torch.Tensor")
+    if not torch.compiler.is_compiling() and not math.isfinite(scale):
+        raise ValueError(f"scale: expected a finite number, got {scale}")
 
 
 def _check_slice(slice_index: int, slices: int, n3: int) -> None:

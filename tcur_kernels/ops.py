@@ -447,7 +447,7 @@ def _sum_over_tokens(grads: Tensor, tokens: Tensor) -> Tensor:
     is_recorded = torch.is_grad_enabled() and (grads.requires_grad or tokens.requires_grad)
     if is_recorded or torch.compiler.is_compiling():
         return grads.float().mT @ tokens.float()
-    if tokens.device.type == "cuda" and torch.version.hip is None:
+    if tokens.numel() and tokens.device.type == "cuda" and torch.version.hip is None:
         return torch.mm(grads.mT, tokens, out_dtype=torch.float32)
     # No other device has such a product. Copies of all tokens in fp32 may be more than there is
     # memory for.

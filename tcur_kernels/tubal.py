@@ -67,6 +67,8 @@ def t_identity(
 ) -> Tensor:
     """Identity of the t-product, ``[n3, n, n]``: slice 0 is the unit matrix, the rest zero."""
     for name, value in (("n", n), ("n3", n3)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name}: expected a positive integer, got {type(value).__name__}")
         if value < 1:
             raise ValueError(f"{name}: expected a positive integer, got {value}")
     identity = torch.zeros(n3, n, n, dtype=dtype, device=device)
@@ -179,5 +181,7 @@ def check_tensor(name: str, a: Tensor) -> None:
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(a).__name__}")
     if not a.dtype.is_floating_point:
         raise TypeError(f"{name}: expected a floating dtype, got {a.dtype}")
+    if a.dtype.itemsize < 2:
+        raise TypeError(f"{name}: expected a floating dtype of 16 bits or more, got {a.dtype}")
     if a.ndim != 3 or 0 in a.shape:
         raise ValueError(f"{name}: expected [n3, n1, n2] with no empty axis, got {list(a.shape)}")

@@ -309,7 +309,14 @@ def test_factors_refuse(change, error, message):
             "weight: expected dtype torch.float32, got torch.float16",
         ),
         ({"scale": float("nan")}, ValueError, "scale: expected a finite number, got nan"),
+        ({"scale": torch.tensor(0.5)}, TypeError, "scale: expected a number, got a torch.Tensor"),
         ({"out_dtype": torch.int32}, TypeError, "out_dtype: expected a floating dtype"),
+        ({"out_dtype": torch.float8_e5m2}, TypeError, "out_dtype: expected one of torch.float32, "),
+        (
+            {"weight": torch.ones(4, 6, 9).to(torch.float8_e5m2)},
+            TypeError,
+            "weight: expected one of .*, got torch.float8_e5m2",
+        ),
         ({"weight": []}, ValueError, r"weight: expected 4 tensors \[6, 9\], got 0"),
         (
             {"weight": [torch.ones(6, 27), torch.ones(6, 9)]},
@@ -382,6 +389,13 @@ def test_materialize_refuses(case, change, error, message):
         ),
         ({"effective": torch.ones(5, 9)}, ValueError, r"effective: expected \[6, 9\]"),
         ({"effective": torch.ones(6, 9).half()}, TypeError, "effective: expected dtype"),
+        (
+            {"effective": torch.ones(6, 9, device="meta")},
+            ValueError,
+            "effective: expected a tensor on cpu",
+        ),
+        ({"z": torch.ones(3, 8, device="meta")}, ValueError, "z: expected a tensor on cpu"),
+        ({"scale": float("inf")}, ValueError, "scale: expected a finite number, got inf"),
     ],
 )
 def test_cur_linear_refuses(case, change, error, message):
@@ -396,3 +410,28 @@ def test_cur_linear_refuses(case, change, error, message):
     }
     with pytest.raises(error, match=message):
         tcur.cur_linear(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"slices": 0}, ValueError, "slices: expected 1 to 4, got 0"),
+        ({"slices": 5}, ValueError, "slices: expected 1 to 4, got 5"),
+        ({"slices": 1.0}, TypeError, "slices: expected an int, got float"),
+        ({"slice_index": 3, "slices": 2}, ValueError, "slice_index: expected 0 to 2"),
+        ({"scale": float("nan")}, ValueError, "scale: expected a finite number, got nan"),
+    ],
+)
+def test_slice_update_refuses(case, change, error, message):
+    arguments = {"factors": case.factors, "core": case.core, "slice_index": 1, **change}
+    with pytest.raises(error, match=message):
+        functional.slice_update(**arguments)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_a_buffer_may_be_the_weight_itself(backend):
+    case = make_case(12, 40, 300, 3)
+    wanted = tcur.materialize(case.weight, case.factors, case.core, 0.5, backend=backend)
+    how = {"out": case.weight, "backend": backend}
+    tcur.materialize(case.weight, case.factors, case.core, 0.5, **how)
+    assert torch.equal(case.weight, wanted)

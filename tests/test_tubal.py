@@ -146,6 +146,10 @@ def test_the_other_functions_refuse():
             function(torch.ones(2, 3, 4, dtype=torch.int64))
         with pytest.raises(ValueError, match=r"a: expected \[n3, n1, n2\].*got \[3\]"):
             function(torch.ones(3))
+    with pytest.raises(TypeError, match="a: expected a floating dtype of 16 bits or more"):
+        tcur.t_svd(torch.ones(2, 3, 4).to(torch.float8_e4m3fn))
+    with pytest.raises(TypeError, match="n: expected a positive integer, got float"):
+        tcur.t_identity(2.0, 3)
     with pytest.raises(ValueError, match="n3: expected a positive integer, got 0"):
         tcur.t_identity(2, 0)
 
