@@ -202,10 +202,13 @@ def cur_linear(
     if effective is not None:
         weight = effective
     if not materialized and x.dtype in ops.HALVES:
-        dithered = eager.dithered_by_torch if eager.is_transformed() else eager.Dithered.apply
         with outside_autocast(x.device):
             update = op(x, None, None, *where, False, False, z, dense_grad, adapter_ids)
-            added = update if bias is None else dithered(update, bias)
+            added = update
+            if bias is not None and eager.is_transformed():
+                added = eager.dithered_by_torch(update, bias)
+            elif bias is not None:
+                added = eager.Dithered.apply(update, bias)
             return eager.added_to_product(x, weight, added)
     y: Tensor = op(x, weight, bias, *where, materialized, False, z, dense_grad, adapter_ids)
     return y

@@ -432,7 +432,8 @@ def core_gradient(
         return grad
     count = math.prod(x.shape[:-1])
     tokens, grads = (t.reshape(count, t.shape[-1]) for t in (x, grad_y))
-    each = _sum_over_tokens(grads, tokens).unflatten(0, (slices, -1))
+    total = _sum_over_tokens(grads, tokens)
+    each = total.view(slices, total.shape[0] // slices, total.shape[1])
     parts = [
         core_grad_tokens(each[s], None, lateral_hat, horizontal_hat, n3, first + s, 1, *ids)
         for s in range(slices)
@@ -453,7 +454,7 @@ def _sum_over_tokens(grads: Tensor, tokens: Tensor) -> Tensor:
     # memory for.
     total = tokens.new_zeros(grads.shape[1], tokens.shape[1], dtype=torch.float32)
     for some_grads, some in zip(grads.split(_BLOCK), tokens.split(_BLOCK), strict=True):
-        total.addmm_(some_grads.float().mT, some.float())
+        total = total + some_grads.float().mT @ some.float()  # not in place: may be a batch
     return total
 
 

@@ -100,6 +100,20 @@ def test_gradients_in_batches(mode):
     assert_equal_in_float64(many, [torch.stack(each) for each in zip(*single, strict=True)])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("way", SIZES)
+def test_gradients_in_batches_of_every_way(way, dtype):
+    stack = make_stack("factored", *SIZES[way], dtype=dtype)
+    x = torch.randn(400, SIZES[way][2], dtype=dtype, requires_grad=True)
+    y, grads = stack.layers[1](x), torch.randn(2, 400, 9, dtype=dtype)
+    inputs = (x, stack.core)
+    many = torch.autograd.grad(y, inputs, grads, is_grads_batched=True, retain_graph=True)
+    single = [torch.autograd.grad(y, inputs, grad, retain_graph=True) for grad in grads]
+    for found, wanted in zip(many, map(torch.stack, zip(*single, strict=True)), strict=True):
+        assert found.dtype == wanted.dtype
+        assert (found - wanted).norm() <= torch.finfo(found.dtype).eps * 8 * wanted.norm()
+
+
 @MODES
 @pytest.mark.parametrize(
     ("x", "error", "message"),

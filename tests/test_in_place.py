@@ -12,6 +12,7 @@ from tolerance import assert_composition_close
 
 MODES = pytest.mark.parametrize("mode", ["materialized", "factored"])
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+HALVES = DTYPES[2:]
 AXES = {1: (), 2: (6,), 3: (2, 6), 4: (2, 3, 4)}
 
 
@@ -127,6 +128,23 @@ def test_what_a_later_operation_needs_is_not_changed_unseen(mode, dtype):
         assert y._version == version + 1
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             loss.backward()
+
+
+# torch's own, when it traces a function of autograd.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_compiled_layers(dtype):
+    torch._dynamo.reset()
+    stack = make_stack("factored", dtype)
+    layer, x = stack.layers[1], torch.randn(2, 6, 40, dtype=dtype)
+    for change in (CHANGES["relu"], CHANGES["view"], CHANGES["zero"], CHANGES["transpose"]):
+        compiled = torch.compile(
+            lambda x, change=change: change(layer(x)), backend="aot_eager", fullgraph=True
+        )
+        y, same = compiled(x), change(layer(x))
+        assert torch.equal(y, same)
+        grads = [torch.autograd.grad(each.float().sum(), stack.core)[0] for each in (y, same)]
+        torch.testing.assert_close(*grads, rtol=1e-2 if dtype in HALVES else 1e-5, atol=1e-2)
 
 
 @pytest.mark.parametrize("language", ops.LANGUAGES, ids=lambda name: name or "compiled")
