@@ -16,8 +16,8 @@ from .base import Base, is_here
 from .decompose import MAX_WORKSPACE, Selection, Stack, as_stack, check_rank, select_slices
 from .distributed import ReentrantGuard, whole
 from .eager import Call, LatestSum, is_traced, project, run_layer, without_autocast
-from .factors import PRECISIONS, CURFactors
-from .functional import check_cores, cur_linear, materialize, prepare, slice_update
+from .factors import CURFactors
+from .functional import check_cores, check_precision, cur_linear, materialize, prepare, slice_update
 from .kept import Effective, Kept, Projected
 from .linear import check_weights, places_of
 from .places import Place
@@ -85,10 +85,6 @@ class TProductStack(nn.Module):
         name: str = "",
     ) -> None:
         super().__init__()
-        if precision not in PRECISIONS:
-            raise ValueError(
-                f"precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}"
-            )
         if mode not in cost.MODES:
             raise ValueError(f"mode: expected one of {', '.join(cost.MODES)}, got {mode!r}")
         places: list[Place] = []
@@ -111,6 +107,7 @@ class TProductStack(nn.Module):
         if source is None:
             weights = [place.weight.detach() for place in places]
             source = as_stack("linears", weights, max_workspace, progress, self.n1)
+        check_precision(precision, source.device)
         chosen = select_slices(source, rank, selection, generator)
         self.precision = precision
         source.check_finite()
@@ -412,7 +409,9 @@ class TProductStack(nn.Module):
         """``x`` through the layer of one place; see `TProductLinear.forward`."""
         weight, bias, source = place.weight, place.bias, x
         dtype, precision = weight.dtype, self.precision
-        if not x.is_meta and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        kind = x.device.type
+        has_autocast = torch.amp.is_autocast_available(kind)  # the meta device has none
+        if has_autocast and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
             # What autocast does to a linear layer; the operators themselves are out of its reach.
             dtype = torch.get_autocast_dtype(x.device.type)
             x = x.to(dtype)

@@ -101,6 +101,20 @@ def test_gradients_in_batches(mode):
     assert_equal_in_float64(many, [torch.stack(each) for each in zip(*single, strict=True)])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("way", SIZES)
+def test_gradients_in_batches_of_every_way(way, dtype):
+    stack = make_stack("factored", *SIZES[way], dtype=dtype)
+    x = torch.randn(400, SIZES[way][2], dtype=dtype, requires_grad=True)
+    y, grads = stack.layers[1](x), torch.randn(2, 400, 9, dtype=dtype)
+    inputs = (x, stack.core)
+    many = torch.autograd.grad(y, inputs, grads, is_grads_batched=True, retain_graph=True)
+    single = [torch.autograd.grad(y, inputs, grad, retain_graph=True) for grad in grads]
+    for found, wanted in zip(many, map(torch.stack, zip(*single, strict=True)), strict=True):
+        assert found.dtype == wanted.dtype
+        assert (found - wanted).norm() <= torch.finfo(found.dtype).eps * 8 * wanted.norm()
+
+
 @MODES
 @pytest.mark.parametrize(
     ("x", "error", "message"),
@@ -140,6 +154,18 @@ def test_a_bias_that_requires_grad_is_refused_in_forward():
     layer.bias.requires_grad_(True)
     with pytest.raises(ValueError, match="bias: expected a frozen tensor"):
         layer(torch.ones(3, 40))
+
+
+@MODES
+def test_calls_of_one_input_have_backwards_of_their_own(mode):
+    """They share z, whose graph no backward of a layer frees."""
+    stack = make_stack(mode, dtype=torch.float64)
+    x = torch.randn(6, 40, dtype=torch.float64, requires_grad=True)
+    for loss in [layer(x).sin().sum() for layer in stack.layers]:
+        loss.backward()
+    wanted = sum(by_operators(stack, layer, x, mode).sin().sum() for layer in stack.layers)
+    found = (x.grad, stack.core.grad)
+    assert_equal_in_float64(found, torch.autograd.grad(wanted, (x, stack.core)))
 
 
 def test_without_autocast():

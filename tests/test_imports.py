@@ -14,15 +14,16 @@ PACKAGE = Path(tcur_kernels.__file__).parent
 #: Module -> what it may import of ours. Arrows point downwards only.
 MAY_IMPORT = {
     "reference": set(),
-    "tubal": set(),
+    "autocast": set(),
+    "tubal": {"autocast"},
     "_native": set(),
     "cost": set(),
-    "decompose.stack": set(),
+    "decompose.stack": {"autocast"},
     "decompose.singular": {"decompose.stack"},
     "decompose.rules": {"decompose.singular", "decompose.stack"},
     "decompose.cores": {"decompose.stack", "tubal"},
     "decompose.files": {"decompose.stack"},
-    "decompose.sharded": {"decompose.stack", "distributed"},
+    "decompose.sharded": {"autocast", "decompose.stack", "distributed"},
     "decompose.tensor": {
         "decompose.cores",
         "decompose.rules",
@@ -31,8 +32,8 @@ MAY_IMPORT = {
         "distributed",
         "tubal",
     },
-    "decompose.matrix": {"decompose.rules", "decompose.stack", "decompose.tensor"},
-    "decompose.modewise": {"decompose.rules", "decompose.stack", "tubal"},
+    "decompose.matrix": {"autocast", "decompose.rules", "decompose.stack", "decompose.tensor"},
+    "decompose.modewise": {"autocast", "decompose.rules", "decompose.stack", "tubal"},
     "decompose.curve": {
         "decompose.rules",
         "decompose.singular",
@@ -50,7 +51,8 @@ MAY_IMPORT = {
         "decompose.stack",
         "decompose.tensor",
     },
-    "ops": {"reference"},
+    "ops": {"autocast", "flops", "reference"},
+    "flops": set(),
     "factors": {"reference", "streams"},
     "base": {"distributed", "factors", "places"},
     "kept": {"base", "places", "streams"},
@@ -58,7 +60,7 @@ MAY_IMPORT = {
     "rows": set(),
     "switching": set(),
     "streams": set(),
-    "functional": {"_native", "cost", "eager", "factors", "ops", "triton"},
+    "functional": {"_native", "autocast", "cost", "eager", "factors", "ops", "triton"},
     "triton": {"triton.operators"},
     "triton.operators": {
         "ops",
@@ -109,7 +111,7 @@ MAY_IMPORT = {
         "rows",
         "switching",
     },
-    "eager": {"ops", "streams"},
+    "eager": {"autocast", "ops", "streams"},
     "places": set(),
     "linear": {"distributed", "kept", "nn", "places", "reading"},  # the stack for its type alone
     "layers": {"linear", "places", "rows"},
