@@ -109,9 +109,10 @@ class GradientSum:
 
     Attributes:
         addends: what `_Layer` takes for the core's gradient, by the first slice of a layer.
+        is_done: whether a backward has come here.
     """
 
-    __slots__ = ("__weakref__", "addends", "core", "scale", "where")
+    __slots__ = ("__weakref__", "addends", "core", "is_done", "scale", "where")
 
     def __init__(
         self,
@@ -121,7 +122,10 @@ class GradientSum:
         where: tuple[int, int],
     ) -> None:
         self.core, self.scale, self.where = core, scale, where
-        self.addends: tuple[Tensor, ...] = _apply_gradient_sum(core, scale, core_of_packed)
+        self.is_done = False
+        self.addends: tuple[Tensor, ...] = _apply_gradient_sum(
+            core, scale, core_of_packed, weakref.ref(self)
+        )
 
 
 class LatestSum:
@@ -131,14 +135,27 @@ class LatestSum:
     gradients, which autograd runs on the stream that it was made on: a later capture has another.
     """
 
-    __slots__ = ("_latest",)
+    __slots__ = ("_former", "_latest")
 
     def __init__(self) -> None:
+        self._former: list[weakref.ref[GradientSum]] = []
         self.forget()
 
     def forget(self) -> None:
         """The next layer begins another one."""
         self._latest: weakref.ref[GradientSum] | None = None
+
+    def retire(self) -> None:
+        """Another core takes the place of this one, whose graphs may be waiting for a backward."""
+        if self._latest is not None:
+            self._former = [*(each for each in self._former if each() is not None), self._latest]
+        self.forget()
+
+    def is_former_pending(self) -> bool:
+        """Whether a graph of a core that was retired waits for its backward."""
+        return any(
+            each is not None and not each.is_done for each in (ref() for ref in self._former)
+        )
 
     def of(self, core: Tensor, scale: float, call: Call, capture: int) -> GradientSum:
         """The sum for ``core``, a leaf that requires grad, on the current stream."""
@@ -152,6 +169,7 @@ class LatestSum:
         ):
             gradient_sum = GradientSum(core, scale, call.core_of_packed, where)
             self._latest = weakref.ref(gradient_sum)
+        gradient_sum.is_done = False
         return gradient_sum
 
 
@@ -160,20 +178,27 @@ class _GradientSum(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, core: Tensor, scale: float, core_of_packed: torch._ops.OpOverload
+        ctx: Any,
+        core: Tensor,
+        scale: float,
+        core_of_packed: torch._ops.OpOverload,
+        whole: weakref.ref[GradientSum],
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.how = (core_of_packed, scale)
+        ctx.whole = whole
         return core.new_empty(()).expand(core.shape[0], *core.shape).unbind()
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None, None]:
+        if (whole := ctx.whole()) is not None:
+            whole.is_done = True
         packed = [grad for grad in grads if grad is not None]
         if not packed:  # all layers were differentiated by the operators
-            return None, None, None
+            return None, None, None, None
         core_of_packed, scale = ctx.how
         with _kernels_alone():
-            return core_of_packed(torch.stack(packed), scale), None, None
+            return core_of_packed(torch.stack(packed), scale), None, None, None
 
 
 _apply_gradient_sum = super(torch.autograd.Function, _GradientSum).apply

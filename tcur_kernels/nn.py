@@ -207,6 +207,7 @@ class TProductStack(nn.Module):
         self._holder.register_parameter(self._key_of(former), trained)
         self._late.pop(name, None)
         self._activations += 1
+        self._gradient_sum.retire()
 
     # -- C, R and the base
 
@@ -457,7 +458,8 @@ class TProductStack(nn.Module):
             )
         if core.requires_grad:
             self._guard.check()
-            self._forward_core.check((self._activations, 0 if batch is None else id(batch.cores)))
+            own = (self._activations, 0 if batch is None else id(batch.cores))
+            self._forward_core.check(own, self._gradient_sum)
         tokens = x.numel() // max(1, self.n2)
         capture = self._kept.capture_of(core.device)
         built = None

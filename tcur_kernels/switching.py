@@ -9,6 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from .eager import LatestSum
+
 
 class LateGradient:
     """Gives a core that is frozen by now the gradient of a graph that it was trained in.
@@ -38,15 +40,19 @@ class ForwardCore:
     def __init__(self) -> None:
         self._latest: tuple[int, int] | None = None
 
-    def check(self, core: tuple[int, int]) -> None:
+    def check(self, core: tuple[int, int], sums: LatestSum) -> None:
         """To be called in every forward of a trained stack, with what tells its cores apart.
 
+        ``sums`` knows of graphs of other cores that wait for their backward: it may be theirs.
+
         Raises:
-            RuntimeError: a second forward, with another core than the latest first one.
+            RuntimeError: a second forward, maybe with another core than the first one.
         """
         if torch._C._current_graph_task_id() == -1:
             self._latest = core
-        elif torch.is_grad_enabled() and self._latest not in (None, core):
+        elif torch.is_grad_enabled() and (
+            self._latest not in (None, core) or sums.is_former_pending()
+        ):
             raise RuntimeError(
                 "core: expected the adapter of the forward where activation checkpointing computes "
                 "a layer again, got another one; call backward before another adapter is "

@@ -58,7 +58,7 @@ MAY_IMPORT = {
     "kept": {"base", "places", "streams"},
     "reading": {"distributed", "eager", "places", "rows"},
     "rows": set(),
-    "switching": set(),
+    "switching": {"eager"},
     "streams": set(),
     "functional": {"_native", "autocast", "cost", "eager", "factors", "ops", "triton"},
     "triton": {"triton.operators"},

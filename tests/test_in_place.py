@@ -416,6 +416,16 @@ def test_checkpoints_are_not_computed_again_with_another_adapter(x):
     adapter.activate("b")
     with pytest.raises(RuntimeError, match="core: expected the adapter of the forward"):
         y.sum().backward()
+    y = checkpoint(model, x, use_reentrant=False)
+    y.sum().backward()
+    adapter.activate("default")
+    both = y.detach() * checkpoint(model, x, use_reentrant=False)
+    both.sum().backward()  # nothing of b is pending
+    one = checkpoint(model, x, use_reentrant=False)
+    adapter.activate("b")
+    with pytest.raises(RuntimeError, match="core: expected the adapter of the forward"):
+        (one * checkpoint(model, x, use_reentrant=False)).sum().backward()
+    del one
     cores = adapter.stack_cores(["default", "b"])
     with adapter.batch(cores, torch.tensor([0, 1, 0, 1, 1])):
         y = checkpoint(model, x, use_reentrant=False)
