@@ -73,6 +73,7 @@ class Report:
     left_out: Counter = field(default_factory=Counter)  # reason -> modules
     silent: list[str] = field(default_factory=list)  # layers that no gradient reached
     notes: list[str] = field(default_factory=list)  # what the model itself cannot do
+    refused: str = ""  # what `adapt` said of a model without a layer to adapt
 
     def __str__(self):
         lines = [f"{self.layers} layers in {self.stacks} stacks"]
@@ -144,7 +145,7 @@ class Subject:
     @cached_property
     def trained(self):
         """Adapter with cores as training leaves them: not zero, and large enough to be seen."""
-        model, adapter = self.adapted()
+        _, adapter = self.adapted()
         generator = torch.Generator().manual_seed(2)
         with torch.no_grad():
             for stack, plan in zip(adapter.stacks.values(), adapter.plan.stacks, strict=True):

@@ -8,18 +8,13 @@ from pathlib import Path
 import torch
 
 from .check import Family, tensors_of
+from .settings import CALLS, SETTINGS, Later
 from .shrink import tiny
 from .weights import randomise
 
 #: Type, way of calling it; or nothing, and the reason why it is not checked. `survey.py` writes it.
 TABLE = Path(__file__).with_name("hugging.csv")
 
-#: Settings of a type that its names do not tell.
-SETTINGS = {}
-#: Models of parts, by the name of their class, where the shortest name is not it.
-CLASSES = {}
-WAY = {}
-SAMPLES = {}
 #: Models that sort, pick or round on their way: in half precision they jump.
 JUMPING = set()
 #: What `adapt` says of models without a layer that it can adapt.
@@ -44,8 +39,6 @@ def model_class(kind):
     from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
     cls = config_class(kind)
-    if kind in CLASSES:
-        return _class_named(cls, CLASSES[kind])
     if cls in MODEL_MAPPING:
         found = MODEL_MAPPING[cls]
         return found[0] if isinstance(found, tuple) else found
@@ -64,13 +57,17 @@ def model_class(kind):
     return min(models, key=lambda c: len(c.__name__))
 
 
-def _class_named(cls, name):
-    module = importlib.import_module(cls.__module__.replace(".configuration_", ".modeling_"))
-    return getattr(module, name)
+def _made(settings):
+    """Settings, those that are made `Later` among them."""
+    if isinstance(settings, Later):
+        return settings.make()
+    if isinstance(settings, dict):
+        return {name: _made(value) for name, value in settings.items()}
+    return settings
 
 
 def config_of(kind):
-    return tiny(config_class(kind), SETTINGS.get(kind))
+    return tiny(config_class(kind), _made(SETTINGS.get(kind, {})))
 
 
 def builder(kind):
@@ -90,8 +87,8 @@ def builder(kind):
 class Sample:
     """Tensors of every kind that a forward may ask for, in the sizes of a config."""
 
-    def __init__(self, config, text=9, **shape):
-        self.config, self.text, self.shape = config, text, shape
+    def __init__(self, config, text=9):
+        self.config, self.text = config, text
         self.generator = torch.Generator().manual_seed(7)
 
     def setting(self, *names, default=None):
@@ -111,7 +108,7 @@ class Sample:
         return torch.randint(3, 40, (2, length or self.text), generator=self.generator)
 
     def image(self):
-        size = self.shape.get("image") or self.setting("image_size", "img_size", default=32)
+        size = self.setting("image_size", "img_size", default=32)
         height, width = size if isinstance(size, list | tuple) else (size, size)
         channels = self.setting("num_channels", "in_channels", "in_chans", default=3)
         return self.randn(2, channels, height, width)
@@ -128,18 +125,19 @@ class Sample:
     def features(self):
         """Spectrograms, (batch, bins, frames), twice as long as positions where that is known."""
         bins = self.setting("num_mel_bins", "feature_size", "input_feat_per_channel", default=16)
-        frames = self.shape.get("frames") or 2 * self.setting("max_source_positions", default=16)
+        frames = 2 * self.setting("max_source_positions", default=16)
         return self.randn(2, bins, frames)
 
     def features_last(self):
         return self.features().mT.contiguous()
 
     def wave(self):
-        return self.randn(2, self.shape.get("wave", 2000))
+        return self.randn(2, 2000)
 
     def patches(self):
         """Flat patches of two images of 4 x 4 patches."""
         patch = self.setting("patch_size", default=8)
+        patch = patch[-1] if isinstance(patch, list | tuple) else patch
         temporal = self.setting("temporal_patch_size", default=1)
         channels = self.setting("in_channels", "in_chans", "num_channels", default=3)
         return self.randn(32, channels * temporal * patch * patch)
@@ -188,12 +186,16 @@ WAYS = {
 }  # fmt: skip
 
 
+#: The way of types in `CALLS`.
+OWN = "inputs of its own"
+
+
 def find_way(kind, model):
     """The name of the first way of calling that runs, and what the others said."""
     said = {}
     accepted = set(inspect.signature(model.forward).parameters)
-    for name in [WAY[kind]] if kind in WAY else WAYS:
-        inputs = WAYS[name](Sample(model.config, **SAMPLES.get(kind, {})))
+    for name in [OWN] if kind in CALLS else WAYS:
+        inputs = (CALLS[kind] if name == OWN else WAYS[name])(Sample(model.config))
         if not set(inputs) <= accepted:
             continue
         try:
@@ -212,7 +214,7 @@ def inputs_of(kind, way):
     """``inputs()`` of `check_family` for a type and a way of calling it."""
 
     def inputs():
-        return WAYS[way](Sample(config_of(kind), **SAMPLES.get(kind, {})))
+        return (CALLS[kind] if way == OWN else WAYS[way])(Sample(config_of(kind)))
 
     return inputs
 

@@ -284,8 +284,8 @@ def monai_families():
         make(
             "SwinUNETR",
             make=functools.partial(
-                net("SwinUNETR"), in_channels=1, out_channels=2, feature_size=12, depths=(2, 2, 1, 1),
-                num_heads=(2, 2, 4, 4),
+                net("SwinUNETR"), in_channels=1, out_channels=2, feature_size=12,
+                depths=(2, 2, 1, 1), num_heads=(2, 2, 4, 4),
             ),
             inputs=lambda: {"x_in": torch.randn(1, 1, 64, 32, 32)},
             often=False,
@@ -293,8 +293,8 @@ def monai_families():
         make(
             "SwinUNETR of images",
             make=functools.partial(
-                net("SwinUNETR"), in_channels=1, out_channels=2, feature_size=12, depths=(2, 1, 1, 1),
-                num_heads=(2, 2, 4, 4), spatial_dims=2, use_v2=True,
+                net("SwinUNETR"), in_channels=1, out_channels=2, feature_size=12,
+                depths=(2, 1, 1, 1), num_heads=(2, 2, 4, 4), spatial_dims=2, use_v2=True,
             ),
             inputs=lambda: {"x_in": torch.randn(1, 1, 64, 64)},
         ),
@@ -309,8 +309,8 @@ def monai_families():
         make(
             "ViTAutoEnc",
             make=functools.partial(
-                net("ViTAutoEnc"), in_channels=1, img_size=(16, 16), patch_size=(4, 4), hidden_size=24,
-                mlp_dim=48, num_layers=2, num_heads=4, spatial_dims=2,
+                net("ViTAutoEnc"), in_channels=1, img_size=(16, 16), patch_size=(4, 4),
+                hidden_size=24, mlp_dim=48, num_layers=2, num_heads=4, spatial_dims=2,
             ),
             inputs=lambda: {"x": torch.randn(2, 1, 16, 16)},
         ),
@@ -346,12 +346,16 @@ def monai_families():
 def operators_of_torchvision():
     """Declares two operators, where torchvision's own library needs CUDA and torch has none.
 
-    Without them it cannot be imported there; no model here calls them.
+    Without them it cannot be imported there, by transformers and timm neither. No model here calls
+    them.
     """
     import importlib.util
     from pathlib import Path
 
-    root = Path(importlib.util.find_spec("torchvision").origin).parent
+    found = importlib.util.find_spec("torchvision")
+    if found is None:
+        return
+    root = Path(found.origin).parent
     try:
         torch.ops.load_library(next(root.glob("_C*.so")))
     except OSError:
@@ -367,7 +371,6 @@ DECLARED = []
 def torchvision_families():
     def make_model(path, **settings):
         def make():
-            operators_of_torchvision()
             import torchvision
 
             found = torchvision.models
@@ -385,7 +388,6 @@ def torchvision_families():
     vit |= {"mlp_dim": 48, "num_classes": 5}
 
     def swin_v2():
-        operators_of_torchvision()
         import torchvision.models.swin_transformer as s
 
         return s.SwinTransformer(
@@ -394,7 +396,6 @@ def torchvision_families():
         ).eval()  # fmt: skip
 
     def maxvit():
-        operators_of_torchvision()
         from torchvision.models.maxvit import MaxVit
 
         return MaxVit(
@@ -403,7 +404,6 @@ def torchvision_families():
         ).eval()  # fmt: skip
 
     def detector():
-        operators_of_torchvision()
         from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 
         return nn.Sequential(TwoMLPHead(4 * 4, 16), FastRCNNPredictor(16, 5)).eval()
@@ -443,7 +443,9 @@ TIMM = {
     "naflexvit_base_patch16_gap": {"embed_dim": 32, "depth": 2, "num_heads": 4, "num_classes": 5},
     "xcit_nano_12_p16_224": {**VIT, "patch_size": 16},
     "mlp_mixer.MlpMixer": MLP,
-    "mlp_mixer.MlpMixer, affine": {**MLP, "mlp_ratio": 4, "block_layer": "ResBlock", "norm_layer": "Affine"},
+    "mlp_mixer.MlpMixer, affine": {
+        **MLP, "mlp_ratio": 4, "block_layer": "ResBlock", "norm_layer": "Affine"
+    },
     "mlp_mixer.MlpMixer, gated": {
         **MLP, "block_layer": "SpatialGatingBlock", "mlp_layer": "GatedMlp", "mlp_ratio": 4
     },
@@ -484,7 +486,6 @@ TIMM_REFUSED = {"coatnet_0_224", "visformer_tiny", "poolformerv2_s12"}
 
 def timm_families():
     def make(name, settings):
-        operators_of_torchvision()
         import timm
 
         if "." in name:  # a class, whose named models do not let themselves be made smaller
@@ -636,7 +637,8 @@ def diffusers_families():
             "AutoencoderKL",
             make=model(
                 "AutoencoderKL", block_out_channels=(8, 16), norm_num_groups=4, sample_size=16,
-                down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+                down_block_types=("DownEncoderBlock2D",) * 2,
+                up_block_types=("UpDecoderBlock2D",) * 2,
             ),
             inputs=lambda: {"sample": torch.randn(2, 3, 16, 16)},
         ),

@@ -83,6 +83,8 @@ def tiny(cls, overrides=None, taken=None):
     for name in cls.__dataclass_fields__:
         if name in getattr(cls, "sub_configs", {}):
             part = getattr(default, name, None)
+            if hasattr(overrides.get(name), "to_dict"):
+                continue
             if hasattr(part, "to_dict"):
                 own = tiny(type(part), overrides.pop(name, None), taken)
                 settings[name] = own if name in ("backbone_config",) else own.to_dict()
