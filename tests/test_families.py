@@ -74,6 +74,8 @@ def test_every_type_of_transformers_is_checked_or_named():
     assert not unknown, f"run python -m families.survey {' '.join(sorted(unknown))}"
     assert all(bool(way) != bool(reason) for way, reason in rows.values())
     assert sum(bool(way) for way, _ in rows.values()) >= 200
+    own = {kind for kind, (way, _) in rows.items() if way == hugging.OWN}
+    assert own <= set(hugging.CALLS), own - set(hugging.CALLS)
     known = set(rows)
     for names in (hugging.OFTEN, hugging.COMPILED, hugging.REFUSED, hugging.JUMPING):
         assert set(names) <= known, set(names) - known

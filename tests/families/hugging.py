@@ -8,23 +8,12 @@ from pathlib import Path
 import torch
 
 from .check import Family, tensors_of
-from .settings import CALLS, SETTINGS, Later
+from .settings import CALLS, COMPILED, JUMPING, OFTEN, REFUSED, SETTINGS, Later
 from .shrink import tiny
 from .weights import randomise
 
 #: Type, way of calling it; or nothing, and the reason why it is not checked. `survey.py` writes it.
 TABLE = Path(__file__).with_name("hugging.csv")
-
-#: Models that sort, pick or round on their way: in half precision they jump.
-JUMPING = set()
-#: What `adapt` says of models without a layer that it can adapt.
-REFUSED = {}
-#: Why types are not checked, where what they say does not tell.
-REASONS = {}
-#: Checked with torch.compile.
-COMPILED = set()
-#: Checked on every run of the tests: each way of using layers once.
-OFTEN = set()
 
 
 def config_class(kind):

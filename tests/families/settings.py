@@ -192,6 +192,10 @@ CALLS = {
     "informer": _series,
     "time_series_transformer": _series,
     "audio-spectrogram-transformer": lambda s: {"input_values": s.randn(2, 32, 16)},
+    "audioflamingo3_encoder": lambda s: {
+        "input_features": s.features(),
+        "input_features_mask": torch.ones(2, s.features().shape[2], dtype=torch.long),
+    },
     "blip_2_qformer": lambda s: {
         "query_embeds": s.randn(2, 6, 32),
         "encoder_hidden_states": s.randn(2, 5, s.config.encoder_hidden_size),
@@ -238,4 +242,33 @@ CALLS = {
             (torch.ones(2, 8, 2), s.randn(2, 8, s.config.patch_embed_hidden_size)), dim=-1
         )
     },
+}  # fmt: skip
+
+#: Models that sort, pick or round on their way: in half precision they jump.
+JUMPING = {"jamba", "rf_detr", "sam3_lite_text", "vits"}
+#: What `adapt` says of models without a layer that it can adapt.
+REFUSED = {
+    "falcon": "FalconLinear is not a plain nn.Linear",
+    "ibert": "the only slice of its shape",
+    "sam3_lite_text_text_model": "Conv2d is not a linear layer",
+    "squeezebert": "Conv1d is not a linear layer",
+}
+#: Checked with torch.compile.
+COMPILED = {"bert", "gpt2", "llama", "swin", "t5", "whisper"}
+#: Checked on every run of the tests: each way of using layers once.
+OFTEN = {
+    "albert", "bart", "bert", "big_bird", "bloom", "blip", "clip", "convbert", "convnext",
+    "ctrl", "cvt", "data2vec-vision", "deberta", "deberta-v2", "deepseek_v3", "detr",
+    "distilbert", "dpt", "electra", "encoder-decoder", "falcon", "falcon_mamba", "fnet", "fsmt",
+    "funnel", "gemma2", "gemma3_text", "gpt2", "gpt_bigcode", "gpt_neox", "gpt_oss", "gptj",
+    "hiera", "higgs_audio_v2", "hubert", "ibert", "idefics2_perceiver", "informer", "jamba",
+    "layoutlmv3", "led", "llama", "llama4_text", "longformer", "longt5", "lxmert", "m2m_100",
+    "mamba", "mamba2", "mask2former", "mixtral", "mllama_text_model", "mobilebert", "mobilevit",
+    "mpnet", "mpt", "mt5", "musicgen_decoder", "nystromformer", "oneformer", "openai-gpt",
+    "opt", "patchtst", "perceiver", "phi3", "qwen2_5_vl", "qwen2_vl_vision", "qwen3_moe",
+    "qwen3_next", "recurrent_gemma", "reformer", "roformer", "rwkv", "sam", "segformer",
+    "sew-d", "siglip", "speech-encoder-decoder", "speech_to_text", "speecht5", "squeezebert",
+    "swiftformer", "swin", "swinv2", "switch_transformers", "t5", "timesformer", "vilt",
+    "vision-text-dual-encoder", "vit", "vitdet", "wav2vec2", "wavlm", "whisper",
+    "xclip_vision_model", "xglm", "xlm", "xlnet", "xlstm", "yoso", "zamba2",
 }  # fmt: skip

@@ -27,8 +27,6 @@ def has_linear(model):
 
 def tried(kind):
     """Way, reason: one of them is empty."""
-    if kind in hugging.REASONS:
-        return "", hugging.REASONS[kind]
     try:
         hugging.model_class(kind)
     except LookupError as error:
