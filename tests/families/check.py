@@ -520,7 +520,7 @@ def copies(s):
     """A deep copy, and a pickled one, compute the same, and what happens to them stays theirs."""
     model = s.trained.model
     twins = {"deep copy": copy.deepcopy(model)}
-    if _pickles(s.base):
+    if _pickles(s.merged):
         file = io.BytesIO()
         torch.save(model, file)
         file.seek(0)

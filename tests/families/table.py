@@ -59,14 +59,14 @@ def lines(families, reports):
     yield "| --- | --- | --- |"
     for (library, way), names in by_way.items():
         count = f" ({len(names)})" if len(names) > 1 else ""
-        yield f"| {library} | {way or 'its inputs'}{count} | {', '.join(names)} |"
+        yield f"| {library} | {way or 'its inputs'}{count} | {'; '.join(names)} |"
     yield ""
     yield "Of these, what is particular:"
     yield ""
     yield "| what | families |"
     yield "| --- | --- |"
     for what, names in particular(families, reports).items():
-        yield f"| {what} | {', '.join(names)} |"
+        yield f"| {what} | {'; '.join(names)} |"
     yield ""
     yield "Not checked:"
     yield ""
@@ -77,7 +77,7 @@ def lines(families, reports):
         if not way:
             by_reason[reason_in_short(reason)].append(kind)
     for reason, kinds in sorted(by_reason.items(), key=lambda item: -len(item[1])):
-        yield f"| {reason} | {', '.join(kinds)} |"
+        yield f"| {reason} | {'; '.join(kinds)} |"
 
 
 def particular(families, reports):
@@ -106,7 +106,9 @@ def reason_in_short(reason):
         return "a part that has no model of its own"
     if "pip install timm" in reason:
         return "needs timm within transformers"
-    if "ImportError" in reason or "ModuleNotFoundError" in reason:
+    if reason.startswith("not built and"):
+        return "too large: its config could not be made tiny"
+    if "Could not find" in reason or "ImportError" in reason or "ModuleNotFoundError" in reason:
         return "needs a library that is not installed, or has no model file"
     if reason.startswith(("not called", "no inputs")):
         return "no inputs were found for its tiny model"
