@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from .check import Family, tensors_of
 from .settings import CALLS, COMPILED, JUMPING, OFTEN, REFUSED, SETTINGS, Later
 from .shrink import tiny
+from .subject import Family, tensors_of
 from .weights import randomise
 
 #: Type, way of calling it; or nothing, and the reason why it is not checked. `survey.py` writes it.

@@ -17,7 +17,8 @@ import torch
 import tcur_kernels as tcur
 
 from . import hugging, others
-from .check import Report, check_family
+from .check import check_family
+from .subject import Report
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "adapters.md"
 BEGIN, END = "<!-- begin families -->\n", "<!-- end families -->\n"
