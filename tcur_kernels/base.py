@@ -125,8 +125,8 @@ class Base:
         if self.is_own:
             if not self._are_of(doubtful):
                 self._take()
-        elif self.factors.device != doubtful[0].weight.device:
-            self.factors = self.factors.to(doubtful[0].weight.device)
+        else:
+            self._follow(doubtful[0].weight)
 
     def certify(self) -> None:
         """Refuses C and R that are not those of the weights, for code that vouches for them.
@@ -190,6 +190,13 @@ class Base:
                 (slices[:, list(self.rows)] == factors.horizontal[own]).all(),
             ]
         return bool(torch.stack(same).all())  # an accelerator is waited for once
+
+    def _follow(self, weight: Tensor) -> None:
+        """Takes C and R that are not of these weights along to their device and precision."""
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        if (self.factors.device, self.factors.dtype) != (weight.device, wide):
+            sides = (self.factors.lateral, self.factors.horizontal)
+            self.factors = CURFactors(*(side.to(weight.device, wide) for side in sides))
 
     @torch.inference_mode(False)  # what is kept must also serve a training step
     @torch.no_grad()
