@@ -187,7 +187,7 @@ def test_a_save_does_not_certify_what_was_not_computed_with(x, tmp_path):
     model, adapter = adapted()
     model(x)
     model.out.base_weight.data[0, 0] += 1.0
-    list(adapter.stacks.values())[0].base._turn = 0
+    adapter.stacks["12x12"].base._turn = 0
     rows = adapter.stacks["12x12"].rows
     model.out.base_weight.data[rows[0]] += 1.0
     with pytest.raises(ValueError, match=r"base: expected the weights that C and R of stack 12x12"):
@@ -216,7 +216,7 @@ def test_a_base_that_is_not_finite_is_refused(x):
 
 
 def test_c_and_r_of_a_file_are_kept_whatever_the_base(x, tmp_path):
-    model, adapter = adapted(0)
+    _, adapter = adapted(0)
     adapter.save(tmp_path / "a", factors=True)
     other = Fused(1)
     loaded = tcur.load_adapter(other, tmp_path / "a", strict=False)
