@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -54,6 +55,11 @@ def held(module: nn.Module, name: str) -> Any:
     return tensor
 
 
+def _frozen(tensor: Tensor) -> Tensor:
+    """Without the graph that FSDP1 gives to what lies in one flat parameter with trained ones."""
+    return tensor if tensor.grad_fn is None else tensor.detach()
+
+
 class Place:
     """A weight as one or more consecutive slices of a stack.
 
@@ -90,6 +96,7 @@ class Place:
         self.stack: Any = None
         self.backup: Tensor | None = None
         self.was_trained = False
+        self._known: weakref.ref[Tensor] | None = None
         self.name = ""
         self.ran = False
         self.out_features, self.in_features = self.weight.shape
@@ -103,8 +110,27 @@ class Place:
     @property
     def stored(self) -> Tensor:
         """What the module holds now, as it is stored: the base weight, or W_eff if merged."""
-        tensor: Tensor = held(self.module, self.parameter)
+        tensor = _frozen(held(self.module, self.parameter))
         return tensor[self._rows] if self._is_block else tensor
+
+    def freeze(self) -> None:
+        """Freezes a parameter that is another one than when this was asked last.
+
+        Those who move and load weights make new parameters. One that was frozen before and asks for
+        gradients now was made to by the user, who is told elsewhere that it gets none.
+        """
+        tensor = held(self.module, self.parameter)
+        if tensor is not None and (self._known is None or self._known() is not tensor):
+            self._known = weakref.ref(tensor)
+            if tensor.is_leaf and tensor.requires_grad:
+                tensor.requires_grad_(False)
+
+    def remember(self) -> None:
+        """From now on, the parameter that is there now is the one that the adapter froze."""
+        self._known = weakref.ref(held(self.module, self.parameter))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_known": None}  # a copy has parameters of its own
 
     def keep(self) -> None:
         """Keeps a copy of the base weight, in whose place W_eff is to come."""
@@ -120,8 +146,11 @@ class Place:
     @property
     def bias(self) -> Tensor | None:
         """``[out_features]`` or None."""
-        bias: Tensor | None = held(self.module, self.bias_parameter)
-        return bias if bias is None or self.projection is None else bias[self._rows]
+        tensor = held(self.module, self.bias_parameter)
+        if tensor is None:
+            return None
+        bias = _frozen(tensor)
+        return bias if self.projection is None else bias[self._rows]
 
     @property
     def parameter(self) -> str:
