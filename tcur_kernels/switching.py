@@ -21,7 +21,11 @@ class LateGradient:
 
     def __init__(self, core: nn.Parameter) -> None:
         self._core = weakref.ref(core)
-        core.register_hook(self._came)
+        self._hook = core.register_hook(self._came)
+
+    def remove(self) -> None:
+        """To be said when the core is trained again, and autograd gives it its gradients."""
+        self._hook.remove()
 
     def _came(self, grad: Tensor) -> None:
         core = self._core()

@@ -418,6 +418,13 @@ def test_two_adapters_in_one_backward_both_learn(x):
     adapter.activate("b")
     assert torch.allclose(both[1], torch.autograd.grad((model(x) * one.detach()).sum(), second)[0])
     assert not first.requires_grad
+    second.grad = first.grad = None
+    for _ in range(3):
+        adapter.activate("default")
+        one = model(x)
+        adapter.activate("b")
+    (one * two.detach()).sum().backward()
+    assert torch.allclose(first.grad, both[0])  # once, however often it was switched
 
 
 def test_checkpoints_are_not_computed_again_with_another_adapter(x):
