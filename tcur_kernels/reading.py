@@ -17,6 +17,8 @@ from torch.utils._pytree import tree_map
 
 from .distributed import is_sharded
 from .eager import is_traced
+from .factors import CURFactors
+from .functional import prepare, slice_update
 from .places import Place
 from .rows import rows_of
 
@@ -35,7 +37,7 @@ def read_weight(stored: Tensor, places: Sequence[Place]) -> Tensor:
         return _Unreadable.of(stored)
 
     if _is_watched(stored):
-        return _whole(stored, active, [place.stack.effective_weight(place) for place in active])
+        return _whole(stored, active, [effective_weight(place) for place in active])
     read: Tensor
     cores = [place.stack.core for place in active]
     if torch.is_grad_enabled() and any(core.requires_grad for core in cores):
@@ -182,7 +184,7 @@ class _Read(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         grads = [
-            place.stack.core_grad_of_weight(_part(grad, place), place) if needed else None
+            _core_grad(_part(grad, place), place) if needed else None
             for place, needed in zip(ctx.places, ctx.needs, strict=True)
         ]
         return None, None, *grads
@@ -254,6 +256,28 @@ def _whole(stored: Tensor, places: Sequence[Place], parts: Sequence[Tensor]) -> 
     return torch.cat([*blocks, stored[row:]])
 
 
+def effective_weight(place: Place) -> Tensor:
+    """W_eff of one place, ``[out, in]`` in the dtype of its weight; differentiable to the core."""
+    stack, weight = place.stack, place.weight
+    factors: CURFactors = stack.factors
+    core = stack.core.to(factors.dtype)
+    update = slice_update(factors, core, place.slice_index, place.slices, stack.alpha)
+    return (weight.to(factors.dtype) + update).to(weight.dtype)
+
+
+def _core_grad(grad: Tensor, place: Place) -> Tensor:
+    """Gradient of the core from that of one place's W_eff, ``[out, in]``; differentiable."""
+    stack = place.stack
+    stack.gradient_came()
+    call = prepare(place.weight, None, stack.factors, place.slice_index, "ieee")
+    hats = (call.lateral_hat, call.horizontal_hat)
+    parts = [
+        call.core_grad_tokens(each, None, *hats, stack.n3, place.slice_index + s, 1, None, 1, False)
+        for s, each in enumerate(grad.unflatten(0, (place.slices, stack.n1)))
+    ]
+    return (stack.alpha * torch.stack(parts).sum(0)).to(stack.core.dtype)
+
+
 def _part(grad: Tensor, place: Place) -> Tensor:
     """What of a parameter's gradient belongs to a place, ``[out, in]``."""
     if place.transposed:
@@ -263,12 +287,7 @@ def _part(grad: Tensor, place: Place) -> Tensor:
 
 def _is_watched(stored: Tensor) -> bool:
     """Whether whoever looks at operators would not see through a tensor that is computed late."""
-    return (
-        is_traced()
-        or torch._C._get_tracing_state() is not None
-        or type(stored) not in _COMMON
-        or torch._C._len_torch_dispatch_stack() > 0
-    )
+    return is_traced() or type(stored) not in _COMMON or torch._C._len_torch_dispatch_stack() > 0
 
 
 #: What is stored in a layer where nothing special is going on.
