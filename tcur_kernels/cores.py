@@ -33,7 +33,8 @@ class Cores(nn.Module):
     @property
     def core(self) -> nn.Parameter:
         """The active core, ``[n3, r, r]``."""
-        return self.core_of(None)
+        core = self._holder._parameters.get(self._key)
+        return self.core_of(None) if core is None or core.is_meta else core
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "core" and self._holder is not self:  # set where it is held

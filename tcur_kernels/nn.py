@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from . import cost
+from . import cost, streams
 from .base import Base, check_one_base, is_here
 from .cores import Cores
 from .decompose import MAX_WORKSPACE, Selection, Stack, as_stack, check_rank, select_slices
@@ -180,7 +180,8 @@ class TProductStack(Cores):
     def _look(self) -> None:
         """Takes C and R anew if the base weights changed; what was made of the old ones goes."""
         with self._lock:
-            if not self.base.is_known:
+            # A comparison would wait for the device, which a capture does not allow.
+            if not self.base.is_known and not streams.capture_of(self.base.factors.device):
                 indices = self.holder._buffers.get(f"{self._key}__indices")
                 if indices is not None and not indices.is_meta:
                     self.base.choose(*indices.tolist())
@@ -268,7 +269,7 @@ class TProductStack(Cores):
             self._look()
             tokens = int(cost.tokens_worth_materializing(*self._sizes)) + 1
             capture = self._kept.capture_of(self.core.device)
-            built = self._effective_for(place, weight, weight.dtype, tokens, capture)
+            built = self._effective_for(self.core, place, weight, weight.dtype, tokens, capture)
             return effective_weight(place) if built is None else built.view_of(place)
 
     def gradient_came(self) -> None:
@@ -347,14 +348,13 @@ class TProductStack(Cores):
 
     def _forward(self, x: Tensor, source: Tensor, bias: Tensor | None, place: Place) -> Tensor:
         """``x``, and ``source``, by which layers know that they have the same."""
-        weight = place.weight
-        if weight.requires_grad and not is_traced():
+        weight, traced = place.weight, is_traced()
+        if weight.requires_grad and not traced:
             place.freeze()
             weight = place.weight
         dtype, precision = weight.dtype, self.precision
-        kind = x.device.type
-        has_autocast = torch.amp.is_autocast_available(kind)  # the meta device has none
-        if has_autocast and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+        # The meta device has no autocast.
+        if not x.is_meta and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
             # What autocast does to a linear layer; the operators themselves are out of its reach.
             dtype = torch.get_autocast_dtype(x.device.type)
             x = x.to(dtype)
@@ -367,7 +367,7 @@ class TProductStack(Cores):
                 self.settle()
             stored = place.stored.T if place.transposed else place.stored
             return F.linear(x, stored.to(dtype), bias)
-        if not (is_traced() or self.base.knows(place, weight)):
+        if not (traced or self.base.knows(place, weight)):
             self._look()
         batch = rows_of(self)
         core, adapter_ids = (self.core, None) if batch is None else (batch.cores, batch.ids_for(x))
@@ -384,7 +384,7 @@ class TProductStack(Cores):
             wider = None if bias is None else bias.double()
             args = (x.double(), weight.double(), wider, place, core, precision, adapter_ids)
             return self._by_operators(*args).to(dtype)
-        if is_traced():
+        if traced:
             check_one_base(weight)
             # There is no W_eff on this way: a traced graph cannot see the kept buffer.
             return self._by_operators(
@@ -413,7 +413,7 @@ class TProductStack(Cores):
         built = None
         with self._lock:
             if adapter_ids is None:
-                built = self._effective_for(place, weight, dtype, tokens, capture)
+                built = self._effective_for(core, place, weight, dtype, tokens, capture)
             if built is not None:
                 weight = built.view_of(place)
             elif weight.dtype != dtype:
@@ -475,12 +475,18 @@ class TProductStack(Cores):
         )
 
     def _effective_for(
-        self, place: Place, weight: Tensor, dtype: torch.dtype, tokens: int, capture: int
+        self,
+        core: Tensor,
+        place: Place,
+        weight: Tensor,
+        dtype: torch.dtype,
+        tokens: int,
+        capture: int,
     ) -> Effective | None:
         """W_eff if a call of a layer goes by it, built where it has to be."""
         if self.mode == "factored":
             return None
-        built = self._kept.find(dtype, self.core, place, capture)
+        built = self._kept.find(dtype, core, place, capture)
         mode = cost.choose_mode(
             self.mode,
             tokens=tokens,

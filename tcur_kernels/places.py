@@ -104,6 +104,11 @@ class Place:
     @property
     def weight(self) -> Tensor:
         """The base weight ``[out_features, in_features]``, no copy."""
+        if self.backup is None and self.projection is None:  # in every call of nearly every layer
+            module = self.module
+            tensor = module._parameters.get("weight")
+            if type(tensor) is nn.Parameter and "weight" not in module.__dict__:
+                return tensor.T if self.transposed else tensor
         weight = self.stored if self.backup is None else self.backup
         return weight.T if self.transposed else weight
 
@@ -152,6 +157,8 @@ class Place:
     @property
     def bias(self) -> Tensor | None:
         """``[out_features]`` or None."""
+        if self.projection is None and "bias" not in self.module.__dict__:
+            return self.module._parameters.get("bias")
         tensor = held(self.module, self.bias_parameter)
         if tensor is None:
             return None

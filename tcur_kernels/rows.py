@@ -55,8 +55,10 @@ _traced = threading.local()
 
 def rows_of(stack: Any) -> Rows | None:
     """What the batch that is going on says of a stack; None in none."""
-    is_traced = torch.compiler.is_compiling()
-    every = getattr(_traced, "rows", None) if is_traced else _current.get()
+    if torch.compiler.is_compiling():
+        every = getattr(_traced, "rows", None)
+        return None if every is None else every.get(id(stack))
+    every = _current.get()
     return None if every is None else every.get(id(stack))
 
 

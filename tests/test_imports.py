@@ -112,6 +112,7 @@ MAY_IMPORT = {
         "places",
         "reading",
         "rows",
+        "streams",
         "switching",
     },
     "eager": {"autocast", "ops", "streams"},
