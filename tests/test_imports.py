@@ -181,26 +181,28 @@ MAY_IMPORT = {
     },
     "peft.requirement": set(),
     "peft.config": {"cost", "factors"},
-    "peft.layer": {"functional", "nn", "places"},
+    "peft.effective": set(),
+    "peft.hosted": {"eager", "functional", "kept", "nn", "places", "peft.layer"},  # its type alone
+    "peft.layer": {"eager", "peft.effective", "peft.hosted", "peft.rows"},
     "peft.planning": {
         "adapters.fingerprint",
         "adapters.plan",
         "adapters.weights",
         "decompose",
-        "nn",
+        "functional",
         "peft.config",
-        "places",
+        "peft.hosted",
     },
     "peft.model": {
         "adapters.plan",
         "adapters.weights",
-        "nn",
         "peft.config",
+        "peft.hosted",
         "peft.layer",
         "peft.planning",
         "peft.rows",
     },
-    "peft.rows": {"nn", "peft.layer", "peft.model"},  # the model for its type alone
+    "peft.rows": {"peft.hosted", "peft.layer", "peft.model"},  # for their types alone
     "peft.register": {"peft.config", "peft.model"},
     "peft": {"peft.config", "peft.layer", "peft.model", "peft.register", "peft.requirement"},
 }
