@@ -3,6 +3,7 @@
 import copy
 import threading
 
+import peft
 import pytest
 import torch
 import transformers
@@ -14,6 +15,7 @@ from tcur_kernels.peft import TCURConfig, TCURLinear
 
 pytestmark = [pytest.mark.filterwarnings(text) for text in PEFT_SAYS]
 
+OLD_PEFT = tuple(map(int, peft.__version__.split(".")[:2])) < (0, 19)
 SAME_LENGTH = r"Length of `adapter_names` should be the same as the number of inputs, but got"
 
 
@@ -56,6 +58,8 @@ def test_other_numbers_of_rows_are_refused(shared):
 @torch.no_grad()
 def test_beams_stand_one_after_another_past_the_encoder(make, shared):
     """Row by row what each adapter generates alone."""
+    if make is t5 and OLD_PEFT:
+        pytest.skip("peft 0.18 generates with encoders of transformers 4 alone")
     model = two_adapters(make(), shared, task_type="CAUSAL_LM" if make is gpt2 else "SEQ_2_SEQ_LM")
     inputs = torch.randint(1, 40, (3, 5))
     how = {

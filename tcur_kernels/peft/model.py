@@ -288,7 +288,9 @@ class TCURModel(BaseTuner):  # type: ignore[misc]
     ) -> nn.Module:
         if merge:
             self._check_merge(adapter_names, safe_merge)
-        return super()._unload_and_optionally_merge(merge, progressbar, False, adapter_names)
+        model = super()._unload_and_optionally_merge(merge, progressbar, False, adapter_names)
+        vars(model).pop("peft_config", None)  # before 0.19, peft leaves it there
+        return model
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
