@@ -125,6 +125,8 @@ class TCURModel(BaseTuner):  # type: ignore[misc]
         config = self.peft_config[adapter_name]
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
+            adapted = {m.module for p in self.plans.values() for s in p.stacks for m in s.members}
+            self.targeted_module_names = [n for n in self.targeted_module_names if n in adapted]
         except Exception:
             self._drop_stacks(adapter_name)
             raise
