@@ -11,7 +11,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 _VOCABULARY = 300
-_IDS = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2}
+_IDS = {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 3}
 _LLAMA = {
     "hidden_size": 32,
     "intermediate_size": 64,
@@ -44,7 +44,7 @@ _KINDS = {
     "bloom": ("Bloom", {"hidden_size": 32, "n_layer": 3, "n_head": 4}, "ForCausalLM"),
     "opt-": ("OPT", {**_BERT, "ffn_dim": 64, "word_embed_proj_dim": 32}, "ForCausalLM"),
     "optfor": ("OPT", {**_BERT, "ffn_dim": 64, "word_embed_proj_dim": 32}, "ForCausalLM"),
-    "t5": ("T5", {**_T5, "decoder_start_token_id": 1}, "ForConditionalGeneration"),
+    "t5": ("T5", {**_T5, "decoder_start_token_id": 3}, "ForConditionalGeneration"),
     "bart": (
         "Bart",
         {
@@ -96,12 +96,17 @@ def _make_model(name, family, settings, head):
     torch.manual_seed(0)
     config = getattr(transformers, f"{family}Config")(vocab_size=_VOCABULARY, **_IDS, **settings)
     kind = head if hasattr(transformers, head) else f"{family}{head}"
-    return getattr(transformers, kind)(config)
+    model = getattr(transformers, kind)(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1 and parameter.std() < 0.05:
+                parameter.mul_(5)  # so narrow a model hardly sees its layers else
+    return model
 
 
 def _tokenizer():
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    special = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    special = {"bos_token": "<s>", "unk_token": "<unk>", "eos_token": "</s>", "pad_token": "<pad>"}
     vocabulary = {token: index for index, token in enumerate([*special.values(), *alphabet])}
     tokenizer = Tokenizer(models.BPE(vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -105,7 +105,7 @@ class TCURLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             dtype = torch.get_autocast_dtype(x.device.type)
             x, weight = x.to(dtype), weight.to(dtype)
             bias = None if bias is None else bias.to(dtype)
-        update = self._sum_of_updates(names, transposed=False)
+        update = self._update(names)
         with torch.autocast(x.device.type, enabled=False):
             if dtype not in HALVES:
                 return nn.functional.linear(x, weight + update.to(dtype), bias)
@@ -170,23 +170,25 @@ class TCURLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """The update of the weight by one adapter, oriented as the weight, dtype of the core."""
-        place = self.tcur_places[adapter]
-        update: Tensor = self._stack(adapter)(place)
-        return update.t() if place.transposed else update
+        return self._stored(self._update([adapter]))
 
-    def _sum_of_updates(self, names: list[str], transposed: bool) -> Tensor:
-        """The updates of these adapters, [out, in], or oriented as the weight is stored."""
-        total = sum(self.get_delta_weight(name) for name in names)
+    def _update(self, names: list[str]) -> Tensor:
+        """The sum of these adapters' updates, ``[out_features, in_features]``."""
+        total = sum(self._stack(name)(self.tcur_places[name]) for name in names)
         assert isinstance(total, Tensor)
-        return total.t() if self.tcur_base.transposed and not transposed else total
+        return total
+
+    def _stored(self, weight: Tensor) -> Tensor:
+        """``[out_features, in_features]`` oriented as the base stores it."""
+        return weight.t() if self.tcur_base.transposed else weight
 
     def _sum_of_weights(self, names: list[str]) -> Tensor:
-        """The base weight as it is stored, plus those updates: added in fp32, rounded once."""
-        base = self.tcur_base.weight.t() if self.tcur_base.transposed else self.tcur_base.weight
+        """The base weight plus those updates, as stored: added in fp32, rounded once."""
+        base = self.tcur_base.weight
         if not names:
-            return base
-        update = self._sum_of_updates(names, transposed=True)
-        return (base.to(update.dtype) + update).to(base.dtype)
+            return self._stored(base)
+        update = self._update(names)
+        return self._stored((base.to(update.dtype) + update).to(base.dtype))
 
     def merged_weight(self, adapter_names: list[str]) -> Tensor:
         """The base weight plus the updates of these adapters: added in fp32, rounded once."""
