@@ -23,16 +23,24 @@ _FIELDS = {field.name for field in dataclasses.fields(tcur.TCURConfig)} | {"r"}
 #: than one adapter with other targets.
 _MORE = {
     "TEST_CASES": [
-        (f"{model} {number} TCUR", model, tcur.TCURConfig, {"rank": 2, **settings})
+        (f"{model} {number} TCUR", model, tcur.TCURConfig, settings)
         for model, cases in {
             "MLP": (
                 {"target_modules": "lin0"},
+                {"target_modules": ["lin0"], "r": 1},
                 {"target_modules": ["lin1"]},
+                {"target_modules": ["lin0", "lin1"]},
+                {"target_modules": ["lin0", "lin1"], "exclude_modules": ["lin1"]},
                 {"target_modules": ["lin0", "lin1"], "stacks": "layer", "alpha": 0.5},
                 {"target_modules": ["lin0"], "modules_to_save": ["lin1"], "mode": "factored"},
                 {"target_modules": ["lin0", "lin1"], "selection": "deim"},
             ),
-            "MLP2": ({"target_modules": ["lin0", "lin1"]},),
+            "MLP2": (
+                {"target_modules": ["lin0", "lin1"]},
+                {"target_modules": ["lin0"], "modules_to_save": ["lin1"]},
+            ),
+            "MLP_LayerNorm": ({"target_modules": ["lin0"]},),
+            "Conv2d": ({"target_modules": ["lin0"]},),
         }.items()
         for number, settings in enumerate(cases, 1)
     ],
@@ -52,7 +60,7 @@ _seen = set()
 def _small_by_default(self, r, checked=tcur.TCURConfig.__post_init__):
     """The default rank exceeds the widths of peft's toy models, which tCUR refuses."""
     if self.rank is None and r is None:
-        self.rank = 1
+        self.rank = 2
     checked(self, r)
 
 
@@ -151,7 +159,7 @@ def _for_tcur(value):
         made = type(value)(map(_for_tcur, value))
         for settings in made:
             if "EmbConv1D" in value and isinstance(settings, dict):
-                settings["alpha"] = 30.0  # its core is one number, which three small steps train
+                settings.update(rank=1, alpha=30.0)  # one number, which three small steps train
         return made
     if isinstance(value, str):
         return value.replace("VeRA", "TCUR").replace("vera", "tcur")

@@ -155,3 +155,12 @@ def test_modules_that_were_renamed_are_known_by_their_weights(stacks, tmp_path):
     shapes.target_modules = {"qkv"}
     with pytest.raises(ValueError, match=r"expected a linear layer model\.model\.layers"):
         PeftModel.from_pretrained(Renamed(Tiny()), tmp_path, config=shapes)
+
+
+def test_all_that_holds_weights_is_planned_or_named():
+    model = get_peft_model(llama(), TCURConfig(rank=2, modules_to_save=["lm_head"]))
+    model.add_adapter("second", TCURConfig(rank=2))
+    for plan in model.plans.values():
+        left_out = {item.module: item.reason for item in plan.left_out}
+        assert left_out == {"model.embed_tokens": "Embedding is not a linear layer"}
+        assert sum(len(stack.members) for stack in plan.stacks) == 2 * 7

@@ -104,27 +104,32 @@ def test_offloaded_weights_are_brought_in_layer_by_layer(base, x):
         assert torch.isfinite(model(many)).all()
 
 
-@pytest.mark.parametrize("remove", [False, True])
-def test_a_hook_of_accelerate_from_before_the_adapter(base, x, remove):
+@pytest.mark.parametrize("removed", [None, "before", "after"])
+def test_a_hook_of_accelerate_from_before_the_adapter(base, x, removed):
     hooked = copy.deepcopy(base)
-    for module in hooked.modules():
-        if type(module) is nn.Linear:
-            add_hook_to_module(module, AlignDevicesHook(execution_device="cpu"))
+    linears = [module for module in hooked.modules() if type(module) is nn.Linear]
+    for module in linears:
+        add_hook_to_module(module, AlignDevicesHook(execution_device="cpu"))
+        if removed == "before":
+            remove_hook_from_module(module)
     model = get_peft_model(hooked, config(init_weights=False)).eval()
     plain = drawn(base)
     plain.load_state_dict(model.state_dict())
     assert torch.equal(model(x), plain(x))
-    if remove:
-        for layer in layers_of(model):
-            remove_hook_from_module(layer.base_layer)
+    if removed == "after":
+        for module in linears:
+            remove_hook_from_module(module)
         assert torch.equal(model(x), plain(x))
     assert torch.equal(model.unload()(x), base(x))
 
 
-def test_a_layer_with_a_forward_of_its_own_is_named(base):
+@pytest.mark.parametrize("hooked", [False, True])
+def test_a_layer_with_a_forward_of_its_own_is_named(base, hooked):
     """It would be called in place of the adapted one."""
     layer = base.blocks[1].mlp[0]
     layer.forward = lambda x: nn.Linear.forward(layer, x)
+    if hooked:
+        add_hook_to_module(layer, AlignDevicesHook(execution_device="cpu"))
     plan = get_peft_model(copy.deepcopy(base), TCURConfig(rank=2)).plans["default"]
     reasons = {item.module: item.reason for item in plan.left_out}
     assert "its forward was replaced" in reasons["blocks.1.mlp.0"]

@@ -48,6 +48,8 @@ def test_other_numbers_of_rows_are_refused(shared):
     for wrong in (torch.cat([x[:2], x[:2]]), x[:2].repeat_interleave(2, 0), x[:3], x[:1]):
         with pytest.raises(ValueError, match=f"{SAME_LENGTH} 2 and {len(wrong)} respectively"):
             model(wrong, adapter_names=names)
+    with pytest.raises(ValueError, match="alora_offsets: expected None, since they are for LoRA"):
+        model(x[:2], alora_offsets=[1, 2])
     assert torch.equal(model(x[:2], adapter_names=names), alone)
     model.set_adapter("second")
     assert torch.allclose(alone[1], model(x[:2])[1], atol=1e-5)

@@ -58,8 +58,9 @@ def is_supported(layer: nn.Module) -> bool:
 
 
 def has_other_forward(layer: nn.Module) -> bool:
-    """Whether something other than accelerate has replaced the layer's forward."""
-    return "forward" in vars(layer) and "_old_forward" not in vars(layer)
+    """Whether calling the layer ends in another forward than that of its type."""
+    bound = vars(layer).get("_old_forward", vars(layer).get("forward"))
+    return bound is not None and getattr(bound, "__func__", None) is not type(layer).forward
 
 
 def host(layer: nn.Module) -> None:

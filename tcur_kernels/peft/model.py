@@ -88,6 +88,7 @@ class TCURModel(BaseTuner):  # type: ignore[misc]
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}
 
     plans: dict[str, Plan]
+    targeted_module_names: list[str]  # of BaseTuner
 
     def __init__(self, model: nn.Module, peft_config: Any, *args: Any, **kwargs: Any) -> None:
         if isinstance(peft_config, PeftConfig):
@@ -297,6 +298,8 @@ class TCURModel(BaseTuner):  # type: ignore[misc]
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """What makes ``model(..., adapter_names=[...])`` and ``generate`` with them work."""
+        if kwargs.get("alora_offsets") is not None:
+            raise ValueError("alora_offsets: expected None, since they are for LoRA, got some")
         names = kwargs.get("adapter_names")
         if names is None:
             yield
