@@ -1,6 +1,7 @@
 """For pytest in a checkout of peft: where a test is for VeRA too, it is run for tCUR instead.
 
-VeRA stands for all methods on linear layers that share what they train between layers. The lists of
+VeRA stands for all methods on linear layers that share what they train between layers; GLoRA, where
+a case has configs made for it, for those that take batches of several adapters, too. The lists of
 cases that peft's tests are parametrized with are changed before tests are made of them, and what
 is not for tCUR then is not run.
 """
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from _pytest.mark.structures import ParameterSet
-from peft import PeftConfig, VeraConfig
+from peft import GloraConfig, PeftConfig, VeraConfig
 
 import tcur_kernels.peft as tcur
 from peft_own_models import make_models
@@ -128,7 +129,7 @@ def _mark_for_tcur(mark, more):
     names, values = mark.args
     if not isinstance(values, list | tuple) or not any(_mentions(v, PeftConfig) for v in values):
         return mark
-    cases = [_for_tcur(value) for value in values if _mentions(value, VeraConfig)]
+    cases = [_for_tcur(value) for value in values if _is_like_ours(value)]
     kwargs = {key: value for key, value in mark.kwargs.items() if key != "ids"}
     return pytest.mark.parametrize(names, [*cases, *more.get(id(values), ())], **kwargs).mark
 
@@ -144,12 +145,20 @@ def _mentions(value, kind):
     return isinstance(value, kind)
 
 
+def _is_like_ours(value):
+    """Whether a case is one of a method that tCUR does as much as."""
+    if isinstance(value, ParameterSet | tuple | list):
+        return any(map(_is_like_ours, value.values if isinstance(value, ParameterSet) else value))
+    return value is VeraConfig or isinstance(value, VeraConfig | GloraConfig)
+
+
 def _for_tcur(value):
     """The same case for tCUR."""
     if value is VeraConfig:
         return tcur.TCURConfig
-    if isinstance(value, VeraConfig):
-        settings = {k: v for k, v in value.to_dict().items() if k in _FIELDS and k != "peft_type"}
+    if isinstance(value, VeraConfig | GloraConfig):
+        left = ("peft_type", "r")
+        settings = {k: v for k, v in value.to_dict().items() if k in _FIELDS and k not in left}
         return tcur.TCURConfig(**settings)
     if isinstance(value, ParameterSet):
         return ParameterSet(_for_tcur(value.values), value.marks, value.id)
@@ -162,5 +171,5 @@ def _for_tcur(value):
                 settings.update(rank=1, alpha=30.0)  # one number, which three small steps train
         return made
     if isinstance(value, str):
-        return value.replace("VeRA", "TCUR").replace("vera", "tcur")
+        return re.sub("vera|glora", "TCUR", value, flags=re.IGNORECASE)
     return value
