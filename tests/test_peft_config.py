@@ -157,6 +157,7 @@ def test_modules_that_were_renamed_are_known_by_their_weights(stacks, tmp_path):
         PeftModel.from_pretrained(Renamed(Tiny()), tmp_path, config=shapes)
 
 
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
 def test_all_that_holds_weights_is_planned_or_named():
     model = get_peft_model(llama(), TCURConfig(rank=2, modules_to_save=["lm_head"]))
     model.add_adapter("second", TCURConfig(rank=2))
