@@ -17,7 +17,7 @@ TEST_ARCHITECTURES := $(or $(TORCH_CUDA_ARCH_LIST),$(GPUS),9.0)
 # for; those that sleep at once are late on a quiet machine. So they spin for a short while.
 export GOMP_SPINCOUNT ?= 1000
 
-.PHONY: demo test test-cpus test-versions test-matrix test-peft lint format clean FORCE
+.PHONY: demo test test-families families-table test-cpus test-versions test-matrix test-peft lint format clean FORCE
 
 demo: $(VENV)/.demo
 	@echo "The demo starts."
@@ -26,6 +26,16 @@ demo: $(VENV)/.demo
 # One process for each core, each with one thread.
 test: $(VENV)/.tests $(VENV)/.oldest_peft $(VENV)/.oldest_triton
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal --durations 15
+
+# Adapters on the models of everybody: all families, with libraries that no other test needs. These lie
+# beside the others, because torchvision from PyPI does not load with a torch for CPUs alone.
+test-families: $(VENV)/.tests $(VENV)/.families
+	PYTHONPATH=$(VENV)/families OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 \
+		--dist worksteal -m 'families or not families' tests/test_families.py
+
+# Checks all families and writes their table in docs/adapters.md.
+families-table: $(VENV)/.tests $(VENV)/.families
+	PYTHONPATH=$(VENV)/families:tests OMP_NUM_THREADS=1 $(BIN)/python -m families.table
 
 # What depends on roundings: under every instruction set that this machine has, with 1, 2 and 4 threads.
 test-cpus: $(VENV)/.tests
@@ -79,6 +89,11 @@ $(VENV)/.tests: $(VENV)/.demo $(VENV)/.architectures
 	@echo "Set-up of the tests: with nvcc, CUDA kernels for $(TEST_ARCHITECTURES)."
 	TORCH_CUDA_ARCH_LIST='$(TEST_ARCHITECTURES)' \
 		$(PIP) install -q -c constraints.txt --no-build-isolation -e '.[test]'
+	touch $@
+
+$(VENV)/.families: tests/families/requirements.txt $(VENV)/.torch
+	rm -rf $(VENV)/families
+	$(PIP) install -q --no-deps --target $(VENV)/families -r $<
 	touch $@
 
 # Beside the newest, for tests/test_peft_oldest.py and tests/test_triton_oldest.py.

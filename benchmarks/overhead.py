@@ -83,7 +83,8 @@ def _kernels_of(stack: tcur.TProductStack, x: Tensor, times: int) -> Callable[[]
         factors = (lateral_hat, horizontal_hat, stack.core.clone())
         w_eff, grad = stack.effective(x.dtype).clone(), x.clone()
         places = [
-            (layer.slice_index, layer.weight.clone(), layer.bias.clone()) for layer in stack.layers
+            (layer.tcur_place.slice_index, layer.base_weight.clone(), layer.bias.clone())
+            for layer in stack.layers
         ]
 
     def run() -> None:

@@ -20,7 +20,7 @@ from .adapters.contents import read_contents
 from .adapters.curves import RANKS, model_curves, plot_curves
 from .adapters.directory import ModelDirectory, merge_directory
 from .adapters.plan import STACKS_BY, make_plan
-from .decompose import RULES
+from .decompose import RULES, model_files
 from .factors import CURFactors
 from .functional import build_info, cur_linear, materialize
 
@@ -49,7 +49,12 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--targets", nargs="+", help="names or patterns; default: all by shape")
     command.add_argument("--rank", type=int, default=8)
     command.add_argument("--stacks", choices=STACKS_BY, default="shape")
-    command.add_argument("--curve", type=Path, metavar="PNG", help="error against rank, drawn here")
+    command.add_argument(
+        "--curve",
+        type=Path,
+        metavar="PNG",
+        help="error against rank, drawn here; reads the weights",
+    )
     command.add_argument("--ranks", type=int, nargs="+", default=RANKS, help="of the curve")
     command.add_argument("--selections", choices=RULES, nargs="+", default=("norm", "deim"))
     command.set_defaults(run=show_plan)
@@ -85,8 +90,11 @@ def show_info(args: argparse.Namespace) -> None:
 
 
 def show_plan(args: argparse.Namespace) -> None:
-    """Prints the plan of a model, and its curves if asked: only they read the weights."""
-    model = ModelDirectory(args.model_dir).skeleton()
+    """Prints the plan of a model, and its curves if asked: only they need weights."""
+    directory = ModelDirectory(args.model_dir)
+    model = directory.skeleton()
+    if args.curve is not None:
+        model_files("--curve", directory.path)
     plan = make_plan(model, args.targets, args.rank, stacks=args.stacks, loaded=False)
     print(plan)
     cores = sum(stack.n3 * args.rank**2 for stack in plan.stacks)
@@ -137,8 +145,10 @@ def merge(args: argparse.Namespace) -> None:
         bar: Iterable[Path] = tqdm(files, desc="merging", unit="shard")
         return bar
 
-    merge_directory(directory, contents, args.out, progress)
+    left_out = merge_directory(directory, contents, args.out, progress)
     print(f"written: {args.out}")
+    if left_out:
+        print(f"not copied, as it is without the adapter: {', '.join(left_out)}")
 
 
 def bench(args: argparse.Namespace) -> None:

@@ -3,7 +3,8 @@
 The values and derivatives are those of the operators. What is saved is the host's time: the
 autograd of `torch.library` costs as much as the rest of a layer does. What a stack hands over has
 been looked at once, by `functional.prepare`; what varies from call to call is looked at by the
-stack. Graphs that are traced or transformed go through the operators instead.
+stack. Graphs that are traced go through the operators instead, and what functorch or forward mode
+transforms through plain torch.
 """
 
 from __future__ import annotations
@@ -15,40 +16,38 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from . import ops, streams
+from .autocast import AUTOCAST, keys
+from .autocast import without_autocast as without_autocast
 
-HALVES = (torch.bfloat16, torch.float16)
-
-_KEYS = torch._C.DispatchKey
-
-
-def _keys(*names: str) -> torch._C.DispatchKeySet:
-    keys = torch._C.DispatchKeySet(getattr(_KEYS, names[0]))
-    for name in names[1:]:
-        keys = keys | torch._C.DispatchKeySet(getattr(_KEYS, name))
-    return keys
-
-
-_AUTOCAST = _keys("AutocastCPU", "AutocastCUDA", "AutocastMPS", "AutocastXPU")
-_AUTOGRAD = _keys("AutogradFunctionality", "AutogradOther", "AutogradNestedTensor")
-_AUTOCAST_AUTOGRAD = _AUTOCAST | _AUTOGRAD
+_AUTOGRAD = keys("AutogradFunctionality", "AutogradOther", "AutogradNestedTensor")
+_ABOVE_KERNELS = AUTOCAST | _AUTOGRAD | ops.VIEWS
 
 
 def is_traced() -> bool:
     """Whether a compiler or a transform of functions looks at what runs."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    return torch.compiler.is_compiling() or is_transformed()
 
 
-def without_autocast() -> Any:
-    """Context in which autocast reaches no product; a tenth of what ``torch.autocast`` costs."""
-    return torch._C._ExcludeDispatchKeyGuard(_AUTOCAST)
+def is_transformed() -> bool:
+    """Whether functorch or forward mode transforms what runs, for which operators have no rules."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def _kernels_alone() -> Any:
-    """Context in which an operator is its kernel: no autograd, no autocast."""
-    return torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_AUTOGRAD)
+    """Context in which an operator is its kernel: no autograd, no autocast, no views."""
+    return torch._C._ExcludeDispatchKeyGuard(_ABOVE_KERNELS)
+
+
+def _without_views() -> Any:
+    """Context in which what a product of torch returns is no view of what it made.
+
+    Autograd refuses to let such a view be changed in place when a node returns it.
+    """
+    return torch._C._ExcludeDispatchKeyGuard(ops.VIEWS)
 
 
 def _nothing() -> None:
@@ -110,9 +109,10 @@ class GradientSum:
 
     Attributes:
         addends: what `_Layer` takes for the core's gradient, by the first slice of a layer.
+        is_done: whether a backward has come here.
     """
 
-    __slots__ = ("__weakref__", "addends", "core", "scale", "where")
+    __slots__ = ("__weakref__", "addends", "core", "is_done", "scale", "where")
 
     def __init__(
         self,
@@ -122,7 +122,10 @@ class GradientSum:
         where: tuple[int, int],
     ) -> None:
         self.core, self.scale, self.where = core, scale, where
-        self.addends: tuple[Tensor, ...] = _apply_gradient_sum(core, scale, core_of_packed)
+        self.is_done = False
+        self.addends: tuple[Tensor, ...] = _apply_gradient_sum(
+            core, scale, core_of_packed, weakref.ref(self)
+        )
 
 
 class LatestSum:
@@ -132,14 +135,29 @@ class LatestSum:
     gradients, which autograd runs on the stream that it was made on: a later capture has another.
     """
 
-    __slots__ = ("_latest",)
+    __slots__ = ("_former", "_latest")
 
     def __init__(self) -> None:
+        self._former: list[weakref.ref[GradientSum]] = []
         self.forget()
 
     def forget(self) -> None:
         """The next layer begins another one."""
         self._latest: weakref.ref[GradientSum] | None = None
+
+    def retire(self) -> None:
+        """Another core takes the place of this one, whose graphs may be waiting for a backward."""
+        if self._latest is not None:
+            self._former = [*(each for each in self._former if each() is not None), self._latest]
+        self.forget()
+
+    def is_former_pending(self) -> bool:
+        """Whether a graph of a core that was retired waits for its backward."""
+        return any(map(_is_pending, self._former))
+
+    def is_pending(self) -> bool:
+        """Whether any graph does."""
+        return self.is_former_pending() or _is_pending(self._latest)
 
     def of(self, core: Tensor, scale: float, call: Call, capture: int) -> GradientSum:
         """The sum for ``core``, a leaf that requires grad, on the current stream."""
@@ -153,7 +171,13 @@ class LatestSum:
         ):
             gradient_sum = GradientSum(core, scale, call.core_of_packed, where)
             self._latest = weakref.ref(gradient_sum)
+        gradient_sum.is_done = False
         return gradient_sum
+
+
+def _is_pending(ref: weakref.ref[GradientSum] | None) -> bool:
+    gradient_sum = None if ref is None else ref()
+    return gradient_sum is not None and not gradient_sum.is_done
 
 
 class _GradientSum(torch.autograd.Function):
@@ -161,20 +185,27 @@ class _GradientSum(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, core: Tensor, scale: float, core_of_packed: torch._ops.OpOverload
+        ctx: Any,
+        core: Tensor,
+        scale: float,
+        core_of_packed: torch._ops.OpOverload,
+        whole: weakref.ref[GradientSum],
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.how = (core_of_packed, scale)
+        ctx.whole = whole
         return core.new_empty(()).expand(core.shape[0], *core.shape).unbind()
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None, None]:
+        if (whole := ctx.whole()) is not None:
+            whole.is_done = True
         packed = [grad for grad in grads if grad is not None]
         if not packed:  # all layers were differentiated by the operators
-            return None, None, None
+            return None, None, None, None
         core_of_packed, scale = ctx.how
         with _kernels_alone():
-            return core_of_packed(torch.stack(packed), scale), None, None
+            return core_of_packed(torch.stack(packed), scale), None, None, None
 
 
 _apply_gradient_sum = super(torch.autograd.Function, _GradientSum).apply
@@ -208,7 +239,9 @@ def run_layer(
     how = (call, scale, materialized, dense_grad)
     if torch.is_grad_enabled() and (x.requires_grad or core.requires_grad):
         addend = None if gradient_sum is None else gradient_sum.addends[call.slice_index]
-        y: Tensor = _apply(x, core, z, weight, bias, adapter_ids, addend, gradient_sum, *how)
+        # In a tuple z is no input, whose own graph a backward would run, and free: other layers
+        # share it, and have their backwards later.
+        y: Tensor = _apply(x, core, (z,), weight, bias, adapter_ids, addend, gradient_sum, *how)
         return y
     return _value(x, core, z, weight, bias, adapter_ids, *how)
 
@@ -226,11 +259,12 @@ def _value(
     dense_grad: bool,
 ) -> Tensor:
     if materialized:
-        return F.linear(x, weight, bias)
+        with _without_views():
+            return F.linear(x, weight, bias)
     factors = (call.lateral_hat, call.horizontal_hat, core)
     how = (call.slice_index, call.slices, scale, False, False, z, False, adapter_ids)
     with _kernels_alone():
-        if x.dtype not in HALVES:
+        if x.dtype not in ops.HALVES:
             y: Tensor = call.cur_linear(x, weight, bias, *factors, *how)
             return y
         update = call.cur_linear(x, None, None, *factors, *how)
@@ -246,7 +280,7 @@ class _Layer(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         core: Tensor,
-        z: Tensor | None,
+        held: tuple[Tensor | None],
         weight: Tensor,
         bias: Tensor | None,
         adapter_ids: Tensor | None,
@@ -255,6 +289,7 @@ class _Layer(torch.autograd.Function):
         *how: Any,
     ) -> Tensor:
         needs_x, needs_core, *_ = ctx.needs_input_grad
+        (z,) = held
         ctx.save_for_backward(
             x if needs_core and z is None else None,
             z if needs_core else None,
@@ -324,9 +359,12 @@ def added_to_product(x: Tensor, weight: Tensor, added: Tensor) -> Tensor:
     lost nearly always. Added within the product it decides on the rounding, and survives in the
     mean.
     """
-    rows = (math.prod(x.shape[:-1]), x.shape[-1])
-    y = torch.addmm(added.reshape(rows[0], -1), x.reshape(rows), weight.mT)
-    return y.view(added.shape)
+    tokens = math.prod(x.shape[:-1])
+    addend = added.reshape(tokens, added.shape[-1])
+    y = torch.addmm(addend, x.reshape(tokens, x.shape[-1]), weight.mT)
+    # No view of y, which nobody else has: it may be changed in place wherever it was made.
+    result: Tensor = torch.ops.aten._unsafe_view.default(y, added.shape)
+    return result
 
 
 class Dithered(torch.autograd.Function):
@@ -351,11 +389,26 @@ class Dithered(torch.autograd.Function):
         return grad, None
 
 
+def dithered_by_torch(update: Tensor, bias: Tensor) -> Tensor:
+    """What `Dithered` computes, as functorch and forward mode can transform it."""
+    total = update.float() + bias
+    fixed = total.detach()
+    rounded = _cut(fixed.clone(), update.dtype)
+    # Zero, with the derivative of the sum; what overflows stays as it is.
+    exact = torch.where(fixed.isfinite(), total - fixed, 0.0)
+    return rounded + exact.to(update.dtype)
+
+
 def _dithered(update: Tensor, bias: Tensor) -> Tensor:
-    dropped = 16 if update.dtype == torch.bfloat16 else 13
+    # In place: each step is a launch, none need be more.
+    return _cut(update.float().add_(bias), update.dtype)
+
+
+def _cut(total: Tensor, dtype: torch.dtype) -> Tensor:
+    """``total``, fp32, rounded by noise below the last bit of ``dtype``; overwrites it."""
+    dropped = 16 if dtype == torch.bfloat16 else 13
     mask = (1 << dropped) - 1
-    total = update.float().add_(bias)  # in place: each step is a launch, none need be more
     bits = total.view(torch.int32)
     noise = (bits * 0x2C1B3C6D).bitwise_right_shift_(32 - dropped).bitwise_and_(mask)
     bits.add_(noise).bitwise_and_(~mask)
-    return total.to(update.dtype)
+    return total.to(dtype)

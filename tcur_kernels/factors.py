@@ -11,6 +11,9 @@ from . import reference, streams
 #: (tensor cores of a GPU), or operands rounded to bf16.
 PRECISIONS = ("ieee", "tf32", "bf16")
 
+#: Of weights, tokens and results.
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
 
 class CURFactors:
     """The frozen factors C and R of one stack, with their packed half spectra.
@@ -54,7 +57,7 @@ class CURFactors:
                 f"{min(n1, horizontal.shape[2])}, got {rank}"
             )
         for name, factor in (("lateral", lateral), ("horizontal", horizontal)):
-            if not torch.isfinite(factor).all():
+            if not factor.is_meta and not torch.isfinite(factor).all():
                 raise ValueError(f"{name}: expected finite numbers, got NaN or Inf")
         dtype = torch.promote_types(lateral.dtype, torch.float32)
         self.lateral, self.horizontal = lateral.detach(), horizontal.detach()
@@ -105,6 +108,8 @@ class CURFactors:
             raise ValueError(
                 f"precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}"
             )
+        if precision != "ieee" and self.dtype == torch.float64:
+            raise ValueError(f"precision: expected ieee for fp64 factors, got '{precision}'")
         if precision != "bf16":
             return self.lateral_hat, self.horizontal_hat
         if self._narrow is not None:
@@ -129,8 +134,15 @@ class CURFactors:
         return turned
 
     def _may_keep(self) -> bool:
-        """What is made in a capture has no values until the graph is replayed."""
-        return torch.compiler.is_compiling() or not streams.capture_of(self.device)
+        """What is made in a capture has no values until the graph is replayed.
+
+        And what is made within a transform of functorch belongs to that transform.
+        """
+        if torch.compiler.is_compiling():
+            return True
+        if torch._C._are_functorch_transforms_active():
+            return False
+        return not streams.capture_of(self.device)
 
     def __repr__(self) -> str:
         return (
@@ -140,11 +152,19 @@ class CURFactors:
 
 
 def check_floating(name: str, tensor: Tensor) -> None:
-    """Refuses what is no tensor of a floating dtype."""
+    """Refuses what is no tensor of a floating dtype that is computed with."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
-    if not tensor.dtype.is_floating_point:
-        raise TypeError(f"{name}: expected a floating dtype, got {tensor.dtype}")
+    check_floating_dtype(name, tensor.dtype)
+
+
+def check_floating_dtype(name: str, dtype: torch.dtype) -> None:
+    """Refuses integers and complex numbers, and those of 8 bits, which nothing here computes."""
+    if not dtype.is_floating_point:
+        raise TypeError(f"{name}: expected a floating dtype, got {dtype}")
+    if dtype not in DTYPES:
+        expected = ", ".join(map(str, DTYPES))
+        raise TypeError(f"{name}: expected one of {expected}, got {dtype}")
 
 
 def check_frozen(name: str, tensor: Tensor) -> None:

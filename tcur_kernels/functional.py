@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from typing import Any
 
@@ -11,7 +11,16 @@ import torch
 from torch import Tensor
 
 from . import _native, cost, eager, ops
-from .factors import CURFactors, check_device, check_dtype, check_floating, check_frozen
+from .autocast import outside_autocast
+from .factors import (
+    PRECISIONS,
+    CURFactors,
+    check_device,
+    check_dtype,
+    check_floating,
+    check_floating_dtype,
+    check_frozen,
+)
 
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
 
@@ -32,8 +41,7 @@ def cur_product(
             1e-6, 1e-3 or 6e-3 of the norm of C * U * R.
     """
     _check_core(core, factors)
-    language = _language(backend, "materialize", factors, precision)
-    op = ops.operator("materialize", language)
+    op = _operator("materialize", backend, factors, precision)
     product: Tensor = op([], *factors.packed(precision), core, 1.0, core.dtype)
     return product
 
@@ -72,21 +80,18 @@ def materialize(
     """
     _check_core(core, factors)
     weights = _check_weights(weight, factors, out is not None)
-    if not math.isfinite(scale):
-        raise ValueError(f"scale: expected a finite number, got {scale}")
-    language = _language(backend, "materialize", factors, precision)
+    _check_scale(scale)
     if out is None:
         dtype = weights[0].dtype if out_dtype is None else out_dtype
-        if not dtype.is_floating_point:
-            raise TypeError(f"out_dtype: expected a floating dtype, got {dtype}")
-        op = ops.operator("materialize", language)
+        check_floating_dtype("out_dtype", dtype)
+        op = _operator("materialize", backend, factors, precision)
         w_eff: Tensor = op(weights, *factors.packed(precision), core, scale, dtype)
         return w_eff
     is_flat = weights[0].ndim == 2 and len(weights) < factors.n3
     _check_out(out, out_dtype, factors, is_flat)
     if core.requires_grad and torch.is_grad_enabled():
         raise ValueError("out: expected None while the core requires grad; use torch.no_grad()")
-    op = ops.operator("materialize_out", language)
+    op = _operator("materialize_out", backend, factors, precision)
     op(weights, *factors.packed(precision), core, scale, out=out)
     return out
 
@@ -113,7 +118,7 @@ def cur_linear(
     given as ``effective``. The gradient reaches ``core`` and ``x``.
 
     Args:
-        x: ``[..., n2]``, dtype of the weight.
+        x: ``[..., n2]``, dtype of the weight; may be a nested tensor of layout ``torch.jagged``.
         weight: ``[slices * n1, n2]``: one slice, or several consecutive ones from ``slice_index``
             on (a fused q, k, v projection is three). Frozen.
         bias: ``[slices * n1]`` or None. Frozen.
@@ -139,13 +144,31 @@ def cur_linear(
         ``[..., slices * n1]``, dtype of ``x``. By way of the factors, 16-bit results are rounded
         with the update in the sum: one too small for their last bit survives in the mean.
     """
+    check_floating("x", x)
+    if x.is_nested:
+        _check_core(core, factors)
+        _check_nested(x, factors, z, adapter_ids)
+        tokens = cur_linear(
+            x.values(),
+            weight,
+            bias,
+            factors,
+            core,
+            slice_index,
+            scale,
+            backend,
+            effective=effective,
+            dense_grad=dense_grad,
+            precision=precision,
+        )
+        return _nested_as(x, tokens)
     if adapter_ids is None:
         _check_core(core, factors)
     else:
         check_cores(core, factors, adapter_ids)
         _check_rows(adapter_ids, x)
-    check_floating("x", x)
     slices = _check_layer(weight, bias, factors, slice_index)
+    _check_scale(scale)
     if x.ndim < 1 or x.shape[-1] != factors.n2:
         raise ValueError(f"x: expected [..., {factors.n2}], got {list(x.shape)}")
     check_dtype("x", x, weight.dtype)
@@ -153,13 +176,14 @@ def cur_linear(
     if effective is not None:
         check_frozen("effective", effective)
         check_dtype("effective", effective, x.dtype)
+        check_device("effective", effective, x.device)
         if effective.shape != weight.shape:
             raise ValueError(
                 f"effective: expected {list(weight.shape)}, got {list(effective.shape)}"
             )
-        weight = effective
     if z is not None:
         check_floating("z", z)
+        check_device("z", z, x.device)
         if z.shape != (*x.shape[:-1], factors.n3 * factors.rank):
             raise ValueError(
                 f"z: expected {[*x.shape[:-1], factors.n3 * factors.rank]}, got {list(z.shape)}"
@@ -170,15 +194,23 @@ def cur_linear(
         raise ValueError(
             "adapter_ids: expected None with effective or dense_grad, which have one core, got ids"
         )
-    op = ops.operator("cur_linear", _language(backend, "cur_linear", factors, precision))
+    op = _operator("cur_linear", backend, factors, precision)
     where = (*factors.packed(precision), core, slice_index, slices, float(scale))
-    if effective is None and x.dtype in eager.HALVES:
-        update = op(x, None, None, *where, False, False, z, dense_grad, adapter_ids)
-        added = update if bias is None else eager.Dithered.apply(update, bias)
-        return eager.added_to_product(x, weight, added)
-    y: Tensor = op(
-        x, weight, bias, *where, effective is not None, False, z, dense_grad, adapter_ids
-    )
+    if eager.is_transformed():
+        effective = None  # through which no derivative of the core would come
+    materialized = effective is not None
+    if effective is not None:
+        weight = effective
+    if not materialized and x.dtype in ops.HALVES:
+        with outside_autocast(x.device):
+            update = op(x, None, None, *where, False, False, z, dense_grad, adapter_ids)
+            added = update
+            if bias is not None and eager.is_transformed():
+                added = eager.dithered_by_torch(update, bias)
+            elif bias is not None:
+                added = eager.Dithered.apply(update, bias)
+            return eager.added_to_product(x, weight, added)
+    y: Tensor = op(x, weight, bias, *where, materialized, False, z, dense_grad, adapter_ids)
     return y
 
 
@@ -208,9 +240,14 @@ def slice_update(
     reaches ``core``. Arguments as for `cur_linear`.
     """
     _check_core(core, factors)
+    if isinstance(slices, bool) or not isinstance(slices, int):
+        raise TypeError(f"slices: expected an int, got {type(slices).__name__}")
+    if not 1 <= slices <= factors.n3:
+        raise ValueError(f"slices: expected 1 to {factors.n3}, got {slices}")
     _check_slice(slice_index, slices, factors.n3)
+    _check_scale(scale)
     rows = torch.eye(slices * factors.n1, dtype=core.dtype, device=core.device)
-    op = ops.operator("cur_linear", _language(backend, "cur_linear", factors, "ieee"))
+    op = _operator("cur_linear", backend, factors, "ieee")
     where = (slice_index, slices, float(scale), False, True)
     update: Tensor = op(rows, None, None, *factors.packed(), core, *where)
     return update
@@ -226,8 +263,27 @@ def project(x: Tensor, factors: CURFactors, precision: str = "ieee") -> Tensor:
     if x.ndim < 1 or x.shape[-1] != factors.n2:
         raise ValueError(f"x: expected [..., {factors.n2}], got {list(x.shape)}")
     _, horizontal_hat = factors.packed(precision)
-    with torch.autocast(x.device.type, enabled=False):
+    with outside_autocast(x.device):
         return eager.project(x, horizontal_hat)
+
+
+def check_precision(precision: str, device: torch.device) -> None:
+    """Refuses a precision that products on a device cannot have.
+
+    Raises:
+        ValueError: no precision, or "tf32" where no kernels for a GPU run. Tensors on the meta
+            device may be meant for any other.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}")
+    if precision != "tf32" or device.type == "meta":
+        return
+    absence = f"tensors on {device}"
+    if device.type == "cuda":
+        if _TRITON_INSTALLED or _native.cuda_absence(device) is None:
+            return
+        absence += " without Triton or compiled CUDA kernels"
+    raise ValueError(f"precision: expected ieee or bf16 for {absence}, got 'tf32'")
 
 
 def build_info() -> dict[str, Any]:
@@ -253,6 +309,20 @@ def build_info() -> dict[str, Any]:
         "cpu": cpu,
         "cuda": cuda,
     }
+
+
+def _operator(name: str, backend: str, factors: CURFactors, precision: str) -> Callable[..., Any]:
+    """Operator ``name`` for a backend name; plain torch where functions are transformed."""
+    language = _language(backend, name.removesuffix("_out"), factors, precision)
+    if not eager.is_transformed():
+        return ops.operator(name, language)
+    kernel = ops.plain(name)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with outside_autocast(factors.device):
+            return kernel(*args, **kwargs)
+
+    return call
 
 
 def _language(backend: str, name: str, factors: CURFactors, precision: str) -> str:
@@ -361,8 +431,29 @@ def check_cores(cores: Tensor, factors: CURFactors, adapter_ids: Tensor) -> None
     check_adapter_ids(adapter_ids, cores.shape[0], factors.device)
 
 
+def _check_nested(
+    x: Tensor, factors: CURFactors, z: Tensor | None, adapter_ids: Tensor | None
+) -> None:
+    """Refuses nested tensors of the old layout, and what has no meaning for rows that differ."""
+    if x.layout != torch.jagged:
+        raise ValueError(f"x: expected layout torch.jagged of a nested tensor, got {x.layout}")
+    if x.shape[-1] != factors.n2:  # the axis that differs from row to row, for one
+        raise ValueError(f"x: expected [..., {factors.n2}], got {list(x.shape)}")
+    for name, given in (("z", z), ("adapter_ids", adapter_ids)):
+        if given is not None:
+            raise ValueError(f"{name}: expected None with a nested x, got a tensor")
+
+
+def _nested_as(x: Any, values: Tensor) -> Tensor:
+    """A nested tensor with the rows of ``x`` and other values."""
+    nested: Tensor = torch.nested.nested_tensor_from_jagged(
+        values, x.offsets(), x.lengths(), jagged_dim=x._ragged_idx
+    )
+    return nested
+
+
 def _check_rows(adapter_ids: Tensor, x: Tensor) -> None:
-    if isinstance(x, Tensor) and x.ndim:
+    if x.ndim:
         rows, tokens = adapter_ids.shape[0], math.prod(x.shape[:-1])
         if tokens % rows if rows else tokens:
             raise ValueError(
@@ -378,8 +469,8 @@ def check_adapter_ids(adapter_ids: Tensor, adapters: int, device: torch.device) 
     if adapter_ids.ndim != 1:
         raise ValueError(f"adapter_ids: expected [B], got {list(adapter_ids.shape)}")
     check_device("adapter_ids", adapter_ids, device)
-    # Elsewhere a look at the values would wait for the device.
-    if adapter_ids.device.type != "cpu" or torch.compiler.is_compiling():
+    # Elsewhere a look at the values would wait for the device, or there are none to look at.
+    if adapter_ids.device.type != "cpu" or eager.is_traced():
         return
     if adapter_ids.numel() and not 0 <= adapter_ids.min() <= adapter_ids.max() < adapters:
         raise ValueError(
@@ -450,6 +541,13 @@ def _check_layer(weight: Tensor, bias: Tensor | None, factors: CURFactors, slice
     slices = weight.shape[0] // n1
     _check_slice(slice_index, slices, factors.n3)
     return slices
+
+
+def _check_scale(scale: float) -> None:
+    if isinstance(scale, Tensor):  # a gradient would not reach it
+        raise TypeError("scale: expected a number, got a torch.Tensor")
+    if not torch.compiler.is_compiling() and not math.isfinite(scale):
+        raise ValueError(f"scale: expected a finite number, got {scale}")
 
 
 def _check_slice(slice_index: int, slices: int, n3: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,34 +12,8 @@ from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import TensorWeakRef
 
 from . import streams
-
-
-class Layer(Protocol):
-    """What a stack asks of its layers: a weight [out_features, in_features], and which slices."""
-
-    @property
-    def weight(self) -> Tensor:
-        """``[out_features, in_features]``, a view where it is stored otherwise."""
-
-    @property
-    def bias(self) -> Tensor | None:
-        """``[out_features]`` or None."""
-
-    slice_index: int
-    slices: int
-    in_features: int
-    out_features: int
-
-
-class Stack(Protocol):
-    """What a layer asks of its stack."""
-
-    n1: int
-    n3: int
-    rank: int
-
-    def forward_slices(self, x: Tensor, layer: Layer) -> Tensor:
-        """``x`` through the slices of one layer."""
+from .base import version_of
+from .places import Place
 
 
 class Effective:
@@ -60,9 +34,7 @@ class Effective:
         self.buffer, self.transposed = buffer, transposed
         self._views: dict[int, Tensor] = {}
 
-    def filled(
-        self, core: Tensor, layers: Sequence[Layer], weights: Sequence[Tensor], capture: int
-    ) -> None:
+    def filled(self, core: Tensor, capture: int) -> None:
         """To be said when the buffer was filled: of what, and in which capture (0: in none)."""
         device = core.device
         self.capture = capture
@@ -77,10 +49,7 @@ class Effective:
         self._value = core.detach().clone() if is_by_value else None
         self._core = TensorWeakRef(core)
         self._core_version = version_of(core)
-        self._weight_versions = {
-            layer.slice_index: version_of(weight)
-            for layer, weight in zip(layers, weights, strict=True)
-        }
+        self._written = self.buffer._version
         self._mark = streams.mark(device) if streams.are_used(device) else None
         # The streams that use it: they know it is whole, and are waited for before it is not.
         self._users: dict[int, Any] = {}
@@ -91,6 +60,11 @@ class Effective:
         """Whether this is W_eff of ``core`` in ``dtype``, as far as the core is concerned."""
         if self.is_void or dtype != self.buffer.dtype:
             return False
+        if self.buffer._version != self._written:
+            raise RuntimeError(
+                "weight: expected W_eff as it was built, got one that was written in place through "
+                "a view of it; write to the base_weight of the layer"
+            )
         if self._value is not None:
             return torch.equal(core, self._value)
         if version_of(core) != self._core_version or self._core() is not core:
@@ -101,7 +75,7 @@ class Effective:
         # one took.
         return not self.is_doubtful or is_within_backward()
 
-    def w_eff(self, layers: Sequence[Layer]) -> Tensor:
+    def w_eff(self, layers: Sequence[Place]) -> Tensor:
         """``[n3, n1, n2]`` of all layers; a copy where slices of one lie side by side."""
         if self.buffer.ndim == 3:
             return self.buffer.mT if self.transposed else self.buffer
@@ -112,17 +86,13 @@ class Effective:
         """Whether values of the core are compared."""
         return self._value is not None
 
-    def holds(self, layer: Layer, weight: Tensor) -> bool:
-        """Whether the weight of a layer is still the one that was added to."""
-        return version_of(weight) == self._weight_versions[layer.slice_index]
-
-    def _part(self, layer: Layer) -> Tensor:
+    def _part(self, layer: Place) -> Tensor:
         out, in_ = layer.out_features, layer.in_features
         first = layer.slice_index * (out // layer.slices) * in_
         part = self.buffer.view(-1)[first : first + out * in_]
         return part.view(in_, out).T if self.transposed else part.view(out, in_)
 
-    def view_of(self, layer: Layer) -> Tensor:
+    def view_of(self, layer: Place) -> Tensor:
         """The slices of one layer, ``[out_features, in_features]``, for the current stream.
 
         Its strides are those of the layer's weight.
@@ -154,6 +124,11 @@ class Effective:
             max(view._use_count() for view in views) > 1  # type: ignore[attr-defined]
             or max(map(sys.getrefcount, views)) > _ALONE
         ):
+            return False
+        # Views of the views, which readers of weights make: each tensor counts for its memory. The
+        # buffer and the storage that is asked here are two.
+        storage = self.buffer.untyped_storage()
+        if torch._C._storage_Use_Count(storage._cdata) > len(self._views) + 2:
             return False
         if capture == self.capture:
             here = streams.current(device)
@@ -228,11 +203,11 @@ class Kept:
         self._worn.clear()
 
     def find(
-        self, dtype: torch.dtype, core: Tensor, layer: Layer, weight: Tensor, capture: int
+        self, dtype: torch.dtype, core: Tensor, layer: Place, capture: int
     ) -> Effective | None:
         """W_eff of the present core, as far as one layer is concerned, if it is there."""
         built = self._captured if capture else self._eager
-        if built is None or built.capture != capture or not built.holds(layer, weight):
+        if built is None or built.capture != capture:
             return None
         if self.has_graphs and layer.slice_index in built.taken and not is_within_backward():
             return None
@@ -258,16 +233,9 @@ class Kept:
                 self._eager = last = None  # gives its memory back before more is asked for
         return Effective(torch.empty(shape, dtype=dtype, device=device), transposed)
 
-    def put(
-        self,
-        built: Effective,
-        core: Tensor,
-        layers: Sequence[Layer],
-        weights: Sequence[Tensor],
-        capture: int,
-    ) -> None:
+    def put(self, built: Effective, core: Tensor, capture: int) -> None:
         """Keeps W_eff, whose buffer was just filled."""
-        built.filled(core, layers, weights, capture)
+        built.filled(core, capture)
         if capture:
             self._captured = built
         else:
@@ -289,30 +257,26 @@ class Kept:
 
 
 class Projected:
-    """z of the latest input, for the next layer that has the same one. Keeps neither alive."""
+    """z of the latest input, for the next layer that has the same one. Keeps neither alive.
 
-    __slots__ = ("_capture", "_grad", "_horizontal_hat", "_stream", "_version", "_x", "_z", "held")
+    Threads may use it at a time: what is known of the latest is one object, read and put at once.
+    """
+
+    __slots__ = ("_latest", "held")
 
     def __init__(self) -> None:
         self.forget()
 
     def forget(self) -> None:
         """As if nothing had been projected yet."""
-        self._x: TensorWeakRef | None = None
-        self._z: TensorWeakRef | None = None
-        self._horizontal_hat: Tensor | None = None
-        self._version, self._capture = (0, 0), 0
-        self._stream: Any = None
-        self._grad = False
+        self._latest: tuple[Any, ...] | None = None
         #: z itself, where no graph keeps it.
         self.held: Tensor | None = None
 
     def put(self, x: Tensor, z: Tensor, horizontal_hat: Tensor, capture: int, hold: bool) -> None:
         """z of ``x`` by these packed factors; ``hold``: kept alive until the next one."""
-        self._x, self._version = TensorWeakRef(x), version_of(x)
-        self._z, self._horizontal_hat = TensorWeakRef(z), horizontal_hat
-        self._capture, self._stream = capture, streams.current(z.device)
-        self._grad = z.requires_grad
+        where = (version_of(x), capture, streams.current(z.device), z.requires_grad)
+        self._latest = (TensorWeakRef(x), TensorWeakRef(z), horizontal_hat, where)
         self.held = z if hold else None
 
     def z_of(self, x: Tensor, horizontal_hat: Tensor, capture: int) -> Tensor | None:
@@ -320,26 +284,18 @@ class Projected:
 
         On another stream or in another capture z is formed anew, which is less than to wait.
         """
-        if self._x is None or self._z is None or self._x() is not x:
+        latest = self._latest
+        if latest is None:
+            return None
+        latest_x, latest_z, latest_hat, where = latest
+        if latest_x() is not x or latest_hat is not horizontal_hat:
             return None
         if x.is_inference():  # counts no versions: written to in place, it would look the same
             return None
-        if horizontal_hat is not self._horizontal_hat or self._grad != x.requires_grad:
+        if where != (version_of(x), capture, streams.current(x.device), x.requires_grad):
             return None
-        if version_of(x) != self._version:
-            return None
-        if capture != self._capture or streams.current(x.device) != self._stream:
-            return None
-        z: Tensor | None = self._z()
+        z: Tensor | None = latest_z()
         return z
-
-
-def version_of(tensor: Tensor) -> tuple[int, int]:
-    """Changes when the tensor is written to in place or given other memory.
-
-    Inference tensors count no versions; of those only other memory is seen.
-    """
-    return tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version
 
 
 def is_within_backward() -> bool:

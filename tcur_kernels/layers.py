@@ -1,90 +1,35 @@
-"""Adapted forms of the layers that keep their weights in another way than ``nn.Linear``.
-
-Each takes the place of a module and has its parameters, attributes and state_dict; only the linear
-maps inside go through a stack.
-"""
+"""Adapted ``nn.MultiheadAttention``, and how modules are adapted in place and put back."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import TypeVar
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from .kept import Stack
-from .linear import TProductLinear
+from .linear import Adapted, adapted_class, base, effective
 from .places import Place
-
-_Module = TypeVar("_Module", bound=nn.Module)
-_Linear = TypeVar("_Linear", bound=nn.Linear)
+from .rows import rows_of
 
 
-def twin(module: nn.Module, kind: type[_Module]) -> _Module:
-    """A module of another type with the parameters, submodules and attributes of ``module``."""
-    made = kind.__new__(kind)
-    made.__dict__.update(module.__dict__)
-    for held in ("_parameters", "_buffers", "_modules"):
-        made.__dict__[held] = dict(module.__dict__[held])
-    return made
-
-
-class TProductConv1D(nn.Module):
-    """GPT-2's ``Conv1D``, whose weight is stored (in, out), on slices of a stack."""
-
-    place: Place
-    stack: Stack
-    base_class: type[nn.Module]
-
-    @classmethod
-    def from_conv1d(cls, conv1d: nn.Module, stack: Stack, place: Place) -> TProductConv1D:
-        """The layer that takes the place of ``conv1d``; ``place`` then refers to it."""
-        layer = twin(conv1d, cls)
-        # Not registered as a submodule: the core must have one name and one owner.
-        object.__setattr__(layer, "stack", stack)
-        layer.place = Place(layer, place.slice_index, place.slices, transposed=True)
-        layer.base_class = type(conv1d)
-        return layer
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``x`` [..., in] -> [..., out], with the stack's update."""
-        return self.stack.forward_slices(x, self.place)
-
-    def extra_repr(self) -> str:
-        """Sizes, and the place in the stack."""
-        place = self.place
-        return f"nf={place.out_features}, nx={place.in_features}, slice={place.slice_index}"
-
-
-class TProductMultiheadAttention(nn.MultiheadAttention):
+class TProductMultiheadAttention(Adapted, nn.MultiheadAttention):
     """``nn.MultiheadAttention`` with projections on slices of stacks.
 
-    Made by `from_attention`. The in-projections run functionally, each on its slice, and the output
-    projection is called as a module: nothing is merged. What depends on how torch groups products
-    (the fused inference path, one product for q, k and v) differs from the base by rounding.
+    The module that was adapted, of another class. Its weights read as W_eff, so that its own
+    forward, and torch's fused paths, compute as they did; ``base_in_proj_weight`` and the like are
+    the base weights.
     """
 
-    places: dict[str, tuple[Stack, Place]]
-
-    @classmethod
-    def from_attention(
-        cls,
-        attention: nn.MultiheadAttention,
-        projections: Mapping[str, tuple[Stack, Place]],
-        out_proj: TProductLinear | None,
-    ) -> TProductMultiheadAttention:
-        """The layer that takes the place of ``attention``; the places then refer to it."""
-        layer = twin(attention, cls)
-        layer.places = {}
-        for name, (stack, place) in projections.items():
-            own = Place(layer, place.slice_index, place.slices, name)
-            layer.places[name] = (stack, own)
-        if out_proj is not None:
-            layer.out_proj = out_proj  # type: ignore[assignment]
-        return layer
+    in_proj_weight = effective("in_proj_weight")
+    q_proj_weight = effective("q_proj_weight")
+    k_proj_weight = effective("k_proj_weight")
+    v_proj_weight = effective("v_proj_weight")
+    base_in_proj_weight = base("in_proj_weight")
+    base_q_proj_weight = base("q_proj_weight")
+    base_k_proj_weight = base("k_proj_weight")
+    base_v_proj_weight = base("v_proj_weight")
 
     def forward(
         self,
@@ -97,7 +42,22 @@ class TProductMultiheadAttention(nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """As ``nn.MultiheadAttention``; no nested tensors."""
+        """As ``nn.MultiheadAttention``.
+
+        Which reads its weights, and so W_eff. In a batch of many adapters each row has a W_eff of
+        its own; then every projection goes through its stack.
+        """
+        if all(rows_of(place.stack) is None for place in self._every_place()):
+            return super().forward(
+                query,
+                key,
+                value,
+                key_padding_mask,
+                need_weights,
+                attn_mask,
+                average_attn_weights,
+                is_causal,
+            )
         batched = query.dim() == 3
         q_in = self._batch_first(query, batched)
         # Inputs that are one tensor stay one: their projections share z.
@@ -141,11 +101,17 @@ class TProductMultiheadAttention(nn.MultiheadAttention):
         return x if self.batch_first else x.transpose(0, 1)
 
     def _project(self, name: str, x: Tensor) -> Tensor:
-        if name in self.places:
-            stack, place = self.places[name]
-            return stack.forward_slices(x, place)
+        place = self.tcur_places.get(name)
+        if place is not None:
+            projected: Tensor = place.stack.forward_slices(x, place)
+            return projected
         base = Place(self, projection=name)
         return F.linear(x, base.weight, base.bias)
+
+    def _every_place(self) -> Iterator[Place]:
+        yield from self.tcur_places.values()
+        if isinstance(self.out_proj, Adapted):
+            yield from self.out_proj.tcur_places.values()
 
     def _mask(
         self, attn_mask: Tensor | None, key_padding_mask: Tensor | None, q: Tensor
@@ -170,24 +136,31 @@ def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros_like(mask, dtype=dtype).masked_fill(mask, float("-inf"))
 
 
-def plain(module: nn.Module) -> nn.Module:
-    """The module that an adapted layer stands for, with the parameters that the layer has now."""
-    if isinstance(module, TProductConv1D):
-        conv1d = twin(module, module.base_class)
-        for name in ("place", "stack", "base_class"):
-            del conv1d.__dict__[name]
-        return conv1d
-    if isinstance(module, TProductMultiheadAttention):
-        attention = twin(module, nn.MultiheadAttention)
-        del attention.__dict__["places"]
-        if isinstance(module.out_proj, TProductLinear):
-            attention.out_proj = _unadapted(module.out_proj, NonDynamicallyQuantizableLinear)
-        return attention
-    assert isinstance(module, TProductLinear)
-    return _unadapted(module, nn.Linear)
+def adapt_in_place(places: Sequence[Place]) -> None:
+    """Makes adapted layers of the modules that hold these weights; they stay the same objects."""
+    for place in places:
+        module = place.module
+        if not isinstance(module, Adapted):
+            plain = type(module)
+            kind = TProductMultiheadAttention if place.projection else adapted_class(module)
+            module.__dict__["tcur_places"] = {}
+            module.__class__ = kind
+            _rebind(module, plain)
+        assert isinstance(module, Adapted)
+        module.tcur_places[place.projection] = place
 
 
-def _unadapted(layer: TProductLinear, kind: type[_Linear]) -> _Linear:
-    linear = kind(layer.in_features, layer.out_features, bias=False, device="meta")
-    linear.weight, linear.bias = layer.weight, layer.bias
-    return linear.train(layer.training)
+def put_back(module: Adapted) -> None:
+    """Makes the layer what it was before it was adapted, with the weights that it holds now."""
+    adapted = type(module)
+    del module.__dict__["tcur_places"]
+    # The class that it was adapted from is the last of the bases.
+    module.__class__ = adapted.__bases__[-1]
+    _rebind(module, adapted)
+
+
+def _rebind(module: nn.Module, former: type[nn.Module]) -> None:
+    """accelerate's hooks call the forward that they found: they are given the present one."""
+    found = module.__dict__.get("_old_forward")
+    if getattr(found, "__func__", None) is former.forward:
+        module._old_forward = type(module).forward.__get__(module)

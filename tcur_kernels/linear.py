@@ -1,90 +1,248 @@
-"""The linear layer of a stack, and what is asked of the layers that make one."""
+"""The linear layers of a stack: modules adapted in place, by their class."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .distributed import is_sharded
-from .kept import Stack
+from .kept import is_within_backward
+from .places import Place, held, is_conv1d
+from .reading import EffectiveWeight, read_weight
+
+if TYPE_CHECKING:
+    pass
 
 
-class TProductLinear(nn.Linear):
-    """``nn.Linear`` whose weight is adapted as one or more consecutive slices of a stack.
+def effective(name: str) -> Any:
+    """A property: the parameter ``name`` of an adapted layer as others read it, W_eff.
 
-    A drop-in: same call, same ``weight`` and ``bias`` (the very parameters of the layer it
-    replaces), same ``state_dict``. The core belongs to ``stack``, not to the layer.
-
-    Args:
-        in_features, out_features, bias, device, dtype: as in ``nn.Linear``.
-        stack: the stack this layer belongs to.
-        slice_index: its first slice.
+    What is stored stays where torch keeps parameters, under its name: ``state_dict``, moves,
+    loading and sharding see the base weight.
     """
 
-    stack: Stack
+    def read(self: Adapted) -> Tensor | None:
+        stored = held(self, name)
+        if stored is None:
+            if name in self._parameters:
+                return None
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        if self.tcur_is_flattened and _is_between_passes(self, name, stored):
+            return stored
+        places = self.tcur_places_of(name)
+        return read_weight(stored, places) if places else stored
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        *,
-        stack: Stack,
-        slice_index: int,
-    ) -> None:
-        super().__init__(in_features, out_features, bias, device, dtype)
-        # Not registered as a submodule: the core must have one name and one owner.
-        object.__setattr__(self, "stack", stack)
-        self.slice_index = slice_index
-        self.slices = out_features // stack.n1
+    def write(self: Adapted, value: Any) -> None:
+        self.__dict__[name] = value  # a plain tensor in the place of the parameter, as FSDP1 sets
+
+    def delete(self: Adapted) -> None:
+        del self.__dict__[name]
+
+    return property(read, write, delete, f"W_eff; the base weight is ``base_{name}``.")
+
+
+def _is_between_passes(module: nn.Module, name: str, stored: Tensor) -> bool:
+    """Whether FSDP1 may be asking if the parameter is still the one that it flattened.
+
+    It takes another tensor for a new value of the parameter. In a forward it sets a plain tensor,
+    twice over; in a backward once, which may be left over when the next forward begins.
+    """
+    if hasattr(stored, _FLATTENED):
+        return True
+    return name not in module._parameters and not is_within_backward()
+
+
+#: What FSDP1 calls the attribute by which it marks parameters with ``use_orig_params=True``.
+_FLATTENED = "_fsdp_flattened"
+
+
+def base(name: str) -> Any:
+    """A property: the base weight, as it is stored; while merged, the copy that is kept of it."""
+
+    def read(self: Adapted) -> Tensor | None:
+        return self.tcur_base(name)
+
+    return property(read, doc=f"The base weight behind ``{name}``, as it is stored.")
+
+
+class Adapted(nn.Module):
+    """What all adapted layers have in common: a module of the class that it had, and its places.
+
+    A module becomes one by its class (`adapt_in_place`), and stays the object that it was.
+    """
+
+    #: Projection (None: the module's own weight) -> its place in a stack.
+    tcur_places: dict[str | None, Place]
+    #: Whether FSDP1 has flattened the parameters, and keeps them.
+    tcur_is_flattened = False
+
+    def tcur_places_of(self, parameter: str) -> list[Place]:
+        """The places whose weights are in that parameter."""
+        places = self.__dict__.get("tcur_places", {})
+        return [place for place in places.values() if place.parameter == parameter]
+
+    def tcur_base(self, name: str) -> Tensor | None:
+        """The base weight in that parameter, as stored."""
+        stored: Tensor | None = held(self, name)
+        copies = [p for p in self.tcur_places_of(name) if p.backup is not None]
+        if stored is None or not copies:
+            return stored
+        if copies[0].backup is not None and copies[0].backup.shape == stored.shape:
+            return copies[0].backup
+        whole = stored.detach().clone()
+        for place in copies:
+            assert place.backup is not None
+            whole[place.first_row : place.first_row + place.out_features] = place.backup
+        return whole
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, EffectiveWeight) and name in self._parameters:
+            if value.is_of(self._parameters[name]):
+                return  # layer.weight = layer.weight
+            raise TypeError(
+                f"{name}: expected a parameter, got the effective weight of an adapted layer; use "
+                f"base_{name}, or a copy: nn.Parameter(weight.detach().clone())"
+            )
+        if hasattr(value, _FLATTENED):
+            self.__dict__["tcur_is_flattened"] = True
+        super().__setattr__(name, value)
+
+    def train(self, mode: bool = True) -> Any:
+        """As of any module. Averages of weights come and go with it: nothing is taken as known."""
+        for place in self.tcur_places.values():
+            place.stack.doubt(place)
+        return super().train(mode)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """As of any module; the copies of merged weights move along."""
+        for place in self.tcur_places.values():
+            held(self, place.parameter)
+        super()._apply(fn, recurse)
+        for place in self.tcur_places.values():
+            if place.backup is not None:
+                place.backup = fn(place.backup)
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        for place in self.tcur_places.values():
+            held(self, place.parameter)
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for place in self.tcur_places.values():
+            if place.backup is not None:  # a checkpoint holds the base and the core, merged or not
+                kept = self.tcur_base(place.parameter)
+                assert kept is not None
+                destination[prefix + place.parameter] = kept if keep_vars else kept.detach()
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        merged = [place for place in self.tcur_places.values() if place.backup is not None]
+        for place in merged:  # what is loaded is the base
+            place.restore()
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        for place in merged:
+            place.keep()
+        for place in self.tcur_places.values():
+            place.stack.loaded(place)
+
+
+class _AdaptedLinear(Adapted):
+    """A layer with one weight."""
+
+    weight = effective("weight")
+    base_weight = base("weight")
+
+    @property
+    def tcur_place(self) -> Place:
+        """The place of its weight."""
+        return self.tcur_places[None]
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``input`` [..., in_features] -> [..., out_features], with the stack's update."""
+        place = self.tcur_places[None]
+        output: Tensor = place.stack.forward_slices(input, place)
+        return output
+
+    def extra_repr(self) -> str:
+        """Sizes, and the place in the stack."""
+        place = self.tcur_place
+        last = place.slice_index + place.slices - 1
+        where = f"{place.slice_index}" if place.slices == 1 else f"{place.slice_index}-{last}"
+        stack = place.stack
+        sizes = super().extra_repr() or f"nf={place.out_features}, nx={place.in_features}"
+        return f"{sizes}, slice={where} of {stack.n3}, rank={stack.rank}"
+
+
+class TProductLinear(_AdaptedLinear, nn.Linear):
+    """``nn.Linear`` whose weight is adapted as one or more consecutive slices of a stack.
+
+    The module that was adapted, of another class: same object, hooks, attributes, ``state_dict``.
+    ``weight`` reads as W_eff, differentiable to the core; ``base_weight`` is the base weight.
+    """
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, stack: Stack, slice_index: int) -> TProductLinear:
-        """The layer that takes the place of ``linear`` and shares its parameters."""
-        layer = cls(
+    def from_linear(cls, linear: nn.Linear) -> TProductLinear:
+        """A layer beside ``linear`` that shares its parameters; its place is to be set."""
+        layer = nn.Linear(
             linear.in_features,
             linear.out_features,
             linear.bias is not None,
             device="meta",
-            dtype=linear.weight.dtype,
-            stack=stack,
-            slice_index=slice_index,
         )
-        layer.weight = linear.weight
-        layer.bias = linear.bias
-        return layer.train(linear.training)
-
-    def forward(self, input: Tensor) -> Tensor:
-        """``input`` [..., in_features] -> [..., out_features], with the stack's update."""
-        return self.stack.forward_slices(input, self)
-
-    def extra_repr(self) -> str:
-        """That of ``nn.Linear``, and the place in the stack."""
-        last = self.slice_index + self.slices - 1
-        where = f"{self.slice_index}" if self.slices == 1 else f"{self.slice_index}-{last}"
-        return f"{super().extra_repr()}, slice={where} of {self.stack.n3}, rank={self.stack.rank}"
+        layer.weight, layer.bias = linear.weight, linear.bias
+        layer.train(linear.training)
+        layer.__class__ = cls
+        assert isinstance(layer, cls)
+        return layer
 
 
-def check_linears(linears: Sequence[nn.Linear]) -> None:
-    """Refuses layers that cannot share a stack, naming what was expected and what came."""
-    if not linears:
-        raise ValueError("linears: expected at least one nn.Linear, got none")
-    for linear in linears:
-        if not isinstance(linear, nn.Linear):
-            raise TypeError(f"linears: expected nn.Linear, got {type(linear).__name__}")
-        weight, first = linear.weight, linears[0].weight
+class TProductOutProjection(_AdaptedLinear, NonDynamicallyQuantizableLinear):
+    """The output projection of an ``nn.MultiheadAttention``, which reads its weight."""
+
+
+@cache
+def _adapted_conv1d(kind: Any) -> type[Adapted]:
+    made = type(
+        "TProductConv1D",
+        (_AdaptedLinear, kind),
+        {
+            "__doc__": "GPT-2's ``Conv1D``, stored (in, out), with its weight in a stack.",
+            "__repr__": nn.Module.__repr__,
+        },
+    )
+    made.__module__ = __name__
+    return made
+
+
+def __getattr__(name: str) -> Any:
+    """``TProductConv1D``, made of a class of transformers: pickled models look for it here."""
+    if name == "TProductConv1D":
+        from transformers.pytorch_utils import Conv1D
+
+        return _adapted_conv1d(Conv1D)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def adapted_class(module: nn.Module) -> type[Adapted]:
+    """What class a linear layer takes when it is adapted."""
+    if is_conv1d(module):
+        return _adapted_conv1d(type(module))  # type: ignore[arg-type]
+    return TProductLinear if type(module) is nn.Linear else TProductOutProjection
+
+
+def check_weights(places: Sequence[Place]) -> None:
+    """Refuses weights that cannot share a stack, naming what was expected and what came."""
+    first = places[0].weight
+    for place in places:
+        weight = place.weight
         if is_sharded(weight):
             raise ValueError(
                 "linears: expected whole weights, got sharded ones; adapt first, then fully_shard"
             )
         if not weight.dtype.is_floating_point:
             raise TypeError(f"linears: expected a floating dtype, got {weight.dtype}")
-        if weight.requires_grad:
-            raise ValueError("linears: expected frozen weights, got one with requires_grad=True")
         if weight.shape[1] != first.shape[1]:
             raise ValueError(
                 f"linears: expected {first.shape[1]} in_features as in the first layer, "
@@ -97,10 +255,26 @@ def check_linears(linears: Sequence[nn.Linear]) -> None:
             )
 
 
-def slices_in(linear: nn.Linear, n1: int) -> int:
-    """How many slices of n1 rows a layer takes."""
-    if linear.out_features % n1:
-        raise ValueError(
-            f"linears: expected out_features to be a multiple of {n1}, got {linear.out_features}"
-        )
-    return linear.out_features // n1
+def places_of(linears: Sequence[nn.Linear], n1: int | None) -> list[Place]:
+    """Layers beside these, which share their parameters, as places one after the other."""
+    if not linears:
+        raise ValueError("linears: expected at least one nn.Linear, got none")
+    for linear in linears:
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(f"linears: expected nn.Linear, got {type(linear).__name__}")
+        if linear.weight.requires_grad:
+            raise ValueError("linears: expected frozen weights, got one with requires_grad=True")
+    n1 = min(linear.out_features for linear in linears) if n1 is None else n1
+    places, start = [], 0
+    for linear in linears:
+        if linear.out_features % n1:
+            raise ValueError(
+                f"linears: expected out_features to be a multiple of {n1}, got "
+                f"{linear.out_features}"
+            )
+        layer = TProductLinear.from_linear(linear)
+        place = Place(layer, start, linear.out_features // n1)
+        layer.tcur_places = {None: place}
+        places.append(place)
+        start += place.slices
+    return places

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -11,13 +12,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import cost
+from .base import Base, is_here
 from .decompose import MAX_WORKSPACE, Selection, Stack, as_stack, check_rank, select_slices
-from .distributed import ReentrantGuard, is_sharded, whole
+from .distributed import ReentrantGuard, whole
 from .eager import Call, LatestSum, is_traced, project, run_layer, without_autocast
-from .factors import PRECISIONS, CURFactors
-from .functional import check_cores, cur_linear, materialize, prepare
-from .kept import Effective, Kept, Layer, Projected
-from .linear import TProductLinear, check_linears, slices_in
+from .factors import CURFactors
+from .functional import check_cores, check_precision, cur_linear, materialize, prepare, slice_update
+from .kept import Effective, Kept, Projected
+from .linear import check_weights, places_of
+from .places import Place
+from .reading import effective_sum
+from .rows import Repeat, Rows, check_repeat, rows_of, using_rows
+from .switching import ForwardCore, LateGradient, warn_of_unused
 
 
 class TProductStack(nn.Module):
@@ -31,7 +37,8 @@ class TProductStack(nn.Module):
         linears: layers in the order of their slices, which matters: the t-product is a circular
             convolution along it. Same in_features, dtype and device; their weights must not
             require grad. A layer whose out_features is a multiple m of the smallest one takes m
-            consecutive slices (a fused q, k, v projection takes three).
+            consecutive slices (a fused q, k, v projection takes three). Or places of weights in
+            modules that are adapted in place, see `places.Place` and `layers.adapt_in_place`.
         rank: r, 1 to min(n1, n2).
         alpha: scale of the update.
         selection: rule for the slices, see `tensor_cur`.
@@ -45,28 +52,26 @@ class TProductStack(nn.Module):
         source: where the weights are read to choose slices, C and R, for layers on the meta device;
             default the layers themselves.
         max_workspace, progress: of that reading, see `tensor_cur`.
+        name: of the stack, for messages.
 
     Attributes:
         core: Parameter ``[n3, r, r]``, fp32 (fp64 for fp64 weights), whatever dtype the model is
-            cast to. Of several cores (`add_core`) the active one; the others are frozen parameters
-            ``core_<name>``.
-        layers: the `TProductLinear` layers, which share the parameters of ``linears``; or whatever
-            else holds the weights, see `kept.Layer`.
+            cast to. Of several cores (`add_core`) the active one; the others are frozen.
+        layers: the modules that hold the weights; of layers given as ``linears``, `TProductLinear`
+            layers that share their parameters.
+        places: where the weights are, in the order of their slices.
+        base: C and R, and whether they are of the weights that are there now.
         rows, columns: the chosen indices I and J.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
 
-    core: nn.Parameter
-    lateral: Tensor
-    horizontal: Tensor
-    lateral_hat: Tensor
-    horizontal_hat: Tensor
+    _holder: nn.Module
 
     def __init__(
         self,
-        linears: Sequence[nn.Linear],
+        linears: Sequence[nn.Linear] | Sequence[Place],
         rank: int = 8,
         alpha: float = 1.0,
         selection: Selection = "norm",
@@ -78,76 +83,216 @@ class TProductStack(nn.Module):
         source: Stack | None = None,
         max_workspace: int = MAX_WORKSPACE,
         progress: bool = False,
+        name: str = "",
     ) -> None:
         super().__init__()
-        if precision not in PRECISIONS:
-            raise ValueError(
-                f"precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}"
-            )
         if mode not in cost.MODES:
             raise ValueError(f"mode: expected one of {', '.join(cost.MODES)}, got {mode!r}")
-        check_linears(linears)
-        self.n1 = min(linear.out_features for linear in linears) if n1 is None else n1
-        self.n2 = linears[0].in_features
-        counts = [slices_in(linear, self.n1) for linear in linears]
-        self.n3, self.rank, self.alpha, self.mode = sum(counts), rank, float(alpha), mode
+        places: list[Place] = []
+        for each in linears:
+            if not isinstance(each, Place):
+                places = places_of(linears, n1)  # type: ignore[arg-type]
+                break
+            places.append(each)
+        if not places:
+            raise ValueError("linears: expected at least one nn.Linear, got none")
+        check_weights(places)
+        self.name, self.places = name, places
+        self.n1, self.n2 = places[0].out_features // places[0].slices, places[0].in_features
+        self.n3 = sum(place.slices for place in places)
+        self.rank, self.alpha, self.mode = rank, float(alpha), mode
         check_rank("rank", rank, self.n1, self.n2)
         if not torch.isfinite(torch.tensor(self.alpha)):
             raise ValueError(f"alpha: expected a finite number, got {alpha}")
 
         if source is None:
-            weights = [linear.weight.detach() for linear in linears]
+            weights = [place.weight.detach() for place in places]
             source = as_stack("linears", weights, max_workspace, progress, self.n1)
-        rows, columns = select_slices(source, rank, selection, generator)
+        check_precision(precision, source.device)
+        chosen = select_slices(source, rank, selection, generator)
         self.precision = precision
-        self.rows, self.columns = tuple(rows.tolist()), tuple(columns.tolist())
         source.check_finite()
+        is_own = factors is None
         if factors is None:
-            factors = CURFactors(source.columns(columns), source.rows(rows))
-        elif (factors.n3, factors.n1, factors.n2, factors.rank) != (
-            self.n3,
-            self.n1,
-            self.n2,
-            rank,
-        ):
+            factors = CURFactors(source.columns(chosen[1]), source.rows(chosen[0]))
+        sizes = (self.n3, self.n1, self.n2, rank)
+        if (factors.n3, factors.n1, factors.n2, factors.rank) != sizes:
             raise ValueError(
-                f"factors: expected n3, n1, n2, rank {self.n3}, {self.n1}, {self.n2}, {rank}, got "
-                f"{factors}"
+                f"factors: expected n3, n1, n2, rank {', '.join(map(str, sizes))}, got {factors}"
             )
-        factors = factors.to(source.device)
-        for name in ("lateral", "horizontal", "lateral_hat", "horizontal_hat"):
-            self.register_buffer(name, getattr(factors, name), persistent=False)
+        indices = (chosen[0].tolist(), chosen[1].tolist())
+        self.base = Base(name, places, indices, factors.to(source.device), is_own)
         core = torch.zeros(self.n3, rank, rank, dtype=factors.dtype, device=source.device)
-        self.core = nn.Parameter(core)
+        # Who holds the cores, and under which name the active one. Not registered here as a module:
+        # the holder may be the model itself.
+        object.__setattr__(self, "_holder", self)
+        self._key = "core"
+        self.register_parameter(self._key, nn.Parameter(core))
 
         self.enabled = True
-        self._backup: list[Tensor] | None = None  # base weights while merged
-        self._batch: tuple[Tensor, Tensor] | None = None  # cores and adapter_ids of the batch
         self._guard = ReentrantGuard()
+        self._activations = 0
+        self._is_looked_over = False
+        self._reset()
+        for place in places:
+            place.stack = self
+
+    def _reset(self) -> None:
+        """Nothing is kept yet, for the factors that there are now."""
+        self._lock = threading.RLock()
         self._kept = Kept()
-        self._factors: CURFactors | None = None
         self._calls: dict[tuple[int, str, torch.dtype], Call] = {}
         self._projected = Projected()
         self._gradient_sum = LatestSum()
-        self.layers: list[Layer] = []
-        start = 0
-        for linear, count in zip(linears, counts, strict=True):
-            self.layers.append(TProductLinear.from_linear(linear, self, start))
-            start += count
+        self._generation = self.base.generation
+        self._forward_core = ForwardCore()
+
+    # -- cores
+
+    @property
+    def core(self) -> nn.Parameter:
+        """The active core, ``[n3, r, r]``."""
+        return self.core_of(None)
+
+    @core.setter
+    def core(self, value: Tensor) -> None:
+        # A plain tensor in the place of the parameter, as FSDP1 sets it.
+        self.__dict__["core"] = value
+
+    @core.deleter
+    def core(self) -> None:
+        del self.__dict__["core"]
+
+    def core_of(self, name: str | None) -> nn.Parameter:
+        """The core of that name among those of `add_core`; None: the active one."""
+        key = self._key if name is None else self._key_of(name)
+        core: Any = self._holder._parameters.get(key)
+        if core is None:  # FSDP1 sets a plain tensor in the place of a parameter
+            core = self._holder.__dict__.get(key)
+        if core is None:
+            raise AttributeError(f"core: expected a parameter {key!r}, got none")
+        return core
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "core" and self._holder is not self:  # set where it is held
+            setattr(self._holder, self._key, value)
+        else:
+            super().__setattr__(name, value)
+
+    def hand_over(self, holder: nn.Module, key: str) -> None:
+        """Makes ``holder`` the module whose parameters the cores are, the active one ``key``."""
+        core = self._parameters.pop(self._key)
+        holder.register_parameter(key, core)
+        object.__setattr__(self, "_holder", holder)
+        self._key = key
+
+    def _key_of(self, name: str) -> str:
+        return f"{self._key}__{name}"
+
+    def add_core(self, name: str) -> None:
+        """Another core, of zeros, beside the active one; frozen until it is active itself."""
+        core = nn.Parameter(torch.zeros_like(self.core), requires_grad=False)
+        self._holder.register_parameter(self._key_of(name), core)
+
+    def remove_core(self, name: str) -> None:
+        """Drops a core that is not active."""
+        delattr(self._holder, self._key_of(name))
+
+    def activate_core(self, name: str, former: str) -> None:
+        """Makes the core of that name the active one, which goes on under the name ``former``.
+
+        Parameters change places, not values: what an optimizer holds stays what it was, and a
+        compiled graph, which takes the core as an input, stays valid. A graph that the former one
+        is part of still gives it its gradient.
+        """
+        core, trained = self.core_of(name), self.core
+        if trained.requires_grad:
+            LateGradient.keep(trained)
+        core.requires_grad_(trained.requires_grad)
+        trained.requires_grad_(False)
+        delattr(self._holder, self._key_of(name))
+        self._holder.register_parameter(self._key, core)
+        self._holder.register_parameter(self._key_of(former), trained)
+        self._activations += 1
+        self._gradient_sum.retire()
+
+    # -- C, R and the base
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The modules that hold the weights, in the order of their slices."""
+        return list(dict.fromkeys(place.module for place in self.places))
 
     @property
     def factors(self) -> CURFactors:
-        """The frozen C and R."""
-        if not torch.compiler.is_compiling() and self._factors is not None:
-            return self._factors
-        return CURFactors.from_packed(
-            self.lateral, self.horizontal, self.lateral_hat, self.horizontal_hat
+        """The frozen C and R, of the base weights that are there now."""
+        if not torch.compiler.is_compiling():
+            self._look()
+        return self.base.factors
+
+    @property
+    def lateral(self) -> Tensor:
+        """C ``[n3, n1, r]``."""
+        return self.factors.lateral
+
+    @property
+    def horizontal(self) -> Tensor:
+        """R ``[n3, r, n2]``."""
+        return self.factors.horizontal
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """The indices I of the rows that R is made of."""
+        return self.base.rows
+
+    @property
+    def columns(self) -> tuple[int, ...]:
+        """The indices J of the columns that C is made of."""
+        return self.base.columns
+
+    def _look(self) -> None:
+        """Takes C and R anew if the base weights changed; what was made of the old ones goes."""
+        with self._lock:
+            self.base.refresh()
+            self._forget_former()
+
+    def _forget_former(self) -> None:
+        if self._generation != self.base.generation:
+            self._generation = self.base.generation
+            self._kept.invalidate()
+            self._projected.forget()
+            self._calls.clear()
+
+    def doubt(self, place: Place | None = None) -> None:
+        """From now on the core, and the weight of a place, may have been written unseen."""
+        self._kept.doubt()
+        self.base.suspect(place)
+
+    def was_misused(self, place: Place) -> None:
+        """To be said when W_eff was written through a view of what a read of a weight gave."""
+        self._kept.invalidate()
+        self.base.misuse = (
+            f"weight: expected a view of W_eff that is not written to, got a write in place to a "
+            f"part of the weight of {place.name or 'a layer'}, which would be lost; write to its "
+            "base_weight"
         )
+        self.base.suspect()
+
+    def loaded(self, place: Place) -> None:
+        """To be said when a checkpoint brought the base weight of a place."""
+        self.base.suspect(place)
+        self._kept.invalidate()
+
+    def settle(self) -> None:
+        """Takes in what a checkpoint brought: C and R of the new base, and W_eff where merged."""
+        self._look()
+        if any(place.backup is not None for place in self.places):
+            self._write_w_eff()
 
     @property
     def is_merged(self) -> bool:
         """Whether the layers' weights hold W_eff now."""
-        return self._backup is not None
+        return self.places[0].backup is not None
 
     def base_slices(self) -> list[Tensor]:
         """The n3 base slices ``[n1, n2]``, views of the layers' weights (or of their backup)."""
@@ -155,9 +300,8 @@ class TProductStack(nn.Module):
 
     def each_base_slice(self) -> Iterator[Tensor]:
         """Those slices one after the other; sharded weights are gathered one at a time."""
-        weights = self._backup or [layer.weight for layer in self.layers]
-        for weight in weights:
-            yield from whole(weight.detach()).split(self.n1)
+        for place in self.places:
+            yield from whole(place.weight.detach()).split(self.n1)
 
     def effective(self, dtype: torch.dtype) -> Tensor:
         """W_eff ``[n3, n1, n2]`` for the present core, rebuilt only when it changed.
@@ -167,24 +311,73 @@ class TProductStack(nn.Module):
         to a new buffer instead. Where a weight that is stored (in, out) has several slices, they
         lie side by side, and this is a copy.
         """
-        return self._built(dtype).w_eff(self.layers)
+        with self._lock:
+            return self._built(dtype).w_eff(self.places)
+
+    def effective_weight(self, place: Place) -> Tensor:
+        """W_eff of one place, ``[out, in]`` in the dtype of the weight; differentiable."""
+        return effective_sum([place])
+
+    def update(self, place: Place) -> Tensor:
+        """What the core adds to one place, ``[out, in]``, at least fp32; differentiable."""
+        factors = self.factors
+        core = self.core.to(factors.dtype)
+        return slice_update(factors, core, place.slice_index, place.slices, self.alpha)
+
+    def effective_value(self, place: Place) -> Tensor:
+        """The numbers of it: those that are kept where layers run by W_eff."""
+        weight = place.weight
+        with self._lock, torch.no_grad():
+            self._look()
+            tokens = int(cost.tokens_worth_materializing(*self._sizes)) + 1
+            capture = self._kept.capture_of(self.core.device)
+            built = self._effective_for(place, weight, weight.dtype, tokens, capture)
+            return self.effective_weight(place) if built is None else built.view_of(place)
+
+    def core_grad_of_weight(self, grad: Tensor, place: Place) -> Tensor:
+        """Gradient of the core from that of one place's W_eff, ``[out, in]``; differentiable."""
+        factors = self.factors
+        self._gradient_came()
+        call = prepare(place.weight, None, factors, place.slice_index, "ieee")
+        hats = (call.lateral_hat, call.horizontal_hat)
+        total: Tensor | None = None
+        for index, each in enumerate(grad.unflatten(0, (place.slices, self.n1))):
+            where = (self.n3, place.slice_index + index, 1)
+            part = call.core_grad_tokens(each, None, *hats, *where, None, 1, False)
+            total = part if total is None else total + part
+        assert total is not None
+        return (self.alpha * total).to(self.core.dtype)
+
+    def _gradient_came(self) -> None:
+        """The core may be written from now on. A first step has run all layers that ever run."""
+        self._kept.doubt()
+        if not self._is_looked_over:
+            self._is_looked_over = True
+            warn_of_unused("backward", self.unused())
+
+    def unused(self) -> list[str]:
+        """Names of the layers that were neither called nor read since they were adapted."""
+        return [place.name for place in self.places if place.name and not place.ran]
+
+    @property
+    def _sizes(self) -> tuple[int, int, int, int]:
+        return self.n1, self.n2, self.n3, self.rank
 
     def _built(self, dtype: torch.dtype) -> Effective:
-        kept, core = self._kept, self.core
-        capture = kept.capture_of(core.device)
-        weights = [layer.weight for layer in self.layers]
-        for layer, weight in zip(self.layers, weights, strict=True):
-            built = kept.find(dtype, core, layer, weight, capture)
-            if built is None or kept.has_graphs:  # this is no pass, of which each layer counts one
-                return self._build(dtype, weights, capture)
+        self._look()
+        capture = self._kept.capture_of(self.core.device)
+        for place in self.places:
+            built = self._kept.find(dtype, self.core, place, capture)
+            if built is None or self._kept.has_graphs:  # no pass, of which each layer counts one
+                return self._build(dtype, capture)
         assert built is not None
         return built
 
     @torch.inference_mode(False)  # what is kept must also serve a training step
     @torch.no_grad()
-    def _build(self, dtype: torch.dtype, weights: Sequence[Tensor], capture: int) -> Effective:
-        core, factors, (n3, n1, n2) = self.core, self.factors, (self.n3, self.n1, self.n2)
-        base = self._backup or weights
+    def _build(self, dtype: torch.dtype, capture: int) -> Effective:
+        core, factors, (n3, n1, n2) = self.core, self.base.factors, (self.n3, self.n1, self.n2)
+        base = [place.weight for place in self.places]
         # Stored (in, out), as by Conv1D: (C * U * R)ᵀ slice by slice is Rᵀ * Uᵀ * Cᵀ, and no weight
         # has to be copied for the kernels. Slices of one weight lie side by side then.
         transposed = all(each.mT.is_contiguous() and not each.is_contiguous() for each in base)
@@ -200,87 +393,94 @@ class TProductStack(nn.Module):
             for weight in base:
                 slices.extend([weight] if weight.shape[0] == n1 else weight.split(n1))
             materialize(slices, factors, core, self.alpha, out=built.buffer)
-        self._factors = factors
-        self._kept.put(built, core, self.layers, weights, capture)
+        self._kept.put(built, core, capture)
         return built
 
     def invalidate(self) -> None:
-        """Has W_eff built before it is used again.
+        """Has W_eff built, and the base weights looked at, before they are used again.
 
         For code that writes the core, or the base weights, past torch's version counters and at
         another time than between a backward and the next forward; see docs/adapters.md.
         """
         self._kept.invalidate()
         self._projected.forget()
+        self.base.suspect()
 
     def train(self, mode: bool = True) -> TProductStack:
         """As of any module. Averages of the weights come and go with it, so W_eff is in doubt."""
-        self._kept.doubt()
+        self.doubt()
         return super().train(mode)
 
-    def forward_slices(self, x: Tensor, layer: Layer) -> Tensor:
-        """``x`` through one layer of this stack; see `TProductLinear.forward`."""
-        weight, bias, source = layer.weight, layer.bias, x
+    def forward_slices(self, x: Tensor, place: Place) -> Tensor:
+        """``x`` through the layer of one place; see `TProductLinear.forward`."""
+        weight, bias, source = place.weight, place.bias, x
         dtype, precision = weight.dtype, self.precision
-        if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        kind = x.device.type
+        has_autocast = torch.amp.is_autocast_available(kind)  # the meta device has none
+        if has_autocast and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
             # What autocast does to a linear layer; the operators themselves are out of its reach.
             dtype = torch.get_autocast_dtype(x.device.type)
             x = x.to(dtype)
             bias = None if bias is None else bias.to(dtype)
             precision = "bf16" if dtype == torch.bfloat16 else precision
-        if not self.enabled or self._backup is not None:
+        if not self.enabled:
             return F.linear(x, weight.to(dtype), bias)
-        core, adapter_ids = (self.core, None) if self._batch is None else self._batch
-        wide = self.lateral_hat.dtype
+        if place.backup is not None:
+            self._settle_if_needed()
+            stored = place.stored.T if place.transposed else place.stored
+            return F.linear(x, stored.to(dtype), bias)
+        if not (is_traced() or self.base.knows(place, weight)):
+            self._look()
+        batch: Rows | None = rows_of(self)
+        core, adapter_ids = (self.core, None) if batch is None else (batch.cores, batch.ids_for(x))
+        wide = self.base.factors.dtype
         if wide == torch.float64:
             precision = "ieee"
         if core.dtype != wide:
             core = core.to(wide)  # FSDP2 may have cast it as it casts weights
-        if adapter_ids is not None and x.shape[0] % max(1, adapter_ids.shape[0]):
-            raise ValueError(
-                f"x: expected {adapter_ids.shape[0]} rows, one for each of adapter_ids, as first "
-                f"axis, got {list(x.shape)}"
+        if x.is_nested:
+            if batch is not None:
+                raise ValueError("x: expected rows of equal length in a batch, got a nested tensor")
+            return F.linear(x, self.effective_weight(place).to(dtype), bias)
+        if is_traced():
+            # There is no W_eff on this way: a traced graph cannot see the kept buffer.
+            return self._by_operators(
+                x, weight.to(dtype), bias, place, core, precision, adapter_ids
             )
+        place.ran = True
         fits = (
             x.dtype == dtype
             and x.ndim > 0
             and x.shape[-1] == self.n2
             and x.device == core.device
+            and not x.is_meta
             and not weight.requires_grad
             and (bias is None or not bias.requires_grad)
         )
-        if not fits or is_traced():
-            # By the operators, which say what does not fit. There is no W_eff on this way: a traced
-            # graph cannot see the kept buffer.
-            return cur_linear(
-                x,
-                weight.to(dtype),
-                bias,
-                self.factors,
-                core,
-                layer.slice_index,
-                self.alpha,
-                precision=precision,
-                adapter_ids=adapter_ids,
+        if not fits:  # the operators say why
+            return self._by_operators(
+                x, weight.to(dtype), bias, place, core, precision, adapter_ids
             )
         if core.requires_grad:
             self._guard.check()
+            own = (self._activations, 0 if batch is None else id(batch.cores))
+            self._forward_core.check(own, self._gradient_sum)
         tokens = x.numel() // max(1, self.n2)
         capture = self._kept.capture_of(core.device)
         built = None
-        if adapter_ids is None:
-            built = self._effective_for(layer, weight, dtype, tokens, capture)
-        if built is not None:
-            weight = built.view_of(layer)
-        elif weight.dtype != dtype:
-            weight = weight.to(dtype)
-        call = self._calls.get((layer.slice_index, precision, dtype))
-        if call is None:
-            self._factors = self.factors
-            call = prepare(weight, bias, self._factors, layer.slice_index, precision)
-            call.on_gradient = self._kept.doubt
-            if not capture:  # what is made in a capture has no values until the graph is replayed
-                self._calls[layer.slice_index, precision, dtype] = call
+        with self._lock:
+            if adapter_ids is None:
+                built = self._effective_for(place, weight, dtype, tokens, capture)
+            if built is not None:
+                weight = built.view_of(place)
+            elif weight.dtype != dtype:
+                weight = weight.to(dtype)
+            call = self._calls.get((place.slice_index, precision, dtype))
+            if call is None:
+                call = prepare(weight, bias, self.base.factors, place.slice_index, precision)
+                call.on_gradient = self._gradient_came
+                if not capture:  # what is made in a capture has no values until it is replayed
+                    self._calls[place.slice_index, precision, dtype] = call
         gradient, z, gradient_sum = "x", None, None
         if adapter_ids is not None:
             gradient = "z"  # which q, k, v share; dyᵀx would mix the tokens of all cores
@@ -290,7 +490,7 @@ class TProductStack(nn.Module):
                 gradient_sum = self._gradient_sum.of(core, self.alpha, call, capture)
         if gradient == "z":
             with without_autocast():
-                z = self._project(source, x, call.horizontal_hat, capture)
+                z = self._project(source, x, call.horizontal_hat, capture, adapter_ids is not None)
         return run_layer(
             call,
             x,
@@ -305,13 +505,39 @@ class TProductStack(nn.Module):
             gradient_sum=gradient_sum,
         )
 
+    def _by_operators(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        place: Place,
+        core: Tensor,
+        precision: str,
+        adapter_ids: Tensor | None,
+    ) -> Tensor:
+        factors = self.base.factors
+        if x.is_meta and weight.is_meta:  # shapes are asked for, wherever C and R are
+            factors, core = factors.to("meta"), core.to("meta")
+            adapter_ids = None if adapter_ids is None else adapter_ids.to("meta")
+        return cur_linear(
+            x,
+            weight,
+            bias,
+            factors,
+            core,
+            place.slice_index,
+            self.alpha,
+            precision=precision,
+            adapter_ids=adapter_ids,
+        )
+
     def _effective_for(
-        self, layer: Layer, weight: Tensor, dtype: torch.dtype, tokens: int, capture: int
+        self, place: Place, weight: Tensor, dtype: torch.dtype, tokens: int, capture: int
     ) -> Effective | None:
         """W_eff if a call of a layer goes by it, built where it has to be."""
         if self.mode == "factored":
             return None
-        built = self._kept.find(dtype, self.core, layer, weight, capture)
+        built = self._kept.find(dtype, self.core, place, capture)
         mode = cost.choose_mode(
             self.mode,
             tokens=tokens,
@@ -325,98 +551,91 @@ class TProductStack(nn.Module):
         if mode == "factored":
             return None
         if built is None and self._mode_if_sharded() == "materialized":
-            built = self._build(dtype, [each.weight for each in self.layers], capture)
+            built = self._build(dtype, capture)
         return built
 
     def _mode_if_sharded(self) -> str:
         """How to run where W_eff is wanted but other layers' weights may be on other processes."""
-        if not any(is_sharded(layer.weight) for layer in self.layers):
+        if all(is_here(place) for place in self.places):
             return "materialized"
         if self.mode == "materialized":
             raise ValueError(
-                "mode: expected 'auto' or 'factored' where weights are sharded, got 'materialized'"
+                "mode: expected 'auto' or 'factored' where weights are sharded or offloaded, got "
+                "'materialized'"
             )
         return "factored"
 
-    def _project(self, source: Tensor, x: Tensor, horizontal_hat: Tensor, capture: int) -> Tensor:
+    def _project(
+        self, source: Tensor, x: Tensor, horizontal_hat: Tensor, capture: int, hold: bool
+    ) -> Tensor:
         """z of ``x``; layers that share their input (q, k, v) share z too."""
         z = self._projected.z_of(source, horizontal_hat, capture)
         if z is None:
             z = project(x, horizontal_hat)
             # In training the graph keeps z for the next layer, in serving nobody would.
-            hold = self._batch is not None
             self._projected.put(source, z, horizontal_hat, capture, hold)
         return z
 
-    def core_of(self, name: str | None) -> nn.Parameter:
-        """The core of that name among those of `add_core`; None: the active one."""
-        return self.core if name is None else self.get_parameter(f"core_{name}")
-
-    def add_core(self, name: str) -> None:
-        """Another core, of zeros, beside the active one; frozen until it is active itself."""
-        core = nn.Parameter(torch.zeros_like(self.core), requires_grad=False)
-        self.register_parameter(f"core_{name}", core)
-
-    def remove_core(self, name: str) -> None:
-        """Drops a core that is not active."""
-        delattr(self, f"core_{name}")
-
-    def activate_core(self, name: str, former: str) -> None:
-        """Makes the core of that name the active one, which goes on under the name ``former``.
-
-        Parameters change places, not values: what an optimizer holds stays what it was, and a
-        compiled graph, which takes ``core`` as an input, stays valid.
-        """
-        core, trained = self.core_of(name), self.core
-        core.requires_grad_(trained.requires_grad)
-        trained.requires_grad_(False)
-        delattr(self, f"core_{name}")
-        self.core = core
-        self.register_parameter(f"core_{former}", trained)
-
     @contextmanager
-    def batch(self, cores: Tensor, adapter_ids: Tensor) -> Iterator[None]:
-        """Context in which row b of a batch goes by ``cores[adapter_ids[b]]``.
+    def batch(
+        self, cores: Tensor, adapter_ids: Tensor, repeat: Repeat | None = None
+    ) -> Iterator[None]:
+        """Context in which row b of a batch goes by ``cores[adapter_ids[b]]``, in this thread.
 
         Args:
             cores: ``[A, n3, r, r]``, dtype and device of ``core``; the gradient reaches them.
             adapter_ids: int64 ``[B]``. Batches come first among the axes of every input.
+            repeat: how rows repeat where a layer gets a multiple of B: "each" several times in a
+                row (beams, windows), or "all" of them one after the other (guidance). Without it
+                such a batch is refused.
 
         Raises:
             TypeError, ValueError: cores or ids that do not fit.
         """
         check_cores(cores, self.factors, adapter_ids)
-        before, self._batch = self._batch, (cores, adapter_ids)
+        check_repeat(repeat)
         try:
-            yield
+            with using_rows(self, Rows(cores, adapter_ids, repeat)):
+                yield
         finally:
-            self._batch = before
             self._projected.forget()
+
+    # -- merged
 
     def merge(self) -> None:
         """Writes W_eff into the layers' weights, keeping a copy of the base."""
         if self.is_merged:
             raise ValueError("merge: expected an unmerged stack, got one that is merged already")
-        if any(is_sharded(layer.weight) for layer in self.layers):
-            raise ValueError(
-                "merge: expected whole weights, got sharded ones; save the adapter, and merge it "
-                "into a model on one process"
-            )
-        built = self._built(self.layers[0].weight.dtype)
-        self._backup = [layer.weight.detach().clone() for layer in self.layers]
-        with torch.no_grad():
-            for layer in self.layers:
-                layer.weight.copy_(built.view_of(layer))
+        for place in self.places:
+            if not is_here(place):
+                raise ValueError(
+                    "merge: expected whole weights, got sharded or offloaded ones; save the "
+                    "adapter, and merge it into a model on one process"
+                )
+        self._look()
+        for place in self.places:
+            place.keep()
+        self._write_w_eff()
+
+    @torch.no_grad()
+    def _write_w_eff(self) -> None:
+        built = self._built(self.places[0].weight.dtype)
+        for place in self.places:
+            view = built.view_of(place)
+            place.stored.copy_(view.T if place.transposed else view)
         self._kept.release()
+
+    def _settle_if_needed(self) -> None:
+        """A checkpoint that was loaded while merged brought another base, or another core."""
+        if self.base.is_unsure:
+            self.settle()
 
     def unmerge(self) -> None:
         """Restores the base weights bit for bit from the copy that `merge` kept."""
-        if self._backup is None:
+        if not self.is_merged:
             raise ValueError("unmerge: expected a merged stack, got one that is not merged")
-        with torch.no_grad():
-            for layer, weight in zip(self.layers, self._backup, strict=True):
-                layer.weight.copy_(weight)
-        self._backup = None
+        for place in self.places:
+            place.restore()
 
     def extra_repr(self) -> str:
         """Sizes, for ``print(model)``."""
@@ -436,28 +655,27 @@ class TProductStack(nn.Module):
         before = self._storages()
         super()._apply(keep_precision, recurse)
         if self._storages() != before:
-            # Else all that was made of them stays: a captured graph may read it.
-            self._kept.forget()
-            self._projected.forget()
-            self._gradient_sum.forget()
-            self._calls.clear()
-            self._factors = None
-        if self._backup is not None:
-            self._backup = [fn(weight) for weight in self._backup]
+            self.moved()
         return self
 
+    def moved(self) -> None:
+        """To be said when the core is in other memory: what was made of the old one goes."""
+        self._kept.forget()
+        self._projected.forget()
+        self._gradient_sum.forget()
+        self._calls.clear()
+
     def _storages(self) -> list[int]:
-        """Which memory core and factors are in."""
-        tensors = (self.core, self.lateral, self.lateral_hat, self.horizontal_hat)
-        return [each.untyped_storage()._cdata for each in tensors]
+        """Which memory the cores are in."""
+        return [
+            each.untyped_storage()._cdata for each in self._parameters.values() if each is not None
+        ]
 
     def __getstate__(self) -> dict[str, Any]:
         # W_eff is rebuilt on demand; a copy or a pickle of the stack does without it.
-        nothing: dict[str, Any] = {
-            "_kept": Kept(),
-            "_projected": Projected(),
-            "_gradient_sum": LatestSum(),
-            "_factors": None,
-            "_calls": {},
-        }
-        return {**self.__dict__, **nothing}
+        kept = ("_lock", "_kept", "_projected", "_gradient_sum", "_calls", "_forward_core")
+        return {key: value for key, value in self.__dict__.items() if key not in kept}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._reset()

@@ -42,7 +42,8 @@ With ``packed``, ``core_grad_tokens`` returns ∂Û [n3, r, r] as real planes (`
 transformed back: ∂Û of a stack's layers add up, and ``core_of_packed`` ends the sum, once.
 ``adapter_ids`` is refused with it.
 
-Nothing is imported here but torch and the reference: no Triton, no compiled library.
+Nothing is imported here but torch, the reference, and what autocast and the counter of operations
+ask for: no Triton, no compiled library.
 """
 
 from __future__ import annotations
@@ -54,7 +55,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference
+from . import flops, reference
+from .autocast import keys, outside_autocast
 
 _library = torch.library.Library("tcur", "DEF")
 
@@ -63,6 +65,15 @@ _library = torch.library.Library("tcur", "DEF")
 LANGUAGES = ("", "reference")
 #: Compiled for CUDA alone: operands of the products that make C * U * R rounded to TF32.
 CUDA_TF32 = "cuda_tf32"
+
+#: Dtypes whose sums are formed in fp32.
+HALVES = (torch.bfloat16, torch.float16)
+
+#: Autograd's notes of what is a view.
+VIEWS = keys("ADInplaceOrView")
+
+#: Tokens that are widened to fp32 together.
+_BLOCK = 4096
 
 _SCHEMAS = {
     "materialize": (
@@ -110,6 +121,15 @@ def _compute_dtype(factor: Tensor) -> torch.dtype:
 
 def _identity(size: int, like: Tensor) -> Tensor:
     return torch.eye(size, dtype=like.dtype, device=like.device)
+
+
+def plain(name: str) -> Callable[..., Any]:
+    """An operator as plain torch, which functorch and forward mode can transform.
+
+    Its derivatives are those of the mathematics: z and ``dense_grad`` change nothing, and W_eff
+    handed over would hide the core.
+    """
+    return _REFERENCE[name]
 
 
 # -- fakes
@@ -412,12 +432,30 @@ def core_gradient(
         return grad
     count = math.prod(x.shape[:-1])
     tokens, grads = (t.reshape(count, t.shape[-1]) for t in (x, grad_y))
-    each = (grads.mT @ tokens).unflatten(0, (slices, -1))
+    total = _sum_over_tokens(grads, tokens)
+    each = total.view(slices, total.shape[0] // slices, total.shape[1])
     parts = [
         core_grad_tokens(each[s], None, lateral_hat, horizontal_hat, n3, first + s, 1, *ids)
         for s in range(slices)
     ]
     return parts[0] if slices == 1 else torch.stack(parts).sum(0)
+
+
+def _sum_over_tokens(grads: Tensor, tokens: Tensor) -> Tensor:
+    """G = dyᵀx, in fp32 for tokens in 16 bits, whose own dtype loses digits or overflows."""
+    if tokens.dtype not in HALVES:
+        return grads.mT @ tokens
+    is_recorded = torch.is_grad_enabled() and (grads.requires_grad or tokens.requires_grad)
+    if is_recorded or torch.compiler.is_compiling():
+        return grads.float().mT @ tokens.float()
+    if tokens.numel() and tokens.device.type == "cuda" and torch.version.hip is None:
+        return torch.mm(grads.mT, tokens, out_dtype=torch.float32)
+    # No other device has such a product. Copies of all tokens in fp32 may be more than there is
+    # memory for.
+    total = tokens.new_zeros(grads.shape[1], tokens.shape[1], dtype=torch.float32)
+    for some_grads, some in zip(grads.split(_BLOCK), tokens.split(_BLOCK), strict=True):
+        total = total + some_grads.float().mT @ some.float()  # not in place: may be a batch
+    return total
 
 
 def _register_cur_linear_autograd(language: str) -> None:
@@ -487,15 +525,29 @@ def _register_cur_linear_autograd(language: str) -> None:
 def _register_autocast(name: str, language: str) -> None:
     """An operator decides its own precision: autocast must not reach the products inside it."""
 
-    def outside_autocast(device_type: str) -> Callable[..., Any]:
+    def decided(device: torch.device) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
-            with torch.autocast(device_type, enabled=False):
+            with outside_autocast(device):
                 return operator(name, language)(*args, **kwargs)
 
         return call
 
     for device_type, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
-        _library.impl(_full_name(name, language), outside_autocast(device_type), key)
+        _library.impl(_full_name(name, language), decided(torch.device(device_type)), key)
+
+
+def _register_fresh_results(name: str, language: str) -> None:
+    """Results are no views of what a kernel made, so that they may be changed in place.
+
+    The products of torch within a kernel return views of their own results, of which autograd
+    would take note.
+    """
+
+    def call(*args: Any) -> Any:
+        with torch._C._ExcludeDispatchKeyGuard(VIEWS):
+            return operator(name, language)(*args)
+
+    _library.impl(_full_name(name, language), call, "ADInplaceOrView")
 
 
 _FAKES: dict[str, Callable[..., Any]] = {
@@ -512,6 +564,7 @@ _REFERENCE: dict[str, Callable[..., Any]] = {
     "core_grad_tokens": _core_grad_tokens_reference,
     "core_of_packed": _core_of_packed_reference,
     "cur_linear": _cur_linear_reference,
+    "materialize_out": _materialize_reference_out,
 }
 _AUTOGRAD: dict[str, Callable[[str], None]] = {
     "materialize": _register_materialize_autograd,
@@ -527,18 +580,19 @@ def complete(language: str) -> None:
     for name, fake in _FAKES.items():
         torch.library.register_fake(_qualified(name, language), fake, lib=_library)
         _register_autocast(name, language)
+        flops.count(name, operator(name, language).overloadpacket)
+    _register_fresh_results("cur_linear", language)
     for register_autograd in _AUTOGRAD.values():
         register_autograd(language)
 
 
 def _register_all() -> None:
     schemas = {**_SCHEMAS, "materialize_out": _OUT_SCHEMA}
-    reference_kernels = {**_REFERENCE, "materialize_out": _materialize_reference_out}
     for language in (*LANGUAGES, CUDA_TF32):
         for name, schema in schemas.items():
             torch.library.define(_qualified(name, language), schema, lib=_library)
         complete(language)
-    for name, kernel in reference_kernels.items():
+    for name, kernel in _REFERENCE.items():
         _library.impl(f"{name}_reference", kernel, "CompositeExplicitAutograd")
 
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 #: The linear maps in front of an ``nn.MultiheadAttention``: three weights, or the three blocks of
 #: rows of ``in_proj_weight``, which have no names of their own.
@@ -12,8 +16,13 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 def is_plain_linear(module: nn.Module) -> bool:
     """Whether the module is an ``nn.Linear`` and no subclass of it."""
     # By exact type: subclasses (the output projection of nn.MultiheadAttention, quantised layers)
-    # are often used without their forward.
+    # often do something else than their name says.
     return type(module) is nn.Linear
+
+
+def is_out_projection(module: nn.Module) -> bool:
+    """Whether the module is the output projection of an ``nn.MultiheadAttention``."""
+    return type(module) is NonDynamicallyQuantizableLinear
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -28,17 +37,51 @@ def is_attention(module: nn.Module) -> bool:
     return type(module) is nn.MultiheadAttention
 
 
+_PLAIN = (nn.Parameter, Tensor, type(None))
+
+
+def held(module: nn.Module, name: str) -> Any:
+    """The parameter of that name, or the plain tensor that stands in for it; None if there is none.
+
+    Not by attribute, which is W_eff on an adapted layer. FSDP1 and pruning set a plain tensor where
+    the parameter was, which is where other attributes are too.
+    """
+    store = module._parameters if module.__dict__.get(name) is None else module.__dict__
+    tensor: Any = store.get(name)
+    if type(tensor) not in _PLAIN and hasattr(tensor, "tcur_stored"):
+        # Somebody took what reading the weight gives, moved it, and put it back.
+        tensor = store[name] = nn.Parameter(tensor.tcur_stored, requires_grad=False)
+    return tensor
+
+
+def _frozen(tensor: Tensor) -> Tensor:
+    """Without the gradient that a part of a flattened parameter has for the sake of others.
+
+    FSDP1 flattens frozen weights and trained cores into one parameter, which is trained as a whole.
+    """
+    if tensor.requires_grad and isinstance(tensor._base, nn.Parameter):
+        return tensor.detach()
+    return tensor
+
+
 class Place:
-    """A weight as one or more consecutive slices of a stack; what `TProductStack` asks of a layer.
+    """A weight as one or more consecutive slices of a stack.
 
     The weight is looked up whenever it is asked for: it may be moved, sharded or loaded anew.
 
     Args:
-        module: ``nn.Linear``, ``Conv1D``, or with ``projection`` an ``nn.MultiheadAttention``.
+        module: ``nn.Linear``, ``Conv1D``, or with ``projection`` an ``nn.MultiheadAttention``;
+            adapted or not.
         slice_index: the first slice.
         slices: how many.
         projection: one of `PROJECTIONS`.
         transposed: the weight is stored (in, out); default: whether the module is a ``Conv1D``.
+
+    Attributes:
+        stack: the `TProductStack` that the slices belong to, set by it.
+        backup: the base weight as it is stored, while the module holds W_eff.
+        name: of the weight in its model, for messages.
+        ran: whether the layer has been called, or its weight read, since it was adapted.
     """
 
     def __init__(
@@ -52,25 +95,42 @@ class Place:
         self.module, self.projection = module, projection
         self.slice_index, self.slices = slice_index, slices
         self.transposed = is_conv1d(module) if transposed is None else transposed
+        self.stack: Any = None
+        self.backup: Tensor | None = None
+        self.name = ""
+        self.ran = False
         self.out_features, self.in_features = self.weight.shape
 
     @property
     def weight(self) -> Tensor:
-        """``[out_features, in_features]``, no copy."""
-        if self.projection is None:
-            weight = self.module.get_parameter("weight")
-            return weight.T if self.transposed else weight
-        weight = self.module.get_parameter(self.parameter)
-        return weight[self._rows] if self._is_block else weight
+        """The base weight ``[out_features, in_features]``, no copy."""
+        weight = self.stored if self.backup is None else self.backup
+        return weight.T if self.transposed else weight
+
+    @property
+    def stored(self) -> Tensor:
+        """What the module holds now, as it is stored: the base weight, or W_eff if merged."""
+        tensor = _frozen(held(self.module, self.parameter))
+        return tensor[self._rows] if self._is_block else tensor
+
+    def keep(self) -> None:
+        """Keeps a copy of the base weight, in whose place W_eff is to come."""
+        self.backup = self.stored.detach().clone()
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Gives the base weight back to the module, bit for bit."""
+        if self.backup is not None:
+            self.stored.copy_(self.backup)
+        self.backup = None
 
     @property
     def bias(self) -> Tensor | None:
         """``[out_features]`` or None."""
-        if self.projection is None:
-            bias: Tensor | None = self.module.bias  # type: ignore[assignment]
-            return bias
-        bias = self.module.in_proj_bias  # type: ignore[assignment]
-        return None if bias is None else bias[self._rows]
+        bias: Tensor | None = held(self.module, self.bias_parameter)
+        if bias is None:
+            return None
+        return _frozen(bias) if self.projection is None else _frozen(bias)[self._rows]
 
     @property
     def parameter(self) -> str:
@@ -91,7 +151,7 @@ class Place:
 
     @property
     def _is_block(self) -> bool:
-        return self.projection is not None and self.module.in_proj_weight is not None
+        return self.projection is not None and held(self.module, "in_proj_weight") is not None
 
     @property
     def _rows(self) -> slice:

@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .autocast import outside_autocast
+
 
 def t_product(a: Tensor, b: Tensor) -> Tensor:
     """t-product ``a * b``: circular convolution of the frontal slices.
@@ -41,7 +43,8 @@ def t_product(a: Tensor, b: Tensor) -> Tensor:
         )
     x, y = _computable(a), _computable(b)
     if a.shape[0] == 1:  # the matrix product, without a transform of length one
-        return (x @ y).to(a.dtype)
+        with outside_autocast(a.device):  # which reaches no complex product either
+            return (x @ y).to(a.dtype)
     product = _spectrum(x) @ _spectrum(y)
     return _from_spectrum(product, a.shape[0]).to(a.dtype)
 
@@ -52,7 +55,8 @@ def t_transpose(a: Tensor) -> Tensor:
     ``[n3, n1, n2]`` -> ``[n3, n2, n1]``; the conjugate transpose of each slice of the spectrum.
     """
     check_tensor("a", a)
-    return torch.cat([a[:1], a[1:].flip(0)]).mT.contiguous()
+    with outside_autocast(a.device):  # which refuses bf16 where it casts to fp16
+        return torch.cat([a[:1], a[1:].flip(0)]).mT.contiguous()
 
 
 def t_identity(
@@ -63,6 +67,8 @@ def t_identity(
 ) -> Tensor:
     """Identity of the t-product, ``[n3, n, n]``: slice 0 is the unit matrix, the rest zero."""
     for name, value in (("n", n), ("n3", n3)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name}: expected a positive integer, got {type(value).__name__}")
         if value < 1:
             raise ValueError(f"{name}: expected a positive integer, got {value}")
     identity = torch.zeros(n3, n, n, dtype=dtype, device=device)
@@ -76,16 +82,18 @@ def t_pinv(a: Tensor, rtol: float | None = None) -> Tensor:
     Args:
         a: floating tensor.
         rtol: singular values of a slice of the spectrum below ``rtol`` times the largest singular
-            value of the whole spectrum count as zero; default ``max(n1, n2) * eps`` of the dtype.
+            value of the whole spectrum count as zero; default ``max(n1, n2) * eps`` of the dtype
+            of ``a``, which must be given where that is 1 or more.
     """
     check_tensor("a", a)
     x = _computable(a)
     if rtol is None:
-        rtol = max(a.shape[1], a.shape[2]) * torch.finfo(x.dtype).eps
+        rtol = _default_rtol(a)
     # One threshold for all slices: a slice that is zero up to rounding must not be inverted.
     spectrum = _spectrum(x)
     largest = torch.linalg.matrix_norm(spectrum.detach(), ord=2).max()
-    inverse = torch.linalg.pinv(spectrum, atol=rtol * largest, rtol=0.0)
+    zero = torch.zeros_like(largest)  # both tensors: a number would wait for the device
+    inverse = torch.linalg.pinv(spectrum, atol=rtol * largest, rtol=zero)
     return _from_spectrum(inverse, a.shape[0]).to(a.dtype)
 
 
@@ -120,12 +128,13 @@ def multirank(a: Tensor, rtol: float | None = None) -> Tensor:
     Args:
         a: ``[n3, n1, n2]``, floating.
         rtol: singular values up to ``rtol`` times the largest of the whole spectrum count as zero;
-            default ``max(n1, n2) * eps`` of the dtype.
+            default ``max(n1, n2) * eps`` of the dtype, which must be given where that is 1 or
+            more.
     """
     check_tensor("a", a)
     values = torch.linalg.svdvals(_spectrum(_computable(a)))
     if rtol is None:
-        rtol = max(a.shape[1], a.shape[2]) * torch.finfo(a.dtype).eps
+        rtol = _default_rtol(a)
     ranks = (values > rtol * values.max()).sum(1)
     # Bin n3 - k is the conjugate of bin k.
     return torch.cat([ranks, ranks[1 : (a.shape[0] + 1) // 2].flip(0)])
@@ -136,6 +145,9 @@ def tubal_rank(a: Tensor, rtol: float | None = None) -> int:
 
     Kilmer, Braman, Hao & Hoover, SIAM J. Matrix Anal. Appl. 34 (2013), definition 4.1.
     """
+    check_tensor("a", a)
+    if a.is_meta:
+        raise ValueError("a: expected a tensor with values, got one on meta")
     return int(multirank(a, rtol).max())
 
 
@@ -152,11 +164,24 @@ def _computable(a: Tensor) -> Tensor:
     return a.float() if a.dtype in (torch.float16, torch.bfloat16) else a
 
 
+def _default_rtol(a: Tensor) -> float:
+    """max(n1, n2) * eps, which for a long axis in 16 bits leaves nothing of any tensor."""
+    rtol = max(a.shape[1], a.shape[2]) * torch.finfo(a.dtype).eps
+    if rtol >= 1:
+        raise ValueError(
+            f"rtol: expected a number for {a.dtype} {list(a.shape)}, where the default, "
+            f"max(n1, n2) * eps = {rtol}, leaves no singular value, got None"
+        )
+    return rtol
+
+
 def check_tensor(name: str, a: Tensor) -> None:
     """Refuses anything but a floating tensor [n3, n1, n2]."""
     if not isinstance(a, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(a).__name__}")
     if not a.dtype.is_floating_point:
         raise TypeError(f"{name}: expected a floating dtype, got {a.dtype}")
+    if a.dtype.itemsize < 2:
+        raise TypeError(f"{name}: expected a floating dtype of 16 bits or more, got {a.dtype}")
     if a.ndim != 3 or 0 in a.shape:
         raise ValueError(f"{name}: expected [n3, n1, n2] with no empty axis, got {list(a.shape)}")

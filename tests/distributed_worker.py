@@ -11,12 +11,16 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    FullyShardedDataParallel,
+    MixedPrecisionPolicy,
+    fully_shard,
+)
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import tcur_kernels as tcur
-from models import Tiny
+from models import Block, Tiny
 from plain import Plain
 from tcur_kernels.distributed import whole
 from tolerance import FLOAT64, assert_composition_close, relative_error
@@ -118,7 +122,7 @@ def fsdp(rank, x, wanted, path):
     tcur.load_adapter(alone, path)
     compare([("output", alone(x))], [("output", model(x))], "saved by rank 0")
     for call, message in (
-        (adapter.merge, "merge: expected whole weights, got sharded ones"),
+        (adapter.merge, "merge: expected whole weights, got sharded or offloaded"),
         (
             lambda: tcur.TProductStack([model.blocks[0].mlp[0]], 2),
             "linears: expected whole weights",
@@ -128,11 +132,39 @@ def fsdp(rank, x, wanted, path):
             call()
 
 
+def fsdp1(rank, x, wanted, use_orig_params, mode):
+    """The older way, which flattens parameters and sets plain tensors in their place."""
+    model, adapter = adapted(mode)
+    names = [name for name, _ in adapter.named_parameters() if not name.startswith("head")]
+    with torch.no_grad():
+        y = model(x[rank::2])
+    sharded = FullyShardedDataParallel(
+        model,
+        auto_wrap_policy=lambda module, recurse, **_: recurse or isinstance(module, Block),
+        use_orig_params=use_orig_params,
+        device_id=torch.device("cpu"),
+        ignored_states=[] if use_orig_params else list(model.head.parameters()),
+    )
+    compare([("output", sharded(x[rank::2]))], [("output", y)], f"fsdp1 {use_orig_params} {mode}")
+    compare([("output", sharded(x[rank::2]))], [("output", y)], f"fsdp1 {use_orig_params} {mode}")
+    sharded(x[rank::2]).square().mean().backward()
+    with FullyShardedDataParallel.summon_full_params(sharded, with_grads=use_orig_params):
+        if use_orig_params:
+            grads = {
+                n.replace("_fsdp_wrapped_module.", ""): p.grad
+                for n, p in sharded.named_parameters()
+            }
+            record = [(f"grad of {name}", grads[name]) for name in names]
+            compare(record, wanted[: len(record)], f"fsdp1 {mode}")
+
+
 def fsdp_forced(rank, x):
     model, _ = adapted("materialized")
     for block in model.blocks:
         fully_shard(block)
-    with pytest.raises(ValueError, match="where weights are sharded, got 'materialized'"):
+    with pytest.raises(
+        ValueError, match="where weights are sharded or offloaded, got 'materialized'"
+    ):
         model(x)
 
 
@@ -174,6 +206,9 @@ def main():
     ddp_checkpointed(rank, x, wanted)
     ddp_accumulated(rank, x, wanted)
     fsdp(rank, x, copy.deepcopy(wanted), path / "adapter")
+    for use_orig_params in (True, False):
+        for mode in ("auto", "factored"):
+            fsdp1(rank, x, wanted, use_orig_params, mode)
     fsdp_forced(rank, x)
     fsdp_mixed(rank, x)
     if rank == 0:

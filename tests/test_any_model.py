@@ -179,7 +179,7 @@ def test_the_blocks_that_no_stack_holds_belong_to_the_base(tmp_path):
 def test_a_causal_hint_needs_its_mask():
     model = Attending()
     tcur.adapt(model, rank=2)
-    with pytest.raises(RuntimeError, match="attn_mask: expected the causal mask"):
+    with pytest.raises(RuntimeError, match="Need attn_mask if specifying the is_causal hint"):
         model(torch.ones(2, 1, WIDTH), torch.ones(2, 1, WIDTH), is_causal=True)
 
 
@@ -215,12 +215,10 @@ def test_transformer_encoders_do_not_go_past_their_layers(targets):
         fused = merged(x, src_key_padding_mask=padding)
     recorded = model(x, src_key_padding_mask=padding)
     assert (quiet - before)[valid].abs().max() > 1e-3
-    check(quiet, ...)
+    check(quiet)
+    assert torch.equal(quiet[padding], before[padding])  # torch's encoder leaves zeros there
     check(recorded, ...)
     check(fused)
-    flags = [m.activation_relu_or_gelu for m in merged.layers]
-    assert flags == [m.activation_relu_or_gelu for m in base.layers]
-    assert merged.use_nested_tensor == base.use_nested_tensor
     assert merged.__dict__.keys() == base.__dict__.keys()
 
 

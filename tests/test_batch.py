@@ -1,5 +1,9 @@
 """Many adapters in one batch: every row as if its adapter were the only one."""
 
+import asyncio
+import threading
+from contextlib import ExitStack
+
 import pytest
 import torch
 from torch import nn
@@ -66,7 +70,7 @@ def test_names_and_files_and_tensors_mix(tmp_path):
             stack.core.copy_(cores[0][name])
         adapter.add("b")
         for name, stack in adapter.stacks.items():
-            stack.core_b.copy_(cores[1][name])
+            stack.core_of("b").copy_(cores[1][name])
     adapter.save(tmp_path / "a", "b")
     stacked = adapter.stack_cores(["default", "b", cores[2], tmp_path / "a"])
     assert stacked.adapters == 4
@@ -182,9 +186,151 @@ def test_rows_may_be_cut_to_windows():
     torch.manual_seed(0)
     adapter = tcur.adapt(Windows(), rank=2)
     cores, x, ids = some_cores(adapter), torch.randn(3, 8, 6), torch.tensor([1, 0, 3])
-    with adapter.batch(adapter.stack_cores(cores), ids):
+    with adapter.batch(adapter.stack_cores(cores), ids, repeat="each"):
         y = adapter.model(x)
     assert_composition_close(y, *by_rows(adapter, cores, ids, x))
+
+
+class Guided(nn.Module):
+    """Runs two halves of a batch at once, as classifier-free guidance does."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x):
+        one, two = self.second(self.first(torch.cat([x, x + 1])).relu()).chunk(2)
+        return one + two
+
+
+class Beams(nn.Module):
+    """Encodes once, and decodes three beams of each row."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.decoder = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x):
+        beams = self.encoder(x).repeat_interleave(3, 0) + torch.arange(3).repeat(len(x))[:, None]
+        return self.decoder(beams.relu()).unflatten(0, (-1, 3)).sum(1)
+
+
+@pytest.mark.parametrize("model", [Guided, Beams])
+def test_rows_that_repeat_are_refused_unless_somebody_says_how(model):
+    torch.manual_seed(0)
+    adapter = tcur.adapt(model(), rank=2)
+    cores, x, ids = some_cores(adapter), torch.randn(3, 6), torch.tensor([1, 0, 3])
+    stacked = adapter.stack_cores(cores)
+    with (
+        adapter.batch(stacked, ids),
+        pytest.raises(ValueError, match=r"x: expected 3 rows, .* if rows repeat, say how"),
+    ):
+        adapter.model(x)
+    repeat = "all" if model is Guided else "each"
+    with adapter.batch(stacked, ids, repeat=repeat):
+        y = adapter.model(x)
+    assert_composition_close(y, *by_rows(adapter, cores, ids, x))
+    with (
+        adapter.batch(stacked, ids, repeat=repeat),
+        pytest.raises(ValueError, match=r"x: expected 3 rows, one for each of adapter_ids, as fir"),
+    ):
+        adapter.model(x[:2])
+    with adapter.batch(stacked, ids[:1]):  # one adapter: no row could go wrong
+        y = adapter.model(x)
+    assert_composition_close(y, *by_rows(adapter, cores, ids[:1].repeat(3), x))
+    with (
+        pytest.raises(ValueError, match="repeat: expected one of None, 'each', 'all', got 'some'"),
+        adapter.batch(stacked, ids, repeat="some"),
+    ):
+        pass
+
+
+def test_batches_belong_to_their_thread_and_task():
+    adapter = adapted()
+    x = torch.randn(2, 7, 6)
+    cores = adapter.stack_cores(some_cores(adapter))
+    wanted = {}
+    for key in range(4):
+        with torch.no_grad(), adapter.batch(cores, torch.tensor([key, 3 - key])):
+            wanted[key] = adapter.model(x)
+    with torch.no_grad():
+        wanted["none"] = adapter.model(x)
+    met = threading.Barrier(5)
+
+    def run(key, found):
+        with torch.no_grad(), ExitStack() as stack:
+            if key != "none":
+                stack.enter_context(adapter.batch(cores, torch.tensor([key, 3 - key])))
+            met.wait()
+            found[key] = [adapter.model(x) for _ in range(5)]
+            met.wait()
+
+    found = {}
+    threads = [threading.Thread(target=run, args=(key, found)) for key in wanted]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found.keys() == wanted.keys()
+    for key, outputs in found.items():
+        assert all(torch.allclose(y, wanted[key], atol=1e-6) for y in outputs)
+
+    async def task(key, found):
+        with torch.no_grad(), adapter.batch(cores, torch.tensor([key, 3 - key])):
+            await asyncio.sleep(0)
+            found[key] = [adapter.model(x)]
+
+    async def both(found):
+        await asyncio.gather(*(task(key, found) for key in range(4)))
+
+    found = {}
+    asyncio.run(both(found))
+    assert all(torch.allclose(found[key][0], wanted[key], atol=1e-6) for key in range(4))
+
+
+def test_weights_are_not_read_where_every_row_has_its_own():
+    class Reads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
+
+        def forward(self, x):
+            assert self.first.weight.dtype == torch.float32  # to ask is no use of it
+            return self.second(x @ self.first.weight.T)
+
+    adapter = tcur.adapt(Reads(), rank=2)
+    cores = adapter.stack_cores(some_cores(adapter))
+    with (
+        adapter.batch(cores, torch.tensor([0, 1])),
+        pytest.raises(RuntimeError, match="weight: expected a layer that is called, got one whose"),
+    ):
+        adapter.model(torch.randn(2, 6))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_torchs_encoder_in_evaluation():
+    """Without gradients torch would run it past the forward of its layers."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    adapter = tcur.adapt(nn.TransformerEncoder(layer, 2).eval(), rank=2)
+    cores, x, ids = some_cores(adapter), torch.randn(3, 4, 8), torch.tensor([2, 0, 2])
+    with torch.no_grad(), adapter.batch(adapter.stack_cores(cores), ids):
+        y = adapter.model(x)
+    assert_composition_close(y, *by_rows(adapter, cores, ids, x))
+
+
+def test_models_with_time_first_are_refused():
+    class Config:
+        model_type = "xlnet"
+
+    adapter = adapted()
+    adapter.model.config = Config()
+    cores = adapter.stack_cores(some_cores(adapter))
+    with (
+        pytest.raises(ValueError, match="batch as first axis, got xlnet"),
+        adapter.batch(cores, torch.tensor([0])),
+    ):
+        pass
 
 
 def test_a_thousand_vit_b_adapters_take_less_than_20_mb():

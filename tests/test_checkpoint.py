@@ -194,6 +194,20 @@ def test_a_failed_save_leaves_the_old_file(adapter, path, monkeypatch, moment):
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
+def test_a_save_over_a_file_keeps_its_permissions_and_follows_links(adapter, path):
+    adapter.save(path)
+    path.chmod(0o640)
+    link = path.with_name("link")
+    link.symlink_to(path)
+    before = path.read_bytes()
+    torch.nn.init.ones_(adapter.stacks["8x8"].core)
+    adapter.save(link)
+    assert link.is_symlink()
+    assert path.read_bytes() != before
+    assert path.stat().st_mode & 0o777 == 0o640
+    assert len(list(path.parent.iterdir())) == 2
+
+
 def test_empty_tensors_are_refused(adapter, path):
     adapter.stacks["8x8"].core.data = torch.empty(0)
     with pytest.raises(

@@ -76,6 +76,27 @@ def test_materialize(device, backend, stack, weight_dtype, out_dtype):
     assert torch.equal(again, result)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("tokens", [0, 50, 5000])
+def test_dense_gradients_of_16_bits(device, backend, stack, dtype, tokens):
+    """Summed in fp32: fp16 would overflow, and bf16 lose most of its digits."""
+    n1, n2 = stack.weight.shape[1:]
+    factors, weight, core = on(device, stack)
+    x, grad_y = ((30 + torch.randn(tokens, n)).to(dtype) for n in (n2, n1))
+    args = (weight[0].to(dtype), None, factors, core.requires_grad_(), 0)
+    y = tcur.cur_linear(x.to(device), *args, backend=backend, dense_grad=True)
+    (found,) = torch.autograd.grad(y, core, grad_y.to(device))
+
+    def by_tokens(case):
+        wide, n3 = case.core.dtype, case.core.shape[0]
+        return reference.core_grad_tokens(x.to(wide), grad_y.to(wide), *case.spectra, n3, 0)
+
+    if not tokens:
+        assert not found.any()
+        return
+    assert_composition_close(found.cpu(), lambda: by_tokens(stack), by_tokens(stack.double()))
+
+
 @pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_slices_side_by_side(device, backend, stack, weight_dtype, out_dtype):

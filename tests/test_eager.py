@@ -26,9 +26,10 @@ def by_operators(stack, layer, x, mode):
     """What a layer is by the public function, all of whose derivatives are the operators'."""
     effective = None
     if mode == "materialized":
-        effective = stack.effective(x.dtype)[layer.slice_index]
+        effective = stack.effective(x.dtype)[layer.tcur_place.slice_index]
     return tcur.cur_linear(
-        x, layer.weight, layer.bias, stack.factors, stack.core, layer.slice_index, stack.alpha,
+        x, layer.base_weight, layer.bias, stack.factors, stack.core,
+        layer.tcur_place.slice_index, stack.alpha,
         effective=effective,
     )  # fmt: skip
 
@@ -67,8 +68,8 @@ def test_half_precision_is_that_of_the_operators(dtype, bias):
     factors = stack.lateral.float(), stack.horizontal.float()
 
     def by_torch(x, core, product):
-        update = product(factors[0], core, factors[1])[layer.slice_index]
-        w_eff = (layer.weight.to(update.dtype) + stack.alpha * update).to(x.dtype)
+        update = product(factors[0], core, factors[1])[layer.tcur_place.slice_index]
+        w_eff = (layer.base_weight.to(update.dtype) + stack.alpha * update).to(x.dtype)
         return [grad.to(x.dtype) for grad in torch.autograd.grad((x @ w_eff.T).sum(), (x, core))]
 
     wide = [t.detach().double().requires_grad_() for t in (x, stack.core)]
@@ -98,6 +99,20 @@ def test_gradients_in_batches(mode):
     many = torch.autograd.grad(y, inputs, grads, is_grads_batched=True, retain_graph=True)
     single = [torch.autograd.grad(y, inputs, grad, retain_graph=True) for grad in grads]
     assert_equal_in_float64(many, [torch.stack(each) for each in zip(*single, strict=True)])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("way", SIZES)
+def test_gradients_in_batches_of_every_way(way, dtype):
+    stack = make_stack("factored", *SIZES[way], dtype=dtype)
+    x = torch.randn(400, SIZES[way][2], dtype=dtype, requires_grad=True)
+    y, grads = stack.layers[1](x), torch.randn(2, 400, 9, dtype=dtype)
+    inputs = (x, stack.core)
+    many = torch.autograd.grad(y, inputs, grads, is_grads_batched=True, retain_graph=True)
+    single = [torch.autograd.grad(y, inputs, grad, retain_graph=True) for grad in grads]
+    for found, wanted in zip(many, map(torch.stack, zip(*single, strict=True)), strict=True):
+        assert found.dtype == wanted.dtype
+        assert (found - wanted).norm() <= torch.finfo(found.dtype).eps * 8 * wanted.norm()
 
 
 @MODES
@@ -139,6 +154,18 @@ def test_a_bias_that_requires_grad_is_refused_in_forward():
     layer.bias.requires_grad_(True)
     with pytest.raises(ValueError, match="bias: expected a frozen tensor"):
         layer(torch.ones(3, 40))
+
+
+@MODES
+def test_calls_of_one_input_have_backwards_of_their_own(mode):
+    """They share z, whose graph no backward of a layer frees."""
+    stack = make_stack(mode, dtype=torch.float64)
+    x = torch.randn(6, 40, dtype=torch.float64, requires_grad=True)
+    for loss in [layer(x).sin().sum() for layer in stack.layers]:
+        loss.backward()
+    wanted = sum(by_operators(stack, layer, x, mode).sin().sum() for layer in stack.layers)
+    found = (x.grad, stack.core.grad)
+    assert_equal_in_float64(found, torch.autograd.grad(wanted, (x, stack.core)))
 
 
 def test_without_autocast():

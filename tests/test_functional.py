@@ -2,12 +2,14 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import oracle
 import tcur_kernels as tcur
 from cases import make_case, side_by_side, slices_of
 from plain import product
-from tcur_kernels import _native, functional, reference
+from tcur_kernels import _native, functional, ops, reference
 from tolerance import assert_close, assert_composition_close
 
 BACKENDS = pytest.mark.parametrize("backend", ["auto", "reference", "cpu"])
@@ -148,6 +150,94 @@ def test_precisions_of_absent_backends_are_refused(case):
         tcur.cur_product(case.factors, case.core, precision="fp8")
 
 
+def test_precisions_of_devices(monkeypatch):
+    cpu, meta, cuda = map(torch.device, ("cpu", "meta", "cuda:0"))
+    for precision in ("ieee", "bf16"):
+        for device in (cpu, meta, cuda):
+            functional.check_precision(precision, device)
+    functional.check_precision("tf32", meta)  # layers without values may go anywhere
+    with pytest.raises(
+        ValueError, match="precision: expected ieee or bf16 for tensors on cpu, got 'tf32'"
+    ):
+        functional.check_precision("tf32", cpu)
+    with pytest.raises(ValueError, match="precision: expected one of ieee, tf32, bf16, got 'fp8'"):
+        functional.check_precision("fp8", cpu)
+    for triton, absence in ((True, "not built"), (False, None), (False, "not built")):
+        monkeypatch.setattr(functional, "_TRITON_INSTALLED", triton)
+        monkeypatch.setattr(_native, "cuda_absence", lambda device, absence=absence: absence)
+        if triton or absence is None:
+            functional.check_precision("tf32", cuda)
+            continue
+        with pytest.raises(ValueError, match="on cuda:0 without Triton or compiled CUDA kernels"):
+            functional.check_precision("tf32", cuda)
+
+
+def test_fp64_factors_have_one_precision():
+    case = make_case(4, 6, 9, 2, torch.float64)
+    args = (torch.ones(2, 9).double(), case.weight[1], None, case.factors, case.core, 1)
+    with pytest.raises(ValueError, match="precision: expected ieee for fp64 factors, got 'bf16'"):
+        tcur.cur_linear(*args, precision="bf16")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("slices", [1, 2])
+@pytest.mark.parametrize("tokens", [50, 9000])  # several blocks
+@pytest.mark.parametrize("way", ["backward", "again", "compiled"])
+def test_dense_gradients_of_16_bits_are_summed_in_fp32(dtype, backend, slices, tokens, way):
+    """As exact as fp32 for these very numbers, and where a sum exceeds what fp16 can hold."""
+    case = make_case(4, 6, 9, 2)
+    factors, core = case.factors, case.core.requires_grad_()
+    weight = case.weight[1 : 1 + slices].flatten(0, 1).to(dtype)
+    x = (30 + torch.randn(tokens, 9)).to(dtype)
+    grad_y = (30 + torch.randn(tokens, weight.shape[0])).to(dtype)
+
+    def gradient(core):
+        how = {"dense_grad": True, "backend": backend}
+        y = tcur.cur_linear(x, weight, None, factors, core, 1, 0.5, **how)
+        return torch.autograd.grad(y, core, grad_y, create_graph=way == "again")[0]
+
+    if way == "compiled":
+        torch._dynamo.reset()
+        function = torch.compile(
+            lambda core: tcur.cur_linear(
+                x, weight, None, factors, core, 1, 0.5, dense_grad=True, backend=backend
+            ),
+            backend="aot_eager",
+            fullgraph=True,
+        )
+        (found,) = torch.autograd.grad(function(core), core, grad_y)
+    else:
+        found = gradient(core)
+
+    def by_tokens(case):
+        wide = case.core.dtype
+        where = (4, 1, slices)
+        return 0.5 * reference.core_grad_tokens(x.to(wide), grad_y.to(wide), *case.spectra, *where)
+
+    if dtype == torch.float16 and tokens == 9000:
+        assert (grad_y.double().T @ x.double()).max() > torch.finfo(dtype).max
+    assert_composition_close(found, lambda: by_tokens(case), by_tokens(case.double()))
+
+
+def test_dense_gradients_on_a_gpu_are_one_product():
+    """Whose operands nobody widens."""
+    called = []
+
+    class Called(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            called.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with FakeTensorMode():
+        grads, tokens = (torch.empty(50, n, dtype=torch.bfloat16, device="cuda") for n in (6, 9))
+        with Called():
+            total = ops._sum_over_tokens(grads, tokens)
+    assert (total.shape, total.dtype) == ((6, 9), torch.float32)
+    assert "aten.mm.dtype" in called
+    assert "aten._to_copy.default" not in called
+
+
 def test_other_devices_take_the_reference(case):
     meta = case.factors.to("meta")
     assert functional._language("auto", "materialize", meta, "ieee") == "reference"
@@ -219,7 +309,14 @@ def test_factors_refuse(change, error, message):
             "weight: expected dtype torch.float32, got torch.float16",
         ),
         ({"scale": float("nan")}, ValueError, "scale: expected a finite number, got nan"),
+        ({"scale": torch.tensor(0.5)}, TypeError, "scale: expected a number, got a torch.Tensor"),
         ({"out_dtype": torch.int32}, TypeError, "out_dtype: expected a floating dtype"),
+        ({"out_dtype": torch.float8_e5m2}, TypeError, "out_dtype: expected one of torch.float32, "),
+        (
+            {"weight": torch.ones(4, 6, 9).to(torch.float8_e5m2)},
+            TypeError,
+            "weight: expected one of .*, got torch.float8_e5m2",
+        ),
         ({"weight": []}, ValueError, r"weight: expected 4 tensors \[6, 9\], got 0"),
         (
             {"weight": [torch.ones(6, 27), torch.ones(6, 9)]},
@@ -292,6 +389,13 @@ def test_materialize_refuses(case, change, error, message):
         ),
         ({"effective": torch.ones(5, 9)}, ValueError, r"effective: expected \[6, 9\]"),
         ({"effective": torch.ones(6, 9).half()}, TypeError, "effective: expected dtype"),
+        (
+            {"effective": torch.ones(6, 9, device="meta")},
+            ValueError,
+            "effective: expected a tensor on cpu",
+        ),
+        ({"z": torch.ones(3, 8, device="meta")}, ValueError, "z: expected a tensor on cpu"),
+        ({"scale": float("inf")}, ValueError, "scale: expected a finite number, got inf"),
     ],
 )
 def test_cur_linear_refuses(case, change, error, message):
@@ -306,3 +410,28 @@ def test_cur_linear_refuses(case, change, error, message):
     }
     with pytest.raises(error, match=message):
         tcur.cur_linear(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"slices": 0}, ValueError, "slices: expected 1 to 4, got 0"),
+        ({"slices": 5}, ValueError, "slices: expected 1 to 4, got 5"),
+        ({"slices": 1.0}, TypeError, "slices: expected an int, got float"),
+        ({"slice_index": 3, "slices": 2}, ValueError, "slice_index: expected 0 to 2"),
+        ({"scale": float("nan")}, ValueError, "scale: expected a finite number, got nan"),
+    ],
+)
+def test_slice_update_refuses(case, change, error, message):
+    arguments = {"factors": case.factors, "core": case.core, "slice_index": 1, **change}
+    with pytest.raises(error, match=message):
+        functional.slice_update(**arguments)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_a_buffer_may_be_the_weight_itself(backend):
+    case = make_case(12, 40, 300, 3)
+    wanted = tcur.materialize(case.weight, case.factors, case.core, 0.5, backend=backend)
+    how = {"out": case.weight, "backend": backend}
+    tcur.materialize(case.weight, case.factors, case.core, 0.5, **how)
+    assert torch.equal(case.weight, wanted)

@@ -47,7 +47,9 @@ def by_torch(stack, x, dtype, times=1):
     w_eff = base + stack.alpha * product(stack.lateral.to(dtype), core, stack.horizontal.to(dtype))
     loss = 0.0
     for layer in stack.layers:
-        own = w_eff[layer.slice_index : layer.slice_index + layer.slices].flatten(0, 1)
+        own = w_eff[
+            layer.tcur_place.slice_index : layer.tcur_place.slice_index + layer.tcur_place.slices
+        ].flatten(0, 1)
         loss = loss + (x @ own.T + layer.bias.to(dtype)).sin().sum()
     return torch.autograd.grad(times * loss, (x, core))
 
@@ -297,7 +299,7 @@ def test_no_node_where_nothing_is_differentiated():
         loss_of(stack, x)
     assert stack._gradient_sum._latest is None
     cores = torch.stack([stack.core.detach()] * 2).requires_grad_()
-    with stack.batch(cores, torch.tensor([0, 1])):
+    with stack.batch(cores, torch.tensor([0, 1]), repeat="each"):
         loss_of(stack, tokens(stack, 4)).backward()
     assert stack._gradient_sum._latest is None
     assert cores.grad is not None

@@ -439,7 +439,7 @@ def test_a_buffer_is_free_when_nobody_holds_a_view(cuda):
     def is_free():
         return built.reclaim(torch.float32, x.device, False, 0)
 
-    view = built.view_of(stack.layers[1])
+    view = built.view_of(stack.places[1])
     assert not is_free()
     graph = x * view  # a node of C++ saves it
     del view
@@ -447,7 +447,7 @@ def test_a_buffer_is_free_when_nobody_holds_a_view(cuda):
     del graph
     assert is_free()
     with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
-        graph = x * built.view_of(stack.layers[1])  # an object of Python has it
+        graph = x * built.view_of(stack.places[1])  # an object of Python has it
     assert not is_free()
     del graph
     assert is_free()

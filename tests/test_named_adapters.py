@@ -156,7 +156,7 @@ def test_state_dicts_hold_all_adapters(x):
         adapter.activate(name)
         other.activate(name)
         assert torch.equal(other.model(x), adapter.model(x))
-    with pytest.raises(RuntimeError, match=r"core_default"):  # which is active belongs to the keys
+    with pytest.raises(RuntimeError, match=r"__default"):  # which is active belongs to the keys
         tcur.adapt(base_model(), rank=2).model.load_state_dict(adapter.model.state_dict())
 
 
@@ -174,7 +174,7 @@ def test_weighted_combinations_are_exact():
     adapter.combine({"default": 0.25, "b": -2.0}, "mix")
     for stack in adapter.stacks.values():
         # Powers of two: the sum alone is rounded.
-        assert torch.equal(stack.core_mix, 0.25 * stack.core + -2.0 * stack.core_b)
+        assert torch.equal(stack.core_of("mix"), 0.25 * stack.core + -2.0 * stack.core_of("b"))
     adapter.activate("mix")
     merged = dict(adapter.merge(inplace=False).named_parameters())
     base = dict(base_model().named_parameters())

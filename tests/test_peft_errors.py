@@ -127,7 +127,9 @@ def test_attention_of_torch_is_named_as_left_out():
     model = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2), "up": nn.Linear(8, 8)})
     model["down"] = nn.Linear(8, 8)
     plan = get_peft_model(copy.deepcopy(model), TCURConfig(rank=2)).plans["default"]
-    assert [item.module for item in plan.left_out] == ["attention.out_proj"]
+    left_out = {item.module: item.reason for item in plan.left_out}
+    assert left_out.keys() == {"attention", "attention.out_proj"}
+    assert "projections are no layers that are called" in left_out["attention"]
     with pytest.raises(TypeError, match=r"got attention.out_proj: NonDynamicallyQuantizableLinear"):
         get_peft_model(model, TCURConfig(rank=2, target_modules=["out_proj"]))
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 import tcur_kernels as tcur
 from models import Tiny
@@ -127,9 +128,18 @@ class OddAttention(nn.MultiheadAttention):
             "each module in one stack, got blocks.1.mlp.0 in 'a' and 'b'",
         ),
         ({"a": ["mlp.0", "mlp.2"]}, ValueError, "expected layers made of 8 x 8 slices, got"),
-        ({"a": ["attn.qkv", "half"]}, ValueError, "expected one dtype and device"),
-        ({"a": "tied"}, ValueError, r"expected a layer that can be adapted, got none \(tied: its"),
-        ("tied", ValueError, r"targets: expected at least one nn.Linear .* got none \(tied: its"),
+        (
+            {"a": ["attn.qkv", "half"]},
+            ValueError,
+            "expected one dtype and device, got .*32 on cpu in .*qkv, torch.float16 on cpu in half",
+        ),
+        (
+            {"a": "tied"},
+            ValueError,
+            r"targets\['a'\]: expected 'tied' to match a layer that can be ",
+        ),
+        ("tied", ValueError, r"targets: expected 'tied' to match a layer .* got none \(tied: its"),
+        (["mlp.0", "tied"], ValueError, r"'tied' to match a layer that .* got none \(tied: its"),
     ],
 )
 def test_plans_refuse(targets, error, message):
@@ -141,6 +151,15 @@ def test_plans_refuse(targets, error, message):
     model.tied_too.weight = model.tied.weight
     with pytest.raises(error, match=message):
         make_plan(model, targets, 2)
+
+
+def test_a_pattern_reports_what_it_meets_and_cannot_take():
+    model = nn.Sequential(*[nn.Linear(4, 4) for _ in range(3)], Odd(4, 4), nn.ReLU())
+    prune.identity(model[0], "weight")
+    for targets in ("?", {"a": "?"}, lambda name, module: isinstance(module, nn.Linear)):
+        plan = make_plan(model, targets, 2)
+        assert [member.module for member in plan.stacks[0].members] == ["1", "2"]
+        assert [item.module for item in plan.left_out] == ["0", "3"]
 
 
 def test_only_what_the_targets_name_is_reported():

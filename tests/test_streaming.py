@@ -44,7 +44,7 @@ def test_files_give_the_adapter_that_memory_gives(selection, base, folder, tmp_p
     model = on_meta()
     torch.manual_seed(0)
     adapter = tcur.adapt(model, rank=2, selection=selection, weights=folder, max_workspace=60_000)
-    assert all(p.is_meta for name, p in model.named_parameters() if not name.startswith("tcur."))
+    assert all(p.is_meta for name, p in model.named_parameters() if not name.startswith("tcur_"))
     with pytest.raises(ValueError, match=r"save: expected loaded weights, got embed.weight on the"):
         adapter.save(tmp_path / "adapter.safetensors")
     assert not (tmp_path / "adapter.safetensors").exists()
@@ -96,6 +96,27 @@ def test_every_kind_of_weight_is_found_in_files(tmp_path):
     adapter = tcur.adapt(model, rank=3, weights=tmp_path / "model.safetensors")
     expected = tcur.adapt(base, rank=3)
     assert set(adapter.stacks) == {"8x8", "12x8"}
+    for name, stack in expected.stacks.items():
+        assert torch.equal(adapter.stacks[name].lateral, stack.lateral)
+        assert torch.equal(adapter.stacks[name].horizontal, stack.horizontal)
+
+
+def test_parameters_that_are_views_are_read_from_their_first_row(tmp_path):
+    """A flat buffer of a whole model, cut into its parameters, is on the meta device, too."""
+    base = Mixed()
+    save_file(dict(base.state_dict()), tmp_path / "model.safetensors")
+    with torch.device("meta"):
+        model = Mixed()
+    flat = torch.empty(sum(p.numel() for p in model.parameters()) + 8, device="meta")
+    place = 8
+    for full, parameter in list(model.named_parameters()):
+        owner, _, name = full.rpartition(".")
+        view = flat[place : place + parameter.numel()].view_as(parameter)
+        model.get_submodule(owner)._parameters[name] = nn.Parameter(view)
+        place += parameter.numel()
+    assert model.last[1].weight.storage_offset() > 0
+    adapter = tcur.adapt(model, rank=3, weights=tmp_path)
+    expected = tcur.adapt(base, rank=3)
     for name, stack in expected.stacks.items():
         assert torch.equal(adapter.stacks[name].lateral, stack.lateral)
         assert torch.equal(adapter.stacks[name].horizontal, stack.horizontal)
@@ -161,7 +182,9 @@ def test_streaming_refuses(base, folder):
     with pytest.raises(ValueError, match=r"blocks.1.mlp.0.weight of shape \[32, 8\] as in the mo"):
         tcur.adapt(on_meta(), rank=2, weights=folder)
     with_state({"blocks.1.mlp.0.weight": torch.randn(32, 8).bfloat16()})
-    with pytest.raises(ValueError, match=r"blocks.1.mlp.0.weight to be torch.float32 as blocks.0"):
+    with pytest.raises(
+        ValueError, match=r"blocks.1.mlp.0.weight of torch.float32 as in the model, "
+    ):
         tcur.adapt(on_meta(), rank=2, weights=folder)
     with_state({"blocks.2.attn.qkv.weight": torch.full((24, 8), torch.nan)})
     message = r"stack 8x8: weights: blocks.2.attn.qkv.weight, rows 0 to 7, in .*: expected finite"
@@ -170,12 +193,14 @@ def test_streaming_refuses(base, folder):
     missing = "blocks.0.norm.running_mean"
     del state[missing]
     with_state({})
-    with pytest.raises(ValueError, match=rf"weights: expected {missing} in .*, got none"):
+    with pytest.raises(ValueError, match=rf"weights: expected a tensor {missing} in .*, got none"):
         tcur.adapt(on_meta(), rank=2, weights=folder)
     del state["blocks.0.mlp.2.weight"]
     with_state({})
     model = on_meta()
-    with pytest.raises(ValueError, match=r"weights: expected blocks.0.mlp.2.weight in .*, got"):
+    with pytest.raises(
+        ValueError, match=r"weights: expected a tensor blocks.0.mlp.2.weight in .*, got"
+    ):
         tcur.adapt(model, rank=2, weights=folder)
     assert not hasattr(model, "tcur")
     assert all(type(m) is nn.Linear for m in model.modules() if isinstance(m, nn.Linear))

@@ -146,5 +146,39 @@ def test_the_other_functions_refuse():
             function(torch.ones(2, 3, 4, dtype=torch.int64))
         with pytest.raises(ValueError, match=r"a: expected \[n3, n1, n2\].*got \[3\]"):
             function(torch.ones(3))
+    with pytest.raises(TypeError, match="a: expected a floating dtype of 16 bits or more"):
+        tcur.t_svd(torch.ones(2, 3, 4).to(torch.float8_e4m3fn))
+    with pytest.raises(TypeError, match="n: expected a positive integer, got float"):
+        tcur.t_identity(2.0, 3)
     with pytest.raises(ValueError, match="n3: expected a positive integer, got 0"):
         tcur.t_identity(2, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_what_counts_as_zero_is_up_to_the_dtype_that_came(dtype):
+    """A singular value below max(n1, n2) * eps of its largest is rounding, and not inverted."""
+    eps = torch.finfo(dtype).eps
+    left, _ = torch.linalg.qr(torch.randn(5, 5, dtype=torch.float64))
+    right, _ = torch.linalg.qr(torch.randn(4, 4, dtype=torch.float64))
+    for factor, rank in ((0.3, 3), (10.0, 4)):
+        values = torch.tensor([1.0, 0.9, 0.8, 5 * eps * factor], dtype=torch.float64)
+        a = torch.zeros(3, 5, 4, dtype=torch.float64)
+        a[0] = (left[:, :4] * values) @ right
+        a = a.to(dtype)
+        assert tcur.multirank(a).tolist() == [rank] * 3
+        inverse = tcur.t_pinv(a)
+        assert inverse.dtype == dtype
+        largest = torch.linalg.matrix_norm(inverse[0].double(), ord=2)
+        assert (largest > 2) == (rank == 4)
+
+
+def test_a_default_that_leaves_nothing_is_refused():
+    a = torch.randn(2, 128, 3, dtype=torch.bfloat16)
+    for function in (tcur.t_pinv, tcur.multirank, tcur.tubal_rank):
+        with pytest.raises(
+            ValueError, match=r"rtol: expected a number for torch.bfloat16 \[2, 128"
+        ):
+            function(a)
+    assert tcur.tubal_rank(a, rtol=1e-2) == 3
+    assert tcur.t_pinv(a, rtol=1e-2).any()
+    assert tcur.tubal_rank(a.half()) == 3

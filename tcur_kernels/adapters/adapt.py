@@ -9,31 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+from torch.nn.parameter import UninitializedBuffer
 
 from .. import cost
 from ..decompose import MAX_WORKSPACE, Selection
 from ..factors import CURFactors
 from ..nn import TProductStack
+from ..places import Place
 from .adapter import Adapter
-from .fingerprint import STACKS, persistent_buffers
-from .install import put_in_place
+from .fingerprint import PREFIX, persistent_buffers
+from .install import is_adapted, put_in_place
 from .plan import Plan, StackPlan, Targets, check_setting, make_plan, setting
 from .streaming import BaseFiles, on_meta
 from .trained import trained_names
-from .weights import find_weights, stand_in
-
-
-class Stacks(nn.ModuleDict):
-    """The stacks of a model, as a child of it; what makes their cores parameters of the model.
-
-    As a module it is the identity: an ``nn.Sequential`` that is adapted runs through all its
-    children, this one too.
-    """
-
-    def forward(self, input: Tensor) -> Tensor:
-        """``input``, as it came."""
-        return input
+from .weights import find_weights
 
 
 def adapt(
@@ -90,14 +80,20 @@ def adapt(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
-    if hasattr(model, STACKS):
+    if is_adapted(model):
         raise ValueError("model: expected a base model, got one that is adapted already")
     ranks = list(rank.values()) if isinstance(rank, Mapping) else [rank]
     if not isinstance(mode, str) or not all(type(one) is int for one in ranks):
         raise TypeError(f"rank, mode: expected an int and a str, got {rank!r} and {mode!r}")
+    for name, buffer in model.named_buffers():
+        if isinstance(buffer, UninitializedBuffer):
+            raise ValueError(
+                f"model: expected buffers with values, got {name} that is not initialised yet: run "
+                "a batch through the model first"
+            )
     patterns = (train_also,) if isinstance(train_also, str) else tuple(train_also)
     trained = trained_names(model, patterns)
-    files = None if weights is None else BaseFiles(weights, max_workspace, progress)
+    files = None if weights is None else BaseFiles(model, weights, max_workspace, progress)
     if files is not None and on_meta(model) is None:
         raise ValueError("weights: expected a model on the meta device, got one that is loaded")
     plan = make_plan(model, targets, rank, trained, stacks, loaded=files is None)
@@ -119,7 +115,18 @@ def adapt(
             max_workspace=max_workspace,
             progress=progress,
         )
+        _check_learns(stack.name, built[stack.name])
     return install(model, plan, built, patterns, files)
+
+
+def _check_learns(name: str, stack: TProductStack) -> None:
+    """Refuses C or R of zeros: the gradient of the core would be zero for good."""
+    for what, factor in (("columns C", stack.lateral), ("rows R", stack.horizontal)):
+        if not factor.any():
+            raise ValueError(
+                f"stack {name}: selection: expected {what} with numbers, without which the core "
+                "never learns, got zeros"
+            )
 
 
 def build_stack(
@@ -138,19 +145,23 @@ def build_stack(
 
     ``reading`` is generator, max_workspace and progress of `tensor_cur`.
     """
-    weights = find_weights(model)
-    linears = [stand_in(weights[member.module]) for member in plan.members]
+    weights, places, start = find_weights(model), [], 0
+    for member in plan.members:
+        found = weights[member.module].place
+        places.append(Place(found.module, start, member.slices, found.projection))
+        places[-1].name = member.module
+        start += member.slices
     try:
         return TProductStack(
-            linears,
+            places,
             rank,
             alpha,
             selection,
             mode,
-            n1=plan.n1,
             precision=precision,
+            name=plan.name,
             factors=factors,
-            source=None if files is None else files.stack(model, plan),
+            source=None if files is None else files.stack(plan),
             **reading,
         )
     except ValueError as error:
@@ -170,10 +181,10 @@ def install(
         name: files.read(name) if files and buffer.is_meta else buffer.detach().clone()
         for name, buffer in persistent_buffers(model)
     }
+    put_in_place(model, stacks)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in trained)
-    put_in_place(model, plan, stacks)
-    model.add_module(STACKS, Stacks(stacks))
+        if not name.startswith(PREFIX):
+            parameter.requires_grad = name in trained  # the method is not for uninitialised ones
     noted = [replace(stack, note=_note(stacks[stack.name])) for stack in plan.stacks]
     return Adapter(model, replace(plan, stacks=tuple(noted)), stacks, train_also, buffers)
 
@@ -184,7 +195,7 @@ def _note(stack: TProductStack) -> str:
     head = f"rank {rank}"
     if stack.mode != "auto":
         return f"{head}, {stack.mode} as asked for"
-    dtype = stack.layers[0].weight.dtype
+    dtype = stack.places[0].weight.dtype
     worth = cost.tokens_worth_materializing(n1, n2, n3, rank)
     best = cost.choose_mode(
         "auto",

@@ -13,11 +13,13 @@ from torch import Tensor, nn
 
 from ..distributed import is_first_process, is_sharded, whole
 from ..nn import TProductStack
+from ..rows import Repeat
+from ..switching import warn_of_unused
 from .batch import StackedCores, check_batch_first
 from .checkpoint import write_adapter_file
 from .contents import Contents, read_contents
-from .fingerprint import STACKS, digest, frozen_digest, persistent_buffers
-from .install import take_out
+from .fingerprint import digest, frozen_digest, persistent_buffers
+from .install import key_of, stacks_of, take_out
 from .plan import Plan
 from .streaming import on_meta
 from .trained import trained_names
@@ -67,7 +69,7 @@ class Adapter:
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Name in the model and parameter, for all that the active adapter trains: cores first."""
         for name, stack in self.stacks.items():
-            yield f"{STACKS}.{name}.core", stack.core
+            yield key_of(name), stack.core
         parameters = dict(self.model.named_parameters())
         for name in trained_names(self.model, self.train_also):
             yield name, parameters[name]
@@ -212,6 +214,7 @@ class Adapter:
             raise ValueError(f"save: expected loaded weights, got {missing} on the meta device")
         name = self.active if name is None else name
         self._check_known("name", name)
+        warn_of_unused("save", self.unused())
         learned = self._learned() if name == self.active else self._inactive[name]
         trained = trained_names(self.model, self.train_also)
         tensors: dict[str, Tensor] = {f"trained.{key}": learned[key] for key in trained}
@@ -222,6 +225,7 @@ class Adapter:
         entries, weights = [], find_weights(self.model)
         for plan in self.plan.stacks:
             stack = self.stacks[plan.name]
+            stack.base.certify()
             tensors[f"core.{plan.name}"] = stack.core_of(self._key(name))
             tensors[f"rows.{plan.name}"] = torch.tensor(stack.rows)
             tensors[f"columns.{plan.name}"] = torch.tensor(stack.columns)
@@ -273,28 +277,47 @@ class Adapter:
         return StackedCores.of(self.stacks, [self._cores(entry) for entry in adapters])
 
     @contextmanager
-    def batch(self, cores: StackedCores, adapter_ids: Tensor) -> Iterator[None]:
+    def batch(
+        self, cores: StackedCores, adapter_ids: Tensor, repeat: Repeat | None = None
+    ) -> Iterator[None]:
         """Context in which each row of a batch goes by an adapter of its own.
 
-        Between the two products that all rows share, row b takes core ``adapter_ids[b]``.
+        Between the two products that all rows share, row b takes core ``adapter_ids[b]``. That
+        holds for calls of the model in this thread, or task, and for no others.
 
         Args:
             cores: of `stack_cores`.
             adapter_ids: int64 ``[B]``, on the device of the cores. The batch must be the first axis
                 of what the adapted layers get.
+            repeat: how rows repeat where layers get k times as many as there are ids: "each" k
+                times in a row (beams, windows of an image, a decoder beside its encoder), or "all"
+                of them, one batch after the other (classifier-free guidance). Default: they do
+                not, and a layer that gets another number of rows refuses them.
 
         Raises:
-            TypeError, ValueError: bad ids; a model that is merged, or that has an attention whose
-                batch is not the first axis.
+            TypeError, ValueError: bad ids or ``repeat``; a model that is merged, or that has an
+                attention whose batch is not the first axis.
         """
         if self.is_merged:
             raise ValueError("batch: expected an unmerged adapter, got one that is merged")
         check_batch_first(self.model)
         cores.check(self.stacks, adapter_ids)
-        with ExitStack() as contexts:
+        with ExitStack() as batches:
             for name, stack in self.stacks.items():
-                contexts.enter_context(stack.batch(cores[name], adapter_ids))
+                batches.enter_context(stack.batch(cores[name], adapter_ids, repeat))
             yield
+
+    # -- layers that the model does without
+
+    def unused(self) -> tuple[str, ...]:
+        """Names of adapted layers that were neither called nor read while others were.
+
+        Their slices of the core get no gradient, and merging changes a weight that was not looked
+        at. Compiled calls leave no trace: layers that run in compiled code alone are named too.
+        """
+        names = [name for stack in self.stacks.values() for name in stack.unused()]
+        every = sum(len(stack.places) for stack in self.stacks.values())
+        return () if len(names) == every else tuple(names)
 
     # -- merge, unmerge, disable
 
@@ -316,15 +339,14 @@ class Adapter:
         """
         if self.is_merged:
             raise ValueError("merge: expected an unmerged adapter, got one that is merged already")
+        warn_of_unused("merge", self.unused())
         if inplace:
             for stack in self.stacks.values():
                 stack.merge()
             return self.model
         merged = copy.deepcopy(self.model)
-        for twin in merged.get_submodule(STACKS).children():
-            assert isinstance(twin, TProductStack)
+        for twin in stacks_of(merged).values():
             twin.merge()
-        delattr(merged, STACKS)
         take_out(merged)
         return merged
 

@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from ..functional import check_adapter_ids
 from ..nn import TProductStack
 
+#: Types of transformers models that turn their input, so that layers get time as first axis.
+_TIME_FIRST = ("xlnet",)
+
 
 class StackedCores(Mapping[str, Tensor]):
     """Stack name -> cores ``[A, n3, r, r]`` of A adapters; made by `Adapter.stack_cores`.
@@ -78,12 +81,17 @@ class StackedCores(Mapping[str, Tensor]):
 
 
 def check_batch_first(model: nn.Module) -> None:
-    """Refuses a model with an attention whose batch is its second axis.
+    """Refuses a model whose batch is the second axis within.
 
     Raises:
-        ValueError: naming it.
+        ValueError: naming the module.
     """
     for name, module in model.named_modules():
+        kind = getattr(getattr(module, "config", None), "model_type", None)
+        if kind in _TIME_FIRST:
+            raise ValueError(
+                f"model: expected the batch as first axis, got {kind}, whose layers have time first"
+            )
         if isinstance(module, nn.MultiheadAttention) and not module.batch_first:
             raise ValueError(
                 f"model: expected the batch as first axis, got batch_first=False in {name}"

@@ -11,7 +11,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import tempfile
+import secrets
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -77,14 +78,20 @@ def read_adapter_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 @contextlib.contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
-    """A temporary file beside ``path`` that takes its place when the block ends well."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
+    """A temporary file beside ``path`` that takes its place when the block ends well.
+
+    Links are followed, and the permissions are those that plain ``open`` would give or leave.
+    """
+    path = Path(os.path.realpath(path))
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    mode = path.stat().st_mode if path.is_file() else None
     try:
+        with open(temporary, "xb") as file:
+            opened = os.fstat(file.fileno()).st_mode
         yield temporary
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
+        os.chmod(temporary, stat.S_IMODE(opened if mode is None else mode))
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)

@@ -70,7 +70,7 @@ def model_curves(
     missing = on_meta(model)
     if missing is not None and weights is None:
         raise ValueError(f"weights: expected the files of the model, got None ({missing} is meta)")
-    files = None if weights is None else BaseFiles(weights, max_workspace, progress)
+    files = None if weights is None else BaseFiles(model, weights, max_workspace, progress)
     found = find_weights(model)
     curves = []
     for stack in plan.stacks:
@@ -78,7 +78,7 @@ def model_curves(
         if not fitting:
             most = min(stack.n1, stack.n2)
             raise ValueError(f"ranks: expected one of 1 to {most} for {stack.name}, got {ranks}")
-        source: Stack | None = None if files is None else files.stack(model, stack)
+        source: Stack | None = None if files is None else files.stack(stack, any_dtype=True)
         if source is None:
             parts = [found[member.module].tensor for member in stack.members]
             source = as_stack(stack.name, parts, max_workspace, progress, stack.n1)

@@ -7,11 +7,10 @@ here builds a model of loaded weights; what is in memory is one shard, and C and
 from __future__ import annotations
 
 import hashlib
-import json
-import shutil
-import tempfile
+import os
+import stat
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -19,75 +18,88 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..decompose import model_files
 from ..factors import CURFactors
 from ..functional import slice_update
 from .contents import Contents, StoredStack
-from .fingerprint import update_digest
+from .copying import copy_rest, new_directory
+from .fingerprint import digest, update_digest
+from .names import Origin, Origins, Read
 
 #: Wraps what is worked through, as ``tqdm`` does.
 Progress = Callable[[Iterable[Path]], Iterable[Path]]
 
 
 class ModelDirectory:
-    """The tensors of a model directory by name.
+    """A directory with ``config.json``, ``*.safetensors``, or both; files are read when asked for.
 
     Args:
-        path: directory with ``*.safetensors``.
-
-    Attributes:
-        shards: file -> names of its tensors, in order.
+        path: the directory.
 
     Raises:
-        FileNotFoundError: no such directory, or no safetensors in it.
-        ValueError: a file that is torn, a tensor that two files hold, or one of the index that none
-            holds.
+        FileNotFoundError: no such directory.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         if not self.path.is_dir():
             raise FileNotFoundError(f"model_dir: expected a directory, got none at {self.path}")
-        files = sorted(self.path.glob("*.safetensors"))
-        if not files:
-            raise FileNotFoundError(
-                f"model_dir: expected *.safetensors as Hugging Face writes them, got none in "
-                f"{self.path}"
-            )
-        self.shards: dict[Path, list[str]] = {}
-        self._file: dict[str, Path] = {}
-        for file in files:
-            with self._open(file) as shard:
-                names = list(shard.keys())
-            self.shards[file] = names
-            for name in names:
-                if name in self._file:
-                    raise ValueError(
-                        f"model_dir: expected each tensor once, got {name} in "
-                        f"{self._file[name].name} and {file.name}"
-                    )
-                self._file[name] = file
-        for index in self.path.glob("*.safetensors.index.json"):
-            listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            lost = [name for name in listed if name not in self._file]
-            if lost:
-                raise ValueError(
-                    f"model_dir: expected all shards of {index.name}, got none with {lost[0]} "
-                    f"({len(lost)} tensors are missing)"
-                )
 
-    def resolve(self, name: str) -> str:
-        """The stored name of a parameter; files of a bare model lack the prefix that heads add.
+    @cached_property
+    def shards(self) -> dict[Path, list[str]]:
+        """File -> names of its tensors, in order; see `decompose.model_files`.
 
         Raises:
-            ValueError: no tensor of that name, or several that could be meant.
+            FileNotFoundError: no safetensors, or not all shards that an index lists.
+            ValueError: a file that is torn, a tensor that two files hold, or one of the index that
+                none holds.
         """
-        if name in self._file:
-            return name
-        close = [key for key in self._file if key.endswith(f".{name}") or name.endswith(f".{key}")]
-        if len(close) == 1:
-            return close[0]
-        got = "none" if not close else ", ".join(close[:3])
-        raise ValueError(f"model_dir: expected a tensor {name} as in the adapter, got {got}")
+        files, indexed = model_files("model_dir", self.path)
+        shards: dict[Path, list[str]] = {}
+        owner: dict[str, Path] = {}
+        for file in files:
+            with self._open(file) as shard:
+                shards[file] = list(shard.keys())
+            for name in shards[file]:
+                if name in owner:
+                    raise ValueError(
+                        f"model_dir: expected each tensor once, got {name} in "
+                        f"{owner[name].name} and {file.name}"
+                    )
+                owner[name] = file
+        lost = [name for name in indexed or () if name not in owner]
+        if lost and indexed is not None:
+            raise ValueError(
+                f"model_dir: expected all tensors of the index in {self.path}, got no {lost[0]} in "
+                f"{indexed[lost[0]]} ({len(lost)} are missing)"
+            )
+        return shards
+
+    @cached_property
+    def _file(self) -> dict[str, Path]:
+        return {name: file for file, names in self.shards.items() for name in names}
+
+    def origins(self, names: Iterable[str], is_checked: bool) -> Origins:
+        """Where the files have the tensors of an adapter's model.
+
+        transformers is asked where names are not those of the files, or where nothing else would
+        tell of another tensor under the same name.
+
+        Args:
+            names: those that the adapter has.
+            is_checked: whether a fingerprint tells of another tensor.
+        """
+        if is_checked and all(name in self._file for name in names):
+            return Origins("model_dir", self.path, dict.fromkeys(self._file, ()), None)
+        try:
+            model, hint = self.skeleton(), ""
+        except (ValueError, OSError, ModuleNotFoundError) as error:
+            model, hint = None, f"transformers renames while loading, and did not help: {error}"
+        shapes: dict[str, list[int]] = {}
+        for file in self.shards:
+            with self._open(file) as shard:
+                shapes |= {n: list(shard.get_slice(n).get_shape()) for n in self.shards[file]}
+        return Origins("model_dir", self.path, shapes, model, hint)
 
     def read(self, name: str) -> Tensor:
         """One tensor, by its stored name; no other is read."""
@@ -124,11 +136,11 @@ class ModelDirectory:
                 "transformers is needed to know a model's layers: pip install 'tcur_kernels[peft]'"
             ) from error
         try:
-            config = transformers.AutoConfig.from_pretrained(self.path)
+            config = transformers.AutoConfig.from_pretrained(self.path, trust_remote_code=False)
             kind = getattr(transformers, (config.architectures or [""])[0], None)
             with torch.device("meta"):
                 model = transformers.AutoModel.from_config(config) if kind is None else kind(config)
-        except (ValueError, KeyError, OSError) as error:
+        except Exception as error:  # of any kind: the code is that of every model there is
             raise ValueError(
                 f"model_dir: expected a model that transformers knows, got {error}"
             ) from error
@@ -150,17 +162,22 @@ def merge_directory(
     contents: Contents,
     out: str | Path,
     progress: Progress = iter,
-) -> None:
+) -> list[str]:
     """Writes the model directory with an adapter folded in; the input stays as it is.
 
     Updates are formed and added in fp32 (fp64 for an fp64 base) and rounded once. In memory are one
-    shard and the factors. The output appears whole or not at all.
+    shard and the factors. The output appears whole or not at all. What else is in the directory is
+    copied, folders too, links as what they lead to.
 
     Args:
         directory: the base.
         contents: the adapter, see `contents.read_contents`.
         out: directory to make; an empty one may be there.
         progress: wraps the files as they are worked through, ``tqdm`` for one.
+
+    Returns:
+        What is not copied: weights in other formats or further files, which would be those without
+        the adapter, and version control. Relative paths.
 
     Raises:
         FileExistsError: something is at ``out`` already.
@@ -169,46 +186,103 @@ def merge_directory(
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"out: expected a directory that is new or empty, got {out}")
-    changes: dict[str, list[tuple[CURFactors, StoredStack, int]]] = {}
-    for stored in contents.stacks:
-        factors = _factors(directory, stored)
-        for index, (parameter, _, _) in enumerate(stored.stored):
-            key = directory.resolve(parameter)
-            changes.setdefault(key, []).append((factors, stored, index))
-    learned = {directory.resolve(name): value for (_, name), value in contents.learned.items()}
-
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as stack:
-        place = tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent)
-        stack.callback(shutil.rmtree, place, ignore_errors=True)
-        for file in sorted(directory.path.iterdir()):
-            if file.is_file() and file not in directory.shards:
-                shutil.copy2(file, place)
+    waiting = _edits(directory, contents)
+    with new_directory(Path(os.path.realpath(out))) as place:
+        left_out = copy_rest(directory.path, directory.shards, place, out)
+        done: dict[str, Tensor] = {}
         for file in progress(list(directory.shards)):
             tensors = directory.read_shard(file)
-            for name, parts in changes.items():
-                if name in tensors:
-                    tensors[name] = _merged(tensors[name], parts)
-            for name, value in learned.items():
-                if name in tensors:
-                    if tensors[name].shape != value.shape:
-                        raise ValueError(
-                            f"model_dir: expected {name} of shape {list(value.shape)}, got "
-                            f"{list(tensors[name].shape)}"
-                        )
-                    tensors[name] = value.to(tensors[name].dtype)
-            save_file(tensors, Path(place) / file.name, metadata=directory.metadata(file))
-        if out.exists():
-            out.rmdir()
-        Path(place).replace(out)
+
+            def read(name: str, here: dict[str, Tensor] = tensors) -> Tensor:
+                return here[name] if name in here else directory.read(name)
+
+            for edit in [edit for edit in waiting if edit.stored & tensors.keys()]:
+                done |= edit(read)
+                waiting.remove(edit)
+            for name in tensors.keys() & done.keys():
+                tensors[name] = done.pop(name).contiguous()
+            written = place / file.name
+            with open(written, "xb") as opened:
+                mode = stat.S_IMODE(os.fstat(opened.fileno()).st_mode)
+            save_file(tensors, written, metadata=directory.metadata(file))
+            written.chmod(mode)  # which the library does not take from the umask
+    return left_out
 
 
-def _slices(directory: ModelDirectory, stored: StoredStack) -> Iterator[Tensor]:
+class _Edit:
+    """A change of a tensor of the files, or of those that transformers regroups together."""
+
+    def __init__(self, origin: Origin) -> None:
+        self.stored = frozenset(origin.stored)
+        self._regrouped = origin.regrouped
+        self._steps: dict[str, list[Callable[[Tensor], Tensor]]] = {}
+
+    def add(self, name: str, step: Callable[[Tensor], Tensor]) -> None:
+        """A step on the tensor that has this name: in the files, or in the model if regrouped."""
+        self._steps.setdefault(name, []).append(step)
+
+    def __call__(self, read: Read) -> dict[str, Tensor]:
+        """The changed tensors of the files."""
+        if self._regrouped is not None:
+            return self._regrouped.change(read, self._change)
+        [name] = self.stored
+        return {name: self._change(name, read(name))}
+
+    def _change(self, name: str, tensor: Tensor) -> Tensor:
+        for step in self._steps.get(name, ()):
+            tensor = step(tensor)
+        return tensor
+
+
+def _edits(directory: ModelDirectory, contents: Contents) -> list[_Edit]:
+    """What an adapter changes in the files of its base."""
+    names = [parameter for stored in contents.stacks for parameter, _, _ in stored.stored]
+    learned = {name: value for (_, name), value in contents.learned.items()}
+    origins = directory.origins([*names, *learned], is_checked=not learned)
+    parts = origins.parts_with([*names, *learned])
+    if len(parts) > 1:  # the adapter is of one of several parts: its fingerprint says of which
+        parts = [part for part in parts if _fits(directory, origins.below(part), contents)]
+    if len(parts) == 1:
+        origins = origins.below(parts[0])
+    edits: dict[str, _Edit] = {}
+
+    def add(name: str, step: Callable[[Tensor], Tensor]) -> None:
+        origin = origins[name]
+        edits.setdefault(origin.stored[0], _Edit(origin)).add(origin.name, step)
+
+    for stored in contents.stacks:
+        factors = _factors(directory, origins, stored)
+        for index, (parameter, _, _) in enumerate(stored.stored):
+            add(parameter, partial(_merged, factors=factors, stored=stored, index=index))
+    for name, value in learned.items():
+        add(name, partial(_learned, name=name, value=value))
+    return list(edits.values())
+
+
+def _fits(directory: ModelDirectory, origins: Origins, contents: Contents) -> bool:
+    """Whether the first stack of an adapter was made of these weights."""
+    stored = contents.stacks[0]
+    try:
+        return digest(_slices(directory, origins, stored)) == stored.base_sha256
+    except ValueError:  # of other sizes
+        return False
+
+
+def _learned(tensor: Tensor, name: str, value: Tensor) -> Tensor:
+    """A value of its own in the place of a stored tensor."""
+    if tensor.shape != value.shape:
+        raise ValueError(
+            f"model_dir: expected {name} of shape {list(value.shape)}, got {list(tensor.shape)}"
+        )
+    return value.to(tensor.dtype)
+
+
+def _slices(directory: ModelDirectory, origins: Origins, stored: StoredStack) -> Iterator[Tensor]:
     """The base slices of a stack, one after the other."""
     for member, (parameter, transposed, first) in zip(
         stored.plan.members, stored.stored, strict=True
     ):
-        weight = directory.read(directory.resolve(parameter))
+        weight = origins[parameter].load(directory.read)
         rows = member.slices * stored.plan.n1
         logical = (weight.T if transposed else weight)[first : first + rows]
         if logical.shape != (rows, stored.plan.n2):
@@ -219,29 +293,36 @@ def _slices(directory: ModelDirectory, stored: StoredStack) -> Iterator[Tensor]:
         yield from logical.split(stored.plan.n1)
 
 
-def _factors(directory: ModelDirectory, stored: StoredStack) -> CURFactors:
+def _factors(directory: ModelDirectory, origins: Origins, stored: StoredStack) -> CURFactors:
     """C and R of a stack from the base, whose fingerprint is checked on the way."""
     state, columns, rows = hashlib.sha256(), [], []
-    for block in _slices(directory, stored):
+    for block in _slices(directory, origins, stored):
         update_digest(state, block)
         columns.append(block[:, stored.columns].clone())
         rows.append(block[stored.rows].clone())
-    if state.hexdigest() != stored.base_sha256:
-        raise ValueError(
-            f"model_dir: expected the base that the adapter was made for, got other weights in "
-            f"stack {stored.plan.name} ({columns[0].dtype}; the fingerprint covers the dtype too)"
-        )
-    return CURFactors(torch.stack(columns), torch.stack(rows))
+    if state.hexdigest() == stored.base_sha256:
+        return CURFactors(torch.stack(columns), torch.stack(rows))
+    kinds = sorted({str(block.dtype) for block in _slices(directory, origins, stored)})
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        if digest(b.to(dtype) for b in _slices(directory, origins, stored)) == stored.base_sha256:
+            raise ValueError(
+                f"model_dir: expected the base in {dtype}, in which the adapter was made, got its "
+                f"weights in {', '.join(kinds)}: save the base in {dtype} first, or adapt it in "
+                "the dtype of its files"
+            )
+    raise ValueError(
+        f"model_dir: expected the base that the adapter was made for, got other weights in "
+        f"stack {stored.plan.name} ({', '.join(kinds)})"
+    )
 
 
-def _merged(weight: Tensor, parts: Iterable[tuple[CURFactors, StoredStack, int]]) -> Tensor:
-    """A stored weight plus the updates of its rows."""
+def _merged(weight: Tensor, factors: CURFactors, stored: StoredStack, index: int) -> Tensor:
+    """A stored weight plus the update of the rows that one member of a stack has."""
     merged = weight.clone()
-    for factors, stored, index in parts:
-        member, (_, transposed, first) = stored.plan.members[index], stored.stored[index]
-        slice_index = sum(m.slices for m in stored.plan.members[:index])
-        update = slice_update(factors, stored.core, slice_index, member.slices, stored.alpha)
-        logical = merged.T if transposed else merged
-        target = logical[first : first + update.shape[0]]
-        target.copy_(target.to(update.dtype) + update)
+    member, (_, transposed, first) = stored.plan.members[index], stored.stored[index]
+    slice_index = sum(m.slices for m in stored.plan.members[:index])
+    update = slice_update(factors, stored.core, slice_index, member.slices, stored.alpha)
+    logical = merged.T if transposed else merged
+    target = logical[first : first + update.shape[0]]
+    target.copy_(target.to(update.dtype) + update)
     return merged

@@ -1,110 +1,148 @@
-"""Puts the layers of stacks into a model, and takes them out of a merged copy."""
+"""Puts stacks into a model, whose parameters their cores become, and takes them out of a copy."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from ..layers import TProductConv1D, TProductMultiheadAttention, plain
-from ..linear import TProductLinear
+from ..factors import CURFactors
+from ..layers import adapt_in_place, put_back
+from ..linear import Adapted
 from ..nn import TProductStack
-from ..places import Place
-from .plan import Plan
-from .weights import Weight, aliases, find_weights
-
-#: torch's own transformer modules read the weights of their layers past their forward when nobody
-#: asks for gradients; these attributes keep them from it. (type, attribute, value)
-_SHORTCUTS = (
-    (nn.TransformerEncoderLayer, "activation_relu_or_gelu", 0),
-    (nn.TransformerEncoder, "use_nested_tensor", False),
-)
-_BEFORE = "_tcur_shortcut_before"
-
-#: What takes the place of layers.
-ADAPTED = (TProductConv1D, TProductMultiheadAttention, TProductLinear)
+from .fingerprint import PREFIX
 
 
-def put_in_place(model: nn.Module, plan: Plan, stacks: Mapping[str, TProductStack]) -> None:
-    """Replaces the plan's layers in the model, by each of the names that they go by.
+def is_adapted(model: nn.Module) -> bool:
+    """Whether a model, or a part of it, is adapted."""
+    return any(isinstance(module, Adapted) for module in model.modules())
 
-    Stacks are built on frozen stand-ins; their layers take the model's own parameters here.
+
+def put_in_place(model: nn.Module, stacks: Mapping[str, TProductStack]) -> None:
+    """Adapts the layers of stacks in place, and makes the cores parameters of the model.
+
+    Raises:
+        ValueError: the model has attributes of the names that cores take. It is then as it was.
     """
-    weights = find_weights(model)
-    attentions: dict[str, dict[str, tuple[TProductStack, int]]] = {}
-    for stack_plan in plan.stacks:
-        stack = stacks[stack_plan.name]
-        for index, member in enumerate(stack_plan.members):
-            weight = weights[member.module]
-            if weight.owner != weight.name:
-                part = weight.name.rpartition(".")[2]
-                attentions.setdefault(weight.owner, {})[part] = (stack, index)
-            else:
-                _replace(model, weight.module, _layer(stack, index, weight))
-    for owner, parts in attentions.items():
-        module = model.get_submodule(owner)
-        assert isinstance(module, nn.MultiheadAttention)
-        _replace(model, module, _attention(module, parts))
-    for module in model.modules():
-        for kind, attribute, off in _SHORTCUTS:
-            if isinstance(module, kind) and _holds_adapted(module):
-                setattr(module, _BEFORE, getattr(module, attribute))
-                setattr(module, attribute, off)
+    for name in stacks:
+        if hasattr(model, key_of(name)):
+            raise ValueError(
+                f"model: expected no attribute {key_of(name)!r}, which the core of stack {name} "
+                f"takes, got {type(getattr(model, key_of(name))).__name__}"
+            )
+    for stack in stacks.values():
+        adapt_in_place(stack.places)
+    Caretaker(model, stacks).move_in()
+
+
+def key_of(stack: str) -> str:
+    """Name of the parameter of the model that is the active core of a stack."""
+    return f"{PREFIX}{stack}"
+
+
+def stacks_of(model: nn.Module) -> dict[str, TProductStack]:
+    """The stacks that a model is adapted by."""
+    caretaker = model.__dict__.get("_apply")
+    assert isinstance(caretaker, Caretaker)
+    return dict(caretaker.stacks)
 
 
 def take_out(model: nn.Module) -> None:
-    """Puts plain layers, with the weights they have now, in the place of all adapted ones."""
-    adapted = (TProductConv1D, TProductMultiheadAttention, TProductLinear)
-    outermost = [m for m in model.modules() if isinstance(m, adapted)]
-    inside = {id(m.out_proj) for m in outermost if isinstance(m, TProductMultiheadAttention)}
-    for module in outermost:
-        if id(module) not in inside:
-            _replace(model, module, plain(module))
-    for holder in model.modules():
-        for kind, attribute, _ in _SHORTCUTS:
-            if isinstance(holder, kind) and hasattr(holder, _BEFORE):
-                setattr(holder, attribute, getattr(holder, _BEFORE))
-                delattr(holder, _BEFORE)
+    """Makes a model plain again, with the weights that its layers hold now."""
+    caretaker = model.__dict__.get("_apply")
+    assert isinstance(caretaker, Caretaker)
+    caretaker.move_out()
+    for module in model.modules():
+        if isinstance(module, Adapted):
+            put_back(module)
 
 
-def _layer(stack: TProductStack, index: int, weight: Weight) -> nn.Module:
-    """The layer that takes the place of ``nn.Linear`` or ``Conv1D``."""
-    layer = stack.layers[index]
-    if isinstance(weight.module, nn.Linear):
-        assert isinstance(layer, TProductLinear)
-        layer.weight, layer.bias = weight.module.weight, weight.module.bias
-        return layer
-    place = Place(weight.module, layer.slice_index, layer.slices)
-    conv1d = TProductConv1D.from_conv1d(weight.module, stack, place)
-    stack.layers[index] = conv1d.place
-    return conv1d
+class Caretaker:
+    """Keeps what stacks have in a model in order: cores in their precision, C and R up to date.
+
+    Cores are parameters of the model itself. A child would show up in containers, which count and
+    call their children; and sharding, offloading and moves take a model's own parameters as whole
+    for as long as the model runs, which is when layers need the core.
+
+    Two things happen to a model that parameters cannot answer to. It is cast: cores stay fp32, so
+    this object is the model's own ``_apply``. And a checkpoint is loaded: then C and R are taken
+    of what it brought, at once, for graphs that were compiled before.
+    """
+
+    def __init__(self, model: nn.Module, stacks: Mapping[str, TProductStack]) -> None:
+        self.model, self.stacks = model, dict(stacks)
+        self._hook: Any = None
+
+    def move_in(self) -> None:
+        """Makes cores and indices parameters and buffers of the model."""
+        model = self.model
+        for name, stack in self.stacks.items():
+            key = key_of(name)
+            stack.hand_over(model, key)
+            indices = torch.tensor([stack.rows, stack.columns], device=stack.core.device)
+            model.register_buffer(f"{key}__indices", indices)
+            if not stack.base.is_own:
+                model.register_buffer(f"{key}__lateral", stack.lateral.clone())
+                model.register_buffer(f"{key}__horizontal", stack.horizontal.clone())
+        model.__dict__["_apply"] = self
+        self._hook = model.register_load_state_dict_post_hook(self.loaded)
+
+    def move_out(self) -> None:
+        """Takes all of that out of the model."""
+        model = self.model
+        del model.__dict__["_apply"]
+        for store in (model._parameters, model._buffers):
+            for key in [key for key in store if self._is_own(key)]:
+                delattr(model, key)
+        hooks = model._load_state_dict_post_hooks
+        for number in [number for number, hook in hooks.items() if hook == self.loaded]:
+            del hooks[number]
+
+    def __call__(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        """The model's ``_apply``: cores move with the model, but keep at least fp32."""
+        model, apart = self.model, nn.Module()
+        for store in ("_parameters", "_buffers"):
+            every, own = model.__dict__[store], apart.__dict__[store]
+            for key in [key for key in every if self._is_own(key)]:
+                own[key] = every.pop(key)
+        try:
+            type(model)._apply(model, fn, recurse)
+            apart._apply(lambda tensor: _keep_precision(fn, tensor))
+        finally:
+            for store in ("_parameters", "_buffers"):
+                model.__dict__[store].update(apart.__dict__[store])
+        for stack in self.stacks.values():
+            stack.moved()
+        return model
+
+    def loaded(self, model: nn.Module, incompatible_keys: Any) -> None:
+        """A checkpoint was loaded: C and R of the base that is there now, W_eff where merged."""
+        for name, stack in self.stacks.items():
+            key = key_of(name)
+            buffers = model._buffers
+            indices = buffers[f"{key}__indices"]
+            if indices is not None and not indices.is_meta:
+                rows, columns = indices.tolist()
+                stack.base.choose(rows, columns)
+            lateral, horizontal = (
+                buffers.get(f"{key}__{side}") for side in ("lateral", "horizontal")
+            )
+            if lateral is not None and horizontal is not None:
+                stack.base.factors = CURFactors(lateral, horizontal)
+                stack.base.suspect()
+            stack.settle()
+
+    def _is_own(self, key: str) -> bool:
+        return any(
+            key == key_of(name) or key.startswith(f"{key_of(name)}__") for name in self.stacks
+        )
 
 
-def _attention(
-    module: nn.MultiheadAttention, parts: Mapping[str, tuple[TProductStack, int]]
-) -> TProductMultiheadAttention:
-    out_proj, projections = None, {}
-    for name, (stack, index) in parts.items():
-        layer = stack.layers[index]
-        if name == "out_proj":
-            assert isinstance(layer, TProductLinear)
-            layer.weight, layer.bias = module.out_proj.weight, module.out_proj.bias
-            out_proj = layer
-        else:
-            place = Place(module, layer.slice_index, layer.slices, name)
-            projections[name] = (stack, place)
-    attention = TProductMultiheadAttention.from_attention(module, projections, out_proj)
-    for name, (stack, index) in parts.items():
-        if name in attention.places:
-            stack.layers[index] = attention.places[name][1]
-    return attention
-
-
-def _holds_adapted(module: nn.Module) -> bool:
-    return any(isinstance(part, ADAPTED) for part in module.modules())
-
-
-def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    for name in aliases(model, old):
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, new)
+def _keep_precision(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
+    moved = fn(tensor)
+    if not tensor.is_floating_point():
+        return moved
+    wide = torch.promote_types(moved.dtype, torch.float32)
+    return moved if moved.dtype == wide else tensor.to(device=moved.device, dtype=wide)

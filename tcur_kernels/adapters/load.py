@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from .adapt import build_stack, install
 from .adapter import Adapter
 from .contents import Contents, StoredStack, read_contents
-from .fingerprint import STACKS, digest, frozen_digest, persistent_buffers
+from .fingerprint import digest, frozen_digest, persistent_buffers
+from .install import is_adapted
 from .trained import matches_any, trained_names
 from .weights import find_weights
 
@@ -34,7 +35,7 @@ def load_adapter(model: nn.Module, path: str | Path, strict: bool = True) -> Ada
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
-    if hasattr(model, STACKS):
+    if is_adapted(model):
         raise ValueError("model: expected a base model, got one that is adapted already")
     contents = read_contents(Path(path))
     own_base = [_check_stack(model, stored, strict) for stored in contents.stacks]

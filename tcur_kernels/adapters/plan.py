@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, TypeVar
@@ -12,17 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from ..decompose import check_rank
+from .targets import Targets as Targets
+from .targets import choose
 from .weights import Weight, find_weights, reasons_to_leave_out
-
-#: None (all, grouped by shape), names or patterns, {stack name: names or patterns}, or a function
-#: of a name and a module that says yes, no, or in which stack.
-Targets = (
-    None
-    | str
-    | Sequence[str]
-    | Mapping[str, str | Sequence[str]]
-    | Callable[[str, nn.Module], bool | str | None]
-)
 
 #: How layers without a named stack are put together.
 STACKS_BY = ("shape", "layer")
@@ -33,6 +25,8 @@ _FUSED_QKV = ("qkv", "qkv_proj", "Wqkv", "in_proj", "query_key_value", "c_attn")
 
 #: Of one reason, more modules than these are counted rather than listed when a plan is printed.
 _LISTED = 3
+
+_ALL_ZERO = "all weights of its stack are zero: C and R would be, and the core could never learn"
 
 _Value = TypeVar("_Value")
 
@@ -66,7 +60,10 @@ class StackPlan:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A module that could have been adapted and is not."""
+    """A module that holds matrices and is not adapted.
+
+    A bare parameter of the model itself, which no module of a name holds, goes by its own name.
+    """
 
     module: str
     reason: str
@@ -138,23 +135,22 @@ def make_plan(
 
     Raises:
         TypeError: a target that is no linear layer.
-        ValueError: a target that matches nothing, or in no stack, or no layer left to adapt.
+        ValueError: a target that matches nothing, or no layer that can be adapted, each with its
+            reason; or no layer left to adapt.
     """
     if stacks not in STACKS_BY:
         raise ValueError(f"stacks: expected one of {', '.join(STACKS_BY)}, got {stacks!r}")
     weights = find_weights(model)
     reasons = reasons_to_leave_out(model, weights, set(trained), loaded)
     explicit = targets is not None
-    chosen = _choose(model, weights, targets)
+    chosen, considered = choose(model, weights, reasons, targets)
     if isinstance(chosen, dict):
         if stacks == "layer":
             raise ValueError("stacks: expected 'shape' where targets name the stacks, got 'layer'")
         groups = _named_groups(chosen, weights, reasons)
-        considered = {name for names in chosen.values() for name in names}
     else:
         taken = {name: weights[name].tensor for name in chosen if name not in reasons}
         groups = groups_by_shape(taken) if stacks == "shape" else groups_by_layer(taken)
-        considered = set(chosen) if explicit else set(reasons)
 
     planned, left_out = [], []
     for key, (n1, n2), members in groups:
@@ -168,6 +164,14 @@ def make_plan(
             left_out += [LeftOut(member.module, reason) for member in members]
             continue
         check_rank("rank", own, n1, n2)
+        if loaded and not any(_has_numbers(weights[member.module]) for member in members):
+            if explicit:
+                raise ValueError(
+                    f"targets: expected weights that are not all zero in stack {key}, got zeros in "
+                    f"{', '.join(member.module for member in members[:5])}: {_ALL_ZERO}"
+                )
+            left_out += [LeftOut(member.module, _ALL_ZERO) for member in members]
+            continue
         planned.append(StackPlan(key, n1, n2, tuple(members)))
     left_out += [LeftOut(n, reason) for n, reason in reasons.items() if n in considered]
     if not planned:
@@ -181,7 +185,8 @@ def make_plan(
 
     def registered(item: LeftOut) -> int:
         weight = weights.get(item.module)
-        return order[item.module if weight is None else weight.owner]
+        # What is no module is a parameter of the model itself, and comes first.
+        return order.get(item.module if weight is None else weight.owner, -1)
 
     return Plan(tuple(planned), tuple(sorted(left_out, key=registered)))
 
@@ -251,88 +256,8 @@ def _slices_of(name: str, weight: Tensor) -> int:
     return 3 if fused else 1
 
 
-def _choose(
-    model: nn.Module, weights: Mapping[str, Weight], targets: Targets
-) -> list[str] | dict[str, list[str]]:
-    """Names of the layers that the targets choose, in the model's order; or such names by stack."""
-    if targets is None:
-        return list(weights)
-    if isinstance(targets, Mapping):
-        for stack in targets:
-            _check_stack_name(stack)
-        return {
-            stack: _match(f"targets[{stack!r}]", model, weights, patterns)
-            for stack, patterns in targets.items()
-        }
-    if callable(targets):
-        return _called(targets, weights)
-    return _match("targets", model, weights, targets)
-
-
-def _check_stack_name(stack: Any) -> None:
-    if not isinstance(stack, str) or not stack.isidentifier():
-        raise ValueError(f"targets: expected identifiers as stack names, got {stack!r}")
-    if hasattr(nn.ModuleDict, stack):
-        raise ValueError(f"targets: expected a stack name that is free, got {stack!r}")
-
-
-def _match(
-    argument: str,
-    model: nn.Module,
-    weights: Mapping[str, Weight],
-    targets: str | Sequence[str],
-) -> list[str]:
-    """Names of the linear layers that the targets match, each target at least one."""
-    modules = {name: module for name, module in model.named_modules() if name}
-    chosen: dict[str, None] = {}
-    for target in [targets] if isinstance(targets, str) else targets:
-        if not isinstance(target, str):
-            raise TypeError(f"{argument}: expected names or patterns, got {type(target).__name__}")
-        found = [n for n in {**modules, **weights} if _matches(n, target)]
-        if not found:
-            raise ValueError(f"{argument}: expected a module that matches {target!r}, got none")
-        # An attention stands for its projections.
-        linear = [n for n, weight in weights.items() if {n, weight.owner} & set(found)]
-        if not linear:
-            kinds = {type(modules[name]).__name__ for name in found}
-            several = any(isinstance(modules[name], nn.Linear) for name in found)
-            expected = "a plain nn.Linear" if several else "nn.Linear"
-            raise TypeError(
-                f"{argument}: expected {target!r} to match {expected}, got "
-                f"{', '.join(sorted(kinds))}"
-            )
-        chosen.update(dict.fromkeys(linear))
-    return [name for name in weights if name in chosen]
-
-
-def _matches(name: str, target: str) -> bool:
-    return fnmatchcase(name, target) or fnmatchcase(name, f"*.{target}")
-
-
-def _called(
-    choose: Callable[[str, nn.Module], bool | str | None], weights: Mapping[str, Weight]
-) -> list[str] | dict[str, list[str]]:
-    """What a function chose: names, or names by stack."""
-    chosen: list[str] = []
-    by_stack: dict[str, list[str]] = defaultdict(list)
-    for name, weight in weights.items():
-        answer = choose(name, weight.module)
-        if isinstance(answer, str):
-            _check_stack_name(answer)
-            by_stack[answer].append(name)
-        elif answer is True:
-            chosen.append(name)
-        elif answer is not None and answer is not False:
-            raise TypeError(
-                f"targets: expected the function to return a bool, a stack name or None, got "
-                f"{type(answer).__name__} for {name}"
-            )
-    if by_stack and chosen:
-        raise ValueError(
-            f"targets: expected the function to name a stack for all layers or for none, got none "
-            f"for {chosen[0]}"
-        )
-    return dict(by_stack) if by_stack else chosen
+def _has_numbers(weight: Weight) -> bool:
+    return bool(weight.tensor.detach().any())
 
 
 def _named_groups(
@@ -350,10 +275,9 @@ def _named_groups(
             taken[name] = stack
         own = {n: weights[n].tensor for n in names if n not in reasons}
         if not own:
+            why = "; ".join(f"{n}: {reasons[n]}" for n in names)
             raise ValueError(
-                f"targets[{stack!r}]: expected a layer that can be adapted, got none ("
-                + "; ".join(f"{n}: {reasons[n]}" for n in names)
-                + ")"
+                f"targets[{stack!r}]: expected a layer that can be adapted, got none ({why})"
             )
         groups.append(_one_group(stack, own))
     return groups
@@ -363,10 +287,13 @@ def _one_group(stack: str, weights: Mapping[str, Tensor]) -> _Group:
     """One stack of layers named together: cut to the smallest slice among them."""
     n1 = min(weight.shape[0] // _slices_of(name, weight) for name, weight in weights.items())
     n2 = next(iter(weights.values())).shape[1]
-    kinds = {(weight.dtype, weight.device) for weight in weights.values()}
-    if len(kinds) > 1:
-        raise ValueError(f"targets[{stack!r}]: expected one dtype and device, got {kinds}")
+    first, like = next(iter(weights.items()))
     for name, weight in weights.items():
+        if (weight.dtype, weight.device) != (like.dtype, like.device):
+            raise ValueError(
+                f"targets[{stack!r}]: expected one dtype and device, got {like.dtype} on "
+                f"{like.device} in {first}, {weight.dtype} on {weight.device} in {name}"
+            )
         if weight.shape[1] != n2 or weight.shape[0] % n1:
             raise ValueError(
                 f"targets[{stack!r}]: expected layers made of {n1} x {n2} slices, got {name} "

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
-from ..decompose import FileMatrix, FileStack, Shards
+from ..decompose import FileMatrix, FileStack, Shards, SliceStack, Stack
+from .names import Origins, is_of_transformers
 from .plan import StackPlan
 from .weights import Weight, find_weights
 
@@ -15,51 +17,93 @@ class BaseFiles:
     """The checkpoint of a model whose parameters are on the meta device.
 
     Args:
-        path: a safetensors file or a directory of them, see `decompose.Shards`. Tensors go by the
-            names of the model's parameters.
+        model: the model. Tensors go by the names of its parameters, or if it is one of
+            transformers, by those that it would be loaded from.
+        path: a safetensors file or a directory of them, see `decompose.Shards`.
         max_workspace, progress: see `tensor_cur`.
     """
 
-    def __init__(self, path: str | Path, max_workspace: int, progress: bool) -> None:
+    def __init__(
+        self, model: nn.Module, path: str | Path, max_workspace: int, progress: bool
+    ) -> None:
+        self._model = model
         self._shards = Shards(path)
+        known = model if is_of_transformers(model) else None
+        self._origins = Origins("weights", self._shards.path, self._shards.shapes, known)
         self._max_workspace, self._progress = max_workspace, progress
 
-    def stack(self, model: nn.Module, plan: StackPlan) -> FileStack | None:
+    def stack(self, plan: StackPlan, any_dtype: bool = False) -> Stack | None:
         """The slices of one stack in the files; None if they are in memory.
 
+        A matrix that transformers makes of others while loading is made here, too, and the stack
+        then held in memory, within ``max_workspace``.
+
+        Args:
+            plan: the stack.
+            any_dtype: do not ask for the dtype that the model has.
+
         Raises:
-            TypeError, ValueError: naming a tensor that is missing, of another shape than the model
-                says, or of another dtype than the rest of the stack.
+            TypeError, ValueError: naming a tensor that is missing, of another shape or dtype than
+                the model says, or of another dtype than the rest of the stack.
         """
-        weights = find_weights(model)
+        weights = find_weights(self._model)
         members = [weights[member.module] for member in plan.members]
         if not any(weight.tensor.is_meta for weight in members):
             return None
-        matrices = [self._matrix(model, weight) for weight in members]
+        regrouped = [self._origins[w.stored()[0]].regrouped is not None for w in members]
+        if any(regrouped):
+            return self._made(plan, members, any_dtype)
+        matrices = [self._matrix(weight, any_dtype) for weight in members]
         return FileStack(self._shards, matrices, plan.n1, self._max_workspace, self._progress)
 
     def read(self, name: str) -> Tensor:
-        """A whole tensor.
+        """A whole tensor of the model, by its name there.
 
         Raises:
             ValueError: it is not there.
         """
-        if name not in self._shards.files:
-            raise ValueError(f"weights: expected {name} in {self._shards.path}, got none")
-        return self._shards.read(name)
+        return self._origins[name].load(self._shards.read)
 
-    def _matrix(self, model: nn.Module, weight: Weight) -> FileMatrix:
-        name, _ = weight.parameter_names()
-        expected = list(model.get_parameter(name).shape)
-        if self._shards.shapes.get(name, expected) != expected:
+    def _matrix(self, weight: Weight, any_dtype: bool) -> FileMatrix:
+        name, transposed, first = weight.stored()
+        stored = self._origins[name].name
+        file = self._shards.files[stored].name
+        self._check(name, self._shards.shapes[stored], self._shards.dtype(stored), file, any_dtype)
+        return FileMatrix(stored, transposed, first, weight.tensor.shape[0])
+
+    def _made(self, plan: StackPlan, members: list[Weight], any_dtype: bool) -> SliceStack:
+        """A stack in memory, of matrices that the files have otherwise than the model."""
+        size = sum(w.tensor.numel() * w.tensor.element_size() for w in members)
+        if size > self._max_workspace:
             raise ValueError(
-                f"weights: expected {name} of shape {expected} as in the model, got "
-                f"{self._shards.shapes[name]} in {self._shards.files[name].name}"
+                f"max_workspace: expected at least {size:,} bytes for stack {plan.name}, which "
+                f"transformers puts together while loading ({members[0].name}), got "
+                f"{self._max_workspace:,}"
             )
-        part = weight.tensor  # a view of the parameter: where it begins says which rows it has
-        transposed = weight.place.transposed
-        first = 0 if transposed else part.storage_offset() // part.shape[1]
-        return FileMatrix(name, transposed, first, part.shape[0])
+        matrices = []
+        for weight in members:
+            name, transposed, first = weight.stored()
+            tensor = self.read(name)
+            self._check(name, list(tensor.shape), tensor.dtype, "the files", any_dtype)
+            logical = tensor.T if transposed else tensor
+            matrices.append(logical[first : first + weight.tensor.shape[0]])
+        return SliceStack("weights", matrices, plan.n1, self._max_workspace, self._progress)
+
+    def _check(
+        self, name: str, shape: list[int], dtype: torch.dtype, where: str, any_dtype: bool
+    ) -> None:
+        """Refuses a tensor that is another than the model says."""
+        parameter = self._model.get_parameter(name)
+        if shape != list(parameter.shape):
+            raise ValueError(
+                f"weights: expected {name} of shape {list(parameter.shape)} as in the model, got "
+                f"{shape} in {where}"
+            )
+        if dtype != parameter.dtype and not any_dtype:
+            raise ValueError(
+                f"weights: expected {name} of {parameter.dtype} as in the model, got {dtype} in "
+                f"{where}: make the model in the dtype of its files, model.to({dtype})"
+            )
 
 
 def on_meta(model: nn.Module) -> str | None:

@@ -7,12 +7,18 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from .fingerprint import STACKS
+from .fingerprint import PREFIX
 
 
 def trained_names(model: nn.Module, patterns: Sequence[str]) -> list[str]:
-    """Parameters that ``train_also`` names, in the model's order; each pattern matches some."""
-    names = [n for n, _ in model.named_parameters() if not n.startswith(f"{STACKS}.")]
+    """Parameters that ``train_also`` names, in the model's order; each pattern matches some.
+
+    Raises:
+        TypeError: a pattern that is no string, or a parameter that no gradient can be of.
+        ValueError: a pattern that matches nothing.
+    """
+    parameters = dict(model.named_parameters())
+    names = [name for name in parameters if not name.startswith(PREFIX)]
     chosen: set[str] = set()
     for pattern in patterns:
         if not isinstance(pattern, str):
@@ -20,6 +26,12 @@ def trained_names(model: nn.Module, patterns: Sequence[str]) -> list[str]:
         found = {name for name in names if _matches_whole(name, pattern)}
         if not found:
             raise ValueError(f"train_also: expected parameters that match {pattern!r}, got none")
+        for name in sorted(found):
+            if not (parameters[name].is_floating_point() or parameters[name].is_complex()):
+                raise TypeError(
+                    f"train_also: expected floating parameters, got {parameters[name].dtype} in "
+                    f"{name} by {pattern!r}"
+                )
         chosen |= found
     return [name for name in names if name in chosen]
 

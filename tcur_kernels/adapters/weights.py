@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
+from torch.nn.utils import parametrize
 
-from ..layers import TProductConv1D, TProductMultiheadAttention
-from ..linear import TProductLinear
+from ..distributed import is_sharded
+from ..layers import TProductMultiheadAttention
+from ..linear import Adapted
 from ..places import PROJECTIONS, Place, is_attention, is_conv1d, is_plain_linear
 
 #: Modules with a matrix or more that are no linear maps of tokens.
@@ -21,6 +25,15 @@ _OTHER_KINDS = (
     nn.RNNCellBase,
     nn.modules.conv._ConvNd,
 )
+
+#: Modules whose parameters scale and shift, of however many axes.
+_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase)
+
+#: dtypes of a weight that stacks are made of.
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+#: Of the bare parameters of one module, more than these are counted rather than named.
+_NAMED = 3
 
 _TRAINED = "trained directly (train_also)"
 
@@ -58,41 +71,90 @@ def find_weights(model: nn.Module) -> dict[str, Weight]:
     """All linear maps of a model that a stack may take, or has taken, by name, as registered."""
     found: dict[str, Weight] = {}
     for name, module in model.named_modules():
-        if not name or name in found:
+        if not name or name in found or why_unreadable(module) is not None:
             continue
         if is_attention(module) or isinstance(module, TProductMultiheadAttention):
             assert isinstance(module, nn.MultiheadAttention)
             for projection in PROJECTIONS:
                 part = f"{name}.{projection}"
-                found[part] = Weight(part, name, module, Place(module, projection=projection))
+                found[part] = Weight(part, name, module, _place(module, projection))
             out = f"{name}.out_proj"
-            found[out] = Weight(out, name, module, Place(module.out_proj))
-        elif is_plain_linear(module) or is_conv1d(module) or isinstance(module, TProductLinear):
-            found[name] = Weight(name, name, module, Place(module))
-        elif isinstance(module, TProductConv1D):
-            found[name] = Weight(name, name, module, module.place)
+            found[out] = Weight(out, name, module, _place(module.out_proj, None))
+        elif is_plain_linear(module) or is_conv1d(module) or isinstance(module, Adapted):
+            found[name] = Weight(name, name, module, _place(module, None))
     return found
+
+
+def _place(module: nn.Module, projection: str | None) -> Place:
+    """The place of a weight: that in its stack, if the module is adapted."""
+    adapted = module.tcur_places.get(projection) if isinstance(module, Adapted) else None
+    return Place(module, projection=projection) if adapted is None else adapted
+
+
+def why_unreadable(module: nn.Module) -> str | None:
+    """Why the weights of a linear layer or an attention are not to be read; None if they are.
+
+    They are no parameters but computed from others (``torch.nn.utils.prune``, the hooks of
+    ``weight_norm``, FSDP1), or parameters without a shape. Other modules are not looked at.
+    """
+    if is_plain_linear(module) or is_conv1d(module):
+        return why_computed(module)
+    if not is_attention(module):
+        return None
+    # Without in_proj_weight there are three weights.
+    fused = module._parameters.get("in_proj_weight", module) is not None
+    names = ("in_proj_weight",) if fused else tuple(f"{p}_weight" for p in PROJECTIONS)
+    why = why_computed(module, (*names, "in_proj_bias"))
+    if why is None:
+        out: nn.Module = module.out_proj  # type: ignore[assignment]
+        why = _parametrised(out) or why_computed(out)
+        why = why and f"out_proj: {why}"
+    return why
+
+
+def why_computed(module: nn.Module, names: Sequence[str] = ("weight", "bias")) -> str | None:
+    """Why what goes by these names in a module is no parameter with a shape; None if it is."""
+    for name in names:
+        if name not in module._parameters:
+            made = [key for key in module._parameters if key.startswith(f"{name}_")]
+            origin = f", computed from {' and '.join(made)}" if made else ""
+            return f"its {name} is no parameter{origin}"
+        if isinstance(module._parameters[name], UninitializedParameter):
+            return f"its {name} is not initialised yet: run a batch through the model first"
+    return None
+
+
+def _parametrised(module: nn.Module) -> str | None:
+    """What is said of a module with parametrisations, by torch.nn.utils.parametrize."""
+    if not parametrize.is_parametrized(module):
+        return None
+    parts = [
+        f"{name} by {' and '.join(type(part).__name__ for part in chain)}"
+        for name, chain in module.parametrizations.items()  # type: ignore[union-attr, operator]
+    ]
+    return f"parametrised: its {', '.join(parts)} is no parameter"
 
 
 def reasons_to_leave_out(
     model: nn.Module, weights: Mapping[str, Weight], trained: set[str], loaded: bool = True
 ) -> dict[str, str]:
-    """Modules and linear maps that no stack can take, with the reason."""
+    """Modules, linear maps and bare matrices that no stack can take, with the reason."""
     owners: dict[int, dict[tuple[int, str], str]] = defaultdict(dict)
     for name, module in model.named_modules(remove_duplicate=False):
         for key, parameter in module._parameters.items():
             if parameter is not None:  # a module with several names owns its parameters once
                 full = f"{name}.{key}" if name else key
                 owners[id(parameter)].setdefault((id(module), key), full)
+    seen = {id(part) for weight in weights.values() for part in weight.module.modules()}
     reasons = {}
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and name not in weights:
-            reasons[name] = f"{type(module).__name__} is not a plain nn.Linear"
-        elif isinstance(module, nn.MultiheadAttention) and not is_attention(module):
-            reasons[name] = f"{type(module).__name__} is not a plain nn.MultiheadAttention"
-        elif isinstance(module, _OTHER_KINDS):
-            direct = any(f"{name}.{key}" in trained for key, _ in module.named_parameters())
-            reasons[name] = _TRAINED if direct else f"{type(module).__name__} is not a linear layer"
+        if not name or id(module) in seen:
+            continue
+        why = _of_module(name, module, trained)
+        if why is not None:  # and what is below it is the same layer again
+            reasons[name] = why
+            seen |= {id(part) for part in module.modules()}
+    reasons |= _bare_matrices(model, seen, trained)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for name, weight in weights.items():
         held, bias = weight.parameter_names()
@@ -101,23 +163,87 @@ def reasons_to_leave_out(
             reasons[name] = f"its weight is tied: {', '.join(tied.values())}"
         elif {held, bias} & trained:
             reasons[name] = _TRAINED
-        elif not weight.tensor.dtype.is_floating_point:
-            reasons[name] = f"its weight is {weight.tensor.dtype}"
+        elif why := _of_parameter("weight", parameters[held]) or _of_parameter(
+            "bias", parameters.get(bias)
+        ):
+            reasons[name] = why
         elif loaded and weight.tensor.is_meta:
             reasons[name] = "its weight is on the meta device: C and R are slices of loaded weights"
     return reasons
 
 
+def _of_module(name: str, module: nn.Module, trained: set[str]) -> str | None:
+    """Why a module is left out that `find_weights` does not know."""
+    kind = type(module).__name__
+    if isinstance(module, nn.LazyLinear):
+        return why_computed(module, ("weight",))
+    if isinstance(module, _OTHER_KINDS):
+        direct = any(f"{name}.{key}" in trained for key, _ in module.named_parameters())
+        return _TRAINED if direct else f"{kind} is not a linear layer"
+    if isinstance(module, nn.Linear | nn.MultiheadAttention):
+        plain = "nn.Linear" if isinstance(module, nn.Linear) else "nn.MultiheadAttention"
+        why = why_unreadable(module) or _parametrised(module)
+        return why or f"{kind} is not a plain {plain}"
+    return why_unreadable(module)
+
+
+def _of_parameter(name: str, parameter: Tensor | None) -> str | None:
+    """Why the numbers of a parameter are none that a stack can be made of."""
+    if parameter is None:
+        return None
+    if is_sharded(parameter):
+        return f"its {name} is sharded: adapt first, then fully_shard"
+    if type(parameter) not in (nn.Parameter, Tensor):
+        return f"its {name} is a {type(parameter).__name__}, no plain tensor"
+    if parameter.layout != torch.strided:
+        return f"its {name} is {parameter.layout}"
+    if parameter.dtype not in _DTYPES:
+        return f"its {name} is {parameter.dtype}"
+    if parameter.numel() == 0:
+        return f"its {name} has no elements: {list(parameter.shape)}"
+    return None
+
+
+def _bare_matrices(model: nn.Module, seen: set[int], trained: set[str]) -> dict[str, str]:
+    """Modules that hold matrices as parameters of their own (experts, position embeddings).
+
+    Named after the module; those of the model itself by their own names. Vectors, however many
+    axes of length one they have, are none. ``seen`` are the ids of modules that are accounted for.
+    """
+    found: dict[str, str] = {}
+    for name, module in model.named_modules():
+        if id(module) in seen or isinstance(module, _NORMS):
+            continue
+        bare = {
+            f"{name}.{key}" if name else key: f"{key} {list(parameter.shape)}"
+            for key, parameter in module._parameters.items()
+            if parameter is not None and _is_matrix(parameter)
+        }
+        left = {full: what for full, what in bare.items() if full not in trained}
+        if not name:
+            kind = type(module).__name__
+            found |= dict.fromkeys(left, f"a bare parameter of {kind}, not a linear layer")
+            found |= dict.fromkeys(bare.keys() - left.keys(), _TRAINED)
+        elif left:
+            listed = list(left.values())
+            more = f" and {len(listed) - _NAMED} more" if len(listed) > _NAMED else ""
+            what = "bare parameters, not as linear layers"
+            if len(listed) == 1:
+                what = "a bare parameter, not as a linear layer"
+            found[name] = (
+                f"{type(module).__name__} holds {', '.join(listed[:_NAMED])}{more} as {what}"
+            )
+        elif bare:
+            found[name] = _TRAINED
+    return found
+
+
+def _is_matrix(parameter: Tensor) -> bool:
+    if isinstance(parameter, UninitializedParameter):
+        return False
+    return parameter.is_floating_point() and sum(size > 1 for size in parameter.shape) > 1
+
+
 def aliases(model: nn.Module, module: nn.Module) -> list[str]:
     """All names that a module goes by in a model."""
     return [n for n, m in model.named_modules(remove_duplicate=False) if m is module]
-
-
-def stand_in(weight: Weight) -> nn.Linear:
-    """A frozen ``nn.Linear`` with the tensors of a weight: planning must not freeze the model."""
-    tensor, bias = weight.tensor.detach(), weight.place.bias
-    linear = nn.Linear(tensor.shape[1], tensor.shape[0], bias=False, device="meta")
-    linear.weight = nn.Parameter(tensor, requires_grad=False)
-    if bias is not None:
-        linear.bias = nn.Parameter(bias.detach(), requires_grad=False)
-    return linear.train(weight.module.training)

@@ -5,6 +5,7 @@ from .curve import error_curve as error_curve
 from .files import FileMatrix as FileMatrix
 from .files import FileStack as FileStack
 from .files import Shards as Shards
+from .files import model_files as model_files
 from .files import open_stack as open_stack
 from .matrix import MatrixCUR as MatrixCUR
 from .matrix import matrix_cur as matrix_cur

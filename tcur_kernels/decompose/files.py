@@ -22,14 +22,16 @@ _DTYPES = {
     "BF16": torch.bfloat16,
 }
 
+#: Endings of weights in other formats, which nothing here reads.
+_OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf")
+
 
 class Shards:
     """Names, shapes and dtypes of the tensors of a checkpoint; no tensor is read.
 
     Args:
-        path: a ``.safetensors`` file, or a directory that holds some. Where a directory has an
-            index (``*.safetensors.index.json``, as Hugging Face writes it) that decides which
-            file a tensor is in.
+        path: a ``.safetensors`` file, or a directory that holds some, see `model_files`. An index
+            decides which file a tensor is in.
 
     Attributes:
         files: tensor name -> file.
@@ -44,12 +46,9 @@ class Shards:
         self.path = Path(path)
         if not self.path.exists():
             raise FileNotFoundError(f"weights: expected a file or directory, got {self.path}")
-        files = sorted(self.path.glob("*.safetensors")) if self.path.is_dir() else [self.path]
-        if not files:
-            raise FileNotFoundError(f"weights: expected .safetensors files, got none in {path}")
-        indexed = _index(self.path)
-        if indexed is not None:
-            files = sorted({self.path / file for file in indexed.values()})
+        files, indexed = [self.path], None
+        if self.path.is_dir():
+            files, indexed = model_files("weights", self.path)
         self.files: dict[str, Path] = {}
         self.shapes: dict[str, list[int]] = {}
         self._dtypes: dict[str, str] = {}
@@ -237,16 +236,54 @@ def _fill(numbers: Tensor, file: FileIO, place: int) -> None:
         raise ValueError(f"weights: expected {file.name} as it was, got a shorter file")
 
 
-def _index(path: Path) -> dict[str, str] | None:
-    """Tensor name -> file name of a directory's index, None without one."""
-    found = sorted(path.glob("*.safetensors.index.json")) if path.is_dir() else []
-    if not found:
-        return None
+def model_files(argument: str, path: Path) -> tuple[list[Path], dict[str, str] | None]:
+    """The safetensors files that hold a directory's model, and its index if it is split by one.
+
+    As transformers chooses: ``model.safetensors``, else the shards that an index lists,
+    ``model.safetensors.index.json`` or another. Without any, all safetensors files.
+
+    Raises:
+        FileNotFoundError: none of them; or a shard of the index that is not there.
+        ValueError: an index that is none, or several.
+    """
+    whole = path / "model.safetensors"
+    if whole.is_file():
+        return [whole], None
+    usual = path / "model.safetensors.index.json"
+    indices = [usual] if usual.is_file() else sorted(path.glob("*.safetensors.index.json"))
+    if len(indices) > 1:
+        several = " and ".join(index.name for index in indices)
+        raise ValueError(f"{argument}: expected one index in {path}, got {several}")
+    if not indices:
+        files = sorted(path.glob("*.safetensors"))
+        if not files:
+            found = sorted(file.name for kind in _OTHER_WEIGHTS for file in path.glob(f"*{kind}"))
+            hint = (
+                f" but {', '.join(found[:3])}; save_pretrained of transformers writes safetensors"
+            )
+            raise FileNotFoundError(
+                f"{argument}: expected *.safetensors with the weights, got none in {path}"
+                + (hint if found else "")
+            )
+        return files, None
     try:
-        weight_map: dict[str, str] = json.loads(found[0].read_text(encoding="utf-8"))["weight_map"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"weights: expected an index with a weight_map, got {found[0]}") from error
-    return weight_map
+        listed: dict[str, str] = json.loads(indices[0].read_text(encoding="utf-8"))["weight_map"]
+        names = sorted(set(listed.values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{argument}: expected an index with a weight_map, got {indices[0]}"
+        ) from error
+    for name in names:
+        if Path(name).name != name:
+            raise ValueError(f"{argument}: expected names of files in {indices[0]}, got {name}")
+    lost = [name for name in names if not (path / name).is_file()]
+    if lost:
+        tensors = [tensor for tensor, name in listed.items() if name in lost]
+        raise FileNotFoundError(
+            f"{argument}: expected all shards of {indices[0].name}, got none at {path / lost[0]} "
+            f"({len(lost)} of {len(names)} are missing, {tensors[0]} is in them)"
+        )
+    return [path / name for name in names], listed
 
 
 def _offsets(file: Path) -> dict[tuple[Path, str], int]:

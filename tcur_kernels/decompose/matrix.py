@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..autocast import without_autocast
 from .rules import Selection
 from .stack import MAX_WORKSPACE
 from .tensor import TensorCUR, tensor_cur
@@ -31,7 +32,8 @@ class MatrixCUR:
 
     def reconstruct(self) -> Tensor:
         """C U R, ``[n1, n2]``."""
-        return self.lateral @ self.core @ self.horizontal
+        with without_autocast():
+            return self.lateral @ self.core @ self.horizontal
 
     def relative_error(self, a: Tensor) -> float:
         """‖a − C U R‖ / ‖a‖ in the Frobenius norm."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..autocast import without_autocast
 from ..tubal import check_tensor
 from .rules import pick
 from .stack import SliceStack
@@ -32,7 +33,8 @@ class ModewiseCUR:
         """G ×_0 C_0 ×_1 C_1 ×_2 C_2, in the shape of the tensor."""
         product = self.core
         for axis, factor in enumerate(self.factors):
-            product = _along(product, factor, axis)
+            with without_autocast():
+                product = _along(product, factor, axis)
         return product
 
     def relative_error(self, a: Tensor) -> float:

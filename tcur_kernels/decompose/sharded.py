@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..autocast import without_autocast
 from ..distributed import is_sharded
 from .stack import MAX_WORKSPACE, Stack, check_matrices
 
@@ -111,4 +112,5 @@ class ShardedStack(Stack):
 
     def _read(self, start: int, stop: int) -> Tensor:
         first = self._held[0].start
-        return torch.stack([piece[start - first : stop - first] for piece in self._slices])
+        with without_autocast():
+            return torch.stack([piece[start - first : stop - first] for piece in self._slices])

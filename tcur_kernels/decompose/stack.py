@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ..autocast import without_autocast
+
 #: Default of every ``max_workspace``: bytes.
 MAX_WORKSPACE = 1 << 30
 
@@ -194,12 +196,14 @@ class SliceStack(Stack):
         super().__init__(name, sizes, first.dtype, first.device, max_workspace, progress)
 
     def _read(self, start: int, stop: int) -> Tensor:
-        return torch.stack([piece[start:stop] for piece in self._slices])
+        with without_autocast():  # which refuses to stack bf16 where it casts to fp16
+            return torch.stack([piece[start:stop] for piece in self._slices])
 
     def columns(self, indices: Tensor) -> Tensor:
         """C = stack[:, :, indices], ``[n3, n1, r]``."""
         chosen = indices.to(self.device)
-        return torch.stack([piece[:, chosen] for piece in self._slices])
+        with without_autocast():
+            return torch.stack([piece[:, chosen] for piece in self._slices])
 
 
 def check_matrices(name: str, matrices: Sequence[Tensor], n1: int | None) -> int:

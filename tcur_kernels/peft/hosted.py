@@ -9,20 +9,15 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..eager import HALVES
-from ..functional import slice_update
-from ..kept import Layer
 from ..nn import TProductStack
+from ..ops import HALVES
 from ..places import Place, is_conv1d, is_plain_linear
-
-if TYPE_CHECKING:
-    from .layer import TCURLinear
 
 #: From the input that reaches the base layer to its adapted output.
 Compute = Callable[[Tensor], Tensor]
@@ -84,60 +79,37 @@ def _become(layer: nn.Module, kind: type[nn.Module]) -> None:
             setattr(layer, key, types.MethodType(kind.forward, layer))
 
 
-class BasePlace(Place):
-    """The base weight of a layer, merged or not, as slices of a stack.
-
-    By attribute: under FSDP a plain tensor takes the place of the parameter, a part of one that is
-    trained, so that it seems to be trained too.
-    """
-
-    layer: TCURLinear | None = None  # the wrapper, once there is one
-
-    def __init__(self, module: nn.Module, slice_index: int = 0, slices: int = 1) -> None:
-        super().__init__(
-            module, slice_index, slices, transposed=isinstance(module, Conv1D) or is_conv1d(module)
-        )
-
-    @property
-    def weight(self) -> Tensor:
-        """``[out_features, in_features]``, no copy."""
-        kept = None if self.layer is None else self.layer.tcur_backup
-        weight = _frozen_part(self.module.weight if kept is None else kept)
-        return weight.T if self.transposed else weight
-
-    @property
-    def bias(self) -> Tensor | None:
-        """``[out_features]`` or None."""
-        return None if self.module.bias is None else _frozen_part(self.module.bias)
-
-
-def _frozen_part(tensor: Any) -> Tensor:
-    assert isinstance(tensor, Tensor)
-    if tensor.requires_grad and not isinstance(tensor, nn.Parameter):
-        return tensor.detach()
-    return tensor
-
-
-def _is_elsewhere(layer: Layer) -> bool:
-    """Whether hooks have put a layer's weight away until the layer is called."""
-    weight = layer.weight
-    return (
-        weight.is_meta
-        or weight.shape != (layer.out_features, layer.in_features)
-        or not weight.untyped_storage().size()
-    )
+def place_of(layer: nn.Module, slice_index: int = 0, slices: int = 1) -> Place:
+    """Where the weight of a layer is, wrapped or not."""
+    return Place(layer, slice_index, slices, transposed=isinstance(layer, Conv1D))
 
 
 class AdapterStack(TProductStack):
-    """A stack that is called as a module, so that hooks which bring in its core run."""
+    """A stack that is called as a module where it needs its core, so that hooks bring it in."""
 
-    def forward(self, place: Place, x: Tensor | None = None) -> Tensor:
-        """``x`` through the layer at ``place``; without ``x`` that layer's update, fp32."""
-        if x is not None:
-            return self.forward_slices(x, place)
-        factors = self.factors
-        core = self.core.to(factors.dtype)
-        return slice_update(factors, core, place.slice_index, place.slices, self.alpha)
+    def forward(self, compute: Callable[..., Tensor], *arguments: Any) -> Tensor:
+        """What a method of `TProductStack` computes."""
+        return compute(self, *arguments)
+
+    def forward_slices(self, x: Tensor, place: Place) -> Tensor:
+        """``x`` through the layer of one place."""
+        y: Tensor = self(TProductStack.forward_slices, x, place)
+        return y
+
+    def update(self, place: Place) -> Tensor:
+        """What the core adds to one place."""
+        added: Tensor = self(TProductStack.update, place)
+        return added
+
+    def effective_value(self, place: Place) -> Tensor:
+        """The numbers of the weight with this update alone."""
+        value: Tensor = self(TProductStack.effective_value, place)
+        return value
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether a graph of this core waits for its backward."""
+        return self._gradient_sum.is_pending()
 
     def narrow(self, dtype: torch.dtype) -> None:
         """Has the parameter of the core in a 16-bit dtype; what is computed of it stays fp32."""
@@ -151,9 +123,3 @@ class AdapterStack(TProductStack):
         if dtype is not None:
             self.narrow(dtype)
         return self
-
-    def _mode_if_sharded(self) -> str:
-        # Offloaded layers, and those of FSDP1, have their weights one at a time.
-        if self.mode == "auto" and any(map(_is_elsewhere, self.layers)):
-            return "factored"
-        return super()._mode_if_sharded()

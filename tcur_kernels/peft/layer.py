@@ -10,10 +10,15 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from ..eager import HALVES, Dithered, added_to_product
-from .effective import EffectiveWeight
-from .hosted import AdapterStack, BasePlace, host
-from .rows import Owner, Rows, rows_of
+from ..eager import Dithered, added_to_product, is_traced
+from ..kept import is_within_backward
+from ..ops import HALVES
+from ..places import Place
+from ..reading import UnreadableWeight, effective_sum, read_weight
+from ..rows import rows_of
+from ..switching import refuse_other_core
+from .hosted import AdapterStack, host, place_of
+from .rows import NamedRows, Owner
 
 #: What peft's users know a broken adapter by.
 BROKEN = "NaNs detected in the merged weights. The adapter {} seems to be broken"
@@ -24,7 +29,7 @@ class TCURLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
 
     Args:
         base_layer: the adapted ``nn.Linear`` or ``Conv1D``; it keeps its weight, and is called.
-        owner: of the tuner, for `rows.rows_of`.
+        owner: of the tuner, which has rows and stacks.
 
     Attributes:
         tcur_stacks: adapter name -> the stack this layer has its place in.
@@ -35,7 +40,6 @@ class TCURLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     other_param_names = ("tcur_places",)
 
     tcur_stacks: nn.ModuleDict
-    tcur_backup: Tensor | None
 
     # of BaseTunerLayer
     active_adapters: list[str]
@@ -46,9 +50,7 @@ class TCURLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     def __init__(self, base_layer: nn.Module, owner: Owner) -> None:
         super().__init__()
         self.tcur_owner = owner
-        # The base weight while merged; a buffer, so that it moves with the layer.
-        self.register_buffer("tcur_backup", None, persistent=False)
-        self.tcur_base = self._place(base_layer)
+        self.tcur_base = place_of(base_layer)
         self.out_features, self.in_features = self.tcur_base.weight.shape
         host(base_layer)
         self.base_layer = base_layer
@@ -56,21 +58,16 @@ class TCURLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         # Kept off module registration: the tuner owns the stacks, and a core that all layers of a
         # stack share has one name in the model.
         object.__setattr__(self, "tcur_stacks", nn.ModuleDict())
-        self.tcur_places: dict[str, BasePlace] = {}
+        self.tcur_places: dict[str, Place] = {}
 
-    def _place(self, base_layer: nn.Module) -> BasePlace:
-        place = BasePlace(base_layer)
-        place.layer = self
-        return place
-
-    def add(self, adapter_name: str, stack: AdapterStack, place: BasePlace) -> None:
+    def add(self, adapter_name: str, stack: AdapterStack, place: Place) -> None:
         """Gives the layer its place in the stack of a new adapter."""
-        place.layer = self
         self.tcur_stacks[adapter_name] = stack
         self.tcur_places[adapter_name] = place
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """``x`` [..., in_features] -> [..., out_features] with the active adapters."""
+        self._check_recomputed()
         compute = self._compute()
         if compute is not None:
             kwargs["tcur"] = compute
@@ -83,7 +80,7 @@ class TCURLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             if self.merged:
                 self.unmerge()
             return None
-        rows = rows_of(self.tcur_owner)
+        rows: NamedRows | None = rows_of(self.tcur_owner)
         if rows is not None:
             return lambda x: self._by_rows(x, rows)
         active = [] if self.merged else self._adapted_by(self.active_adapters)
@@ -91,11 +88,20 @@ class TCURLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             return lambda x: self._by_all(x, active)
         if not active:
             return None
-        stack, place = self._stack(active[0]), self.tcur_places[active[0]]
-        return lambda x: stack(place, x)
+        place = self.tcur_places[active[0]]
+        return lambda x: place.stack.forward_slices(x, place)
 
     def _adapted_by(self, names: list[str]) -> list[str]:
         return [name for name in names if name in self.tcur_places]
+
+    def _check_recomputed(self) -> None:
+        """Refuses what a checkpoint would compute again by other adapters than the first time."""
+        if is_traced() or not is_within_backward() or not torch.is_grad_enabled():
+            return
+        active = () if self.disable_adapters or self.merged else self.active_adapters
+        for name, stacks in self.tcur_owner.stacks.items():
+            if name not in active and any(stack.is_pending for stack in stacks):
+                refuse_other_core()
 
     def _by_all(self, x: Tensor, names: list[str]) -> Tensor:
         """``x`` with several adapters at once, rounded once."""
@@ -106,6 +112,8 @@ class TCURLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             x, weight = x.to(dtype), weight.to(dtype)
             bias = None if bias is None else bias.to(dtype)
         update = self._update(names)
+        for name in names:
+            self.tcur_places[name].ran = True
         with torch.autocast(x.device.type, enabled=False):
             if dtype not in HALVES:
                 return nn.functional.linear(x, weight + update.to(dtype), bias)
@@ -115,7 +123,7 @@ class TCURLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
                 added = Dithered.apply(added, bias)
             return added_to_product(x, weight, added)
 
-    def _by_rows(self, x: Tensor, rows: Rows) -> Tensor:
+    def _by_rows(self, x: Tensor, rows: NamedRows) -> Tensor:
         """``x`` with an adapter for each row."""
         names = rows.of(self)
         if x.shape[0] != len(names):
@@ -126,9 +134,9 @@ class TCURLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         if rows.lead is not None:
             if rows.lead not in self.tcur_places:
                 return self._plain(x)
-            stack = self._stack(rows.lead)
-            with rows.cores_of(stack, self):
-                y: Tensor = stack(self.tcur_places[rows.lead], x)
+            place = self.tcur_places[rows.lead]
+            with rows.cores_of(place.stack, self):
+                y: Tensor = place.stack.forward_slices(x, place)
             return y
         parts, order = [], []
         for name in dict.fromkeys(names):
@@ -136,7 +144,8 @@ class TCURLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             order.append(own.nonzero().flatten().to(x.device))
             part = x[order[-1]]
             if name in self.tcur_places:
-                parts.append(self._stack(name)(self.tcur_places[name], part))
+                place = self.tcur_places[name]
+                parts.append(place.stack.forward_slices(part, place))
             else:
                 parts.append(self._plain(part))
         return torch.cat(parts)[torch.cat(order).argsort()]
@@ -151,22 +160,16 @@ class TCURLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         For models that read it and never call the layer. The gradient reaches the cores.
 
         Raises:
-            ValueError: when its values are used where each row of a batch has its own adapter.
+            RuntimeError: when its values are used where each row of a batch has its own adapter, or
+                by a checkpoint that is computed again with other adapters.
         """
+        self._check_recomputed()
         base: Tensor = self.get_base_layer().weight  # type: ignore[assignment]
         if self._compute() is None:
             return base
-        if torch.compiler.is_compiling():  # which drops what nobody uses
-            return self._effective_weight()
-        return EffectiveWeight(base, self._effective_weight)
-
-    def _effective_weight(self) -> Tensor:
         if rows_of(self.tcur_owner) is not None:
-            raise ValueError(
-                "adapter_names: expected a model that calls its adapted layers, got one that "
-                "computes with the weight of one, which is another for each row"
-            )
-        return self._sum_of_weights(self._adapted_by(self.active_adapters))
+            return UnreadableWeight.of(base)
+        return read_weight(base, self._places(self.active_adapters))
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """The update of the weight by one adapter, oriented as the weight, dtype of the core."""
@@ -174,26 +177,22 @@ class TCURLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
 
     def _update(self, names: list[str]) -> Tensor:
         """The sum of these adapters' updates, ``[out_features, in_features]``."""
-        total = sum(self._stack(name)(self.tcur_places[name]) for name in names)
+        total = sum(place.stack.update(place) for place in self._places(names))
         assert isinstance(total, Tensor)
         return total
+
+    def _places(self, names: list[str]) -> list[Place]:
+        return [self.tcur_places[name] for name in self._adapted_by(names)]
 
     def _stored(self, weight: Tensor) -> Tensor:
         """``[out_features, in_features]`` oriented as the base stores it."""
         return weight.t() if self.tcur_base.transposed else weight
 
-    def _sum_of_weights(self, names: list[str]) -> Tensor:
-        """The base weight plus those updates, as stored: added in fp32, rounded once."""
-        base = self.tcur_base.weight
-        if not names:
-            return self._stored(base)
-        update = self._update(names)
-        return self._stored((base.to(update.dtype) + update).to(base.dtype))
-
+    @torch.no_grad()
     def merged_weight(self, adapter_names: list[str]) -> Tensor:
         """The base weight plus the updates of these adapters: added in fp32, rounded once."""
-        with torch.no_grad():
-            return self._sum_of_weights(self._adapted_by(adapter_names))
+        places = self._places(adapter_names)
+        return self._stored(effective_sum(places) if places else self.tcur_base.weight)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Adds adapters to the base weight, keeping a copy of it.
@@ -206,37 +205,44 @@ class TCURLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         names = self._adapted_by(names)
         if not names:
             return
-        weight: Tensor = self.get_base_layer().weight  # type: ignore[assignment]
         merged = self.merged_weight([*self.merged_adapters, *names])
         if safe_merge and not torch.isfinite(merged).all():
             raise ValueError(
                 "safe_merge: expected finite merged weights, got NaN or Inf by "
                 f"{', '.join(names)}; {BROKEN.format(', '.join(names))}"
             )
-        if self.tcur_backup is None:
-            self.tcur_backup = weight.detach().clone()
+        if self.tcur_base.backup is None:
+            self.tcur_base.keep()
+            self._tell_places()
         with torch.no_grad():
-            weight.copy_(merged)
+            self.tcur_base.stored.copy_(merged)
         self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:
         """Restores the base weight bit for bit from the copy that `merge` kept."""
-        if self.tcur_backup is None:
+        if self.tcur_base.backup is None:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        with torch.no_grad():
-            self.get_base_layer().weight.copy_(self.tcur_backup)  # type: ignore[operator]
-        self.tcur_backup = None
+        self.tcur_base.restore()
+        self._tell_places()
         self.merged_adapters.clear()
+
+    def _tell_places(self) -> None:
+        """C and R are slices of the base weight, which is the copy while merged."""
+        for place in self.tcur_places.values():
+            place.backup = self.tcur_base.backup
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TCURLinear:
+        """As of any module; the copy of a merged weight moves along."""
+        super()._apply(fn, recurse)
+        if self.tcur_base.backup is not None:
+            self.tcur_base.backup = fn(self.tcur_base.backup)
+            self._tell_places()
+        return self
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """True: the update is a matrix, of rank up to n3 * r."""
         return True
-
-    def _stack(self, adapter: str) -> AdapterStack:
-        stack = self.tcur_stacks[adapter]
-        assert isinstance(stack, AdapterStack)
-        return stack
 
     def __repr__(self) -> str:
         return "tcur." + super().__repr__()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar
@@ -18,12 +17,14 @@ from peft.tuners.tuners_utils import (
     check_target_module_exists,
 )
 from peft.utils.other import AuxiliaryTrainingWrapper
-from torch import Tensor, nn
+from torch import nn
 
 from ..adapters.plan import Plan
 from ..adapters.weights import aliases
+from ..places import Place
+from ..switching import LateGradient
 from .config import AllLinear, TCURConfig
-from .hosted import AdapterStack, BasePlace, unhost
+from .hosted import AdapterStack, unhost
 from .layer import BROKEN, TCURLinear
 from .planning import plan_and_build
 from .rows import Owner, rows_by_adapter
@@ -108,7 +109,7 @@ class TCURModel(BaseTuner):  # type: ignore[misc]
     def _pre_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
         self.plans = {}
         self._adding = adapter_name  # during an injection, and what it found
-        self._found: dict[str, tuple[AdapterStack, BasePlace]] = {}
+        self._found: dict[str, tuple[AdapterStack, Place]] = {}
 
     def _prepare_adapter_config(self, peft_config: TCURConfig, model_config: Any) -> TCURConfig:
         if peft_config.target_modules is None or isinstance(peft_config.target_modules, AllLinear):
@@ -151,13 +152,13 @@ class TCURModel(BaseTuner):  # type: ignore[misc]
         plan, stacks = plan_and_build(model, layers, peft_config, strict=not everything)
         self.peft_config.record(adapter_name)
         self.plans[adapter_name] = plan
+        self.owner.stacks[adapter_name] = list(stacks.values())
         for entry in plan.stacks:
             stack = stacks[entry.name]
             if f"{self.prefix}{entry.name}" not in self._modules:
                 self.add_module(f"{self.prefix}{entry.name}", nn.ModuleDict())
             self.stacks_named(entry.name)[adapter_name] = stack
-            for member, place in zip(entry.members, stack.layers, strict=True):
-                assert isinstance(place, BasePlace)
+            for member, place in zip(entry.members, stack.places, strict=True):
                 self._found[member.module] = (stack, place)
 
     def _targeted_layers(self, peft_config: TCURConfig, model: nn.Module) -> dict[str, nn.Module]:
@@ -213,13 +214,13 @@ class TCURModel(BaseTuner):  # type: ignore[misc]
         """Makes adapters the active ones, which are trained; others are frozen.
 
         A graph from before still gives its gradient to what is frozen now. With activation
-        checkpointing, a backward runs layers again: by the adapters that are active then.
+        checkpointing, a backward runs layers again, and refuses to by others than those of before.
         """
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
         super().set_adapter(adapter_name, inference_mode=inference_mode)
         for parameter in trained:
             if not parameter.requires_grad:
-                _keep_gradient(parameter)
+                LateGradient.keep(parameter)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Cores are fp32 or wider, unless those of the base's dtype were asked for.
@@ -233,7 +234,7 @@ class TCURModel(BaseTuner):  # type: ignore[misc]
         for entry in plan.stacks:
             stack = self.stacks_named(entry.name)[adapter_name]
             assert isinstance(stack, AdapterStack)
-            base = stack.layers[0].weight.dtype
+            base = stack.places[0].weight.dtype
             if base == stack.core.dtype:
                 continue
             if stack.mode == "materialized":
@@ -333,6 +334,7 @@ class TCURModel(BaseTuner):  # type: ignore[misc]
 
     def _drop_stacks(self, adapter_name: str) -> None:
         plan = self.plans.pop(adapter_name, None)
+        self.owner.stacks.pop(adapter_name, None)
         for entry in plan.stacks if plan is not None else ():
             stacks = self.stacks_named(entry.name)
             stacks.pop(adapter_name)
@@ -359,29 +361,3 @@ def _keep_layers_to_transform(config: TCURConfig) -> None:
         if dot and check_target_module_exists(probe, name):
             kept.add(name)
     config.target_modules = kept
-
-
-class _KeepGradient:
-    """Hook of a parameter that takes the gradient which autograd would drop without a word.
-
-    That is what autograd does with the gradient of a leaf that was frozen after the forward.
-    """
-
-    def __init__(self, parameter: nn.Parameter) -> None:
-        self._parameter = weakref.ref(parameter)
-
-    def __call__(self, gradient: Tensor) -> None:
-        parameter = self._parameter()
-        if parameter is None or parameter.requires_grad:
-            return
-        gradient = gradient.detach()
-        known = parameter.grad
-        parameter.grad = gradient.clone() if known is None else known + gradient
-
-
-def _keep_gradient(parameter: nn.Parameter) -> None:
-    """For a parameter that was just frozen, and belongs to graphs in which it was trained."""
-    hooks = parameter._backward_hooks or {}
-    if not any(isinstance(hook, _KeepGradient) for hook in hooks.values()):
-        parameter.requires_grad_(True).register_hook(_KeepGradient(parameter))
-        parameter.requires_grad_(False)

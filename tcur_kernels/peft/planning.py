@@ -9,15 +9,16 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
-from torch import Tensor, nn
+from torch import nn
 
 from ..adapters.fingerprint import digest
 from ..adapters.plan import LeftOut, Member, Plan, StackPlan, groups_by_layer, groups_by_shape
-from ..adapters.weights import Weight, reasons_to_leave_out
+from ..adapters.weights import Weight, reasons_to_leave_out, why_computed
 from ..decompose import Selection, check_rank
 from ..functional import slice_update
+from ..places import Place, is_attention
 from .config import Recorded, TCURConfig
-from .hosted import AdapterStack, BasePlace, has_other_forward, is_supported
+from .hosted import AdapterStack, has_other_forward, is_supported, place_of
 
 #: Name in the model -> base layer.
 Layers = Mapping[str, nn.Module]
@@ -72,7 +73,7 @@ def make_plan(model: nn.Module, layers: Layers, config: TCURConfig, strict: bool
     else:
         reasons |= others
     left_out = [LeftOut(name, reason) for name, reason in reasons.items()]
-    weights = {n: BasePlace(layer).weight for n, layer in layers.items() if n not in reasons}
+    weights = {n: place_of(layer).weight for n, layer in layers.items() if n not in reasons}
     groups = groups_by_shape(weights) if config.stacks == "shape" else groups_by_layer(weights)
     stacks = []
     for key, (n1, n2), members in groups:
@@ -122,10 +123,10 @@ def read_plan(model: nn.Module, layers: Layers, config: TCURConfig) -> Plan:
                 raise ValueError(
                     f"model: expected a linear layer {member.module} as in the adapter, got {kind}"
                 )
-            if list(BasePlace(layer).weight.shape) != expected:
+            if list(place_of(layer).weight.shape) != expected:
                 raise ValueError(
                     f"model: expected {member.module} of shape {expected} as in the adapter, got "
-                    f"{list(BasePlace(layer).weight.shape)}"
+                    f"{list(place_of(layer).weight.shape)}"
                 )
     return Plan(stacks)
 
@@ -161,42 +162,37 @@ def build_stacks(
         rule: Selection = config.selection
         if saved is not None:
             rule = (saved["rows"], saved["columns"])
-        linears = [_stand_in(layers[member.module]) for member in entry.members]
+        places = _places_of(entry, layers)
         try:
             stack = AdapterStack(
-                linears,
+                places,
                 config.rank,
                 config.alpha,
                 rule,
                 config.mode,
-                n1=entry.n1,
                 precision=config.precision,
+                name=entry.name,
             )
         except ValueError as error:
             raise ValueError(f"stack {entry.name}: {error}") from error
         if saved is not None and config.check_base and _fingerprint(stack) != saved["sha256"]:
             raise ValueError(
                 f"model: expected the base that the adapter was made for, got other weights in "
-                f"stack {entry.name} ({linears[0].weight.dtype}; check_base=False in the config "
+                f"stack {entry.name} ({places[0].weight.dtype}; check_base=False in the config "
                 "loads all the same)"
             )
-        starts = itertools.accumulate((m.slices for m in entry.members), initial=0)
-        stack.layers = [
-            BasePlace(layers[member.module], first, member.slices)
-            for member, first in zip(entry.members, starts, strict=False)
-        ]
         if not config.init_weights:
-            _draw(stack, linears[0].weight)
+            _draw(stack)
         stacks[entry.name] = stack
     return stacks
 
 
 @torch.no_grad()
-def _draw(stack: AdapterStack, weight: Tensor) -> None:
+def _draw(stack: AdapterStack) -> None:
     """Draws a core by which the update of the first slice has half the norm of its weight."""
     stack.core.normal_()
     update = slice_update(stack.factors, stack.core, 0, scale=stack.alpha)
-    norms = weight[: stack.n1].to(update.dtype).norm(), update.norm()
+    norms = stack.places[0].weight[: stack.n1].to(update.dtype).norm(), update.norm()
     if norms[1] > 0:  # alpha, or the weights, may be 0
         stack.core.mul_(0.5 * norms[0] / norms[1])
 
@@ -217,13 +213,13 @@ def record(plan: Plan, stacks: Mapping[str, AdapterStack]) -> list[dict[str, Any
     ]
 
 
-def _stand_in(layer: nn.Module) -> nn.Linear:
-    """A frozen ``nn.Linear`` with the weight of a layer, not a copy of it."""
-    weight = BasePlace(layer).weight.detach()
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    # Not by attribute: with low_cpu_mem_usage, peft sends every parameter registered to "meta".
-    linear._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
-    return linear
+def _places_of(entry: StackPlan, layers: Layers) -> list[Place]:
+    """The weights of a stack, in the order of their slices."""
+    starts = itertools.accumulate((m.slices for m in entry.members), initial=0)
+    return [
+        place_of(layers[member.module], first, member.slices)
+        for member, first in zip(entry.members, starts, strict=False)
+    ]
 
 
 def _reasons_to_leave_out(
@@ -234,13 +230,19 @@ def _reasons_to_leave_out(
     targets = {names[id(layer)]: target for target, layer in layers.items()}
     weights, reasons = {}, {}
     for name, module in model.named_modules():
+        if is_attention(module):
+            reasons[name] = "its projections are no layers that are called, as peft's have to be"
         if not is_supported(module):
             continue
-        weights[name] = Weight(name, name, module, BasePlace(module))
-        if has_other_forward(module):
-            reasons[name] = "its forward was replaced, so that it could not be adapted"
+        why = why_computed(module)
+        if why is None:
+            weights[name] = Weight(name, name, module, place_of(module))
+            if has_other_forward(module):
+                why = "its forward was replaced, so that it could not be adapted"
+        if why is not None:
+            reasons[name] = why
     for name in targets:
-        if name not in weights:
+        if name not in weights and name not in reasons:
             kind = type(layers[targets[name]]).__name__
             reasons[name] = f"{kind} is neither nn.Linear nor Conv1D"
     reasons = reasons_to_leave_out(model, weights, set()) | reasons

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
+
+from ..rows import rows_of, using_rows
 
 if TYPE_CHECKING:
     from .hosted import AdapterStack
@@ -22,10 +22,17 @@ BASE = "__base__"
 
 
 class Owner:
-    """Stands for a tuner with its layers: one has the rows of its own model, not of another."""
+    """Stands for a tuner with its layers: one has the rows of its own model, not of another.
+
+    Attributes:
+        stacks: adapter name -> its stacks.
+    """
+
+    def __init__(self) -> None:
+        self.stacks: dict[str, list[AdapterStack]] = {}
 
 
-class Rows:
+class NamedRows:
     """Which adapter each row of a batch goes by.
 
     Args:
@@ -58,35 +65,13 @@ class Rows:
         cores: list[Tensor] = [stacks[name].core for name in self.adapters[:-1]]  # type: ignore[misc]
         cores.append(torch.zeros_like(cores[0]))
         ids = torch.tensor([self.adapters.index(name) for name in names], device=cores[0].device)
-        return stack.batch(torch.stack(cores).to(stack.lateral_hat.dtype), ids)
+        return stack.batch(torch.stack(cores).to(stack.factors.dtype), ids)
 
     def cores_of(self, stack: AdapterStack, layer: TCURLinear) -> AbstractContextManager[None]:
         """That context for a call of one layer, where its rows are not those of all layers."""
         if not self.encoder:
             return nullcontext()
         return self.batch(stack, layer.tcur_stacks, self.of(layer))
-
-
-_current: ContextVar[Mapping[Owner, Rows] | None] = ContextVar("tcur_peft_rows", default=None)
-_traced = threading.local()  # the same for compilers, which cannot trace a context variable
-
-
-def rows_of(owner: Owner) -> Rows | None:
-    """The rows of the batch that goes through an owner's layers in this context, if any."""
-    every = getattr(_traced, "rows", None) if torch.compiler.is_compiling() else _current.get()
-    return None if every is None else every.get(owner)
-
-
-@contextmanager
-def _entered(owner: Owner, rows: Rows) -> Iterator[None]:
-    every = {**(_current.get() or {}), owner: rows}
-    token, before = _current.set(every), getattr(_traced, "rows", None)
-    _traced.rows = every
-    try:
-        yield
-    finally:
-        _current.reset(token)
-        _traced.rows = before
 
 
 @contextmanager
@@ -124,9 +109,9 @@ def rows_by_adapter(tuner: TCURModel, names: Sequence[str], beams: int = 1) -> I
     lead = adapters[0] if adapters and _share_factors(tuner, adapters) else None
     each = tuple(name for name in names for _ in range(beams))
     encoder = _encoder_of(tuner.model) if beams > 1 else frozenset()
-    rows = Rows(each, tuple(names), encoder, lead, adapters)
+    rows = NamedRows(each, tuple(names), encoder, lead, adapters)
     with ExitStack() as context:
-        context.enter_context(_entered(tuner.owner, rows))
+        context.enter_context(using_rows(tuner.owner, rows))
         if lead is not None and not encoder:
             for entry in tuner.plans[lead].stacks:
                 stacks = tuner.stacks_named(entry.name)
@@ -148,7 +133,7 @@ def _encoder_of(model: Any) -> frozenset[int]:
 
 
 def _name_rows(
-    module: AuxiliaryTrainingWrapper, owner: Owner, rows: Rows
+    module: AuxiliaryTrainingWrapper, owner: Owner, rows: NamedRows
 ) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Any]:
     """A hook by which a module of `modules_to_save` learns which of its copies a row goes by."""
     known = module._get_available_adapters()

@@ -1,0 +1,119 @@
+"""What surrounds the weights of a model directory: copied into a new one, whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import stat
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+#: Endings of files with weights that are not merged.
+_WEIGHTS = (
+    ".bin",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".h5",
+    ".msgpack",
+    ".ot",
+    ".gguf",
+    ".onnx",
+    ".onnx_data",
+    ".tflite",
+)
+
+#: Folders that tell of the directory rather than of the model, copies of its weights among them.
+_NOT_COPIED = (".git", ".cache")
+
+
+@contextmanager
+def new_directory(out: Path) -> Iterator[Path]:
+    """A directory that becomes ``out`` when the block ends well, and leaves nothing otherwise."""
+    parents = [parent for parent in out.parents if not parent.exists()]
+    place = out.with_name(f".{out.name}.{secrets.token_hex(4)}")
+    try:
+        place.mkdir(parents=True)
+        yield place
+        if out.exists():
+            place.chmod(stat.S_IMODE(out.stat().st_mode))
+            out.rmdir()
+        place.replace(out)
+    except BaseException:
+        shutil.rmtree(place, ignore_errors=True)
+        for parent in parents:  # the innermost first
+            with suppress(OSError):
+                parent.rmdir()
+        raise
+
+
+def copy_rest(source: Path, shards: Iterable[Path], place: Path, out: Path) -> list[str]:
+    """Copies what is no shard of a model directory, links as what they lead to.
+
+    Args:
+        source: the directory.
+        shards: its files that hold the model.
+        place: where to.
+        out: what that will be; neither is copied if it is below the source.
+
+    Returns:
+        What is left out: weights in other formats or further files, and version control.
+
+    Raises:
+        ValueError: a link that leads nowhere, or to a folder above it.
+    """
+    shards = set(shards)
+    left_out: list[str] = []
+    modules = source / "modules.json"  # sentence-transformers: folders with further layers
+    own = _listed(modules, lambda entries: {entry["path"] for entry in entries}) or set()
+    apart = {os.path.realpath(path) for path in (place, out)}  # they may be below the input
+
+    def copy(folder: Path, above: tuple[str, ...]) -> None:
+        here = os.path.realpath(source / folder)
+        if here in above:
+            raise ValueError(
+                f"model_dir: expected folders that end, got {source / folder}, which leads "
+                "to one above it"
+            )
+        (place / folder).mkdir(exist_ok=True)
+        for entry in sorted((source / folder).iterdir()):
+            relative = folder / entry.name
+            if entry in shards or os.path.realpath(entry) in apart:
+                continue
+            if entry.name in _NOT_COPIED or (
+                entry.is_file()
+                and (str(folder) not in own or folder == Path())
+                and _is_weights(source, shards, relative)
+            ):
+                left_out.append(str(relative))
+            elif entry.is_dir():
+                copy(relative, (*above, here))
+            elif entry.is_file():
+                shutil.copyfile(entry, place / relative)
+            else:
+                raise ValueError(f"model_dir: expected files and folders, got {entry}")
+
+    copy(Path(), ())
+    return left_out
+
+
+def _listed(path: Path, read: Callable[[Any], set[str]]) -> set[str] | None:
+    """What a JSON file lists; None without one, or if it is of another kind."""
+    try:
+        return read(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _is_weights(source: Path, shards: set[Path], path: Path) -> bool:
+    """Whether a file that is no shard holds a model's weights, or lists files that do."""
+    if path.name.endswith(".safetensors.index.json") and path.parent == Path():
+        listed = _listed(source / path, lambda index: set(index["weight_map"].values()))
+        return listed is None or not listed <= {file.name for file in shards}
+    if path.name.endswith(".safetensors"):  # in a folder they belong to another model
+        return path.parent == Path()
+    return path.name.removesuffix(".index.json").endswith(_WEIGHTS)

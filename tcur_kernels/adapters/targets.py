@@ -1,0 +1,145 @@
+"""Which layers the targets of a user mean: names, patterns, functions, stacks by name."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
+
+from ..places import PROJECTIONS
+from .weights import Weight
+
+#: None (all, grouped by shape), names or patterns, {stack name: names or patterns}, or a function
+#: of a name and a module that says yes, no, or in which stack.
+Targets = (
+    None
+    | str
+    | Sequence[str]
+    | Mapping[str, str | Sequence[str]]
+    | Callable[[str, nn.Module], bool | str | None]
+)
+
+_Chosen = list[str] | dict[str, list[str]]
+
+
+def choose(
+    model: nn.Module, weights: Mapping[str, Weight], reasons: Mapping[str, str], targets: Targets
+) -> tuple[_Chosen, set[str]]:
+    """Names of the layers that the targets choose, in the model's order; or such names by stack.
+
+    And the names of all that they speak of, layers that cannot be adapted among them.
+    """
+    if targets is None:
+        return list(weights), set(reasons)
+    if isinstance(targets, Mapping):
+        for stack in targets:
+            _check_stack_name(stack)
+        by_stack, considered = {}, set()
+        for stack, patterns in targets.items():
+            argument = f"targets[{stack!r}]"
+            by_stack[stack], met = _match(argument, model, weights, reasons, patterns)
+            considered |= met
+        return by_stack, considered
+    if callable(targets):
+        return _called(targets, model, weights, reasons)
+    return _match("targets", model, weights, reasons, targets)
+
+
+def _check_stack_name(stack: Any) -> None:
+    if not isinstance(stack, str) or not stack.isidentifier():
+        raise ValueError(f"targets: expected identifiers as stack names, got {stack!r}")
+    if hasattr(nn.ModuleDict, stack):
+        raise ValueError(f"targets: expected a stack name that is free, got {stack!r}")
+
+
+def _match(
+    argument: str,
+    model: nn.Module,
+    weights: Mapping[str, Weight],
+    reasons: Mapping[str, str],
+    targets: str | Sequence[str],
+) -> tuple[list[str], set[str]]:
+    """Names of the linear layers that the targets match, each target at least one; see `choose`.
+
+    Raises:
+        TypeError, ValueError: a target without a layer that can be adapted, and why.
+    """
+    modules = {name: module for name, module in model.named_modules() if name}
+    names: dict[str, str] = {name: name for name in (*modules, *weights, *reasons)}
+    for name, module in modules.items():
+        if isinstance(module, nn.MultiheadAttention) and name in reasons:
+            # One that is left out has no projections of its own, yet they may be asked for.
+            names |= {f"{name}.{part}": name for part in (*PROJECTIONS, "out_proj")}
+    chosen: set[str] = set()
+    considered: set[str] = set()
+    for target in [targets] if isinstance(targets, str) else targets:
+        if not isinstance(target, str):
+            raise TypeError(f"{argument}: expected names or patterns, got {type(target).__name__}")
+        found = {own for name, own in names.items() if _matches(name, target)}
+        if not found:
+            raise ValueError(f"{argument}: expected a module that matches {target!r}, got none")
+        # An attention stands for its projections.
+        linear = [n for n, weight in weights.items() if {n, weight.owner} & found]
+        met = [name for name in reasons if name in found or name in linear]
+        why = "; ".join(f"{name}: {reasons[name]}" for name in met[:5])
+        if not linear:
+            parts = [model.get_submodule(n) for n in names if n in found and n in modules]
+            kinds = sorted({type(part).__name__ for part in parts} or {"a parameter"})
+            several = any(isinstance(part, nn.Linear) for part in parts)
+            expected = "a plain nn.Linear" if several else "nn.Linear"
+            raise TypeError(
+                f"{argument}: expected {target!r} to match {expected}, got {', '.join(kinds)}"
+                + (f" ({why})" if why else "")
+            )
+        if set(linear) <= set(met):
+            raise ValueError(
+                f"{argument}: expected {target!r} to match a layer that can be adapted, got none "
+                f"({why})"
+            )
+        chosen |= set(linear)
+        considered |= set(met)
+    return [name for name in weights if name in chosen], considered
+
+
+def _matches(name: str, target: str) -> bool:
+    return fnmatchcase(name, target) or fnmatchcase(name, f"*.{target}")
+
+
+def _called(
+    function: Callable[[str, nn.Module], bool | str | None],
+    model: nn.Module,
+    weights: Mapping[str, Weight],
+    reasons: Mapping[str, str],
+) -> tuple[_Chosen, set[str]]:
+    """What a function chose: names, or names by stack; see `choose`.
+
+    It is asked of all that is an ``nn.Linear`` by inheritance, too, to say why it is left out.
+    """
+    asked = {name: weight.module for name, weight in weights.items()}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and name in reasons:
+            asked[name] = module
+    chosen: list[str] = []
+    by_stack: dict[str, list[str]] = defaultdict(list)
+    for name, module in asked.items():
+        answer = function(name, module)
+        if isinstance(answer, str):
+            _check_stack_name(answer)
+            by_stack[answer].append(name)
+        elif answer is True:
+            chosen.append(name)
+        elif answer is not None and answer is not False:
+            raise TypeError(
+                f"targets: expected the function to return a bool, a stack name or None, got "
+                f"{type(answer).__name__} for {name}"
+            )
+    if by_stack and chosen:
+        raise ValueError(
+            f"targets: expected the function to name a stack for all layers or for none, got none "
+            f"for {chosen[0]}"
+        )
+    named = {name for names in by_stack.values() for name in names}
+    return dict(by_stack) or chosen, (named | set(chosen)) & set(reasons)

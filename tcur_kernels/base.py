@@ -1,0 +1,216 @@
+"""The base weights of a stack, and C and R, which are slices of the weights that are there now."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .distributed import is_sharded, whole
+from .factors import CURFactors
+from .places import Place
+
+#: Of a tensor: its address, and how often it was written.
+_Version = tuple[int, int]
+
+
+def version_of(tensor: Tensor) -> _Version:
+    """Changes when the tensor is written to in place or given other memory.
+
+    Inference tensors count no versions; of those only other memory is seen.
+    """
+    return tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version
+
+
+def is_here(place: Place) -> bool:
+    """Whether the whole weight is in memory: not sharded, freed, or on the meta device."""
+    weight = place.weight
+    if weight.is_meta or is_sharded(weight):
+        return False
+    if weight.shape != (place.out_features, place.in_features):  # FSDP1 flattens shards
+        return False
+    return weight.untyped_storage().nbytes() > 0  # and frees what it does not need
+
+
+class Base:
+    """C and R of a stack, and what tells whether they are still slices of its base weights.
+
+    A weight that was written to, moved or loaded is compared by value, with its own rows of C and R
+    alone. Where it differs, C and R are taken anew from the weights that are there.
+
+    Args:
+        places: the weights, in the order of their slices.
+        rows, columns: the indices I and J.
+        factors: C and R.
+        is_own: whether C and R are slices of these weights. Others are kept whatever the weights.
+
+    Attributes:
+        generation: changes with C and R, and with the weights.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        places: Sequence[Place],
+        indices: tuple[Sequence[int], Sequence[int]],
+        factors: CURFactors,
+        is_own: bool,
+    ) -> None:
+        self.name, self.places = name, places
+        self.rows, self.columns = (tuple(each) for each in indices)
+        self.factors, self.is_own = factors, is_own
+        self.generation = 0
+        self._turn = 0
+        #: What somebody did to W_eff, to be raised at the next look.
+        self.misuse: str | None = None
+        self._versions: dict[int, _Version] = {}
+        self._unsure: set[int] = set()
+        for place in places:
+            if is_here(place):
+                self._versions[place.slice_index] = version_of(place.weight)
+
+    def knows(self, place: Place, weight: Tensor) -> bool:
+        """Whether the weight of a layer is the one that was looked at last.
+
+        The first layer speaks for all of them: so a pass through the model looks at every weight
+        before it uses C and R, which come from all of them.
+        """
+        first = place.slice_index
+        if self._unsure or version_of(weight) != self._versions.get(first):
+            return False
+        return first > 0 or (self._knows_all() and self._looks_the_same(weight))
+
+    @property
+    def is_unsure(self) -> bool:
+        """Whether some weight has to be compared before C and R are used."""
+        return bool(self._unsure)
+
+    def suspect(self, place: Place | None = None) -> None:
+        """Has a weight, or all of them, compared by value before C and R are used again."""
+        self._unsure.update(p.slice_index for p in self.places if place is None or p is place)
+
+    def choose(self, rows: Sequence[int], columns: Sequence[int]) -> None:
+        """Takes C and R at other indices, which a checkpoint may bring."""
+        if self.is_own and (tuple(rows), tuple(columns)) != (self.rows, self.columns):
+            self.rows, self.columns = tuple(rows), tuple(columns)
+            self.suspect()
+
+    def look(self) -> None:
+        """Compares what may have changed, and takes C and R anew where it did.
+
+        Raises:
+            RuntimeError: C and R are of other weights than these, and not all weights are here; or
+                W_eff was written to.
+            ValueError: weights that are not finite.
+        """
+        if self.misuse is not None:
+            message, self.misuse = self.misuse, None
+            raise RuntimeError(message)
+        here = [place for place in self.places if is_here(place)]
+        # Gathered for every layer by FSDP on an accelerator, where a comparison would wait for it.
+        gathered = len(here) < len(self.places)
+        doubtful = []
+        for place in here:
+            weight, first = place.weight, place.slice_index
+            version = version_of(weight)
+            is_new = version != self._versions.get(first)
+            if first in self._unsure or (is_new and not (gathered and weight.device.type != "cpu")):
+                doubtful.append(place)
+            self._versions[first] = version
+            self._unsure.discard(first)
+        if not doubtful:
+            return
+        self.generation += 1
+        if self.is_own:
+            if not self._are_of(doubtful):
+                self._take()
+        else:
+            self._follow(doubtful[0].weight)
+
+    def certify(self) -> None:
+        """Refuses C and R that are not those of the weights, for code that vouches for them.
+
+        Raises:
+            ValueError: weights were written past torch's version counters.
+        """
+        self.refresh()
+        here = [place for place in self.places if is_here(place)]
+        if self.is_own and here and not self._are_of(here):
+            raise ValueError(
+                f"base: expected the weights that C and R of stack {self.name} were taken from, "
+                "got others, written past torch's version counters (by .data, say); call "
+                "adapter.invalidate() after such a write"
+            )
+
+    def refresh(self) -> None:
+        """Looks at the weights if there is anything to look at."""
+        if self._unsure or not self._knows_all():
+            self.look()
+
+    def _knows_all(self) -> bool:
+        versions = self._versions
+        return all(
+            version_of(place.weight) == versions.get(place.slice_index) or not is_here(place)
+            for place in self.places
+        )
+
+    def _looks_the_same(self, weight: Tensor) -> bool:
+        """Whether one number of one weight is still that in C; another one in every pass.
+
+        A write through ``.data`` leaves no trace. Weights that are all drawn anew that way are
+        found out by any number. On the CPU, where nothing has to be waited for.
+        """
+        if weight.device.type != "cpu" or not self.is_own:
+            return True
+        self._turn += 1
+        place = self.places[self._turn % len(self.places)]
+        if not is_here(place):
+            return True
+        n1, column = self.factors.n1, self._turn % self.factors.rank
+        row = self._turn % place.out_features
+        own = self.factors.lateral[place.slice_index + row // n1, row % n1, column]
+        if place.weight[row, self.columns[column]].item() == own.item():
+            return True
+        self.suspect()
+        return False
+
+    def _are_of(self, places: Sequence[Place]) -> bool:
+        """Whether these layers' rows of C and R are slices of their weights."""
+        factors = self.factors
+        same = []
+        for place in places:
+            weight = place.weight
+            if weight.device != factors.device or weight.dtype != factors.lateral.dtype:
+                return False
+            own = slice(place.slice_index, place.slice_index + place.slices)
+            slices = weight.detach().unflatten(0, (place.slices, -1))
+            same += [
+                (slices[:, :, list(self.columns)] == factors.lateral[own]).all(),
+                (slices[:, list(self.rows)] == factors.horizontal[own]).all(),
+            ]
+        return bool(torch.stack(same).all())  # an accelerator is waited for once
+
+    def _follow(self, weight: Tensor) -> None:
+        """Takes C and R that are not of these weights along to their device and precision."""
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        if (self.factors.device, self.factors.dtype) != (weight.device, wide):
+            sides = (self.factors.lateral, self.factors.horizontal)
+            self.factors = CURFactors(*(side.to(weight.device, wide) for side in sides))
+
+    @torch.inference_mode(False)  # what is kept must also serve a training step
+    @torch.no_grad()
+    def _take(self) -> None:
+        lateral, horizontal = [], []
+        for place in self.places:
+            if not is_here(place) and not is_sharded(place.weight):
+                raise RuntimeError(
+                    f"base: expected all weights of stack {self.name} in memory, since C and R "
+                    f"have to be taken anew from weights that changed, got one that is not "
+                    f"(slice {place.slice_index}, on {place.weight.device}); load weights before "
+                    "they are sharded or offloaded"
+                )
+            slices = whole(place.weight.detach()).unflatten(0, (place.slices, -1))
+            lateral.append(slices[:, :, list(self.columns)])
+            horizontal.append(slices[:, list(self.rows)])
+        self.factors = CURFactors(torch.cat(lateral), torch.cat(horizontal))

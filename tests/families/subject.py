@@ -1,0 +1,327 @@
+"""A model as it is, adapted and merged, and how far roundings move its outputs."""
+
+import copy
+import itertools
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import nn
+
+import tcur_kernels as tcur
+
+from .weights import randomise
+
+#: Random movements of the weights by one eps that say what roundings do to a model.
+ROUNDINGS = 2
+#: How many times the largest of them an adapted model may be off.
+TIMES = 16
+#: The bound must lie below this part of what the adapter changed.
+VISIBLE = 0.05
+#: The update of a weight, relative to the weight, that the random cores are made for.
+UPDATE = 0.3
+
+
+class NoGradientError(Exception):
+    """No output depends on a parameter in a way that autograd knows of."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """One model to check: where it comes from, how it is made, and what is known of it.
+
+    Attributes:
+        name: of the family, as its library calls it.
+        library: the module that has to be there.
+        build, inputs, smooth: as `check_family` takes them.
+        way: how it is called, for the table.
+        compiles: whether torch.compile is checked too, which takes seconds.
+        refused: what `adapt` says of it, as a pattern, where it cannot be adapted.
+        often: whether it is checked on every run of the tests.
+    """
+
+    name: str
+    library: str
+    build: Callable[[int], nn.Module]
+    inputs: Callable[[], dict]
+    way: str = ""
+    smooth: bool = True
+    compiles: bool = False
+    refused: str = ""
+    often: bool = True
+
+
+def family(name, library, make, inputs, **settings):
+    """A `Family` of what ``make`` returns, in eval mode unless it is made in another."""
+
+    def build(seed):
+        torch.manual_seed(seed)
+        return randomise(make().float(), seed)
+
+    def seeded():
+        torch.manual_seed(7)
+        return inputs()
+
+    return Family(name, library, build, seeded, **settings)
+
+
+@dataclass
+class Report:
+    """What was adapted, and what a reader of the table has to know."""
+
+    layers: int = 0
+    stacks: int = 0
+    left_out: Counter = field(default_factory=Counter)  # reason -> modules
+    silent: list[str] = field(default_factory=list)  # layers that no gradient reached
+    notes: list[str] = field(default_factory=list)  # what the model itself cannot do
+    refused: str = ""  # what `adapt` said of a model without a layer to adapt
+
+    def __str__(self):
+        lines = [f"{self.layers} layers in {self.stacks} stacks"]
+        lines += [f"left out, {count}: {reason}" for reason, count in self.left_out.items()]
+        lines += [f"no gradient: {name}" for name in self.silent]
+        return "\n".join(lines + self.notes)
+
+
+class Subject:
+    """One model as it is, adapted, and merged, with its outputs; each made when it is asked for."""
+
+    def __init__(self, build, inputs, rank, smooth):
+        self.build, self.inputs, self.rank, self.smooth = build, inputs, rank, smooth
+        self.report = Report()
+
+    def outputs(self, model, grad=False, dtype=None):
+        """All tensors that the model returns, of always the same random numbers and inputs."""
+        inputs = self.inputs() if dtype is None else cast(self.inputs(), dtype)
+        torch.manual_seed(1)
+        with torch.set_grad_enabled(grad):
+            return tensors_of(model(**inputs))
+
+    def adapted(self, seed=0):
+        """A model of that seed, adapted; its cores are zero."""
+        model = self.build(seed)
+        return model, tcur.adapt(model, rank=self.rank)
+
+    @cached_property
+    def base(self):
+        return self.build(0)
+
+    @cached_property
+    def base_outputs(self):
+        first, second = self.outputs(self.base), self.outputs(self.base)
+        assert any(t.is_floating_point() for t in first), "expected outputs, got none"
+        for a, b in zip(first, second, strict=True):
+            assert same_bits(a, b), "expected a model that repeats itself, got another output"
+        return first
+
+    @cached_property
+    def trained(self):
+        """Adapter with cores as training leaves them: not zero, and large enough to be seen."""
+        _, adapter = self.adapted()
+        generator = torch.Generator().manual_seed(2)
+        with torch.no_grad():
+            for stack, plan in zip(adapter.stacks.values(), adapter.plan.stacks, strict=True):
+                # Sums of n3² r² products of an entry of C, of U and of R, both of size 1/sqrt(n2).
+                size = UPDATE * plan.n2**0.5 / (stack.core.shape[-1] * plan.n3)
+                stack.core.normal_(std=size, generator=generator)
+        plan = adapter.plan
+        self.report.layers = sum(len(stack.members) for stack in plan.stacks)
+        self.report.stacks = len(plan.stacks)
+        self.report.left_out = Counter(item.reason for item in plan.left_out)
+        return adapter
+
+    @cached_property
+    def trained_outputs(self):
+        return self.outputs(self.trained.model)
+
+    @cached_property
+    def merged(self):
+        return self.trained.merge(inplace=False)
+
+    @cached_property
+    def merged_outputs(self):
+        return self.outputs(self.merged)
+
+    @cached_property
+    def moved(self):
+        """Copies of the merged model, their weights moved by one eps."""
+        copies = []
+        for seed in range(ROUNDINGS):
+            generator = torch.Generator().manual_seed(seed)
+            twin = copy.deepcopy(self.merged)
+            with torch.no_grad():
+                for parameter in twin.parameters():
+                    if parameter.is_floating_point():
+                        signs = torch.randint(2, parameter.shape, generator=generator) * 2.0 - 1
+                        eps = torch.finfo(parameter.dtype).eps
+                        parameter.mul_(1 + eps * signs.to(parameter))
+            copies.append(twin)
+        return copies
+
+    @cached_property
+    def bounds(self):
+        """For every output, how far roundings may move it."""
+        wanted = self.merged_outputs
+        moved = [self.outputs(model) for model in self.moved]
+        bounds = [bound(w, [m[i] for m in moved]) for i, w in enumerate(wanted)]
+        change = sum(distance(a, b) for a, b in zip(self.base_outputs, wanted, strict=True))
+        assert change > 0, "expected the cores to change the outputs, got the base's"
+        total = sum(bounds)
+        assert total <= VISIBLE * change, (
+            f"expected roundings below {VISIBLE} of what the cores change, got {total / change:.2g}"
+        )
+        return bounds
+
+    def near(self, outputs, what):
+        """Asserts that outputs are those of the merged copy, but for roundings."""
+        limits = zip(outputs, self.merged_outputs, self.bounds, strict=True)
+        for i, (actual, wanted, limit) in enumerate(limits):
+            error = distance(actual, wanted)
+            assert error <= limit, f"{what}: output {i} is off by {error:.3g}, bound {limit:.3g}"
+
+    def loss(self, model):
+        """A sum of all outputs with random weights, each output of size one; differentiable."""
+        generator = torch.Generator().manual_seed(3)
+        total = torch.zeros((), dtype=torch.float64)
+        for output, merged in zip(self.outputs(model, grad=True), self.merged_outputs, strict=True):
+            if not output.is_floating_point():
+                continue
+            weights = torch.randn(output.shape, generator=generator).double()
+            kept = torch.isfinite(merged)
+            scale = finite(merged).double().square().mean().sqrt().clamp_min(1e-30)
+            if output.requires_grad:
+                total = total + (output.double() / scale * weights)[kept].sum()
+        if not total.requires_grad:
+            raise NoGradientError("expected outputs with a gradient, got none")
+        return total
+
+    @staticmethod
+    def only_trains(model, layers):
+        """Has a model of plain layers ask for the gradients of the weights of these alone."""
+        weights = {name: weight_of(model, name) for name in layers}
+        parameters = {id(p): p for p, _ in weights.values()}
+        for parameter in model.parameters():
+            parameter.requires_grad_(id(parameter) in parameters)
+        return weights, parameters
+
+    def weight_gradients(self, model):
+        """Layer -> the gradient of its weight [n_out, n_in], or None, of a merged model."""
+        weights, parameters = self.only_trains(model, members(self.trained.plan))
+        own = list(parameters.values())
+        found = torch.autograd.grad(self.loss(model), own, allow_unused=True)
+        by_parameter = dict(zip(parameters, found, strict=True))
+        gradients = {}
+        for name, (parameter, view) in weights.items():
+            gradient = by_parameter[id(parameter)]
+            gradients[name] = None if gradient is None else view(gradient)
+        return gradients
+
+    def core_gradients(self, model):
+        """Stack -> the gradient of its core, by the formula, from those of a merged model."""
+        gradients, cores = self.weight_gradients(model), {}
+        for plan in self.trained.plan.stacks:
+            stack = self.trained.stacks[plan.name]
+            base, slices = [], []
+            for member in plan.members:
+                parameter, view = weight_of(self.base, member.module)
+                base += view(parameter.detach()).split(plan.n1)
+                own = gradients[member.module]
+                own = torch.zeros_like(view(parameter)) if own is None else own
+                slices += own.split(plan.n1)
+            base, slices = torch.stack(base).double(), torch.stack(slices).double()
+            c, r = base[:, :, list(stack.columns)], base[:, list(stack.rows)]
+            c, g, r = (torch.fft.fft(t, dim=0) for t in (c, slices, r))
+            core = torch.fft.ifft(c.mH @ g @ r.mH, dim=0).real
+            cores[plan.name] = stack.alpha * core
+        return gradients, cores
+
+
+def tensors_of(output):
+    """The tensors of whatever a model returns, in their order."""
+    if isinstance(output, torch.Tensor):
+        return [output]
+    if isinstance(output, Mapping):
+        output = list(output.values())
+    elif hasattr(output, "to_tuple"):
+        output = output.to_tuple()
+    if isinstance(output, list | tuple):
+        return list(itertools.chain.from_iterable(tensors_of(part) for part in output))
+    return []
+
+
+def cast(value, dtype):
+    """Floating tensors of the inputs in another dtype."""
+    if isinstance(value, torch.Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if isinstance(value, Mapping):
+        return {key: cast(part, dtype) for key, part in value.items()}
+    return type(value)(cast(p, dtype) for p in value) if isinstance(value, list | tuple) else value
+
+
+def finite(tensor):
+    """Masked positions, which hold infinities or NaN, as zeros."""
+    return torch.nan_to_num(tensor.detach(), nan=0.0, posinf=0.0, neginf=0.0)
+
+
+def same_bits(a, b):
+    """Whether two tensors are the same, NaN for NaN."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    if a.is_floating_point():
+        return torch.equal(torch.nan_to_num(a, nan=7e30), torch.nan_to_num(b, nan=7e30))
+    return torch.equal(a, b)
+
+
+def distance(a, b):
+    """‖a - b‖ of two outputs; infinite if they are masked elsewhere; 0 for integers."""
+    if a.shape != b.shape:
+        return float("inf")
+    if not a.is_floating_point():
+        return 0.0
+    a, b = a.detach(), b.detach()
+    if not torch.equal(torch.isfinite(a), torch.isfinite(b)):
+        return float("inf")
+    return float((finite(a).double() - finite(b).double()).norm())
+
+
+def bound(wanted, moved):
+    """How far ``wanted`` may be off, from what it is with weights moved by one eps."""
+    if not wanted.is_floating_point():
+        return 0.0
+    eps = torch.finfo(wanted.dtype).eps
+    noise = max(distance(wanted, other) for other in moved)
+    return TIMES * (noise + eps * float(finite(wanted).double().norm()))
+
+
+def members(plan):
+    """Names of the adapted layers."""
+    return [member.module for stack in plan.stacks for member in stack.members]
+
+
+def owner_of(model, name):
+    """The module that keeps the weight of a layer: itself, or the attention it is a part of."""
+    try:
+        model.get_submodule(name)
+    except AttributeError:
+        return name.rpartition(".")[0]
+    return name
+
+
+def weight_of(model, name):
+    """The parameter with the weight of a layer, and how to view its like as [n_out, n_in]."""
+    owner = model.get_submodule(owner_of(model, name))
+    if not isinstance(owner, nn.MultiheadAttention):
+        is_transposed = any(base.__name__ == "Conv1D" for base in type(owner).__mro__)
+        return owner.weight, (lambda t: t.T) if is_transposed else (lambda t: t)
+    projection = name.rpartition(".")[2]
+    if owner.in_proj_weight is None:
+        return getattr(owner, f"{projection}_weight"), lambda t: t
+    block = ("q_proj", "k_proj", "v_proj").index(projection)
+    return owner.in_proj_weight, lambda t: t.chunk(3)[block]
+
+
+def cores_of(model):
+    """The trained parameters of an adapted model, also of a copy that has no handle."""
+    return [p for p in model.parameters() if p.requires_grad]

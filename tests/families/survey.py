@@ -1,0 +1,92 @@
+"""Finds out how each type of transformers is called, and writes ``hugging.csv``.
+
+    PYTHONPATH=tests python -m families.survey [TYPE ...]
+
+Without types, all that the installed transformers has. Types that are new, or whose settings have
+changed, are tried; what cannot be built or called is written with the reason.
+"""
+
+import csv
+import signal
+import sys
+import warnings
+
+import torch
+from torch import nn
+
+from . import hugging
+
+#: For one type; a tiny model takes a part of a second.
+SECONDS = 10
+
+
+def has_linear(model):
+    kinds = nn.Linear | nn.MultiheadAttention
+    return any(isinstance(m, kinds) or type(m).__name__ == "Conv1D" for m in model.modules())
+
+
+def tried(kind):
+    """Way, reason: one of them is empty."""
+    try:
+        hugging.model_class(kind)
+    except LookupError as error:
+        return "", str(error)
+    except Exception as error:
+        return "", said(error)
+    try:
+        model = hugging.builder(kind)(0)
+    except Exception as error:
+        return "", f"not built: {said(error)}"
+    if not has_linear(model):
+        return "", "no linear layer"
+    try:
+        way, others = hugging.find_way(kind, model)
+    except Exception as error:
+        return "", f"no inputs: {said(error)}"
+    if way:
+        return way, ""
+    return "", "not called: " + (next(iter(others.values())) if others else "inputs of its own")
+
+
+def said(error):
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[-1] if lines else ''}"[:160]
+
+
+class TooLongError(BaseException):
+    """Not an Exception: nothing on the way may catch it."""
+
+
+def in_time(kind):
+    """`tried`, within `SECONDS`."""
+
+    def stop(*_):
+        raise TooLongError
+
+    signal.signal(signal.SIGALRM, stop)
+    signal.alarm(SECONDS)
+    try:
+        return tried(kind)
+    except TooLongError:
+        return "", f"not built and called within {SECONDS} s: its config cannot be made small"
+    finally:
+        signal.alarm(0)
+
+
+def main(kinds):
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    warnings.simplefilter("ignore")
+    torch.use_deterministic_algorithms(True)  # as in the tests: memory that is not set is NaN
+    known = hugging.rows() if hugging.TABLE.exists() and kinds else {}
+    for kind in kinds or list(CONFIG_MAPPING.keys()):
+        known[kind] = in_time(kind)
+        if not known[kind][0]:
+            print(f"{kind}: {known[kind][1]}", flush=True)
+    with hugging.TABLE.open("w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows((k, *v) for k, v in sorted(known.items()))
+    print(f"{sum(bool(way) for way, _ in known.values())} of {len(known)} types can be called")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,139 @@
+"""Writes the tables of families in docs/adapters.md, after checking each of them.
+
+    make families-table
+
+Exits with 1, and leaves the document alone, if a promise is broken or a library is missing.
+"""
+
+import importlib.util
+import sys
+import warnings
+from collections import defaultdict
+from multiprocessing import Pool
+from pathlib import Path
+
+import torch
+
+import tcur_kernels as tcur
+
+from . import hugging, others
+from .check import check_family
+from .subject import Report
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "adapters.md"
+BEGIN, END = "<!-- begin families -->\n", "<!-- end families -->\n"
+#: Of layers without gradient, so many are named.
+NAMED = 2
+
+
+def all_families():
+    return [*others.families(), *hugging.families()]
+
+
+def checked(index):
+    """Report of one family, or what is wrong with it."""
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    others.operators_of_torchvision()
+    family = all_families()[index]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            if not family.refused:
+                return check_family(family.build, family.inputs, smooth=family.smooth)
+            tcur.adapt(family.build(0), rank=4)
+            return "expected to be refused, but was adapted"
+        except ValueError as error:
+            return Report(refused=str(error)) if family.refused else str(error)
+        except Exception as error:
+            return str(error)
+
+
+def lines(families, reports):
+    """The tables: what was checked, what is particular, and what is not checked and why."""
+    by_way = defaultdict(list)
+    for family in families:
+        by_way[family.library, family.way].append(family.name)
+    yield f"{len(families)} families are checked."
+    yield ""
+    yield "| library | called with | families |"
+    yield "| --- | --- | --- |"
+    for (library, way), names in by_way.items():
+        count = f" ({len(names)})" if len(names) > 1 else ""
+        yield f"| {library} | {way or 'its inputs'}{count} | {'; '.join(names)} |"
+    yield ""
+    yield "Of these, what is particular:"
+    yield ""
+    yield "| what | families |"
+    yield "| --- | --- |"
+    for what, names in particular(families, reports).items():
+        yield f"| {what} | {'; '.join(names)} |"
+    yield ""
+    yield "Not checked:"
+    yield ""
+    yield "| why | types of transformers |"
+    yield "| --- | --- |"
+    by_reason = defaultdict(list)
+    for kind, (way, reason) in hugging.rows().items():
+        if not way:
+            by_reason[reason_in_short(reason)].append(kind)
+    for reason, kinds in sorted(by_reason.items(), key=lambda item: -len(item[1])):
+        yield f"| {reason} | {'; '.join(kinds)} |"
+
+
+def particular(families, reports):
+    found = defaultdict(list)
+    for family, report in zip(families, reports, strict=True):
+        if report.refused:
+            found["refused: no layer that can be adapted"].append(family.name)
+        if report.silent:
+            shown = ", ".join(report.silent[:NAMED])
+            more = len(report.silent) - NAMED
+            shown += f" and {more} more" if more > 0 else ""
+            found["layers that no gradient reached (not called, or to no effect)"].append(
+                f"{family.name} ({shown})"
+            )
+        for note in report.notes:
+            found[note].append(family.name)
+        if not family.smooth:
+            what = "sorts, picks or rounds: in half precision only finite outputs are asked for"
+            found[what].append(family.name)
+    return found
+
+
+def reason_in_short(reason):
+    """Without the particulars, which stay in ``hugging.csv``."""
+    if reason.startswith("no model of"):
+        return "a part that has no model of its own"
+    if "pip install timm" in reason:
+        return "needs timm within transformers"
+    if reason.startswith("not built and"):
+        return "too large: its config could not be made tiny"
+    if "Could not find" in reason or "ImportError" in reason or "ModuleNotFoundError" in reason:
+        return "needs a library that is not installed, or has no model file"
+    if reason.startswith(("not called", "no inputs")):
+        return "no inputs were found for its tiny model"
+    if reason.startswith("not built:"):
+        return "its config could not be made tiny"
+    return reason.replace("|", "/")
+
+
+def main():
+    families = all_families()
+    missing = sorted({f.library for f in families if importlib.util.find_spec(f.library) is None})
+    if missing:
+        sys.exit(f"expected all libraries, got none of {', '.join(missing)}")
+    with Pool() as pool:
+        reports = pool.map(checked, range(len(families)), chunksize=8)
+    pairs = zip(families, reports, strict=True)
+    broken = [f"{f.library} {f.name}: {r}" for f, r in pairs if isinstance(r, str)]
+    if broken:
+        sys.exit("\n".join(broken))
+    head, rest = DOCUMENT.read_text(encoding="utf-8").split(BEGIN)
+    _, tail = rest.split(END)
+    text = "\n".join(lines(families, reports))
+    DOCUMENT.write_text(f"{head}{BEGIN}{text}\n{END}{tail}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
