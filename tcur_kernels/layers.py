@@ -140,6 +140,7 @@ def adapt_in_place(places: Sequence[Place]) -> None:
     """Makes adapted layers of the modules that hold these weights; they stay the same objects."""
     for place in places:
         module = place.module
+        place.was_trained = place.stored.requires_grad
         if not isinstance(module, Adapted):
             plain = type(module)
             kind = TProductMultiheadAttention if place.projection else adapted_class(module)

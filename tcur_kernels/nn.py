@@ -423,6 +423,9 @@ class TProductStack(nn.Module):
             x = x.to(dtype)
             bias = None if bias is None else bias.to(dtype)
             precision = "bf16" if dtype == torch.bfloat16 else precision
+        if place.was_trained and x.ndim > 2 and not x.is_contiguous() and not x.is_nested:
+            # Of such a weight torch makes one product of matrices, of a frozen one several.
+            x = x.contiguous()
         if not self.enabled:
             return F.linear(x, weight.to(dtype), bias)
         if place.backup is not None:

@@ -80,6 +80,8 @@ class Place:
     Attributes:
         stack: the `TProductStack` that the slices belong to, set by it.
         backup: the base weight as it is stored, while the module holds W_eff.
+        was_trained: whether the weight asked for gradients before it was adapted. torch's products
+            go by that, even where no gradient is recorded.
         name: of the weight in its model, for messages.
         ran: whether the layer has been called, or its weight read, since it was adapted.
     """
@@ -97,6 +99,7 @@ class Place:
         self.transposed = is_conv1d(module) if transposed is None else transposed
         self.stack: Any = None
         self.backup: Tensor | None = None
+        self.was_trained = False
         self.name = ""
         self.ran = False
         self.out_features, self.in_features = self.weight.shape

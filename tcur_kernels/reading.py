@@ -35,11 +35,13 @@ def read_weight(stored: Tensor, places: Sequence[Place]) -> Tensor:
         return UnreadableWeight.of(stored)
     if _is_watched(stored):
         return _whole(stored, active, lambda place: place.stack.effective_weight(place))
+    read: Tensor
     cores = [place.stack.core for place in active]
     if torch.is_grad_enabled() and any(core.requires_grad for core in cores):
-        read: Tensor = _Read.apply(stored, active, *cores)
+        read = _Read.apply(stored, active, *cores)
         return read
-    return EffectiveWeight.of(stored, active)
+    read = EffectiveWeight.of(stored, active)
+    return read.requires_grad_(any(place.was_trained for place in active))
 
 
 class EffectiveWeight(torch.Tensor):

@@ -18,7 +18,7 @@ from families.check import BrokenPromise, check_family
 
 FAMILIES = [*others.families(), *hugging.families()]
 #: Models warn of what is no concern of ours; this package may not.
-QUIET = pytest.mark.filterwarnings("ignore", "error:::tcur_kernels")
+QUIET = pytest.mark.filterwarnings("ignore", "error:::tcur_kernels", "ignore:.*never ran")
 
 
 def parameters(families):
