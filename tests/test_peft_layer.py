@@ -13,6 +13,7 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_f
 from peft import PeftModel, get_peft_model
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from hf_models import PEFT_SAYS, gpt2
@@ -20,7 +21,7 @@ from models import Tiny
 from plain import with_updates
 from tcur_kernels.peft import TCURConfig, TCURLinear
 from tcur_kernels.peft.hosted import AdapterStack
-from tolerance import assert_composition_close
+from tolerance import assert_composition_close, assert_equal_in_float64
 
 pytestmark = [pytest.mark.filterwarnings(text) for text in PEFT_SAYS]
 
@@ -193,6 +194,49 @@ def test_the_weight_tells_of_itself_without_being_computed(base, monkeypatch):
     assert_composition_close(weight.clone(), lambda: plain(torch.float32), plain(torch.float64))
 
 
+@pytest.mark.parametrize("kind", [lambda: nn.Linear(8, 8), lambda: Conv1D(8, 8)])
+def test_a_weight_that_is_read_has_the_updates_of_all_active_adapters(kind):
+    base, x = Reader(kind).double().requires_grad_(False), torch.randn(3, 8, dtype=torch.double)
+    model = drawn(base, target_modules=["first", "second"])
+    model.add_adapter("third", config(rank=3, target_modules=["first"], init_weights=False))
+    model.base_model.set_adapter(["default", "third"])
+    model(x)  # all layers are read, so that none is named as unused
+    layer = layers_of(model)[0]
+    weight = layer.weight.t() if layer.tcur_base.transposed else layer.weight
+    results = []
+    for y in (layer(x), nn.functional.linear(x, weight, layer.base_layer.bias)):
+        used = [core for name, core in cores(model).items()]
+        results.append((y, *torch.autograd.grad(y.square().sum(), used)))
+    assert_equal_in_float64(*results)
+    with torch.no_grad():
+        assert_equal_in_float64(model(x), with_updates(base, model)(x))
+        model.merge_adapter()
+        assert_equal_in_float64(model(x), with_updates(base, model)(x))
+
+
+def test_a_weight_of_two_adapters_on_a_16_bit_base_rounds_once():
+    base = Reader().bfloat16().requires_grad_(False)
+    model = drawn(base, target_modules=["first", "second"])
+    model.add_adapter("third", config(target_modules=["first"], init_weights=False))
+    model.base_model.set_adapter(["default", "third"])
+    layer = layers_of(model)[0]
+    with torch.no_grad():
+        update = sum(layer.get_delta_weight(name) for name in model.peft_config)
+        once = (base.first.weight.float() + update).bfloat16()
+        assert torch.equal(layer.weight.clone(), once)
+        assert torch.equal(layer.merged_weight(["default", "third"]), once)
+
+
+def test_a_weight_that_is_not_merged_is_read_with_its_update_though_others_are(base):
+    model = drawn(base)
+    first, second = layers_of(model)[:2]
+    with torch.no_grad():
+        wanted = second.weight.clone()
+        first.merge()
+        assert torch.equal(second.weight.clone(), wanted)
+        assert torch.equal(first.weight, first.base_layer.weight)
+
+
 def test_wavlm():
     """Its attention hands the weights of q, k, v and out to a function."""
     settings = transformers.WavLMConfig(
@@ -288,6 +332,51 @@ def test_a_graph_keeps_its_gradient_when_another_adapter_is_activated(base, x):
     twice = [core.grad.clone() for core in own["second"]]
     model(x).sum().backward()
     assert all(torch.equal(c.grad, g) for c, g in zip(own["second"], twice, strict=True))
+
+
+@pytest.mark.parametrize("others", ["second", ["second", "default"], None])
+def test_checkpoints_are_not_computed_again_by_other_adapters(base, x, others):
+    model = drawn(base)
+    model.add_adapter("second", config(init_weights=False))
+    x.requires_grad_()
+
+    def graph():
+        return checkpoint(model, x, use_reentrant=False).square().sum()
+
+    graph().backward()
+    wanted = [core.grad.clone() for n, core in cores(model).items() if "default" in n]
+    loss = graph()
+    if others is None:
+        with (
+            model.disable_adapter(),
+            pytest.raises(RuntimeError, match="core: expected the adapter of the forward"),
+        ):
+            loss.backward()
+        return
+    model.base_model.set_adapter(others)
+    says = "core: expected the adapter of the forward"
+    if others != "second":  # torch itself finds out, since other tensors are saved
+        says = "have different metadata than during the forward pass"
+    with pytest.raises(RuntimeError, match=says):
+        loss.backward()
+    del loss
+    with torch.no_grad():  # a reference that another adapter computes meanwhile
+        model.set_adapter("default")
+        model.zero_grad()
+        loss = graph()
+        model.set_adapter("second")
+        model(x)
+    model.set_adapter("default")
+    loss = graph()
+    with torch.no_grad(), model.disable_adapter():
+        model(x)
+    model.set_adapter("second")
+    with torch.no_grad():
+        model(x)
+    model.set_adapter("default")
+    loss.backward()
+    got = [core.grad for n, core in cores(model).items() if "default" in n]
+    assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -215,11 +214,13 @@ def record(plan: Plan, stacks: Mapping[str, AdapterStack]) -> list[dict[str, Any
 
 def _places_of(entry: StackPlan, layers: Layers) -> list[Place]:
     """The weights of a stack, in the order of their slices."""
-    starts = itertools.accumulate((m.slices for m in entry.members), initial=0)
-    return [
-        place_of(layers[member.module], first, member.slices)
-        for member, first in zip(entry.members, starts, strict=False)
-    ]
+    places: list[Place] = []
+    first = 0
+    for member in entry.members:
+        places.append(place_of(layers[member.module], first, member.slices))
+        places[-1].name = member.module
+        first += member.slices
+    return places
 
 
 def _reasons_to_leave_out(
