@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -115,6 +116,8 @@ class Base:
             weight, first = place.weight, place.slice_index
             version = version_of(weight)
             is_new = version != self._versions.get(first)
+            if is_new:
+                place.freeze()
             if first in self._unsure or (is_new and not (gathered and weight.device.type != "cpu")):
                 doubtful.append(place)
             self._versions[first] = version
@@ -177,11 +180,12 @@ class Base:
 
     def _are_of(self, places: Sequence[Place]) -> bool:
         """Whether these layers' rows of C and R are slices of their weights."""
-        factors = self.factors
-        same = []
+        factors, same = self.factors, []
+        if self._dtype() != factors.lateral.dtype:
+            return False
         for place in places:
             weight = place.weight
-            if weight.device != factors.device or weight.dtype != factors.lateral.dtype:
+            if weight.device != factors.device:
                 return False
             own = slice(place.slice_index, place.slice_index + place.slices)
             slices = weight.detach().unflatten(0, (place.slices, -1))
@@ -190,6 +194,10 @@ class Base:
                 (slices[:, list(self.rows)] == factors.horizontal[own]).all(),
             ]
         return bool(torch.stack(same).all())  # an accelerator is waited for once
+
+    def _dtype(self) -> torch.dtype:
+        """The dtype that all weights have, or the widest where single layers were cast."""
+        return functools.reduce(torch.promote_types, (p.weight.dtype for p in self.places))
 
     def _follow(self, weight: Tensor) -> None:
         """Takes C and R that are not of these weights along to their device and precision."""
@@ -201,7 +209,7 @@ class Base:
     @torch.inference_mode(False)  # what is kept must also serve a training step
     @torch.no_grad()
     def _take(self) -> None:
-        lateral, horizontal = [], []
+        lateral, horizontal, dtype = [], [], self._dtype()
         for place in self.places:
             if not is_here(place) and not is_sharded(place.weight):
                 raise RuntimeError(
@@ -211,6 +219,6 @@ class Base:
                     "they are sharded or offloaded"
                 )
             slices = whole(place.weight.detach()).unflatten(0, (place.slices, -1))
-            lateral.append(slices[:, :, list(self.columns)])
-            horizontal.append(slices[:, list(self.rows)])
+            lateral.append(slices[:, :, list(self.columns)].to(dtype))
+            horizontal.append(slices[:, list(self.rows)].to(dtype))
         self.factors = CURFactors(torch.cat(lateral), torch.cat(horizontal))

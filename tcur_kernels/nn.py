@@ -136,6 +136,7 @@ class TProductStack(nn.Module):
         self._reset()
         for place in places:
             place.stack = self
+            place.remember()
 
     def _reset(self) -> None:
         """Nothing is kept yet, for the factors that there are now."""
@@ -377,6 +378,7 @@ class TProductStack(nn.Module):
     @torch.no_grad()
     def _build(self, dtype: torch.dtype, capture: int) -> Effective:
         core, factors, (n3, n1, n2) = self.core, self.base.factors, (self.n3, self.n1, self.n2)
+        wide = core.to(factors.dtype)
         base = [place.weight for place in self.places]
         # Stored (in, out), as by Conv1D: (C * U * R)ᵀ slice by slice is Rᵀ * Uᵀ * Cᵀ, and no weight
         # has to be copied for the kernels. Slices of one weight lie side by side then.
@@ -387,12 +389,12 @@ class TProductStack(nn.Module):
         built = self._kept.to_fill(dtype, core.device, shape, transposed, capture)
         if transposed:
             base = [each.mT for each in base]
-            materialize(base, factors.transposed(), core.mT, self.alpha, out=built.buffer)
+            materialize(base, factors.transposed(), wide.mT, self.alpha, out=built.buffer)
         else:
             slices: list[Tensor] = []
             for weight in base:
                 slices.extend([weight] if weight.shape[0] == n1 else weight.split(n1))
-            materialize(slices, factors, core, self.alpha, out=built.buffer)
+            materialize(slices, factors, wide, self.alpha, out=built.buffer)
         self._kept.put(built, core, capture)
         return built
 
@@ -414,6 +416,9 @@ class TProductStack(nn.Module):
     def forward_slices(self, x: Tensor, place: Place) -> Tensor:
         """``x`` through the layer of one place; see `TProductLinear.forward`."""
         weight, bias, source = place.weight, place.bias, x
+        if weight.requires_grad and not is_traced():
+            place.freeze()
+            weight = place.weight
         dtype, precision = weight.dtype, self.precision
         kind = x.device.type
         has_autocast = torch.amp.is_autocast_available(kind)  # the meta device has none
@@ -445,6 +450,11 @@ class TProductStack(nn.Module):
             if batch is not None:
                 raise ValueError("x: expected rows of equal length in a batch, got a nested tensor")
             return F.linear(x, self.effective_weight(place).to(dtype), bias)
+        if wide == torch.float64 != dtype == x.dtype:  # a single layer was cast
+            y = self._by_operators(
+                x.double(), weight.double(), _double(bias), place, core, precision, adapter_ids
+            )
+            return y.to(dtype)
         if is_traced():
             # There is no W_eff on this way: a traced graph cannot see the kept buffer.
             return self._by_operators(
@@ -560,6 +570,8 @@ class TProductStack(nn.Module):
     def _mode_if_sharded(self) -> str:
         """How to run where W_eff is wanted but other layers' weights may be on other processes."""
         if all(is_here(place) for place in self.places):
+            if len({place.weight.dtype for place in self.places}) > 1:
+                return "factored"  # a single layer was cast
             return "materialized"
         if self.mode == "materialized":
             raise ValueError(
@@ -682,3 +694,7 @@ class TProductStack(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._reset()
+
+
+def _double(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.double()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -55,13 +56,8 @@ def held(module: nn.Module, name: str) -> Any:
 
 
 def _frozen(tensor: Tensor) -> Tensor:
-    """Without the gradient that a part of a flattened parameter has for the sake of others.
-
-    FSDP1 flattens frozen weights and trained cores into one parameter, which is trained as a whole.
-    """
-    if tensor.requires_grad and isinstance(tensor._base, nn.Parameter):
-        return tensor.detach()
-    return tensor
+    """Without the graph that FSDP1 gives to what lies in one flat parameter with trained ones."""
+    return tensor if tensor.grad_fn is None else tensor.detach()
 
 
 class Place:
@@ -100,6 +96,7 @@ class Place:
         self.stack: Any = None
         self.backup: Tensor | None = None
         self.was_trained = False
+        self._known: weakref.ref[Tensor] | None = None
         self.name = ""
         self.ran = False
         self.out_features, self.in_features = self.weight.shape
@@ -116,6 +113,25 @@ class Place:
         tensor = _frozen(held(self.module, self.parameter))
         return tensor[self._rows] if self._is_block else tensor
 
+    def freeze(self) -> None:
+        """Freezes a parameter that is another one than when this was asked last.
+
+        Those who move and load weights make new parameters. One that was frozen before and asks for
+        gradients now was made to by the user, who is told elsewhere that it gets none.
+        """
+        tensor = held(self.module, self.parameter)
+        if tensor is not None and (self._known is None or self._known() is not tensor):
+            self._known = weakref.ref(tensor)
+            if tensor.is_leaf and tensor.requires_grad:
+                tensor.requires_grad_(False)
+
+    def remember(self) -> None:
+        """From now on, the parameter that is there now is the one that the adapter froze."""
+        self._known = weakref.ref(held(self.module, self.parameter))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_known": None}  # a copy has parameters of its own
+
     def keep(self) -> None:
         """Keeps a copy of the base weight, in whose place W_eff is to come."""
         self.backup = self.stored.detach().clone()
@@ -130,10 +146,11 @@ class Place:
     @property
     def bias(self) -> Tensor | None:
         """``[out_features]`` or None."""
-        bias: Tensor | None = held(self.module, self.bias_parameter)
-        if bias is None:
+        tensor = held(self.module, self.bias_parameter)
+        if tensor is None:
             return None
-        return _frozen(bias) if self.projection is None else _frozen(bias)[self._rows]
+        bias = _frozen(tensor)
+        return bias if self.projection is None else bias[self._rows]
 
     @property
     def parameter(self) -> str:

@@ -18,6 +18,7 @@ from plain import Plain
 from tolerance import assert_composition_close
 
 WIDTH = 12
+CORE = "of.tcur_12x12"
 
 
 def layers(count=4, seed=0, bias=True):
@@ -166,6 +167,17 @@ def test_cores_keep_their_precision_through_casts(x):
     assert model.get_buffer("tcur_12x12__indices").dtype == torch.int64
     holder.double()
     assert adapter.stacks["12x12"].core.dtype == torch.float64
+
+
+def test_the_first_parameter_tells_the_dtype_of_the_model():
+    model, _ = adapted()
+    model.to(torch.bfloat16)
+    assert next(model.parameters()).dtype == torch.bfloat16
+    assert next(copy.deepcopy(model).parameters()).dtype == torch.bfloat16
+    names = [name for name, _ in model.named_parameters("of")]
+    assert names == [*(f"of.{i}.{kind}" for i in range(4) for kind in ("weight", "bias")), CORE]
+    assert [name for name, _ in model.named_parameters(recurse=False)] == ["tcur_12x12"]
+    assert dict(model.named_parameters()).keys() == {k for k in model.state_dict() if "__" not in k}
 
 
 # -- reading the weight

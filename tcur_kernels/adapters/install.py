@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -87,12 +87,13 @@ class Caretaker:
                 model.register_buffer(f"{key}__lateral", stack.lateral.clone())
                 model.register_buffer(f"{key}__horizontal", stack.horizontal.clone())
         model.__dict__["_apply"] = self
+        model.__dict__["named_parameters"] = CoresLast(model, tuple(map(key_of, self.stacks)))
         self._hook = model.register_load_state_dict_post_hook(self.loaded)
 
     def move_out(self) -> None:
         """Takes all of that out of the model."""
         model = self.model
-        del model.__dict__["_apply"]
+        del model.__dict__["_apply"], model.__dict__["named_parameters"]
         for store in (model._parameters, model._buffers):
             for key in [key for key in store if self._is_own(key)]:
                 delattr(model, key)
@@ -138,6 +139,38 @@ class Caretaker:
         return any(
             key == key_of(name) or key.startswith(f"{key_of(name)}__") for name in self.stacks
         )
+
+
+class CoresLast:
+    """The model's own ``named_parameters``, and so its ``parameters``, with the cores at the end.
+
+    A model's own parameters come first, and many take the dtype of the first one for that of the
+    model. Cores are fp32 in a model of half precision.
+    """
+
+    def __init__(self, model: nn.Module, keys: tuple[str, ...]) -> None:
+        self.model, self.keys = model, keys
+
+    @property
+    def __func__(self) -> Any:
+        """As of a method: torch's compiler asks which one it is."""
+        return type(self).__call__
+
+    def __call__(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """As of any module."""
+        model, cores = self.model, []
+        start = f"{prefix}." if prefix else ""
+        keys = tuple(start + key for key in self.keys)
+        for name, parameter in type(model).named_parameters(
+            model, prefix, recurse, remove_duplicate
+        ):
+            if name.startswith(keys):
+                cores.append((name, parameter))
+            else:
+                yield name, parameter
+        yield from cores
 
 
 def _keep_precision(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
