@@ -114,7 +114,9 @@ class Adapted(nn.Module):
     def train(self, mode: bool = True) -> Any:
         """As of any module. Averages of weights come and go with it: nothing is taken as known."""
         for place in self.tcur_places.values():
-            place.stack.doubt(place)
+            place.stack.doubt()
+            if mode != self.training:
+                place.stack.base.suspect(place)
         return super().train(mode)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:

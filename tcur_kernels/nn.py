@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from . import cost
 from .base import Base, is_here
+from .cores import Cores
 from .decompose import MAX_WORKSPACE, Selection, Stack, as_stack, check_rank, select_slices
 from .distributed import ReentrantGuard, whole
 from .eager import Call, LatestSum, is_traced, project, run_layer, without_autocast
@@ -23,10 +24,10 @@ from .linear import check_weights, places_of
 from .places import Place
 from .reading import effective_sum
 from .rows import Repeat, Rows, check_repeat, rows_of, using_rows
-from .switching import ForwardCore, LateGradient, warn_of_unused
+from .switching import ForwardCore, warn_of_unused
 
 
-class TProductStack(nn.Module):
+class TProductStack(Cores):
     """All slices of one shape: owns the trained core, the frozen factors and W_eff.
 
     The weights stay with their layers; the stack refers to them, never copies or changes them
@@ -66,8 +67,6 @@ class TProductStack(nn.Module):
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
-
-    _holder: nn.Module
 
     def __init__(
         self,
@@ -123,16 +122,11 @@ class TProductStack(nn.Module):
         indices = (chosen[0].tolist(), chosen[1].tolist())
         self.base = Base(name, places, indices, factors.to(source.device), is_own)
         core = torch.zeros(self.n3, rank, rank, dtype=factors.dtype, device=source.device)
-        # Who holds the cores, and under which name the active one. Not registered here as a module:
-        # the holder may be the model itself.
-        object.__setattr__(self, "_holder", self)
-        self._key = "core"
-        self.register_parameter(self._key, nn.Parameter(core))
+        self.register_parameter("core", nn.Parameter(core))
 
         self.enabled = True
         self._guard = ReentrantGuard()
-        self._activations = 0
-        self._is_looked_over = False
+        self._is_looked_over = self._is_loaded = False
         self._reset()
         for place in places:
             place.stack = self
@@ -147,75 +141,6 @@ class TProductStack(nn.Module):
         self._gradient_sum = LatestSum()
         self._generation = self.base.generation
         self._forward_core = ForwardCore()
-
-    # -- cores
-
-    @property
-    def core(self) -> nn.Parameter:
-        """The active core, ``[n3, r, r]``."""
-        return self.core_of(None)
-
-    @core.setter
-    def core(self, value: Tensor) -> None:
-        # A plain tensor in the place of the parameter, as FSDP1 sets it.
-        self.__dict__["core"] = value
-
-    @core.deleter
-    def core(self) -> None:
-        del self.__dict__["core"]
-
-    def core_of(self, name: str | None) -> nn.Parameter:
-        """The core of that name among those of `add_core`; None: the active one."""
-        key = self._key if name is None else self._key_of(name)
-        core: Any = self._holder._parameters.get(key)
-        if core is None:  # FSDP1 sets a plain tensor in the place of a parameter
-            core = self._holder.__dict__.get(key)
-        if core is None:
-            raise AttributeError(f"core: expected a parameter {key!r}, got none")
-        return core
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "core" and self._holder is not self:  # set where it is held
-            setattr(self._holder, self._key, value)
-        else:
-            super().__setattr__(name, value)
-
-    def hand_over(self, holder: nn.Module, key: str) -> None:
-        """Makes ``holder`` the module whose parameters the cores are, the active one ``key``."""
-        core = self._parameters.pop(self._key)
-        holder.register_parameter(key, core)
-        object.__setattr__(self, "_holder", holder)
-        self._key = key
-
-    def _key_of(self, name: str) -> str:
-        return f"{self._key}__{name}"
-
-    def add_core(self, name: str) -> None:
-        """Another core, of zeros, beside the active one; frozen until it is active itself."""
-        core = nn.Parameter(torch.zeros_like(self.core), requires_grad=False)
-        self._holder.register_parameter(self._key_of(name), core)
-
-    def remove_core(self, name: str) -> None:
-        """Drops a core that is not active."""
-        delattr(self._holder, self._key_of(name))
-
-    def activate_core(self, name: str, former: str) -> None:
-        """Makes the core of that name the active one, which goes on under the name ``former``.
-
-        Parameters change places, not values: what an optimizer holds stays what it was, and a
-        compiled graph, which takes the core as an input, stays valid. A graph that the former one
-        is part of still gives it its gradient.
-        """
-        core, trained = self.core_of(name), self.core
-        if trained.requires_grad:
-            LateGradient.keep(trained)
-        core.requires_grad_(trained.requires_grad)
-        trained.requires_grad_(False)
-        delattr(self._holder, self._key_of(name))
-        self._holder.register_parameter(self._key, core)
-        self._holder.register_parameter(self._key_of(former), trained)
-        self._activations += 1
-        self._gradient_sum.retire()
 
     # -- C, R and the base
 
@@ -264,10 +189,14 @@ class TProductStack(nn.Module):
             self._projected.forget()
             self._calls.clear()
 
-    def doubt(self, place: Place | None = None) -> None:
-        """From now on the core, and the weight of a place, may have been written unseen."""
+    def activate_core(self, name: str, former: str) -> None:
+        """As of `Cores`; graphs of the former core may wait for their backward."""
+        super().activate_core(name, former)
+        self._gradient_sum.retire()
+
+    def doubt(self) -> None:
+        """From now on the core may have been written unseen."""
         self._kept.doubt()
-        self.base.suspect(place)
 
     def was_misused(self, place: Place) -> None:
         """To be said when W_eff was written through a view of what a read of a weight gave."""
@@ -283,12 +212,14 @@ class TProductStack(nn.Module):
         """To be said when a checkpoint brought the base weight of a place."""
         self.base.suspect(place)
         self._kept.invalidate()
+        self._is_loaded = True
 
     def settle(self) -> None:
         """Takes in what a checkpoint brought: C and R of the new base, and W_eff where merged."""
         self._look()
-        if any(place.backup is not None for place in self.places):
+        if self._is_loaded and self.is_merged:
             self._write_w_eff()
+        self._is_loaded = False
 
     @property
     def is_merged(self) -> bool:
@@ -434,7 +365,8 @@ class TProductStack(nn.Module):
         if not self.enabled:
             return F.linear(x, weight.to(dtype), bias)
         if place.backup is not None:
-            self._settle_if_needed()
+            if self._is_loaded:  # a checkpoint brought another base, or another core
+                self.settle()
             stored = place.stored.T if place.transposed else place.stored
             return F.linear(x, stored.to(dtype), bias)
         if not (is_traced() or self.base.knows(place, weight)):
@@ -451,10 +383,9 @@ class TProductStack(nn.Module):
                 raise ValueError("x: expected rows of equal length in a batch, got a nested tensor")
             return F.linear(x, self.effective_weight(place).to(dtype), bias)
         if wide == torch.float64 != dtype == x.dtype:  # a single layer was cast
-            y = self._by_operators(
-                x.double(), weight.double(), _double(bias), place, core, precision, adapter_ids
-            )
-            return y.to(dtype)
+            wider = None if bias is None else bias.double()
+            args = (x.double(), weight.double(), wider, place, core, precision, adapter_ids)
+            return self._by_operators(*args).to(dtype)
         if is_traced():
             # There is no W_eff on this way: a traced graph cannot see the kept buffer.
             return self._by_operators(
@@ -476,7 +407,7 @@ class TProductStack(nn.Module):
             )
         if core.requires_grad:
             self._guard.check()
-            own = (self._activations, 0 if batch is None else id(batch.cores))
+            own = (self.activations, 0 if batch is None else id(batch.cores))
             self._forward_core.check(own, self._gradient_sum)
         tokens = x.numel() // max(1, self.n2)
         capture = self._kept.capture_of(core.device)
@@ -615,8 +546,6 @@ class TProductStack(nn.Module):
         finally:
             self._projected.forget()
 
-    # -- merged
-
     def merge(self) -> None:
         """Writes W_eff into the layers' weights, keeping a copy of the base."""
         if self.is_merged:
@@ -640,11 +569,6 @@ class TProductStack(nn.Module):
             place.stored.copy_(view.T if place.transposed else view)
         self._kept.release()
 
-    def _settle_if_needed(self) -> None:
-        """A checkpoint that was loaded while merged brought another base, or another core."""
-        if self.base.is_unsure:
-            self.settle()
-
     def unmerge(self) -> None:
         """Restores the base weights bit for bit from the copy that `merge` kept."""
         if not self.is_merged:
@@ -659,32 +583,12 @@ class TProductStack(nn.Module):
             f"mode={self.mode}"
         )
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TProductStack:
-        """Moves with the model, but keeps at least fp32 whatever dtype the model is cast to."""
-
-        def keep_precision(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            wide = torch.promote_types(moved.dtype, torch.float32)
-            return moved if moved.dtype == wide else tensor.to(device=moved.device, dtype=wide)
-
-        before = self._storages()
-        super()._apply(keep_precision, recurse)
-        if self._storages() != before:
-            self.moved()
-        return self
-
     def moved(self) -> None:
-        """To be said when the core is in other memory: what was made of the old one goes."""
+        """What was made of a core that was in other memory goes."""
         self._kept.forget()
         self._projected.forget()
         self._gradient_sum.forget()
         self._calls.clear()
-
-    def _storages(self) -> list[int]:
-        """Which memory the cores are in."""
-        return [
-            each.untyped_storage()._cdata for each in self._parameters.values() if each is not None
-        ]
 
     def __getstate__(self) -> dict[str, Any]:
         # W_eff is rebuilt on demand; a copy or a pickle of the stack does without it.
@@ -694,7 +598,3 @@ class TProductStack(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._reset()
-
-
-def _double(bias: Tensor | None) -> Tensor | None:
-    return None if bias is None else bias.double()

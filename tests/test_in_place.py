@@ -421,6 +421,13 @@ def test_two_adapters_in_one_backward_both_learn(x):
     adapter.activate("b")
     assert torch.allclose(both[1], torch.autograd.grad((model(x) * one.detach()).sum(), second)[0])
     assert not first.requires_grad
+    second.grad = first.grad = None
+    for _ in range(3):
+        adapter.activate("default")
+        one = model(x)
+        adapter.activate("b")
+    (one * two.detach()).sum().backward()
+    assert torch.allclose(first.grad, both[0])  # once, however often it was switched
 
 
 def test_a_late_gradient_comes_once_however_often_adapters_were_exchanged(x):

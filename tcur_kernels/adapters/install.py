@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..cores import keep_precision
 from ..factors import CURFactors
 from ..layers import adapt_in_place, put_back
 from ..linear import Adapted
@@ -104,18 +105,20 @@ class Caretaker:
     def __call__(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         """The model's ``_apply``: cores move with the model, but keep at least fp32."""
         model, apart = self.model, nn.Module()
+        before = {name: stack.storages() for name, stack in self.stacks.items()}
         for store in ("_parameters", "_buffers"):
             every, own = model.__dict__[store], apart.__dict__[store]
             for key in [key for key in every if self._is_own(key)]:
                 own[key] = every.pop(key)
         try:
             type(model)._apply(model, fn, recurse)
-            apart._apply(lambda tensor: _keep_precision(fn, tensor))
+            apart._apply(lambda tensor: keep_precision(fn, tensor))
         finally:
             for store in ("_parameters", "_buffers"):
                 model.__dict__[store].update(apart.__dict__[store])
-        for stack in self.stacks.values():
-            stack.moved()
+        for name, stack in self.stacks.items():
+            if stack.storages() != before[name]:  # else a captured graph may read what was made
+                stack.moved()
         return model
 
     def loaded(self, model: nn.Module, incompatible_keys: Any) -> None:
@@ -171,11 +174,3 @@ class CoresLast:
             else:
                 yield name, parameter
         yield from cores
-
-
-def _keep_precision(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
-    moved = fn(tensor)
-    if not tensor.is_floating_point():
-        return moved
-    wide = torch.promote_types(moved.dtype, torch.float32)
-    return moved if moved.dtype == wide else tensor.to(device=moved.device, dtype=wide)

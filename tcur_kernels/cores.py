@@ -1,0 +1,121 @@
+"""The cores of a stack: one that is active, others that wait, and the module that holds them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .switching import LateGradient
+
+
+class Cores(nn.Module):
+    """Cores by name, as parameters of this module or of another one.
+
+    A model that is adapted holds the cores itself (`hand_over`). The holder is not registered here:
+    it may be the model that this is a part of.
+
+    Attributes:
+        activations: how often another core was made the active one.
+    """
+
+    _holder: nn.Module
+
+    def __init__(self) -> None:
+        super().__init__()
+        object.__setattr__(self, "_holder", self)
+        self._key = "core"
+        self.activations = 0
+
+    @property
+    def core(self) -> nn.Parameter:
+        """The active core, ``[n3, r, r]``."""
+        return self.core_of(None)
+
+    @core.setter
+    def core(self, value: Tensor) -> None:
+        # A plain tensor in the place of the parameter, as FSDP1 sets it.
+        self.__dict__["core"] = value
+
+    @core.deleter
+    def core(self) -> None:
+        del self.__dict__["core"]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "core" and self._holder is not self:  # set where it is held
+            setattr(self._holder, self._key, value)
+        else:
+            super().__setattr__(name, value)
+
+    def core_of(self, name: str | None) -> nn.Parameter:
+        """The core of that name among those of `add_core`; None: the active one."""
+        key = self._key if name is None else self._key_of(name)
+        core: Any = self._holder._parameters.get(key)
+        if core is None:  # FSDP1 sets a plain tensor in the place of a parameter
+            core = self._holder.__dict__.get(key)
+        if core is None:
+            raise AttributeError(f"core: expected a parameter {key!r}, got none")
+        return core
+
+    def hand_over(self, holder: nn.Module, key: str) -> None:
+        """Makes ``holder`` the module whose parameters the cores are, the active one ``key``."""
+        core = self._parameters.pop(self._key)
+        holder.register_parameter(key, core)
+        object.__setattr__(self, "_holder", holder)
+        self._key = key
+
+    def add_core(self, name: str) -> None:
+        """Another core, of zeros, beside the active one; frozen until it is active itself."""
+        core = nn.Parameter(torch.zeros_like(self.core), requires_grad=False)
+        self._holder.register_parameter(self._key_of(name), core)
+
+    def remove_core(self, name: str) -> None:
+        """Drops a core that is not active."""
+        delattr(self._holder, self._key_of(name))
+
+    def activate_core(self, name: str, former: str) -> None:
+        """Makes the core of that name the active one, which goes on under the name ``former``.
+
+        Parameters change places, not values: what an optimizer holds stays what it was, and a
+        compiled graph, which takes the core as an input, stays valid. A graph that the former one
+        is part of still gives it its gradient.
+        """
+        core, trained = self.core_of(name), self.core
+        if trained.requires_grad:
+            LateGradient.keep(trained)
+        core.requires_grad_(trained.requires_grad)
+        trained.requires_grad_(False)
+        delattr(self._holder, self._key_of(name))
+        self._holder.register_parameter(self._key, core)
+        self._holder.register_parameter(self._key_of(former), trained)
+        self.activations += 1
+
+    def storages(self) -> list[int]:
+        """Which memory the cores are in."""
+        own = (p for key, p in self._holder._parameters.items() if key.startswith(self._key))
+        return [each.untyped_storage()._cdata for each in own if each is not None]
+
+    def moved(self) -> None:
+        """To be said when cores are in other memory than before."""
+
+    def _key_of(self, name: str) -> str:
+        return f"{self._key}__{name}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Moves with the model, but keeps at least fp32 whatever dtype the model is cast to."""
+        before = self.storages()
+        super()._apply(lambda tensor: keep_precision(fn, tensor), recurse)
+        if self.storages() != before:
+            self.moved()
+        return self
+
+
+def keep_precision(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
+    """What a module's ``_apply`` makes of a tensor, in at least fp32."""
+    moved = fn(tensor)
+    if not tensor.is_floating_point():
+        return moved
+    wide = torch.promote_types(moved.dtype, torch.float32)
+    return moved if moved.dtype == wide else tensor.to(device=moved.device, dtype=wide)
