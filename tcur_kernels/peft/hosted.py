@@ -106,6 +106,10 @@ class AdapterStack(TProductStack):
         value: Tensor = self(TProductStack.effective_value, place)
         return value
 
+    def look(self) -> None:
+        """Takes C and R anew if the base weights changed."""
+        self._look()
+
     @property
     def is_pending(self) -> bool:
         """Whether a graph of this core waits for its backward."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -26,7 +26,7 @@ from ..switching import LateGradient
 from .config import AllLinear, TCURConfig
 from .hosted import AdapterStack, unhost
 from .layer import BROKEN, TCURLinear
-from .planning import plan_and_build
+from .planning import Record, plan_and_build
 from .rows import Owner, rows_by_adapter
 
 ALL_LINEAR = "all-linear"
@@ -46,12 +46,12 @@ class Configs(dict[str, TCURConfig]):
     def __init__(self, configs: Mapping[str, TCURConfig]) -> None:
         super().__init__(configs)
         self._replaced: dict[str, TCURConfig] = {}
-        self._records: dict[str, list[dict[str, Any]] | None] = {}
+        self._records: dict[str, Record] = {}
 
     def __getitem__(self, name: str) -> TCURConfig:
         config = super().__getitem__(name)
         if name in self._records:
-            config.plan = self._records[name]
+            config.plan = self.record_of(name)
         return config
 
     def __setitem__(self, name: str, config: TCURConfig) -> None:
@@ -66,13 +66,13 @@ class Configs(dict[str, TCURConfig]):
             super().__delitem__(name)
             self._records.pop(name, None)
 
-    def record(self, name: str) -> None:
-        """Keeps the plan that the config of that name holds now."""
-        self._records[name] = super().__getitem__(name).plan
+    def record(self, name: str, stacks: Sequence[AdapterStack]) -> None:
+        """Keeps the plan that the config of that name holds now, which these stacks are of."""
+        self._records[name] = Record(super().__getitem__(name).plan, stacks)
 
     def record_of(self, name: str) -> list[dict[str, Any]] | None:
-        """That plan."""
-        return self._records[name]
+        """That plan, with fingerprints of C and R as they are now."""
+        return self._records[name].plan
 
 
 class TCURModel(BaseTuner):  # type: ignore[misc]
@@ -105,6 +105,7 @@ class TCURModel(BaseTuner):  # type: ignore[misc]
             )
         self.owner = Owner()
         super().__init__(model, Configs(peft_config), *args, **kwargs)
+        self.model.register_load_state_dict_post_hook(self.owner.loaded)
 
     def _pre_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
         self.plans = {}
@@ -150,7 +151,7 @@ class TCURModel(BaseTuner):  # type: ignore[misc]
         if not layers:
             return  # peft itself says which targets match nothing
         plan, stacks = plan_and_build(model, layers, peft_config, strict=not everything)
-        self.peft_config.record(adapter_name)
+        self.peft_config.record(adapter_name, list(stacks.values()))
         self.plans[adapter_name] = plan
         self.owner.stacks[adapter_name] = list(stacks.values())
         for entry in plan.stacks:
@@ -293,6 +294,9 @@ class TCURModel(BaseTuner):  # type: ignore[misc]
         if merge:
             self._check_merge(adapter_names, safe_merge)
         model = super()._unload_and_optionally_merge(merge, progressbar, False, adapter_names)
+        hooks = model._load_state_dict_post_hooks
+        for number in [number for number, hook in hooks.items() if hook == self.owner.loaded]:
+            del hooks[number]
         vars(model).pop("peft_config", None)  # before 0.19, peft leaves it there
         return model
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
+from torch.nn.utils import parametrize
 
 from ..adapters.fingerprint import digest
 from ..adapters.plan import LeftOut, Member, Plan, StackPlan, groups_by_layer, groups_by_shape
@@ -242,11 +243,14 @@ def _reasons_to_leave_out(
                 why = "its forward was replaced, so that it could not be adapted"
         if why is not None:
             reasons[name] = why
-    for name in targets:
+    known = reasons_to_leave_out(model, weights, set())
+    for name, target in targets.items():
         if name not in weights and name not in reasons:
-            kind = type(layers[targets[name]]).__name__
+            kind = type(layers[target]).__name__
             reasons[name] = f"{kind} is neither nn.Linear nor Conv1D"
-    reasons = reasons_to_leave_out(model, weights, set()) | reasons
+            if parametrize.is_parametrized(layers[target]):
+                reasons[name] = known.get(name, reasons[name])
+    reasons = known | reasons
     inside = tuple(f"{n}." for n, m in model.named_modules() if isinstance(m, _WRAPPERS))
     return (
         {targets[name]: why for name, why in reasons.items() if name in targets},
@@ -258,6 +262,30 @@ def _reasons_to_leave_out(
             and not (inside and name.startswith(inside))
         },
     )
+
+
+class Record:
+    """What was recorded of stacks, kept true: C and R follow the base, which may be loaded anew."""
+
+    def __init__(self, plan: list[dict[str, Any]] | None, stacks: Sequence[AdapterStack]) -> None:
+        self._plan, self._stacks = plan, stacks
+        self._factors = [stack.factors for stack in stacks]
+
+    @property
+    def plan(self) -> list[dict[str, Any]] | None:
+        """As `record` gives it."""
+        if self._plan is None or torch.compiler.is_compiling():
+            return self._plan
+        now = [stack.factors for stack in self._stacks]
+        if any(a is not b for a, b in zip(now, self._factors, strict=True)):
+            self._factors = now
+            entries = [
+                {**entry, "sha256": _fingerprint(stack)}
+                for entry, stack in zip(self._plan, self._stacks, strict=True)
+            ]
+            made_by = getattr(self._plan, "made_by", None)
+            self._plan = entries if made_by is None else Recorded(entries, made_by)
+        return self._plan
 
 
 def _fingerprint(stack: AdapterStack) -> str:

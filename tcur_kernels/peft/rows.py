@@ -31,6 +31,15 @@ class Owner:
     def __init__(self) -> None:
         self.stacks: dict[str, list[AdapterStack]] = {}
 
+    def loaded(self, model: nn.Module, incompatible_keys: Any) -> None:
+        """A checkpoint was loaded: C and R of the base that is there now.
+
+        At once, for graphs that were compiled before, which do not look at the base.
+        """
+        for stacks in self.stacks.values():
+            for stack in stacks:
+                stack.look()
+
 
 class NamedRows:
     """Which adapter each row of a batch goes by.
