@@ -86,7 +86,7 @@ def _check(
     for row in torch.linspace(0, len(x) - 1, SAMPLE).long().tolist():
         with torch.no_grad():
             for name, own in cores.items():
-                exact.get_parameter(f"tcur_{name}").copy_(own[ids[row]])
+                exact.get_parameter(f"tcur.{name}").copy_(own[ids[row]])
             wanted = exact(x[row : row + 1].double())[0]
         error = float((y[row] - wanted).norm() / wanted.norm())
         print(f"row {row}, adapter {ids[row]}: relative error {error:.1e}")

@@ -137,7 +137,6 @@ class Base:
         Raises:
             ValueError: weights were written past torch's version counters.
         """
-        self.refresh()
         here = [place for place in self.places if is_here(place)]
         if self.is_own and here and not self._are_of(here):
             raise ValueError(
@@ -146,10 +145,10 @@ class Base:
                 "adapter.invalidate() after such a write"
             )
 
-    def refresh(self) -> None:
-        """Looks at the weights if there is anything to look at."""
-        if self._unsure or not self._knows_all():
-            self.look()
+    @property
+    def is_known(self) -> bool:
+        """Whether all weights are those that were looked at last."""
+        return not self._unsure and self._knows_all()
 
     def _knows_all(self) -> bool:
         versions = self._versions

@@ -51,13 +51,20 @@ class Cores(nn.Module):
 
     def core_of(self, name: str | None) -> nn.Parameter:
         """The core of that name among those of `add_core`; None: the active one."""
-        key = self._key if name is None else self._key_of(name)
-        core: Any = self._holder._parameters.get(key)
+        key, holder = self._key if name is None else self._key_of(name), self._holder
+        core: Any = holder._parameters.get(key)
         if core is None:  # FSDP1 sets a plain tensor in the place of a parameter
-            core = self._holder.__dict__.get(key)
+            core = holder.__dict__.get(key)
         if core is None:
             raise AttributeError(f"core: expected a parameter {key!r}, got none")
+        if core.is_meta and "_hf_hook" in holder.__dict__ and holder is not self:
+            core = holder(key)  # offloaded: accelerate brings it in for a call of its module
         return core
+
+    @property
+    def holder(self) -> nn.Module:
+        """The module whose parameters the cores are."""
+        return self._holder
 
     def hand_over(self, holder: nn.Module, key: str) -> None:
         """Makes ``holder`` the module whose parameters the cores are, the active one ``key``."""

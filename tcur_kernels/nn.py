@@ -61,6 +61,7 @@ class TProductStack(Cores):
         layers: the modules that hold the weights; of layers given as ``linears``, `TProductLinear`
             layers that share their parameters.
         places: where the weights are, in the order of their slices.
+        is_unsettled: whether a checkpoint brought what was not looked at yet.
         base: C and R, and whether they are of the weights that are there now.
         rows, columns: the chosen indices I and J.
 
@@ -126,7 +127,7 @@ class TProductStack(Cores):
 
         self.enabled = True
         self._guard = ReentrantGuard()
-        self._is_looked_over = self._is_loaded = False
+        self._is_looked_over = self.is_unsettled = False
         self._reset()
         for place in places:
             place.stack = self
@@ -179,8 +180,17 @@ class TProductStack(Cores):
     def _look(self) -> None:
         """Takes C and R anew if the base weights changed; what was made of the old ones goes."""
         with self._lock:
-            self.base.refresh()
+            if not self.base.is_known:
+                indices = self.holder._buffers.get(f"{self._key}__indices")
+                if indices is not None and not indices.is_meta:
+                    self.base.choose(*indices.tolist())
+                self.base.look()
             self._forget_former()
+
+    def certify(self) -> None:
+        """Refuses C and R that are not of the base, for code that vouches for them; see `Base`."""
+        self._look()
+        self.base.certify()
 
     def _forget_former(self) -> None:
         if self._generation != self.base.generation:
@@ -212,14 +222,14 @@ class TProductStack(Cores):
         """To be said when a checkpoint brought the base weight of a place."""
         self.base.suspect(place)
         self._kept.invalidate()
-        self._is_loaded = True
+        self.is_unsettled = True
 
     def settle(self) -> None:
         """Takes in what a checkpoint brought: C and R of the new base, and W_eff where merged."""
         self._look()
-        if self._is_loaded and self.is_merged:
+        if self.is_unsettled and self.is_merged:
             self._write_w_eff()
-        self._is_loaded = False
+        self.is_unsettled = False
 
     @property
     def is_merged(self) -> bool:
@@ -365,7 +375,7 @@ class TProductStack(Cores):
         if not self.enabled:
             return F.linear(x, weight.to(dtype), bias)
         if place.backup is not None:
-            if self._is_loaded:  # a checkpoint brought another base, or another core
+            if self.is_unsettled:  # a checkpoint brought another base, or another core
                 self.settle()
             stored = place.stored.T if place.transposed else place.stored
             return F.linear(x, stored.to(dtype), bias)

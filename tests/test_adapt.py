@@ -73,7 +73,7 @@ def test_optimizers_of_the_model_have_the_cores():
     """The published script trains nothing because its cores are not in model.parameters()."""
     model, _, adapter = adapted()
     names = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert names == {f"tcur_{name}" for name in adapter.stacks}
+    assert names == {f"tcur.{name}" for name in adapter.stacks}
     assert {id(p) for p in adapter.parameters()} == {
         id(p) for p in model.parameters() if p.requires_grad
     }
@@ -86,7 +86,7 @@ def test_counts_and_train_also():
     assert cores == (12 + 3 + 3) * 4
     assert adapter.count_parameters() == cores + 8 * 5 + 5 + 16
     trained = [name for name, _ in adapter.named_parameters()]
-    assert trained[:3] == ["tcur_8x8", "tcur_32x8", "tcur_8x32"]
+    assert trained[:3] == ["tcur.8x8", "tcur.32x8", "tcur.8x32"]
     assert trained[3:] == [
         "blocks.0.norm.weight",
         "blocks.0.norm.bias",

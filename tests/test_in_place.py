@@ -18,7 +18,6 @@ from plain import Plain
 from tolerance import assert_composition_close
 
 WIDTH = 12
-CORE = "of.tcur_12x12"
 
 
 def layers(count=4, seed=0, bias=True):
@@ -169,15 +168,51 @@ def test_cores_keep_their_precision_through_casts(x):
     assert adapter.stacks["12x12"].core.dtype == torch.float64
 
 
-def test_the_first_parameter_tells_the_dtype_of_the_model():
-    model, _ = adapted()
+def test_the_first_parameter_tells_the_dtype_of_the_model(x):
+    """Many models ask their first parameter; averages go by the order of all of them."""
+    model, adapter = adapted(Reads())
+    average = torch.optim.swa_utils.AveragedModel(model)
+    average.update_parameters(model)
+    assert torch.allclose(average(x), model(x))
     model.to(torch.bfloat16)
     assert next(model.parameters()).dtype == torch.bfloat16
-    assert next(copy.deepcopy(model).parameters()).dtype == torch.bfloat16
-    names = [name for name, _ in model.named_parameters("of")]
-    assert names == [*(f"of.{i}.{kind}" for i in range(4) for kind in ("weight", "bias")), CORE]
-    assert [name for name, _ in model.named_parameters(recurse=False)] == ["tcur_12x12"]
-    assert dict(model.named_parameters()).keys() == {k for k in model.state_dict() if "__" not in k}
+    assert [name for name, _ in model.named_parameters()][-1] == "tcur.12x12"
+    assert adapter.stacks["12x12"].core is model.tcur.get_parameter("12x12")
+    assert adapter.stacks["12x12"].core.dtype == torch.float32
+    assert [name for name, _ in adapter.named_parameters()] == ["tcur.12x12"]
+    copied = copy.deepcopy(model)
+    copied.float()
+    assert copied.tcur.get_parameter("12x12") is not adapter.stacks["12x12"].core
+
+
+class Counted(nn.Module):
+    """A container of one's own."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = layers(2)
+
+    def __len__(self):
+        return len(self._modules)
+
+    def forward(self, x):
+        return self.last(self.first(x))
+
+
+@pytest.mark.parametrize(
+    "model", [lambda: nn.Sequential(*layers()), Loop, Counted], ids=["Sequential", "Loop", "len"]
+)
+def test_containers_hold_cores_themselves(model, x):
+    model, adapter = adapted(model())
+    assert [name for name, _ in adapter.named_parameters()] == ["tcur_12x12"]
+    assert "tcur" not in dict(model.named_children())
+    core = adapter.stacks["12x12"].core
+    assert dict(model.named_parameters(recurse=False)) == {"tcur_12x12": core}
+    average = torch.optim.swa_utils.AveragedModel(model)
+    average.update_parameters(model)
+    assert torch.allclose(average(x), model(x))
+    assert_is_the_merged_model(model, adapter, x)
+    assert adapter.merge(inplace=False).__dict__.keys() == nn.Module().__dict__.keys()
 
 
 # -- reading the weight

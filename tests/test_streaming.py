@@ -44,7 +44,7 @@ def test_files_give_the_adapter_that_memory_gives(selection, base, folder, tmp_p
     model = on_meta()
     torch.manual_seed(0)
     adapter = tcur.adapt(model, rank=2, selection=selection, weights=folder, max_workspace=60_000)
-    assert all(p.is_meta for name, p in model.named_parameters() if not name.startswith("tcur_"))
+    assert all(p.is_meta for name, p in model.named_parameters() if not name.startswith("tcur."))
     with pytest.raises(ValueError, match=r"save: expected loaded weights, got embed.weight on the"):
         adapter.save(tmp_path / "adapter.safetensors")
     assert not (tmp_path / "adapter.safetensors").exists()

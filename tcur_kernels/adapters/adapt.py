@@ -18,7 +18,8 @@ from ..factors import CURFactors
 from ..nn import TProductStack
 from ..places import Place
 from .adapter import Adapter
-from .fingerprint import PREFIX, persistent_buffers
+from .fingerprint import persistent_buffers
+from .holding import PREFIXES
 from .install import is_adapted, put_in_place
 from .plan import Plan, StackPlan, Targets, check_setting, make_plan, setting
 from .streaming import BaseFiles, on_meta
@@ -183,7 +184,7 @@ def install(
     }
     put_in_place(model, stacks)
     for name, parameter in model.named_parameters():
-        if not name.startswith(PREFIX):
+        if not name.startswith(PREFIXES):
             parameter.requires_grad = name in trained  # the method is not for uninitialised ones
     noted = [replace(stack, note=_note(stacks[stack.name])) for stack in plan.stacks]
     return Adapter(model, replace(plan, stacks=tuple(noted)), stacks, train_also, buffers)

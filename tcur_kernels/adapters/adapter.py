@@ -19,7 +19,8 @@ from .batch import StackedCores, check_batch_first
 from .checkpoint import write_adapter_file
 from .contents import Contents, read_contents
 from .fingerprint import digest, frozen_digest, persistent_buffers
-from .install import key_of, stacks_of, take_out
+from .holding import CHILD
+from .install import stacks_of, take_out
 from .plan import Plan
 from .streaming import on_meta
 from .trained import trained_names
@@ -69,7 +70,8 @@ class Adapter:
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Name in the model and parameter, for all that the active adapter trains: cores first."""
         for name, stack in self.stacks.items():
-            yield key_of(name), stack.core
+            is_direct = stack.holder is self.model
+            yield f"{CHILD}{'_' if is_direct else '.'}{name}", stack.core
         parameters = dict(self.model.named_parameters())
         for name in trained_names(self.model, self.train_also):
             yield name, parameters[name]
@@ -225,7 +227,7 @@ class Adapter:
         entries, weights = [], find_weights(self.model)
         for plan in self.plan.stacks:
             stack = self.stacks[plan.name]
-            stack.base.certify()
+            stack.certify()
             tensors[f"core.{plan.name}"] = stack.core_of(self._key(name))
             tensors[f"rows.{plan.name}"] = torch.tensor(stack.rows)
             tensors[f"columns.{plan.name}"] = torch.tensor(stack.columns)

@@ -9,11 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ..distributed import whole
+from .holding import PREFIXES
 from .plan import Plan
 from .weights import find_weights
-
-#: What names of cores begin with: ``tcur_<stack>`` is a parameter of the adapted model.
-PREFIX = "tcur_"
 
 
 def digest(tensors: Iterable[Tensor]) -> str:
@@ -44,7 +42,7 @@ def frozen_digest(model: nn.Module, plan: Plan, trained: Iterable[str]) -> str:
     # Linear maps one by one: of in_proj_weight some blocks may be in a stack and others not.
     apart |= {weight.parameter_names()[0] for weight in weights.values()}
     for name, parameter in model.named_parameters():
-        if name not in apart and not name.startswith(PREFIX):
+        if name not in apart and not name.startswith(PREFIXES):
             frozen[name] = parameter
     state = hashlib.sha256()
     for name, tensor in sorted(frozen.items()):
@@ -56,5 +54,5 @@ def persistent_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Buffers that the model's state_dict holds, those of the stacks aside."""
     saved = model.state_dict()
     for name, buffer in model.named_buffers():
-        if name in saved and not name.startswith(PREFIX):
+        if name in saved and not name.startswith(PREFIXES):
             yield name, buffer

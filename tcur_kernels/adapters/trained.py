@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from .fingerprint import PREFIX
+from .holding import PREFIXES
 
 
 def trained_names(model: nn.Module, patterns: Sequence[str]) -> list[str]:
@@ -18,7 +18,7 @@ def trained_names(model: nn.Module, patterns: Sequence[str]) -> list[str]:
         ValueError: a pattern that matches nothing.
     """
     parameters = dict(model.named_parameters())
-    names = [name for name in parameters if not name.startswith(PREFIX)]
+    names = [name for name in parameters if not name.startswith(PREFIXES)]
     chosen: set[str] = set()
     for pattern in patterns:
         if not isinstance(pattern, str):
