@@ -144,3 +144,11 @@ def test_layers_that_never_run_are_named(base, x):
     with pytest.warns(UserWarning, match=r"backward: spare never ran"):
         model(x).sum().backward()
     model(x).sum().backward()
+
+
+def test_matrices_that_are_no_layers_are_named_as_left_out(base):
+    base.experts = nn.Module()
+    base.experts.up = nn.Parameter(torch.randn(4, 8, 8))
+    plan = get_peft_model(base, TCURConfig(rank=2)).plans["default"]
+    reasons = {item.module: item.reason for item in plan.left_out}
+    assert "holds up [4, 8, 8] as a bare parameter" in reasons["experts"]
