@@ -356,7 +356,17 @@ class TProductStack(Cores):
 
     def forward_slices(self, x: Tensor, place: Place) -> Tensor:
         """``x`` through the layer of one place; see `TProductLinear.forward`."""
-        weight, bias, source = place.weight, place.bias, x
+        bias = place.bias
+        if place.was_trained and x.ndim > 2 and not x.is_contiguous() and not x.is_nested:
+            # Of such a weight torch makes one product of matrices, of a frozen one several; and the
+            # bias is added to what it is rounded to.
+            y = self._forward(x.contiguous(), x, None, place)
+            return y if bias is None else y + bias.detach().to(y.dtype)
+        return self._forward(x, x, bias, place)
+
+    def _forward(self, x: Tensor, source: Tensor, bias: Tensor | None, place: Place) -> Tensor:
+        """``x``, and ``source``, by which layers know that they have the same."""
+        weight = place.weight
         if weight.requires_grad and not is_traced():
             place.freeze()
             weight = place.weight
@@ -369,9 +379,6 @@ class TProductStack(Cores):
             x = x.to(dtype)
             bias = None if bias is None else bias.to(dtype)
             precision = "bf16" if dtype == torch.bfloat16 else precision
-        if place.was_trained and x.ndim > 2 and not x.is_contiguous() and not x.is_nested:
-            # Of such a weight torch makes one product of matrices, of a frozen one several.
-            x = x.contiguous()
         if not self.enabled:
             return F.linear(x, weight.to(dtype), bias)
         if place.backup is not None:

@@ -72,7 +72,8 @@ def zero_core(s):
 
     What torch computes depends on which weights ask for gradients, even where none is recorded:
     products are folded in another way, attention takes another kernel. Without gradients the
-    adapted model computes what the model did as it came, whose parameters ask for them. With
+    adapted model computes what the model did as it came, whose parameters ask for them, or did with
+    those frozen that are no layers of a stack: a layer that is left out is torch's alone. With
     gradients some of what asked no longer does, so it is one of the ways that the model has.
     """
     wanted = {False: [s.base_outputs], True: []}
@@ -81,6 +82,8 @@ def zero_core(s):
     wanted[True].append(s.outputs(s.base, grad=True))
     for layers in (members(adapter.plan), []):
         s.only_trains(s.base, layers)
+        if layers:
+            wanted[False].append(s.outputs(s.base))
         wanted[True].append(s.outputs(s.base, grad=True))
     for grad, ways in wanted.items():
         outputs = s.outputs(model, grad)
@@ -238,7 +241,7 @@ def copies(s):
         with torch.no_grad():
             for core in cores:
                 core.zero_()
-        for a, b in zip(s.outputs(twin), s.base_outputs, strict=True):
+        for a, b in zip(s.outputs(twin), s.outputs(s.adapted()[0]), strict=True):
             assert same_bits(a, b), f"{what}: expected the base with cores of zero, got another"
         s.near(s.outputs(model), f"{what}, its cores written: the model it was made from")
 
