@@ -34,6 +34,22 @@ def is_here(place: Place) -> bool:
     return weight.untyped_storage().nbytes() > 0  # and frees what it does not need
 
 
+def check_one_base(weight: Tensor) -> None:
+    """Refuses a batch of base weights, as `vmap` over stacked models has.
+
+    Raises:
+        ValueError: C and R are of one base.
+    """
+    functorch = torch._C._functorch
+    while not torch.compiler.is_compiling() and functorch.is_functorch_wrapped_tensor(weight):
+        if functorch.is_batchedtensor(weight):
+            raise ValueError(
+                "weight: expected one base weight for all, got a batch of them; C and R are slices "
+                "of one base: batch the cores and the inputs"
+            )
+        weight = functorch.get_unwrapped(weight)
+
+
 class Base:
     """C and R of a stack, and what tells whether they are still slices of its base weights.
 

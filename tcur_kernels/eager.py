@@ -28,8 +28,12 @@ _ABOVE_KERNELS = AUTOCAST | _AUTOGRAD | ops.VIEWS
 
 
 def is_traced() -> bool:
-    """Whether a compiler or a transform of functions looks at what runs."""
-    return torch.compiler.is_compiling() or is_transformed()
+    """Whether a compiler, a tracer or a transform of functions looks at what runs."""
+    return (
+        torch.compiler.is_compiling()
+        or is_transformed()
+        or torch._C._get_tracing_state() is not None
+    )
 
 
 def is_transformed() -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import cost
-from .base import Base, is_here
+from .base import Base, check_one_base, is_here
 from .cores import Cores
 from .decompose import MAX_WORKSPACE, Selection, Stack, as_stack, check_rank, select_slices
 from .distributed import ReentrantGuard, whole
@@ -22,7 +22,7 @@ from .functional import check_cores, check_precision, cur_linear, materialize, p
 from .kept import Effective, Kept, Projected
 from .linear import check_weights, places_of
 from .places import Place
-from .reading import effective_sum
+from .reading import effective_weight
 from .rows import Repeat, Rows, check_repeat, rows_of, using_rows
 from .switching import ForwardCore, warn_of_unused
 
@@ -256,10 +256,6 @@ class TProductStack(Cores):
         with self._lock:
             return self._built(dtype).w_eff(self.places)
 
-    def effective_weight(self, place: Place) -> Tensor:
-        """W_eff of one place, ``[out, in]`` in the dtype of the weight; differentiable."""
-        return effective_sum([place])
-
     def update(self, place: Place) -> Tensor:
         """What the core adds to one place, ``[out, in]``, at least fp32; differentiable."""
         factors = self.factors
@@ -274,23 +270,9 @@ class TProductStack(Cores):
             tokens = int(cost.tokens_worth_materializing(*self._sizes)) + 1
             capture = self._kept.capture_of(self.core.device)
             built = self._effective_for(place, weight, weight.dtype, tokens, capture)
-            return self.effective_weight(place) if built is None else built.view_of(place)
+            return effective_weight(place) if built is None else built.view_of(place)
 
-    def core_grad_of_weight(self, grad: Tensor, place: Place) -> Tensor:
-        """Gradient of the core from that of one place's W_eff, ``[out, in]``; differentiable."""
-        factors = self.factors
-        self._gradient_came()
-        call = prepare(place.weight, None, factors, place.slice_index, "ieee")
-        hats = (call.lateral_hat, call.horizontal_hat)
-        total: Tensor | None = None
-        for index, each in enumerate(grad.unflatten(0, (place.slices, self.n1))):
-            where = (self.n3, place.slice_index + index, 1)
-            part = call.core_grad_tokens(each, None, *hats, *where, None, 1, False)
-            total = part if total is None else total + part
-        assert total is not None
-        return (self.alpha * total).to(self.core.dtype)
-
-    def _gradient_came(self) -> None:
+    def gradient_came(self) -> None:
         """The core may be written from now on. A first step has run all layers that ever run."""
         self._kept.doubt()
         if not self._is_looked_over:
@@ -398,12 +380,13 @@ class TProductStack(Cores):
         if x.is_nested:
             if batch is not None:
                 raise ValueError("x: expected rows of equal length in a batch, got a nested tensor")
-            return F.linear(x, self.effective_weight(place).to(dtype), bias)
+            return F.linear(x, effective_weight(place).to(dtype), bias)
         if wide == torch.float64 != dtype == x.dtype:  # a single layer was cast
             wider = None if bias is None else bias.double()
             args = (x.double(), weight.double(), wider, place, core, precision, adapter_ids)
             return self._by_operators(*args).to(dtype)
         if is_traced():
+            check_one_base(weight)
             # There is no W_eff on this way: a traced graph cannot see the kept buffer.
             return self._by_operators(
                 x, weight.to(dtype), bias, place, core, precision, adapter_ids
@@ -439,7 +422,7 @@ class TProductStack(Cores):
             call = self._calls.get((place.slice_index, precision, dtype))
             if call is None:
                 call = prepare(weight, bias, self.base.factors, place.slice_index, precision)
-                call.on_gradient = self._gradient_came
+                call.on_gradient = self.gradient_came
                 if not capture:  # what is made in a capture has no values until it is replayed
                     self._calls[place.slice_index, precision, dtype] = call
         gradient, z, gradient_sum = "x", None, None

@@ -110,7 +110,13 @@ class Place:
     @property
     def stored(self) -> Tensor:
         """What the module holds now, as it is stored: the base weight, or W_eff if merged."""
-        tensor = _frozen(held(self.module, self.parameter))
+        tensor = held(self.module, self.parameter)
+        if tensor is None:
+            raise RuntimeError(
+                f"{self.parameter}: expected a parameter of {self.name or 'the layer'}, got none; "
+                "parametrise layers before they are adapted, or merge first"
+            )
+        tensor = _frozen(tensor)
         return tensor[self._rows] if self._is_block else tensor
 
     def freeze(self) -> None:

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map
 
 from .distributed import is_sharded
 from .eager import is_traced
+from .functional import prepare
 from .places import Place
 from .rows import rows_of
 
@@ -34,7 +35,7 @@ def read_weight(stored: Tensor, places: Sequence[Place]) -> Tensor:
     if any(rows_of(place.stack) is not None for place in active):
         return UnreadableWeight.of(stored)
     if _is_watched(stored):
-        return _whole(stored, active, lambda place: place.stack.effective_weight(place))
+        return _whole(stored, active, effective_weight)
     read: Tensor
     cores = [place.stack.core for place in active]
     if torch.is_grad_enabled() and any(core.requires_grad for core in cores):
@@ -182,7 +183,7 @@ class _Read(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         grads = [
-            place.stack.core_grad_of_weight(_part(grad, place), place) if needed else None
+            _core_grad(_part(grad, place), place) if needed else None
             for place, needed in zip(ctx.places, ctx.needs, strict=True)
         ]
         return None, None, *grads
@@ -249,7 +250,7 @@ def _whole(stored: Tensor, places: Sequence[Place], weight_of: Callable[[Place],
     # Blocks of rows of one parameter, of which some may have no place.
     blocks, row = [], 0
     for first, each in sharing.items():
-        part = weight_of(each[0]) if len(each) == 1 else effective_sum(each)
+        part = weight_of(each[0]) if len(each) == 1 else effective_weight(*each)
         if part.numel() == stored.numel():
             return part.T if each[0].transposed else part
         blocks += [stored[row:first], part]
@@ -257,15 +258,28 @@ def _whole(stored: Tensor, places: Sequence[Place], weight_of: Callable[[Place],
     return torch.cat([*blocks, stored[row:]])
 
 
-def effective_sum(places: Sequence[Place]) -> Tensor:
-    """The weight ``[out, in]`` that places share, with the updates of their stacks, rounded once.
+def effective_weight(*places: Place) -> Tensor:
+    """W_eff ``[out, in]`` of a weight by the stacks that it has places in, rounded once.
 
-    Differentiable to the cores.
+    In the dtype of the weight; differentiable to the cores.
     """
     weight = places[0].weight
     updates = [place.stack.update(place) for place in places]
     total: Tensor = sum(updates[1:], weight.to(updates[0].dtype) + updates[0])
     return total.to(weight.dtype)
+
+
+def _core_grad(grad: Tensor, place: Place) -> Tensor:
+    """Gradient of the core from that of one place's W_eff, ``[out, in]``; differentiable."""
+    stack = place.stack
+    stack.gradient_came()
+    call = prepare(place.weight, None, stack.factors, place.slice_index, "ieee")
+    hats = (call.lateral_hat, call.horizontal_hat)
+    parts = [
+        call.core_grad_tokens(each, None, *hats, stack.n3, place.slice_index + s, 1, None, 1, False)
+        for s, each in enumerate(grad.unflatten(0, (place.slices, stack.n1)))
+    ]
+    return (stack.alpha * torch.stack(parts).sum(0)).to(stack.core.dtype)
 
 
 def _part(grad: Tensor, place: Place) -> Tensor:
@@ -277,12 +291,7 @@ def _part(grad: Tensor, place: Place) -> Tensor:
 
 def _is_watched(stored: Tensor) -> bool:
     """Whether whoever looks at operators would not see through a tensor that is computed late."""
-    return (
-        is_traced()
-        or torch._C._get_tracing_state() is not None
-        or type(stored) not in _COMMON
-        or torch._C._len_torch_dispatch_stack() > 0
-    )
+    return is_traced() or type(stored) not in _COMMON or torch._C._len_torch_dispatch_stack() > 0
 
 
 #: What is stored in a layer where nothing special is going on.

@@ -252,3 +252,41 @@ def test_threads_may_build_w_eff_at_once():
         with torch.no_grad():
             expected = adapter.merge(inplace=False)(x)
         assert all(torch.allclose(y, expected, atol=1e-4) for ys in outputs.values() for y in ys)
+
+
+def test_functional_calls_go_by_the_state_that_they_get(x):
+    model, _ = adapted(0, selection="uniform")
+    other, _ = adapted(1, selection="uniform")
+    before, wanted = model(x), other(x)
+    state = {name: tensor.clone() for name, tensor in other.state_dict().items()}
+    assert torch.allclose(torch.func.functional_call(model, state, (x,)), wanted, atol=1e-5)
+    assert torch.equal(model(x), before)
+
+
+def test_stacked_models_are_refused(x):
+    models = [adapted(seed)[0] for seed in range(2)]
+    parameters, buffers = torch.func.stack_module_state(models)
+
+    def run(parameters, buffers):
+        return torch.func.functional_call(models[0], (parameters, buffers), (x,))
+
+    with pytest.raises(ValueError, match="weight: expected one base weight for all, got a batch"):
+        torch.vmap(run)(parameters, buffers)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_traces_compute_the_same(x):
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH))
+    adapter = tcur.adapt(model, rank=3)
+    with torch.no_grad():
+        adapter.stacks["12x12"].core.normal_()
+    traced = torch.jit.trace(model, x, check_trace=False)
+    assert torch.allclose(traced(x[:1]), model(x[:1]), atol=1e-5)
+
+
+def test_parametrised_after_it_was_adapted(x):
+    model, _ = adapted()
+    nn.utils.parametrizations.weight_norm(model.out)
+    with pytest.raises(RuntimeError, match="weight: expected a parameter of out, got none"):
+        model(x)

@@ -56,7 +56,7 @@ MAY_IMPORT = {
     "factors": {"reference", "streams"},
     "base": {"distributed", "factors", "places"},
     "kept": {"base", "places", "streams"},
-    "reading": {"distributed", "eager", "places", "rows"},
+    "reading": {"distributed", "eager", "factors", "functional", "places", "rows"},
     "rows": set(),
     "switching": {"eager"},
     "cores": {"switching"},

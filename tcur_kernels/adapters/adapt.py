@@ -45,10 +45,10 @@ def adapt(
     """Adapts ``model`` in place by tCURLoRA: only cores, and what ``train_also`` names, train.
 
     Linear layers of one shape form a stack; C and R are slices of the stacked base weights, and the
-    core of each stack starts at zero, so the model computes exactly what it did (an adapted
-    ``nn.MultiheadAttention`` groups its products in another way: up to rounding). The base weights
-    are never written. The cores are parameters of the model (``model.parameters()`` has them, under
-    ``tcur.<stack>.core``); everything else is frozen.
+    core of each stack starts at zero, so the model computes exactly what it did. The
+    base weights are never written. Modules stay the objects that they were; ``layer.weight`` reads
+    as W_eff, ``layer.base_weight`` is the base. The cores are parameters of the model, under
+    ``tcur.<stack>`` (``tcur_<stack>`` in a container); everything else is frozen.
 
     Args:
         model: any module that holds ``nn.Linear``, GPT-2's ``Conv1D`` or ``nn.MultiheadAttention``.

@@ -39,7 +39,7 @@ def is_container(model: nn.Module) -> bool:
     return code is not None and not _LOOPS.isdisjoint(code.co_names)
 
 
-class Cores(nn.Module):
+class HeldCores(nn.Module):
     """The child that holds the cores. Called with a name it returns the parameter.
 
     Hooks that bring parameters in for a call, as accelerate's do, then bring in the core.
@@ -95,7 +95,7 @@ class Caretaker:
     def move_in(self) -> None:
         """Makes cores parameters of the model, and the indices of C and R buffers."""
         model = self.model
-        holder = model if self.is_direct else Cores(self)
+        holder = model if self.is_direct else HeldCores(self)
         for name, stack in self.stacks.items():
             key = self.key_of(name)
             stack.hand_over(holder, key)

@@ -14,7 +14,7 @@ from ..eager import Dithered, added_to_product, is_traced
 from ..kept import is_within_backward
 from ..ops import HALVES
 from ..places import Place
-from ..reading import UnreadableWeight, effective_sum, read_weight
+from ..reading import UnreadableWeight, effective_weight, read_weight
 from ..rows import rows_of
 from ..switching import refuse_other_core
 from .hosted import AdapterStack, host, place_of
@@ -192,7 +192,7 @@ class TCURLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     def merged_weight(self, adapter_names: list[str]) -> Tensor:
         """The base weight plus the updates of these adapters: added in fp32, rounded once."""
         places = self._places(adapter_names)
-        return self._stored(effective_sum(places) if places else self.tcur_base.weight)
+        return self._stored(effective_weight(*places) if places else self.tcur_base.weight)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Adds adapters to the base weight, keeping a copy of it.
