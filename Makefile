@@ -17,7 +17,7 @@ TEST_ARCHITECTURES := $(or $(TORCH_CUDA_ARCH_LIST),$(GPUS),9.0)
 # for; those that sleep at once are late on a quiet machine. So they spin for a short while.
 export GOMP_SPINCOUNT ?= 1000
 
-.PHONY: demo test test-families families-table test-cpus test-versions test-matrix lint format clean FORCE
+.PHONY: demo test test-families families-table test-cpus test-versions test-matrix test-peft lint format clean FORCE
 
 demo: $(VENV)/.demo
 	@echo "The demo starts."
@@ -49,6 +49,10 @@ test-versions: $(VENV)/.torch
 test-matrix: $(VENV)/.tests
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m matrix tests/interpreted
 	$(BIN)/python -m pytest -m matrix tests/test_triton_compile.py
+
+# peft's own tests with tCUR, from the checkout that PEFT names; the table of docs/peft.md.
+test-peft: $(VENV)/.peft_own
+	$(VENV)/peft_own/bin/python tests/peft_own.py $(PEFT)
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
@@ -96,6 +100,14 @@ $(VENV)/.families: tests/families/requirements.txt $(VENV)/.torch
 $(VENV)/.oldest_%: tests/oldest_%.txt $(VENV)/.torch
 	rm -rf $(VENV)/oldest_$*
 	$(PIP) install -q --no-deps --target $(VENV)/oldest_$* -r $<
+	touch $@
+
+# An environment of its own, which sees the packages of the tests.
+$(VENV)/.peft_own: tests/peft_own.txt $(VENV)/.tests
+	$(BIN)/python -m venv $(VENV)/peft_own
+	$(BIN)/python -c "import site; print(*site.getsitepackages())" > \
+		$$($(VENV)/peft_own/bin/python -c "import site; print(site.getsitepackages()[0])")/tests.pth
+	$(VENV)/peft_own/bin/python -m pip --disable-pip-version-check install -q -r $<
 	touch $@
 
 $(VENV)/.lint: $(VENV)/.torch

@@ -28,13 +28,21 @@ class Cores(nn.Module):
         object.__setattr__(self, "_holder", self)
         self._key = "core"
         self.activations = 0
-        self._late: dict[str, LateGradient] = {}
 
     @property
     def core(self) -> nn.Parameter:
         """The active core, ``[n3, r, r]``."""
         core = self._holder._parameters.get(self._key)
         return self.core_of(None) if core is None or core.is_meta else core
+
+    @core.setter
+    def core(self, value: Tensor) -> None:
+        # A plain tensor in the place of the parameter, as FSDP1 sets it.
+        self.__dict__["core"] = value
+
+    @core.deleter
+    def core(self) -> None:
+        del self.__dict__["core"]
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "core" and self._holder is not self:  # set where it is held
@@ -74,7 +82,6 @@ class Cores(nn.Module):
     def remove_core(self, name: str) -> None:
         """Drops a core that is not active."""
         delattr(self._holder, self._key_of(name))
-        self._late.pop(name, None)
 
     def activate_core(self, name: str, former: str) -> None:
         """Makes the core of that name the active one, which goes on under the name ``former``.
@@ -85,15 +92,12 @@ class Cores(nn.Module):
         """
         core, trained = self.core_of(name), self.core
         if trained.requires_grad:
-            self._late[former] = LateGradient(trained)
+            LateGradient.keep(trained)
         core.requires_grad_(trained.requires_grad)
         trained.requires_grad_(False)
         delattr(self._holder, self._key_of(name))
         self._holder.register_parameter(self._key, core)
         self._holder.register_parameter(self._key_of(former), trained)
-        late = self._late.pop(name, None)
-        if late is not None:
-            late.remove()
         self.activations += 1
 
     def storages(self) -> list[int]:
@@ -114,9 +118,6 @@ class Cores(nn.Module):
         if self.storages() != before:
             self.moved()
         return self
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_late": {}}  # hooks are not copied
 
 
 def keep_precision(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:

@@ -157,9 +157,11 @@ class LatestSum:
 
     def is_former_pending(self) -> bool:
         """Whether a graph of a core that was retired waits for its backward."""
-        return any(
-            each is not None and not each.is_done for each in (ref() for ref in self._former)
-        )
+        return any(map(_is_pending, self._former))
+
+    def is_pending(self) -> bool:
+        """Whether any graph does."""
+        return self.is_former_pending() or _is_pending(self._latest)
 
     def of(self, core: Tensor, scale: float, call: Call, capture: int) -> GradientSum:
         """The sum for ``core``, a leaf that requires grad, on the current stream."""
@@ -175,6 +177,11 @@ class LatestSum:
             self._latest = weakref.ref(gradient_sum)
         gradient_sum.is_done = False
         return gradient_sum
+
+
+def _is_pending(ref: weakref.ref[GradientSum] | None) -> bool:
+    gradient_sum = None if ref is None else ref()
+    return gradient_sum is not None and not gradient_sum.is_done
 
 
 class _GradientSum(torch.autograd.Function):

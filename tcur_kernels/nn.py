@@ -18,7 +18,7 @@ from .decompose import MAX_WORKSPACE, Selection, Stack, as_stack, check_rank, se
 from .distributed import ReentrantGuard, whole
 from .eager import Call, LatestSum, is_traced, project, run_layer, without_autocast
 from .factors import CURFactors
-from .functional import check_cores, check_precision, cur_linear, materialize, prepare
+from .functional import check_cores, check_precision, cur_linear, materialize, prepare, slice_update
 from .kept import Effective, Kept, Projected
 from .linear import check_weights, places_of
 from .places import Place
@@ -237,11 +237,6 @@ class TProductStack(Cores):
         """Whether the layers' weights hold W_eff now."""
         return self.places[0].backup is not None
 
-    @property
-    def is_active(self) -> bool:
-        """Whether layers compute with an update of their stored weights."""
-        return self.enabled and not self.is_merged
-
     def base_slices(self) -> list[Tensor]:
         """The n3 base slices ``[n1, n2]``, views of the layers' weights (or of their backup)."""
         return list(self.each_base_slice())
@@ -261,6 +256,12 @@ class TProductStack(Cores):
         """
         with self._lock:
             return self._built(dtype).w_eff(self.places)
+
+    def update(self, place: Place) -> Tensor:
+        """What the core adds to one place, ``[out, in]``, at least fp32; differentiable."""
+        factors = self.factors
+        core = self.core.to(factors.dtype)
+        return slice_update(factors, core, place.slice_index, place.slices, self.alpha)
 
     def effective_value(self, place: Place) -> Tensor:
         """The numbers of it: those that are kept where layers run by W_eff."""
@@ -369,7 +370,7 @@ class TProductStack(Cores):
             return F.linear(x, stored.to(dtype), bias)
         if not (traced or self.base.knows(place, weight)):
             self._look()
-        batch = rows_of(self)
+        batch: Rows | None = rows_of(self)
         core, adapter_ids = (self.core, None) if batch is None else (batch.cores, batch.ids_for(x))
         wide = self.base.factors.dtype
         if wide == torch.float64:
@@ -598,7 +599,7 @@ class TProductStack(Cores):
     def __getstate__(self) -> dict[str, Any]:
         # W_eff is rebuilt on demand; a copy or a pickle of the stack does without it.
         kept = ("_lock", "_kept", "_projected", "_gradient_sum", "_calls", "_forward_core")
-        return {key: value for key, value in super().__getstate__().items() if key not in kept}
+        return {key: value for key, value in self.__dict__.items() if key not in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -8,7 +8,7 @@ computes its numbers when an operator asks for them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,8 +17,7 @@ from torch.utils._pytree import tree_map
 
 from .distributed import is_sharded
 from .eager import is_traced
-from .factors import CURFactors
-from .functional import prepare, slice_update
+from .functional import prepare
 from .places import Place
 from .rows import rows_of
 
@@ -28,16 +27,15 @@ def read_weight(stored: Tensor, places: Sequence[Place]) -> Tensor:
 
     Differentiable to the cores. As the parameter is stored, and of its dtype. Written to in place,
     it is the parameter that is written. The parameter itself where no update applies: merged, or
-    disabled.
+    disabled. Places of one weight in several stacks add up.
     """
-    active = [place for place in places if place.stack.is_active]
+    active = [place for place in places if place.stack.enabled and place.backup is None]
     if not active or is_sharded(stored):  # FSDP2 looks at its shards between passes
         return stored
     if any(rows_of(place.stack) is not None for place in active):
-        return _Unreadable.of(stored)
-
+        return UnreadableWeight.of(stored)
     if _is_watched(stored):
-        return _whole(stored, active, [effective_weight(place) for place in active])
+        return _whole(stored, active, effective_weight)
     read: Tensor
     cores = [place.stack.core for place in active]
     if torch.is_grad_enabled() and any(core.requires_grad for core in cores):
@@ -94,9 +92,10 @@ class EffectiveWeight(torch.Tensor):
         if self._value is None and self._source is not None:
             self._value = self._source.numbers.to(self.device)
         if self._value is None:
-            parts = [place.stack.effective_value(place) for place in self._places]
             with torch.no_grad():
-                self._value = _whole(self.tcur_stored, self._places, parts)
+                self._value = _whole(
+                    self.tcur_stored, self._places, lambda place: place.stack.effective_value(place)
+                )
         return self._value
 
     @classmethod
@@ -190,7 +189,7 @@ class _Read(torch.autograd.Function):
         return None, None, *grads
 
 
-class _Unreadable(torch.Tensor):
+class UnreadableWeight(torch.Tensor):
     """The weight of a layer in a batch of many adapters, where each row has a weight of its own.
 
     It knows its dtype, device and shape. Functions of torch see that it is no common tensor, so
@@ -198,7 +197,7 @@ class _Unreadable(torch.Tensor):
     """
 
     @classmethod
-    def of(cls, stored: Tensor) -> _Unreadable:
+    def of(cls, stored: Tensor) -> UnreadableWeight:
         """In the place of ``stored``."""
         return stored.detach().as_subclass(cls)
 
@@ -212,7 +211,7 @@ class _Unreadable(torch.Tensor):
         raise RuntimeError(
             "weight: expected a layer that is called, got one whose weight is read while the rows "
             "of the batch go by adapters of their own, each with another weight; run such a model "
-            "with one adapter at a time (adapter.activate)"
+            "with one adapter at a time"
         )
 
 
@@ -242,27 +241,32 @@ _GETTERS = frozenset(
 )
 
 
-def _whole(stored: Tensor, places: Sequence[Place], parts: Sequence[Tensor]) -> Tensor:
+def _whole(stored: Tensor, places: Sequence[Place], weight_of: Callable[[Place], Tensor]) -> Tensor:
     """W_eff as the parameter is stored, from W_eff ``[out, in]`` of its places."""
-    for place in places:
+    sharing: dict[int, list[Place]] = {}
+    for place in sorted(places, key=lambda each: each.first_row):
         place.ran = True
-    if len(parts) == 1 and parts[0].numel() == stored.numel():
-        return parts[0].T if places[0].transposed else parts[0]
+        sharing.setdefault(place.first_row, []).append(place)
     # Blocks of rows of one parameter, of which some may have no place.
     blocks, row = [], 0
-    for place, part in sorted(zip(places, parts, strict=True), key=lambda each: each[0].first_row):
-        blocks += [stored[row : place.first_row], part]
-        row = place.first_row + place.out_features
+    for first, each in sharing.items():
+        part = weight_of(each[0]) if len(each) == 1 else effective_weight(*each)
+        if part.numel() == stored.numel():
+            return part.T if each[0].transposed else part
+        blocks += [stored[row:first], part]
+        row = first + each[0].out_features
     return torch.cat([*blocks, stored[row:]])
 
 
-def effective_weight(place: Place) -> Tensor:
-    """W_eff of one place, ``[out, in]`` in the dtype of its weight; differentiable to the core."""
-    stack, weight = place.stack, place.weight
-    factors: CURFactors = stack.factors
-    core = stack.core.to(factors.dtype)
-    update = slice_update(factors, core, place.slice_index, place.slices, stack.alpha)
-    return (weight.to(factors.dtype) + update).to(weight.dtype)
+def effective_weight(*places: Place) -> Tensor:
+    """W_eff ``[out, in]`` of a weight by the stacks that it has places in, rounded once.
+
+    In the dtype of the weight; differentiable to the cores.
+    """
+    weight = places[0].weight
+    updates = [place.stack.update(place) for place in places]
+    total: Tensor = sum(updates[1:], weight.to(updates[0].dtype) + updates[0])
+    return total.to(weight.dtype)
 
 
 def _core_grad(grad: Tensor, place: Place) -> Tensor:

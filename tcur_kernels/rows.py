@@ -49,24 +49,22 @@ class Rows:
         return ids if self.repeat == "each" else ids.repeat(found // count)
 
 
-_current: ContextVar[Mapping[int, Rows] | None] = ContextVar("tcur_rows", default=None)
+_current: ContextVar[Mapping[int, Any] | None] = ContextVar("tcur_rows", default=None)
 _traced = threading.local()
 
 
-def rows_of(stack: Any) -> Rows | None:
-    """What the batch that is going on says of a stack; None in none."""
-    if torch.compiler.is_compiling():
-        every = getattr(_traced, "rows", None)
-        return None if every is None else every.get(id(stack))
-    every = _current.get()
-    return None if every is None else every.get(id(stack))
+def rows_of(owner: object) -> Any:
+    """What the batch that is going on says of a stack, or of what else has rows; None in none."""
+    is_traced = torch.compiler.is_compiling()
+    every = getattr(_traced, "rows", None) if is_traced else _current.get()
+    return None if every is None else every.get(id(owner))
 
 
 @contextmanager
-def using_rows(stack: Any, rows: Rows) -> Iterator[None]:
-    """Context in which rows of a batch go by these cores in a stack."""
+def using_rows(owner: object, rows: object) -> Iterator[None]:
+    """Context in which `rows_of` an owner are these: for a stack, `Rows`."""
     before = _current.get()
-    every = {**(before or {}), id(stack): rows}
+    every = {**(before or {}), id(owner): rows}
     token = _current.set(every)
     traced_before = getattr(_traced, "rows", None)
     _traced.rows = every

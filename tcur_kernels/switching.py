@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Sequence
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -16,18 +17,24 @@ class LateGradient:
     """Gives a core that is frozen by now the gradient of a graph that it was trained in.
 
     autograd drops the gradient of a leaf that asks for none any more, without a word. A hook on the
-    leaf still gets it. To be made before the core is frozen.
+    leaf still gets it, and stays there: a core that is trained, frozen and trained again has one.
     """
+
+    @classmethod
+    def keep(cls, core: nn.Parameter) -> None:
+        """For a core that is about to be frozen, or just was."""
+        hooks = core._backward_hooks or {}
+        if any(isinstance(hook, cls) for hook in hooks.values()):
+            return
+        is_trained = core.requires_grad
+        core.requires_grad_(True).register_hook(cls(core))  # torch takes none on a frozen leaf
+        core.requires_grad_(is_trained)
 
     def __init__(self, core: nn.Parameter) -> None:
         self._core = weakref.ref(core)
-        self._hook = core.register_hook(self._came)
 
-    def remove(self) -> None:
-        """To be said when the core is trained again, and autograd gives it its gradients."""
-        self._hook.remove()
-
-    def _came(self, grad: Tensor) -> None:
+    def __call__(self, grad: Tensor) -> None:
+        """The hook."""
         core = self._core()
         if core is not None and not core.requires_grad:
             grad = grad.detach().to(core.dtype)
@@ -57,11 +64,20 @@ class ForwardCore:
         elif torch.is_grad_enabled() and (
             self._latest not in (None, core) or sums.is_former_pending()
         ):
-            raise RuntimeError(
-                "core: expected the adapter of the forward where activation checkpointing computes "
-                "a layer again, got another one; call backward before another adapter is "
-                "activated, and within the batch of many"
-            )
+            refuse_other_core()
+
+
+def refuse_other_core() -> NoReturn:
+    """For a layer that activation checkpointing computes again, with another core maybe.
+
+    Raises:
+        RuntimeError: always.
+    """
+    raise RuntimeError(
+        "core: expected the adapter of the forward where activation checkpointing computes a layer "
+        "again, got another one; call backward before another adapter is activated, and within the "
+        "batch of many"
+    )
 
 
 #: So many layers a warning names.
@@ -75,6 +91,6 @@ def warn_of_unused(caller: str, names: Sequence[str]) -> None:
         warnings.warn(
             f"{caller}: {', '.join(names[:_NAMED])}{more} never ran: adapted layers that the model "
             "neither called nor read while it used others; their slices of the cores are not "
-            "trained (see adapter.unused)",
+            "trained",
             stacklevel=3,
         )

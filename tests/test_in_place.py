@@ -6,9 +6,12 @@ import pickle
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+from transformers.pytorch_utils import Conv1D
 
 import tcur_kernels as tcur
 from plain import Plain
@@ -462,6 +465,22 @@ def test_two_adapters_in_one_backward_both_learn(x):
     assert torch.allclose(first.grad, both[0])  # once, however often it was switched
 
 
+def test_a_late_gradient_comes_once_however_often_adapters_were_exchanged(x):
+    model, adapter = adapted()
+    adapter.add("b")
+    core = adapter.stacks["12x12"].core
+    (wanted,) = torch.autograd.grad(model(x).sum(), core)
+    for _ in range(3):
+        y = model(x)
+        adapter.activate("b")
+        y.sum().backward()
+        assert torch.equal(core.grad, wanted)
+        adapter.activate("default")
+        core.grad = None
+    model(x).sum().backward()
+    assert torch.equal(core.grad, wanted)
+
+
 def test_checkpoints_are_not_computed_again_with_another_adapter(x):
     model, adapter = adapted()
     adapter.add("b")
@@ -485,3 +504,46 @@ def test_checkpoints_are_not_computed_again_with_another_adapter(x):
         y = checkpoint(model, x, use_reentrant=False)
     with pytest.raises(RuntimeError, match="within the batch of many"):
         y.sum().backward()
+
+
+# -- FSDP1
+
+
+@pytest.mark.filterwarnings("ignore:FSDP is switching to use `NO_SHARD`:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*FullyShardedDataParallel.*:FutureWarning")
+@pytest.mark.parametrize("transposed", [False, True])
+def test_fsdp1_of_base_and_cores_in_one_flat_parameter(x, transposed):
+    """Trained as a whole, for the sake of the cores: the base in it is frozen all the same."""
+
+    def made():
+        model = nn.Sequential(*layers())
+        if transposed:
+            for index in range(len(model)):
+                torch.manual_seed(index)
+                model[index] = Conv1D(WIDTH, WIDTH)
+        torch.manual_seed(1)
+        return adapted(model)
+
+    model, adapter = made()
+    y = model(x)
+    y.sum().backward()
+    wanted = {name: core.grad for name, core in adapter.named_parameters()}
+    other, _ = made()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        sharded = FullyShardedDataParallel(
+            other, use_orig_params=True, device_id=torch.device("cpu")
+        )
+        again = sharded(x)
+        again.sum().backward()
+        assert torch.equal(again, y)
+        got = {
+            name.replace("_fsdp_wrapped_module.", ""): p.grad
+            for name, p in sharded.named_parameters()
+            if p.grad is not None
+        }
+        assert got.keys() == wanted.keys()
+        for name, grad in wanted.items():
+            torch.testing.assert_close(got[name], grad)
+    finally:
+        dist.destroy_process_group()

@@ -26,7 +26,10 @@ def test_with_the_oldest_supported_peft():
 
     found = run("-c", "import peft, tcur_kernels.peft; print(peft.__version__)")
     assert found.stdout.strip() == pinned, found.stderr
-    files = [str(TESTS / f"test_peft{part}.py") for part in ("", "_models", "_errors")]
+    files = [
+        str(TESTS / f"test_peft{part}.py")
+        for part in ("", "_models", "_errors", "_config", "_layer", "_rows")
+    ]
     result = run("-m", "pytest", "-q", "-p", "no:cacheprovider", *files)
     assert result.returncode == 0, result.stdout[-5000:]
     assert " passed" in result.stdout

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -98,21 +98,22 @@ def why_unreadable(module: nn.Module) -> str | None:
     ``weight_norm``, FSDP1), or parameters without a shape. Other modules are not looked at.
     """
     if is_plain_linear(module) or is_conv1d(module):
-        return _why_unreadable(module, ("weight", "bias"))
+        return why_computed(module)
     if not is_attention(module):
         return None
     # Without in_proj_weight there are three weights.
     fused = module._parameters.get("in_proj_weight", module) is not None
     names = ("in_proj_weight",) if fused else tuple(f"{p}_weight" for p in PROJECTIONS)
-    why = _why_unreadable(module, (*names, "in_proj_bias"))
+    why = why_computed(module, (*names, "in_proj_bias"))
     if why is None:
         out: nn.Module = module.out_proj  # type: ignore[assignment]
-        why = _parametrised(out) or _why_unreadable(out, ("weight", "bias"))
+        why = _parametrised(out) or why_computed(out)
         why = why and f"out_proj: {why}"
     return why
 
 
-def _why_unreadable(module: nn.Module, names: tuple[str, ...]) -> str | None:
+def why_computed(module: nn.Module, names: Sequence[str] = ("weight", "bias")) -> str | None:
+    """Why what goes by these names in a module is no parameter with a shape; None if it is."""
     for name in names:
         if name not in module._parameters:
             made = [key for key in module._parameters if key.startswith(f"{name}_")]
@@ -175,7 +176,7 @@ def _of_module(name: str, module: nn.Module, trained: set[str]) -> str | None:
     """Why a module is left out that `find_weights` does not know."""
     kind = type(module).__name__
     if isinstance(module, nn.LazyLinear):
-        return _why_unreadable(module, ("weight",))
+        return why_computed(module, ("weight",))
     if isinstance(module, _OTHER_KINDS):
         direct = any(f"{name}.{key}" in trained for key, _ in module.named_parameters())
         return _TRAINED if direct else f"{kind} is not a linear layer"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import InitVar, dataclass, field
 from typing import Any
 
 from peft.config import PeftConfig
@@ -39,6 +40,30 @@ def peft_type() -> PeftType:
     return PeftType[NAME]
 
 
+class Recorded(list[dict[str, Any]]):
+    """A plan that a tuner made, as the config of its adapter holds it; JSON takes it for a list.
+
+    The config is the caller's own, who may use it for another model too. If the plan does not fit
+    that one, it is planned anew; one that was read from a file has to fit.
+
+    Args:
+        entries: see `planning.record`.
+        made_by: the values of the config that it was made by; None: as if read from a file.
+    """
+
+    def __init__(self, entries: Iterable[dict[str, Any]] = (), made_by: Any = None) -> None:
+        super().__init__(entries)
+        self.made_by = made_by
+
+
+class AllLinear(set[str]):
+    """Names that stand for "all-linear" in one model; in another they are looked for anew."""
+
+
+class _Rank(int):
+    """The rank under its other name, read from a config: a copy with another rank may go on."""
+
+
 @dataclass
 class TCURConfig(PeftConfig):  # type: ignore[misc]
     """Configuration of a tCURLoRA adapter: W + alpha * C * U * R, only the core U trained.
@@ -48,10 +73,14 @@ class TCURConfig(PeftConfig):  # type: ignore[misc]
 
     Args:
         rank: tubal rank r. The update of one layer has rank up to n3 * r, n3 being the number of
-            slices in its stack.
+            slices in its stack. Default 8.
+        r: another name for it, as LoRA has it.
         target_modules: names of the layers to adapt, matched as for LoRA (a list: whole names or
             their ends; a string: a regular expression), or "all-linear". None is "all-linear".
         exclude_modules, modules_to_save, layers_to_transform, layers_pattern: as for LoRA.
+            ``layers_to_transform`` also goes with None as target modules.
+        init_weights: True, and the adapter changes nothing at first; False draws cores whose
+            updates have half the norm of the weights, for trying things out.
         alpha: scale of the update.
         selection: rule that chooses C and R, see `tcur_kernels.tensor_cur`.
         stacks: "shape", one stack for all targeted layers of one shape, or "layer", a stack for
@@ -67,7 +96,7 @@ class TCURConfig(PeftConfig):  # type: ignore[misc]
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
 
-    rank: int = 8
+    rank: int = None  # type: ignore[assignment]
     target_modules: list[str] | set[str] | str | None = None
     exclude_modules: list[str] | set[str] | str | None = None
     modules_to_save: list[str] | None = None
@@ -79,12 +108,20 @@ class TCURConfig(PeftConfig):  # type: ignore[misc]
     mode: str = "auto"
     precision: str = "ieee"
     check_base: bool = True
+    init_weights: bool = True
     plan: list[dict[str, Any]] | None = field(default=None, repr=False)
     format_version: int = FORMAT_VERSION
+    r: InitVar[int | None] = None
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, r: int | None) -> None:
         """Checks every value; lists of targets become sets, as peft wants them."""
         super().__post_init__()
+        if r is not None and not isinstance(r, _Rank):
+            if self.rank is not None and self.rank != r:
+                raise ValueError(f"r: expected the same as rank, {self.rank}, or no rank, got {r}")
+            self.rank = r
+        if self.rank is None:
+            self.rank = 8
         self.peft_type = peft_type()
         if self.format_version != FORMAT_VERSION:
             raise ValueError(
@@ -110,14 +147,28 @@ class TCURConfig(PeftConfig):  # type: ignore[misc]
                 )
         if not isinstance(self.selection, str):  # which rules there are is asked where they choose
             raise TypeError(f"selection: expected a str, got {type(self.selection).__name__}")
-        if self.layers_pattern and self.layers_to_transform is None:
-            raise ValueError("layers_pattern: expected layers_to_transform beside it, got None")
-        if self.layers_to_transform is not None and not isinstance(self.target_modules, list | set):
-            # peft looks at layer numbers only where targets are a list of name endings.
-            raise ValueError(
-                "layers_to_transform: expected a list of target_modules beside it, got "
-                f"{self.target_modules!r}"
+        if not isinstance(self.init_weights, bool):
+            raise TypeError(
+                f"init_weights: expected a bool, got {type(self.init_weights).__name__}"
             )
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError(
+                "When `layers_pattern` is specified, `layers_to_transform` must also be specified."
+            )
+        if self.layers_to_transform is not None and isinstance(self.target_modules, str):
+            raise ValueError("`layers_to_transform` cannot be used when `target_modules` is a str.")
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), list):
                 setattr(self, name, set(getattr(self, name)))
+
+
+def _rank(config: TCURConfig) -> int:
+    return _Rank(config.rank)
+
+
+def _set_rank(config: TCURConfig, rank: int) -> None:
+    config.rank = rank
+
+
+# Not in the class, where its default as an argument stands.
+TCURConfig.r = property(_rank, _set_rank, doc="The rank.")

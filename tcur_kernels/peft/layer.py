@@ -10,29 +10,36 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from ..functional import slice_update
-from ..nn import TProductStack
+from ..eager import Dithered, added_to_product, is_traced
+from ..kept import is_within_backward
+from ..ops import HALVES
 from ..places import Place
+from ..reading import UnreadableWeight, effective_weight, read_weight
+from ..rows import rows_of
+from ..switching import refuse_other_core
+from .hosted import AdapterStack, host, place_of
+from .rows import NamedRows, Owner
+
+#: What peft's users know a broken adapter by.
+BROKEN = "NaNs detected in the merged weights. The adapter {} seems to be broken"
 
 
 class TCURLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     """A linear layer with tCURLoRA adapters.
 
     Args:
-        base_layer: the adapted ``nn.Linear`` or ``Conv1D``; it keeps its weight.
+        base_layer: the adapted ``nn.Linear`` or ``Conv1D``; it keeps its weight, and is called.
+        owner: of the tuner, which has rows and stacks.
 
     Attributes:
         tcur_stacks: adapter name -> the stack this layer has its place in.
         tcur_places: adapter name -> that place.
-        tcur_rows: see `rows.rows_by_adapter`: the adapter of each row of the batch; or one adapter,
-            the stacks of which hold the cores of all rows.
     """
 
     adapter_layer_names = ("tcur_stacks",)
     other_param_names = ("tcur_places",)
 
     tcur_stacks: nn.ModuleDict
-    tcur_backup: Tensor | None
 
     # of BaseTunerLayer
     active_adapters: list[str]
@@ -40,78 +47,152 @@ class TCURLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     merged: bool
     get_base_layer: Callable[[], nn.Module]
 
-    def __init__(self, base_layer: nn.Module) -> None:
+    def __init__(self, base_layer: nn.Module, owner: Owner) -> None:
         super().__init__()
+        self.tcur_owner = owner
+        self.tcur_base = place_of(base_layer)
+        self.out_features, self.in_features = self.tcur_base.weight.shape
+        host(base_layer)
         self.base_layer = base_layer
-        self.out_features, self.in_features = Place(base_layer).weight.shape
         self.merged_adapters: list[str] = []
         # Kept off module registration: the tuner owns the stacks, and a core that all layers of a
         # stack share has one name in the model.
         object.__setattr__(self, "tcur_stacks", nn.ModuleDict())
         self.tcur_places: dict[str, Place] = {}
-        self.tcur_rows: str | tuple[str, ...] | None = None
-        # The base weight while merged; a buffer, so that it moves with the layer.
-        self.register_buffer("tcur_backup", None, persistent=False)
 
-    def add(self, adapter_name: str, stack: TProductStack, place: Place) -> None:
+    def add(self, adapter_name: str, stack: AdapterStack, place: Place) -> None:
         """Gives the layer its place in the stack of a new adapter."""
         self.tcur_stacks[adapter_name] = stack
         self.tcur_places[adapter_name] = place
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """``x`` [..., in_features] -> [..., out_features] with the active adapters."""
-        if self.disable_adapters and self.merged:
-            self.unmerge()
-        if isinstance(self.tcur_rows, tuple):
-            return self._forward_rows(x, self.tcur_rows)
-        wanted = self.active_adapters if self.tcur_rows is None else [self.tcur_rows]
-        active = [name for name in wanted if name in self.tcur_places]
-        if self.disable_adapters or self.merged or not active:
-            y: Tensor = self.base_layer(x, *args, **kwargs)
-            return y
-        first, *others = active
-        place = self.tcur_places[first]
-        y = self._stack(first).forward_slices(x, place)
-        for name in others:
-            y = y + nn.functional.linear(x.to(y.dtype), self.get_delta_weight(name).to(y.dtype))
+        self._check_recomputed()
+        compute = self._compute()
+        if compute is not None:
+            kwargs["tcur"] = compute
+        y: Tensor = self.base_layer(x, *args, **kwargs)
         return y
 
-    def _forward_rows(self, x: Tensor, names: tuple[str, ...]) -> Tensor:
-        """``x`` with an adapter for each row, one adapter after another."""
-        each, rest = divmod(x.shape[0], len(names))
-        if rest:
+    def _compute(self) -> Callable[[Tensor], Tensor] | None:
+        """What the base layer is to compute; None: what it does by itself."""
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return None
+        rows: NamedRows | None = rows_of(self.tcur_owner)
+        if rows is not None:
+            return lambda x: self._by_rows(x, rows)
+        active = [] if self.merged else self._adapted_by(self.active_adapters)
+        if len(active) > 1:
+            return lambda x: self._by_all(x, active)
+        if not active:
+            return None
+        place = self.tcur_places[active[0]]
+        return lambda x: place.stack.forward_slices(x, place)
+
+    def _adapted_by(self, names: list[str]) -> list[str]:
+        return [name for name in names if name in self.tcur_places]
+
+    def _check_recomputed(self) -> None:
+        """Refuses what a checkpoint would compute again by other adapters than the first time."""
+        if is_traced() or not is_within_backward() or not torch.is_grad_enabled():
+            return
+        active = () if self.disable_adapters or self.merged else self.active_adapters
+        for name, stacks in self.tcur_owner.stacks.items():
+            if name not in active and any(stack.is_pending for stack in stacks):
+                refuse_other_core()
+
+    def _by_all(self, x: Tensor, names: list[str]) -> Tensor:
+        """``x`` with several adapters at once, rounded once."""
+        weight, bias = self.tcur_base.weight, self.tcur_base.bias
+        dtype = weight.dtype
+        if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x, weight = x.to(dtype), weight.to(dtype)
+            bias = None if bias is None else bias.to(dtype)
+        update = self._update(names)
+        for name in names:
+            self.tcur_places[name].ran = True
+        with torch.autocast(x.device.type, enabled=False):
+            if dtype not in HALVES:
+                return nn.functional.linear(x, weight + update.to(dtype), bias)
+            # Each alone may be too small for the last bit of the result, or of the weight.
+            added = nn.functional.linear(x.to(update.dtype), update).to(dtype)
+            if bias is not None:
+                added = Dithered.apply(added, bias)
+            return added_to_product(x, weight, added)
+
+    def _by_rows(self, x: Tensor, rows: NamedRows) -> Tensor:
+        """``x`` with an adapter for each row."""
+        names = rows.of(self)
+        if x.shape[0] != len(names):
             raise ValueError(
-                f"adapter_names: expected one for each of {x.shape[0]} rows, got {len(names)}"
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(names)} and {x.shape[0]} respectively."
             )
+        if rows.lead is not None:
+            if rows.lead not in self.tcur_places:
+                return self._plain(x)
+            place = self.tcur_places[rows.lead]
+            with rows.cores_of(place.stack, self):
+                y: Tensor = place.stack.forward_slices(x, place)
+            return y
         parts, order = [], []
         for name in dict.fromkeys(names):
-            rows = torch.tensor([own == name for own in names]).repeat_interleave(each)
-            order.append(rows.nonzero().flatten().to(x.device))
+            own = torch.tensor([each == name for each in names])
+            order.append(own.nonzero().flatten().to(x.device))
             part = x[order[-1]]
             if name in self.tcur_places:
-                parts.append(self._stack(name).forward_slices(part, self.tcur_places[name]))
+                place = self.tcur_places[name]
+                parts.append(place.stack.forward_slices(part, place))
             else:
-                parts.append(self.base_layer(part))
+                parts.append(self._plain(part))
         return torch.cat(parts)[torch.cat(order).argsort()]
+
+    def _plain(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.tcur_base.weight, self.tcur_base.bias)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight that the layer computes with, adapters included, stored as the base's is.
+
+        For models that read it and never call the layer. The gradient reaches the cores.
+
+        Raises:
+            RuntimeError: when its values are used where each row of a batch has its own adapter, or
+                by a checkpoint that is computed again with other adapters.
+        """
+        self._check_recomputed()
+        base: Tensor = self.get_base_layer().weight  # type: ignore[assignment]
+        if self._compute() is None:
+            return base
+        if rows_of(self.tcur_owner) is not None:
+            return UnreadableWeight.of(base)
+        return read_weight(base, self._places(self.active_adapters))
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """The update of the weight by one adapter, oriented as the weight, dtype of the core."""
-        stack, place = self._stack(adapter), self.tcur_places[adapter]
-        update = slice_update(
-            stack.factors, stack.core, place.slice_index, place.slices, stack.alpha
-        )
-        return update.t() if place.transposed else update
+        return self._stored(self._update([adapter]))
 
+    def _update(self, names: list[str]) -> Tensor:
+        """The sum of these adapters' updates, ``[out_features, in_features]``."""
+        total = sum(place.stack.update(place) for place in self._places(names))
+        assert isinstance(total, Tensor)
+        return total
+
+    def _places(self, names: list[str]) -> list[Place]:
+        return [self.tcur_places[name] for name in self._adapted_by(names)]
+
+    def _stored(self, weight: Tensor) -> Tensor:
+        """``[out_features, in_features]`` oriented as the base stores it."""
+        return weight.t() if self.tcur_base.transposed else weight
+
+    @torch.no_grad()
     def merged_weight(self, adapter_names: list[str]) -> Tensor:
         """The base weight plus the updates of these adapters: added in fp32, rounded once."""
-        base = self.tcur_backup
-        if base is None:
-            base = self.get_base_layer().get_parameter("weight")
-        names = [name for name in adapter_names if name in self.tcur_places]
-        with torch.no_grad():
-            updates = [self.get_delta_weight(name) for name in names]
-            total = sum(updates, base.to(updates[0].dtype)) if updates else base
-            return total.to(base.dtype)
+        places = self._places(adapter_names)
+        return self._stored(effective_weight(*places) if places else self.tcur_base.weight)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Adds adapters to the base weight, keeping a copy of it.
@@ -121,46 +202,47 @@ class TCURLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             adapter_names: default the active ones.
         """
         names = check_adapters_to_merge(self, adapter_names)
-        names = [name for name in names if name in self.tcur_places]
+        names = self._adapted_by(names)
         if not names:
             return
-        weight = self.get_base_layer().get_parameter("weight")
         merged = self.merged_weight([*self.merged_adapters, *names])
         if safe_merge and not torch.isfinite(merged).all():
             raise ValueError(
-                f"safe_merge: expected finite merged weights, got NaN or Inf by {', '.join(names)}"
+                "safe_merge: expected finite merged weights, got NaN or Inf by "
+                f"{', '.join(names)}; {BROKEN.format(', '.join(names))}"
             )
-        if self.tcur_backup is None:
-            self.tcur_backup = weight.detach().clone()
-            self._tell_places(self.tcur_backup)
+        if self.tcur_base.backup is None:
+            self.tcur_base.keep()
+            self._tell_places()
         with torch.no_grad():
-            weight.copy_(merged)
+            self.tcur_base.stored.copy_(merged)
         self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:
         """Restores the base weight bit for bit from the copy that `merge` kept."""
-        if self.tcur_backup is None:
+        if self.tcur_base.backup is None:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        with torch.no_grad():
-            self.get_base_layer().get_parameter("weight").copy_(self.tcur_backup)
-        self.tcur_backup = None
-        self._tell_places(None)
+        self.tcur_base.restore()
+        self._tell_places()
         self.merged_adapters.clear()
 
-    def _tell_places(self, backup: Tensor | None) -> None:
+    def _tell_places(self) -> None:
         """C and R are slices of the base weight, which is the copy while merged."""
         for place in self.tcur_places.values():
-            place.backup = backup
+            place.backup = self.tcur_base.backup
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TCURLinear:
+        """As of any module; the copy of a merged weight moves along."""
+        super()._apply(fn, recurse)
+        if self.tcur_base.backup is not None:
+            self.tcur_base.backup = fn(self.tcur_base.backup)
+            self._tell_places()
+        return self
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """True: the update is a matrix, of rank up to n3 * r."""
         return True
-
-    def _stack(self, adapter: str) -> TProductStack:
-        stack = self.tcur_stacks[adapter]
-        assert isinstance(stack, TProductStack)
-        return stack
 
     def __repr__(self) -> str:
         return "tcur." + super().__repr__()

@@ -3,41 +3,56 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
+from peft import PeftModel
 from peft.config import PeftConfig
 from peft.tuners.tuners_utils import (
     BaseTuner,
     BaseTunerLayer,
     _maybe_include_all_linear_layers,
+    check_target_module_exists,
 )
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ..adapters.plan import Plan
 from ..adapters.weights import aliases
-from ..nn import TProductStack
-from .config import TCURConfig
-from .layer import TCURLinear
-from .planning import build_stacks, make_plan, read_plan, record
-from .rows import rows_by_adapter
+from ..places import Place
+from ..switching import LateGradient
+from .config import AllLinear, TCURConfig
+from .hosted import AdapterStack, unhost
+from .layer import BROKEN, TCURLinear
+from .planning import Record, plan_and_build
+from .rows import Owner, rows_by_adapter
 
 ALL_LINEAR = "all-linear"
 
 
 class Configs(dict[str, TCURConfig]):
-    """Adapter name -> config, in which a refused adapter does not cost its namesake the config.
+    """Adapter name -> config, which is the very one that the caller passed.
+
+    A caller may pass one config for several adapters or models, whose plans differ: looked up here,
+    a config holds the plan of the adapter whose name it is looked up by.
 
     Before 0.21, peft enters the config of a new adapter before anything can ask whether the name is
-    free, and removes it again when the tuner refuses the adapter.
+    free, and removes it again when the tuner refuses the adapter: that does not cost its namesake
+    the config.
     """
 
     def __init__(self, configs: Mapping[str, TCURConfig]) -> None:
         super().__init__(configs)
         self._replaced: dict[str, TCURConfig] = {}
+        self._records: dict[str, Record] = {}
+
+    def __getitem__(self, name: str) -> TCURConfig:
+        config = super().__getitem__(name)
+        if name in self._records:
+            config.plan = self.record_of(name)
+        return config
 
     def __setitem__(self, name: str, config: TCURConfig) -> None:
         if name in self:
@@ -49,6 +64,15 @@ class Configs(dict[str, TCURConfig]):
             super().__setitem__(name, self._replaced.pop(name))
         else:
             super().__delitem__(name)
+            self._records.pop(name, None)
+
+    def record(self, name: str, stacks: Sequence[AdapterStack]) -> None:
+        """Keeps the plan that the config of that name holds now, which these stacks are of."""
+        self._records[name] = Record(super().__getitem__(name).plan, stacks)
+
+    def record_of(self, name: str) -> list[dict[str, Any]] | None:
+        """That plan, with fingerprints of C and R as they are now."""
+        return self._records[name].plan
 
 
 class TCURModel(BaseTuner):  # type: ignore[misc]
@@ -65,6 +89,7 @@ class TCURModel(BaseTuner):  # type: ignore[misc]
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}
 
     plans: dict[str, Plan]
+    targeted_module_names: list[str]  # of BaseTuner
 
     def __init__(self, model: nn.Module, peft_config: Any, *args: Any, **kwargs: Any) -> None:
         if isinstance(peft_config, PeftConfig):
@@ -73,14 +98,22 @@ class TCURModel(BaseTuner):  # type: ignore[misc]
                 "TCUR keeps shared cores on the tuner, which direct injection (and "
                 "model.add_adapter of transformers) discards; use peft.get_peft_model"
             )
+        if isinstance(model, PeftModel) or any(isinstance(m, TCURLinear) for m in model.modules()):
+            raise ValueError(
+                f"model: expected one without adapters of TCUR or a PeftModel around it, got "
+                f"{type(model).__name__}; use its add_adapter, or unload() it first"
+            )
+        self.owner = Owner()
         super().__init__(model, Configs(peft_config), *args, **kwargs)
+        self.model.register_load_state_dict_post_hook(self.owner.loaded)
 
     def _pre_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
         self.plans = {}
-        self._found: dict[str, tuple[TProductStack, Any]] = {}  # during an injection
+        self._adding = adapter_name  # during an injection, and what it found
+        self._found: dict[str, tuple[AdapterStack, Place]] = {}
 
     def _prepare_adapter_config(self, peft_config: TCURConfig, model_config: Any) -> TCURConfig:
-        if peft_config.target_modules is None:
+        if peft_config.target_modules is None or isinstance(peft_config.target_modules, AllLinear):
             peft_config.target_modules = ALL_LINEAR
         return peft_config
 
@@ -91,33 +124,36 @@ class TCURModel(BaseTuner):  # type: ignore[misc]
         _check_adapter_name(adapter_name)
         if adapter_name in self.plans:
             raise ValueError(f"adapter_name: expected a name that is free, got {adapter_name!r}")
-        # The plan is recorded in the config, and the caller's object may serve other models too.
-        self.peft_config.update({adapter_name: copy.deepcopy(self.peft_config[adapter_name])})
+        self._adding, self._is_all_linear = adapter_name, False
+        config = self.peft_config[adapter_name]
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
+            adapted = {m.module for p in self.plans.values() for s in p.stacks for m in s.members}
+            self.targeted_module_names = [n for n in self.targeted_module_names if n in adapted]
         except Exception:
             self._drop_stacks(adapter_name)
             raise
         finally:
             self._found = {}
+            if self._is_all_linear:
+                config.target_modules = AllLinear(config.target_modules)
 
     def _prepare_model(self, peft_config: TCURConfig, model: nn.Module) -> None:
         """Plans the adapter and builds its stacks, before any layer is touched."""
-        (adapter_name,) = (name for name, c in self.peft_config.items() if c is peft_config)
+        adapter_name = self._adding
         targets = peft_config.target_modules
         everything = isinstance(targets, str) and targets.lower() == ALL_LINEAR
         if everything:
+            self._is_all_linear = True
             _maybe_include_all_linear_layers(peft_config, model)
+            _keep_layers_to_transform(peft_config)
         layers = self._targeted_layers(peft_config, model)
         if not layers:
             return  # peft itself says which targets match nothing
-        if peft_config.plan is None:
-            plan = make_plan(model, layers, peft_config, strict=not everything)
-        else:
-            plan = read_plan(layers, peft_config)
-        stacks = build_stacks(plan, layers, peft_config)
-        peft_config.plan = record(plan, stacks)
+        plan, stacks = plan_and_build(model, layers, peft_config, strict=not everything)
+        self.peft_config.record(adapter_name, list(stacks.values()))
         self.plans[adapter_name] = plan
+        self.owner.stacks[adapter_name] = list(stacks.values())
         for entry in plan.stacks:
             stack = stacks[entry.name]
             if f"{self.prefix}{entry.name}" not in self._modules:
@@ -159,7 +195,7 @@ class TCURModel(BaseTuner):  # type: ignore[misc]
         if found is None:
             return  # left out, as the plan says
         if not isinstance(target, TCURLinear):
-            layer = TCURLinear(target)
+            layer = TCURLinear(target, self.owner)
             self._replace_module(parent, target_name, layer, target)
             target = layer
         target.add(adapter_name, *found)
@@ -172,6 +208,50 @@ class TCURModel(BaseTuner):  # type: ignore[misc]
         for name in aliases(self.model, child):
             owner, _, key = name.rpartition(".")
             setattr(self.model.get_submodule(owner), key, new_module)
+        if isinstance(child, TCURLinear):
+            unhost(new_module)
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Makes adapters the active ones, which are trained; others are frozen.
+
+        A graph from before still gives its gradient to what is frozen now. With activation
+        checkpointing, a backward runs layers again, and refuses to by others than those of before.
+        """
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+        for parameter in trained:
+            if not parameter.requires_grad:
+                LateGradient.keep(parameter)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """Cores are fp32 or wider, unless those of the base's dtype were asked for.
+
+        Raises:
+            ValueError: such cores of a 16-bit base, and W_eff in that dtype.
+        """
+        plan = self.plans.get(adapter_name)
+        if autocast_adapter_dtype or plan is None:
+            return
+        for entry in plan.stacks:
+            stack = self.stacks_named(entry.name)[adapter_name]
+            assert isinstance(stack, AdapterStack)
+            base = stack.places[0].weight.dtype
+            if base == stack.core.dtype:
+                continue
+            if stack.mode == "materialized":
+                self._take_back(adapter_name)
+                raise ValueError(
+                    "autocast_adapter_dtype: expected True with mode 'materialized' and a base of "
+                    f"{base}, got False"
+                )
+            stack.narrow(base)
+
+    def _take_back(self, adapter_name: str) -> None:
+        """Leaves the model without an adapter that was just added."""
+        if len(self.peft_config) == 1:
+            self.unload()
+        else:
+            self.delete_adapter(adapter_name)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Deletes an adapter; its stacks and cores go with it.
@@ -182,8 +262,8 @@ class TCURModel(BaseTuner):  # type: ignore[misc]
         for module in self.model.modules():
             if isinstance(module, TCURLinear) and adapter_name in module.merged_adapters:
                 raise ValueError(
-                    f"adapter_name: expected an unmerged adapter, got {adapter_name!r}, which is "
-                    "merged; unmerge_adapter first"
+                    f"Cannot delete adapter(s) {[adapter_name]} while they are merged. Please "
+                    "unmerge them first."
                 )
         super().delete_adapter(adapter_name)
         self._drop_stacks(adapter_name)
@@ -213,17 +293,23 @@ class TCURModel(BaseTuner):  # type: ignore[misc]
     ) -> nn.Module:
         if merge:
             self._check_merge(adapter_names, safe_merge)
-        return super()._unload_and_optionally_merge(merge, progressbar, False, adapter_names)
+        model = super()._unload_and_optionally_merge(merge, progressbar, False, adapter_names)
+        hooks = model._load_state_dict_post_hooks
+        for number in [number for number, hook in hooks.items() if hook == self.owner.loaded]:
+            del hooks[number]
+        vars(model).pop("peft_config", None)  # before 0.19, peft leaves it there
+        return model
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """What makes ``model(..., adapter_names=[...])`` and ``generate`` with them work."""
+        if kwargs.get("alora_offsets") is not None:
+            raise ValueError("alora_offsets: expected None, since they are for LoRA, got some")
         names = kwargs.get("adapter_names")
         if names is None:
             yield
             return
-        beams = kwargs.get("num_beams") or 1
-        with rows_by_adapter(self, [name for name in names for _ in range(beams)]):
+        with rows_by_adapter(self, names, kwargs.get("num_beams") or 1):
             yield
 
     def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
@@ -240,7 +326,8 @@ class TCURModel(BaseTuner):  # type: ignore[misc]
                 weight = module.merged_weight([*module.merged_adapters, *names])
                 if not torch.isfinite(weight).all():
                     raise ValueError(
-                        f"safe_merge: expected finite merged weights, got NaN or Inf in {name}"
+                        f"safe_merge: expected finite merged weights, got NaN or Inf in {name}; "
+                        f"{BROKEN.format(', '.join(names))}"
                     )
 
     def stacks_named(self, name: str) -> nn.ModuleDict:
@@ -251,6 +338,7 @@ class TCURModel(BaseTuner):  # type: ignore[misc]
 
     def _drop_stacks(self, adapter_name: str) -> None:
         plan = self.plans.pop(adapter_name, None)
+        self.owner.stacks.pop(adapter_name, None)
         for entry in plan.stacks if plan is not None else ():
             stacks = self.stacks_named(entry.name)
             stacks.pop(adapter_name)
@@ -264,3 +352,16 @@ def _check_adapter_name(name: str) -> None:
             "adapter_name: expected a name without dots that torch.nn.ModuleDict does not use "
             f"itself, got {name!r}"
         )
+
+
+def _keep_layers_to_transform(config: TCURConfig) -> None:
+    """Of all linear layers, those in the layers that were asked for, as peft reads their names."""
+    if config.layers_to_transform is None:
+        return
+    probe, kept = copy.copy(config), set()
+    for name in config.target_modules or ():
+        _, dot, probe.target_modules = name.rpartition(".")
+        probe.target_modules = {probe.target_modules}  # by its end: a whole name is always found
+        if dot and check_target_module_exists(probe, name):
+            kept.add(name)
+    config.target_modules = kept

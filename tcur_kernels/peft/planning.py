@@ -2,22 +2,55 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
+from torch.nn.utils import parametrize
 
 from ..adapters.fingerprint import digest
 from ..adapters.plan import LeftOut, Member, Plan, StackPlan, groups_by_layer, groups_by_shape
-from ..adapters.weights import Weight, reasons_to_leave_out
+from ..adapters.weights import Weight, reasons_to_leave_out, why_computed
 from ..decompose import Selection, check_rank
-from ..nn import TProductStack
-from ..places import Place, is_conv1d, is_plain_linear
-from .config import TCURConfig
+from ..functional import slice_update
+from ..places import Place, is_attention
+from .config import Recorded, TCURConfig
+from .hosted import AdapterStack, has_other_forward, is_supported, place_of
 
 #: Name in the model -> base layer.
 Layers = Mapping[str, nn.Module]
+
+_WRAPPERS = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+
+
+def plan_and_build(
+    model: nn.Module, layers: Layers, config: TCURConfig, strict: bool
+) -> tuple[Plan, dict[str, AdapterStack]]:
+    """Plan and stacks of an adapter; what the config has to hold of them is in its ``plan`` then.
+
+    Args:
+        strict: refuse a layer that cannot be adapted rather than leave it out.
+
+    Raises:
+        TypeError, ValueError: naming the layer, or what does not fit a saved adapter.
+    """
+    if config.plan is not None and getattr(config.plan, "made_by", None) is None:
+        plan = read_plan(model, layers, config)
+        return plan, build_stacks(plan, layers, config, config.plan)
+    made_by = (config.rank, config.selection)
+    plan = make_plan(model, layers, config, strict)
+    if config.plan is not None and config.plan.made_by == made_by:  # type: ignore[attr-defined]
+        try:
+            if read_plan(model, layers, config).stacks == plan.stacks:
+                return plan, build_stacks(plan, layers, config, config.plan)
+        except ValueError:
+            pass  # made for another model
+    stacks = build_stacks(plan, layers, config, None)
+    config.plan = Recorded(record(plan, stacks), made_by)
+    return plan, stacks
 
 
 def make_plan(model: nn.Module, layers: Layers, config: TCURConfig, strict: bool) -> Plan:
@@ -29,15 +62,18 @@ def make_plan(model: nn.Module, layers: Layers, config: TCURConfig, strict: bool
     Raises:
         TypeError, ValueError: naming the layer.
     """
-    reasons = _reasons_to_leave_out(model, layers)
+    reasons, others = _reasons_to_leave_out(model, layers)
     if strict:
         for name, reason in reasons.items():
             error = ValueError if is_supported(layers[name]) else TypeError
             raise error(
-                f"target_modules: expected layers that can be adapted, got {name}: {reason}"
+                f"target_modules: expected layers that can be adapted, got {name}: {reason}. "
+                f"Target module {layers[name]} is not supported."
             )
+    else:
+        reasons |= others
     left_out = [LeftOut(name, reason) for name, reason in reasons.items()]
-    weights = {n: Place(layer).weight for n, layer in layers.items() if n not in reasons}
+    weights = {n: place_of(layer).weight for n, layer in layers.items() if n not in reasons}
     groups = groups_by_shape(weights) if config.stacks == "shape" else groups_by_layer(weights)
     stacks = []
     for key, (n1, n2), members in groups:
@@ -58,8 +94,12 @@ def make_plan(model: nn.Module, layers: Layers, config: TCURConfig, strict: bool
     return Plan(tuple(stacks), tuple(left_out))
 
 
-def read_plan(layers: Layers, config: TCURConfig) -> Plan:
-    """The plan that a saved adapter recorded, refused unless the targeted layers fit it.
+def read_plan(model: nn.Module, layers: Layers, config: TCURConfig) -> Plan:
+    """The plan that a config holds, refused unless the targeted layers fit it.
+
+    Where the modules have got other names, as from one version of transformers to the next, those
+    of the same shapes in the same order stand for them, if their weights are to be checked against
+    the fingerprints: these tell whether it was right.
 
     Raises:
         ValueError: a plan that is damaged, or made for another architecture.
@@ -72,6 +112,8 @@ def read_plan(layers: Layers, config: TCURConfig) -> Plan:
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"plan: expected that of a saved adapter, got {error!r}") from error
+    if config.check_base and not any(m.module in layers for s in stacks for m in s.members):
+        stacks = _renamed(model, layers, config, stacks)
     for stack in stacks:
         for member in stack.members:
             expected = [member.slices * stack.n1, stack.n2]
@@ -81,29 +123,48 @@ def read_plan(layers: Layers, config: TCURConfig) -> Plan:
                 raise ValueError(
                     f"model: expected a linear layer {member.module} as in the adapter, got {kind}"
                 )
-            if list(Place(layer).weight.shape) != expected:
+            if list(place_of(layer).weight.shape) != expected:
                 raise ValueError(
                     f"model: expected {member.module} of shape {expected} as in the adapter, got "
-                    f"{list(Place(layer).weight.shape)}"
+                    f"{list(place_of(layer).weight.shape)}"
                 )
     return Plan(stacks)
 
 
-def build_stacks(plan: Plan, layers: Layers, config: TCURConfig) -> dict[str, TProductStack]:
+def _renamed(
+    model: nn.Module, layers: Layers, config: TCURConfig, stacks: tuple[StackPlan, ...]
+) -> tuple[StackPlan, ...]:
+    """The same stacks with the names that their layers have in this model, if it has the like."""
+    here = make_plan(model, layers, config, strict=False).stacks
+    sizes = [[(s.n1, s.n2, [m.slices for m in s.members]) for s in plan] for plan in (here, stacks)]
+    if sizes[0] != sizes[1]:
+        return stacks
+    return tuple(
+        StackPlan(old.name, old.n1, old.n2, new.members)
+        for old, new in zip(stacks, here, strict=True)
+    )
+
+
+def build_stacks(
+    plan: Plan, layers: Layers, config: TCURConfig, recorded: list[dict[str, Any]] | None
+) -> dict[str, AdapterStack]:
     """The stacks of a plan; no layer is changed.
+
+    Args:
+        recorded: what was recorded of these stacks, None for new ones.
 
     Raises:
         ValueError: base weights that are not finite, or not those of the saved adapter.
     """
     stacks = {}
     for index, entry in enumerate(plan.stacks):
-        saved = None if config.plan is None else config.plan[index]
+        saved = None if recorded is None else recorded[index]
         rule: Selection = config.selection
         if saved is not None:
             rule = (saved["rows"], saved["columns"])
         places = _places_of(entry, layers)
         try:
-            stack = TProductStack(
+            stack = AdapterStack(
                 places,
                 config.rank,
                 config.alpha,
@@ -120,11 +181,23 @@ def build_stacks(plan: Plan, layers: Layers, config: TCURConfig) -> dict[str, TP
                 f"stack {entry.name} ({places[0].weight.dtype}; check_base=False in the config "
                 "loads all the same)"
             )
+        if not config.init_weights:
+            _draw(stack)
         stacks[entry.name] = stack
     return stacks
 
 
-def record(plan: Plan, stacks: Mapping[str, TProductStack]) -> list[dict[str, Any]]:
+@torch.no_grad()
+def _draw(stack: AdapterStack) -> None:
+    """Draws a core by which the update of the first slice has half the norm of its weight."""
+    stack.core.normal_()
+    update = slice_update(stack.factors, stack.core, 0, scale=stack.alpha)
+    norms = stack.places[0].weight[: stack.n1].to(update.dtype).norm(), update.norm()
+    if norms[1] > 0:  # alpha, or the weights, may be 0
+        stack.core.mul_(0.5 * norms[0] / norms[1])
+
+
+def record(plan: Plan, stacks: Mapping[str, AdapterStack]) -> list[dict[str, Any]]:
     """What a saved adapter needs to rebuild its stacks, as JSON can hold it."""
     return [
         {
@@ -140,35 +213,81 @@ def record(plan: Plan, stacks: Mapping[str, TProductStack]) -> list[dict[str, An
     ]
 
 
-def is_supported(layer: nn.Module) -> bool:
-    """Whether a layer of this type can be adapted."""
-    return is_plain_linear(layer) or is_conv1d(layer)
-
-
 def _places_of(entry: StackPlan, layers: Layers) -> list[Place]:
     """The weights of a stack, in the order of their slices."""
-    starts = itertools.accumulate((m.slices for m in entry.members), initial=0)
-    return [
-        Place(layers[member.module], first, member.slices)
-        for member, first in zip(entry.members, starts, strict=False)
-    ]
+    places: list[Place] = []
+    first = 0
+    for member in entry.members:
+        places.append(place_of(layers[member.module], first, member.slices))
+        places[-1].name = member.module
+        first += member.slices
+    return places
 
 
-def _reasons_to_leave_out(model: nn.Module, layers: Layers) -> dict[str, str]:
-    """Why targeted layers cannot be adapted, by their names."""
+def _reasons_to_leave_out(
+    model: nn.Module, layers: Layers
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Why layers cannot be adapted, by their names: targeted ones, and all other modules."""
     names = {id(module): name for name, module in model.named_modules()}
-    reasons, weights, targets = {}, {}, {}
-    for target, layer in layers.items():
-        if is_supported(layer):
-            name = names[id(layer)]  # below the adapted layer, if there is one already
-            weights[name] = Weight(name, name, layer, Place(layer))
-            targets[name] = target
-        else:
-            reasons[target] = f"{type(layer).__name__} is neither nn.Linear nor Conv1D"
-    found = reasons_to_leave_out(model, weights, set())
-    return reasons | {targets[name]: why for name, why in found.items() if name in targets}
+    targets = {names[id(layer)]: target for target, layer in layers.items()}
+    weights, reasons = {}, {}
+    for name, module in model.named_modules():
+        if is_attention(module):
+            reasons[name] = "its projections are no layers that are called, as peft's have to be"
+        if not is_supported(module):
+            continue
+        why = why_computed(module)
+        if why is None:
+            weights[name] = Weight(name, name, module, place_of(module))
+            if has_other_forward(module):
+                why = "its forward was replaced, so that it could not be adapted"
+        if why is not None:
+            reasons[name] = why
+    known = reasons_to_leave_out(model, weights, set())
+    for name, target in targets.items():
+        if name not in weights and name not in reasons:
+            kind = type(layers[target]).__name__
+            reasons[name] = f"{kind} is neither nn.Linear nor Conv1D"
+            if parametrize.is_parametrized(layers[target]):
+                reasons[name] = known.get(name, reasons[name])
+    reasons = known | reasons
+    inside = tuple(f"{n}." for n, m in model.named_modules() if isinstance(m, _WRAPPERS))
+    return (
+        {targets[name]: why for name, why in reasons.items() if name in targets},
+        {
+            name: why
+            for name, why in reasons.items()
+            if name not in weights
+            and name not in targets
+            and not (inside and name.startswith(inside))
+        },
+    )
 
 
-def _fingerprint(stack: TProductStack) -> str:
+class Record:
+    """What was recorded of stacks, kept true: C and R follow the base, which may be loaded anew."""
+
+    def __init__(self, plan: list[dict[str, Any]] | None, stacks: Sequence[AdapterStack]) -> None:
+        self._plan, self._stacks = plan, stacks
+        self._factors = [stack.factors for stack in stacks]
+
+    @property
+    def plan(self) -> list[dict[str, Any]] | None:
+        """As `record` gives it."""
+        if self._plan is None or torch.compiler.is_compiling():
+            return self._plan
+        now = [stack.factors for stack in self._stacks]
+        if any(a is not b for a, b in zip(now, self._factors, strict=True)):
+            self._factors = now
+            entries = [
+                {**entry, "sha256": _fingerprint(stack)}
+                for entry, stack in zip(self._plan, self._stacks, strict=True)
+            ]
+            made_by = getattr(self._plan, "made_by", None)
+            self._plan = entries if made_by is None else Recorded(entries, made_by)
+        return self._plan
+
+
+def _fingerprint(stack: AdapterStack) -> str:
     """SHA-256 of C and R in fp32: the same for a half-precision base and its fp32 copy."""
     return digest(factor.float() for factor in (stack.lateral, stack.horizontal))

@@ -3,86 +3,163 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from ..nn import TProductStack
-from .layer import TCURLinear
+from ..rows import rows_of, using_rows
 
 if TYPE_CHECKING:
+    from .hosted import AdapterStack
+    from .layer import TCURLinear
     from .model import TCURModel
 
 #: peft's name for rows without an adapter.
 BASE = "__base__"
 
 
+class Owner:
+    """Stands for a tuner with its layers: one has the rows of its own model, not of another.
+
+    Attributes:
+        stacks: adapter name -> its stacks.
+    """
+
+    def __init__(self) -> None:
+        self.stacks: dict[str, list[AdapterStack]] = {}
+
+    def loaded(self, model: nn.Module, incompatible_keys: Any) -> None:
+        """A checkpoint was loaded: C and R of the base that is there now.
+
+        At once, for graphs that were compiled before, which do not look at the base.
+        """
+        for stacks in self.stacks.values():
+            for stack in stacks:
+                stack.look()
+
+
+class NamedRows:
+    """Which adapter each row of a batch goes by.
+
+    Args:
+        names: of the rows.
+        inside_encoder: those where there are fewer rows, in the encoder of a search with beams.
+        encoder: ids of the layers that are there.
+        lead: the adapter whose stacks hold the cores of all rows, where they share C and R.
+        adapters: those whose cores these are, in the order of the cores.
+    """
+
+    def __init__(
+        self,
+        names: tuple[str, ...],
+        inside_encoder: tuple[str, ...],
+        encoder: frozenset[int],
+        lead: str | None,
+        adapters: Sequence[str],
+    ) -> None:
+        self.names, self.inside_encoder, self.encoder = names, inside_encoder, encoder
+        self.lead, self.adapters = lead, [*adapters, BASE]
+
+    def of(self, module: nn.Module) -> tuple[str, ...]:
+        """The names of the rows that a module meets."""
+        return self.inside_encoder if id(module) in self.encoder else self.names
+
+    def batch(
+        self, stack: AdapterStack, stacks: nn.ModuleDict, names: tuple[str, ...]
+    ) -> AbstractContextManager[None]:
+        """Gives a stack the cores of all adapters, and zeros for the base."""
+        cores: list[Tensor] = [stacks[name].core for name in self.adapters[:-1]]  # type: ignore[misc]
+        cores.append(torch.zeros_like(cores[0]))
+        ids = torch.tensor([self.adapters.index(name) for name in names], device=cores[0].device)
+        return stack.batch(torch.stack(cores).to(stack.factors.dtype), ids)
+
+    def cores_of(self, stack: AdapterStack, layer: TCURLinear) -> AbstractContextManager[None]:
+        """That context for a call of one layer, where its rows are not those of all layers."""
+        if not self.encoder:
+            return nullcontext()
+        return self.batch(stack, layer.tcur_stacks, self.of(layer))
+
+
 @contextmanager
-def rows_by_adapter(tuner: TCURModel, names: Sequence[str]) -> Iterator[None]:
+def rows_by_adapter(tuner: TCURModel, names: Sequence[str], beams: int = 1) -> Iterator[None]:
     """Context in which row b of a batch goes by the adapter ``names[b]``.
 
     Adapters that share C and R go together, each row with its own core between two shared matrix
-    products; others one after another, each with its rows.
+    products; others one after another, each with its rows. What runs in other threads meanwhile
+    is none of this batch.
+
+    Args:
+        beams: how often each row stands after another, past the encoder if there is one.
 
     Raises:
         ValueError: an unknown adapter, a model in training mode, or a merged one.
     """
     adapters = [name for name in dict.fromkeys(names) if name != BASE]
-    for name in adapters:
-        if name not in tuner.peft_config:
-            known = ", ".join([BASE, *tuner.peft_config])
-            raise ValueError(f"adapter_names: expected some of {known}, got {name!r}")
+    unknown = sorted({name for name in adapters if name not in tuner.peft_config})
+    if unknown:
+        known = ", ".join([BASE, *tuner.peft_config])
+        raise ValueError(
+            f"adapter_names: expected some of {known}. Trying to infer with non-existing "
+            f"adapter(s): {', '.join(unknown)}"
+        )
     if tuner.training:
-        raise ValueError("adapter_names: expected a model in evaluation mode, got one in training")
-    layers = [module for module in tuner.model.modules() if isinstance(module, TCURLinear)]
+        raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+    layers = [
+        module for module in tuner.model.modules() if module.__class__ is tuner.tuner_layer_cls
+    ]
     if any(layer.merged for layer in layers):
-        raise ValueError("adapter_names: expected an unmerged model, got one that is merged")
+        raise ValueError(
+            "Cannot pass `adapter_names` when there are merged adapters, please call "
+            "`unmerge_adapter` first."
+        )
+    lead = adapters[0] if adapters and _share_factors(tuner, adapters) else None
+    each = tuple(name for name in names for _ in range(beams))
+    encoder = _encoder_of(tuner.model) if beams > 1 else frozenset()
+    rows = NamedRows(each, tuple(names), encoder, lead, adapters)
     with ExitStack() as context:
-        rows: str | tuple[str, ...] = tuple(names)
-        if adapters and _share_factors(tuner, adapters):
-            rows = adapters[0]
-            _enter_stacks(context, tuner, adapters, names)
-        for layer in layers:
-            layer.tcur_rows = rows
-            context.callback(setattr, layer, "tcur_rows", None)
+        context.enter_context(using_rows(tuner.owner, rows))
+        if lead is not None and not encoder:
+            for entry in tuner.plans[lead].stacks:
+                stacks = tuner.stacks_named(entry.name)
+                context.enter_context(rows.batch(stacks[lead], stacks, each))  # type: ignore[arg-type]
         for module in tuner.model.modules():
             if isinstance(module, AuxiliaryTrainingWrapper):
-                hook = module.register_forward_pre_hook(_name_rows(module, names), with_kwargs=True)
-                context.callback(hook.remove)
+                hook = _name_rows(module, tuner.owner, rows)
+                handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+                context.callback(handle.remove)
         yield
 
 
+def _encoder_of(model: Any) -> frozenset[int]:
+    """Ids of the modules in the encoder of a model that has one apart from itself."""
+    encoder = model.get_encoder() if hasattr(model, "get_encoder") else None
+    if encoder is None or encoder is model:
+        return frozenset()
+    return frozenset(map(id, encoder.modules()))
+
+
 def _name_rows(
-    module: AuxiliaryTrainingWrapper, names: Sequence[str]
+    module: AuxiliaryTrainingWrapper, owner: Owner, rows: NamedRows
 ) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Any]:
     """A hook by which a module of `modules_to_save` learns which of its copies a row goes by."""
     known = module._get_available_adapters()
-    own = [name if name in known else BASE for name in names]
-    return lambda _, args, kwargs: (args, {**kwargs, "adapter_names": own})
+    own = [name if name in known else BASE for name in rows.of(module)]
+
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if rows_of(owner) is not rows:
+            return None  # another thread's batch
+        return args, {**kwargs, "adapter_names": own}
+
+    return hook
 
 
 def _share_factors(tuner: TCURModel, adapters: Sequence[str]) -> bool:
     first, *others = (tuner.peft_config[name] for name in adapters)
-    return all(
-        (other.plan, other.rank, other.alpha, other.precision)
-        == (first.plan, first.rank, first.alpha, first.precision)
+    plans = [tuner.peft_config.record_of(name) for name in adapters]
+    return all(plan == plans[0] for plan in plans) and all(
+        (other.rank, other.alpha, other.precision) == (first.rank, first.alpha, first.precision)
         for other in others
     )
-
-
-def _enter_stacks(
-    context: ExitStack, tuner: TCURModel, adapters: Sequence[str], names: Sequence[str]
-) -> None:
-    """Gives the stacks of the first adapter the cores of all of them, and zeros for the base."""
-    number = {name: index for index, name in enumerate([*adapters, BASE])}
-    for entry in tuner.plans[adapters[0]].stacks:
-        stacks = tuner.stacks_named(entry.name)
-        lead = stacks[adapters[0]]
-        assert isinstance(lead, TProductStack)
-        cores: list[Tensor] = [stacks[name].get_parameter("core") for name in adapters]
-        cores.append(torch.zeros_like(lead.core))
-        ids = torch.tensor([number[name] for name in names], device=lead.core.device)
-        context.enter_context(lead.batch(torch.stack(cores), ids))
