@@ -13,6 +13,7 @@ from torch.utils.weak import TensorWeakRef
 
 from . import streams
 from .base import version_of
+from .eager import project
 from .places import Place
 
 
@@ -272,6 +273,16 @@ class Projected:
         self._latest: tuple[Any, ...] | None = None
         #: z itself, where no graph keeps it.
         self.held: Tensor | None = None
+
+    def of(
+        self, source: Tensor, x: Tensor, horizontal_hat: Tensor, capture: int, hold: bool
+    ) -> Tensor:
+        """z of ``x``, made of ``source``; layers that share their input (q, k, v) share it."""
+        z = self.z_of(source, horizontal_hat, capture)
+        if z is None:
+            z = project(x, horizontal_hat)
+            self.put(source, z, horizontal_hat, capture, hold)
+        return z
 
     def put(self, x: Tensor, z: Tensor, horizontal_hat: Tensor, capture: int, hold: bool) -> None:
         """z of ``x`` by these packed factors; ``hold``: kept alive until the next one."""

@@ -16,7 +16,7 @@ from .base import Base, check_one_base, is_here
 from .cores import Cores
 from .decompose import MAX_WORKSPACE, Selection, Stack, as_stack, check_rank, select_slices
 from .distributed import ReentrantGuard, whole
-from .eager import Call, LatestSum, is_traced, project, run_layer, without_autocast
+from .eager import Call, LatestSum, is_traced, run_layer, without_autocast
 from .factors import CURFactors
 from .functional import check_cores, check_precision, cur_linear, materialize, prepare, slice_update
 from .kept import Effective, Kept, Projected
@@ -434,7 +434,9 @@ class TProductStack(Cores):
                 gradient_sum = self._gradient_sum.of(core, self.alpha, call, capture)
         if gradient == "z":
             with without_autocast():
-                z = self._project(source, x, call.horizontal_hat, capture, adapter_ids is not None)
+                # In training the graph keeps z for the next layer, in serving nobody would.
+                hold = adapter_ids is not None
+                z = self._projected.of(source, x, call.horizontal_hat, capture, hold)
         return run_layer(
             call,
             x,
@@ -516,17 +518,6 @@ class TProductStack(Cores):
                 "'materialized'"
             )
         return "factored"
-
-    def _project(
-        self, source: Tensor, x: Tensor, horizontal_hat: Tensor, capture: int, hold: bool
-    ) -> Tensor:
-        """z of ``x``; layers that share their input (q, k, v) share z too."""
-        z = self._projected.z_of(source, horizontal_hat, capture)
-        if z is None:
-            z = project(x, horizontal_hat)
-            # In training the graph keeps z for the next layer, in serving nobody would.
-            self._projected.put(source, z, horizontal_hat, capture, hold)
-        return z
 
     @contextmanager
     def batch(

@@ -55,7 +55,7 @@ MAY_IMPORT = {
     "flops": set(),
     "factors": {"reference", "streams"},
     "base": {"distributed", "factors", "places"},
-    "kept": {"base", "places", "streams"},
+    "kept": {"base", "eager", "places", "streams"},
     "reading": {"distributed", "eager", "factors", "functional", "places", "rows"},
     "rows": set(),
     "switching": {"eager"},

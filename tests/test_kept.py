@@ -17,6 +17,7 @@ import tcur_kernels as tcur
 import tcur_kernels.nn as tcur_nn
 from fake_cuda import FakeStreams
 from plain import product
+from tcur_kernels import kept as kept_module
 from tcur_kernels import streams
 from tolerance import assert_equal_in_float64
 
@@ -326,8 +327,8 @@ def test_a_capture_waits_for_nothing_outside(cuda):
 
 
 def test_z_is_shared_on_one_stream_and_in_one_capture(cuda, monkeypatch):
-    calls, project = [], tcur_nn.project
-    monkeypatch.setattr(tcur_nn, "project", lambda *args: calls.append(0) or project(*args))
+    calls, project = [], kept_module.project
+    monkeypatch.setattr(kept_module, "project", lambda *args: calls.append(0) or project(*args))
     stack, x = make_stack("factored", n2=40), torch.randn(5, 40, requires_grad=True)
     graphs = [run(stack, x)]
     assert len(calls) == 1

@@ -13,7 +13,7 @@ import oracle
 import tcur_kernels as tcur
 import tcur_kernels.nn as tcur_nn
 from plain import product
-from tcur_kernels import cost
+from tcur_kernels import cost, kept
 from tolerance import PROMISE, assert_composition_close, assert_equal_in_float64, relative_error
 
 MODES = pytest.mark.parametrize("mode", ["materialized", "factored"])
@@ -460,8 +460,8 @@ def test_layers_with_one_input_share_z(monkeypatch):
         calls.append(args)
         return project(*args)
 
-    project = tcur_nn.project
-    monkeypatch.setattr(tcur_nn, "project", counted)
+    project = kept.project
+    monkeypatch.setattr(kept, "project", counted)
     linears = make_linears(count=3, n1=9, n2=40, fused=False)
     stack = tcur.TProductStack(linears, rank=2)
     x = torch.randn(4, 40, requires_grad=True)
