@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
@@ -13,9 +13,6 @@ from .distributed import is_sharded
 from .kept import is_within_backward
 from .places import Place, held, is_conv1d
 from .reading import EffectiveWeight, read_weight
-
-if TYPE_CHECKING:
-    pass
 
 
 def effective(name: str) -> Any:
@@ -119,10 +116,14 @@ class Adapted(nn.Module):
                 place.stack.base.suspect(place)
         return super().train(mode)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """As of any module; the copies of merged weights move along."""
+    def _take_back(self) -> None:
+        """What was read and put back in the place of a parameter becomes one again; see `held`."""
         for place in self.tcur_places.values():
             held(self, place.parameter)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """As of any module; the copies of merged weights move along."""
+        self._take_back()
         super()._apply(fn, recurse)
         for place in self.tcur_places.values():
             if place.backup is not None:
@@ -130,8 +131,7 @@ class Adapted(nn.Module):
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        for place in self.tcur_places.values():
-            held(self, place.parameter)
+        self._take_back()
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for place in self.tcur_places.values():
             if place.backup is not None:  # a checkpoint holds the base and the core, merged or not
