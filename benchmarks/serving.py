@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import tcur_kernels as tcur
+from tcur_kernels.adapters.install import stacks_of
 
 from . import methods
 from .timing import Timing, interleave
@@ -83,10 +84,11 @@ def _check(
     """Compares some rows with those of the same model in float64 with that adapter alone."""
     assert isinstance(y, Tensor)
     exact = copy.deepcopy(adapter.model).double()
+    stacks = stacks_of(exact)
     for row in torch.linspace(0, len(x) - 1, SAMPLE).long().tolist():
         with torch.no_grad():
             for name, own in cores.items():
-                exact.get_parameter(f"tcur.{name}").copy_(own[ids[row]])
+                stacks[name].core.copy_(own[ids[row]])
             wanted = exact(x[row : row + 1].double())[0]
         error = float((y[row] - wanted).norm() / wanted.norm())
         print(f"row {row}, adapter {ids[row]}: relative error {error:.1e}")

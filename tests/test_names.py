@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 import tcur_kernels as tcur
 from tcur_kernels import cli
 from tcur_kernels.adapters.names import Origins
+from tolerance import same_mathematics
 
 transformers = pytest.importorskip("transformers")
 
@@ -112,6 +113,8 @@ def case(request, tmp_path):
     return getattr(transformers, kind), inputs(), trained
 
 
+# LLaVA takes the features of a layer before its last one.
+@pytest.mark.filterwarnings("ignore:.*never ran")
 def test_directories_that_transformers_wrote(case, tmp_path, capsys):
     kind, inputs, trained = case
     base = tmp_path / "base"
@@ -134,11 +137,11 @@ def test_directories_that_transformers_wrote(case, tmp_path, capsys):
         if trained == ():
             merged.get_parameter(name).data.copy_(model.get_parameter(name))
     y, z = output(model, inputs), output(merged, inputs)
-    assert not torch.allclose(start, y, rtol=1e-3)
-    torch.testing.assert_close(z, y, rtol=1e-4, atol=1e-5)
+    assert not same_mathematics(start, y)
+    assert same_mathematics(z, y)
     reference = adapter.merge(inplace=False).state_dict()
     for name, value in merged.state_dict().items():
-        torch.testing.assert_close(value, reference[name], rtol=1e-5, atol=1e-6)
+        assert same_mathematics(value, reference[name])
     names = {n for file in base.glob("*.safetensors") for n in load_file(file)}
     assert {n for f in (tmp_path / "out").glob("*.safetensors") for n in load_file(f)} == names
 

@@ -31,6 +31,9 @@ probability falls steeply.
 result of fp32 and not exact. Plain torch must be right to half of its digits, or it computes
 something else; and it must not call an operator of this package.
 
+**The same mathematics.** By the same token two ways of computing one thing agree in half of their
+digits (`same_mathematics`), or they compute two things.
+
 **float64.** `assert_equal_in_float64` compares two results of float64. `PROMISE` is the error that
 each precision promises to users. Decompositions, whose errors are those of their conditions, have
 limits of their own, in their tests.
@@ -89,6 +92,18 @@ def assert_composition_close(actual, plain, exact):
     for index, (tensor, wanted) in enumerate(zip(actual, exact, strict=True)):
         largest = max(relative_error(results[index], wanted) for results in runs)
         _check(tensor, _bound(largest, runs[0][index].dtype), wanted)
+
+
+def same_mathematics(actual, wanted):
+    """Whether two results of one dtype agree in half of their digits.
+
+    For tests of what is computed, with which weights and cores, and not of how exactly: if they do
+    not, they are not the same mathematics.
+    """
+    assert actual.dtype == wanted.dtype, f"expected {wanted.dtype}, got {actual.dtype}"
+    if actual.layout == torch.jagged:
+        actual, wanted = actual.values(), wanted.values()
+    return relative_error(actual, wanted) <= torch.finfo(actual.dtype).eps ** 0.5
 
 
 def assert_equal_in_float64(actual, wanted):
