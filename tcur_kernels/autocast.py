@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 def keys(*names: str) -> torch._C.DispatchKeySet:
@@ -30,3 +31,10 @@ def outside_autocast(device: torch.device) -> AbstractContextManager[Any]:
     if torch.amp.is_autocast_available(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
+
+
+def is_autocast(x: Tensor) -> bool:
+    """Whether autocast is on for the device of ``x``; the meta device has none."""
+    if not torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled():
+        return False  # nearly always, and quickly told
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)

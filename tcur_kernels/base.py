@@ -16,6 +16,10 @@ from .places import Place
 _Version = tuple[int, int]
 
 
+#: Of every weight, so many numbers are looked at in turn, in rows that lie so far apart.
+_SAMPLES, _STRIDE = 4, 7919
+
+
 def version_of(tensor: Tensor) -> _Version:
     """Changes when the tensor is written to in place or given other memory.
 
@@ -79,6 +83,7 @@ class Base:
         self.factors, self.is_own = factors, is_own
         self.generation = 0
         self._turn = 0
+        self._samples: list[tuple[Place, int, int, float]] = []
         #: What somebody did to W_eff, to be raised at the next look.
         self.misuse: str | None = None
         self._versions: dict[int, _Version] = {}
@@ -86,6 +91,7 @@ class Base:
         for place in places:
             if is_here(place):
                 self._versions[place.slice_index] = version_of(place.weight)
+        self._sample()
 
     def knows(self, place: Place, weight: Tensor) -> bool:
         """Whether the weight of a layer is the one that was looked at last.
@@ -96,7 +102,7 @@ class Base:
         first = place.slice_index
         if self._unsure or version_of(weight) != self._versions.get(first):
             return False
-        return first > 0 or (self._knows_all() and self._looks_the_same(weight))
+        return first > 0 or (self._knows_all() and self._looks_the_same())
 
     @property
     def is_unsure(self) -> bool:
@@ -168,30 +174,40 @@ class Base:
 
     def _knows_all(self) -> bool:
         versions = self._versions
-        return all(
-            version_of(place.weight) == versions.get(place.slice_index) or not is_here(place)
-            for place in self.places
-        )
+        for place in self.places:
+            if version_of(place.weight) != versions.get(place.slice_index) and is_here(place):
+                return False
+        return True
 
-    def _looks_the_same(self, weight: Tensor) -> bool:
+    def _looks_the_same(self) -> bool:
         """Whether one number of one weight is still that in C; another one in every pass.
 
         A write through ``.data`` leaves no trace. Weights that are all drawn anew that way are
         found out by any number. On the CPU, where nothing has to be waited for.
         """
-        if weight.device.type != "cpu" or not self.is_own:
+        if not self._samples:
             return True
         self._turn += 1
-        place = self.places[self._turn % len(self.places)]
-        if not is_here(place):
+        place, row, column, value = self._samples[self._turn % len(self._samples)]
+        weight = place.weight
+        if version_of(weight) != self._versions.get(place.slice_index):  # it is not here
             return True
-        n1, column = self.factors.n1, self._turn % self.factors.rank
-        row = self._turn % place.out_features
-        own = self.factors.lateral[place.slice_index + row // n1, row % n1, column]
-        if place.weight[row, self.columns[column]].item() == own.item():
+        if weight[row, column].item() == value:
             return True
         self.suspect()
         return False
+
+    def _sample(self) -> None:
+        """Notes for every weight some of its numbers that are in C."""
+        factors, self._samples = self.factors, []
+        if not self.is_own or factors.device.type != "cpu":
+            return
+        for turn in range(_SAMPLES):
+            for index, place in enumerate(self.places):
+                row = (turn * _STRIDE + index) % place.out_features
+                j = (turn + index) % factors.rank
+                own = factors.lateral[place.slice_index + row // factors.n1, row % factors.n1, j]
+                self._samples.append((place, row, self.columns[j], own.item()))
 
     def _are_of(self, places: Sequence[Place]) -> bool:
         """Whether these layers' rows of C and R are slices of their weights."""
@@ -237,3 +253,4 @@ class Base:
             lateral.append(slices[:, :, list(self.columns)].to(dtype))
             horizontal.append(slices[:, list(self.rows)].to(dtype))
         self.factors = CURFactors(torch.cat(lateral), torch.cat(horizontal))
+        self._sample()

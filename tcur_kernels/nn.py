@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import cost, streams
+from .autocast import is_autocast
 from .base import Base, check_one_base, is_here
 from .cores import Cores
 from .decompose import MAX_WORKSPACE, Selection, Stack, as_stack, check_rank, select_slices
@@ -354,8 +355,7 @@ class TProductStack(Cores):
             place.freeze()
             weight = place.weight
         dtype, precision = weight.dtype, self.precision
-        # The meta device has no autocast.
-        if not x.is_meta and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        if is_autocast(x) and x.dtype != torch.float64:
             # What autocast does to a linear layer; the operators themselves are out of its reach.
             dtype = torch.get_autocast_dtype(x.device.type)
             x = x.to(dtype)
@@ -490,6 +490,8 @@ class TProductStack(Cores):
         if self.mode == "factored":
             return None
         built = self._kept.find(dtype, core, place, capture)
+        if built is not None and self.mode == "materialized":
+            return built
         mode = cost.choose_mode(
             self.mode,
             tokens=tokens,

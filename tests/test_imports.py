@@ -99,6 +99,7 @@ MAY_IMPORT = {
     "triton.launch": set(),
     "distributed": set(),
     "nn": {
+        "autocast",
         "base",
         "cores",
         "cost",
