@@ -13,7 +13,7 @@ from hf_models import PEFT_SAYS
 from models import Tiny
 from plain import with_updates
 from tcur_kernels.peft import TCURConfig, TCURLinear
-from tolerance import assert_composition_close
+from tolerance import assert_composition_close, assert_equal_in_float64
 
 pytestmark = [pytest.mark.filterwarnings(text) for text in PEFT_SAYS]
 
@@ -152,3 +152,26 @@ def test_matrices_that_are_no_layers_are_named_as_left_out(base):
     plan = get_peft_model(base, TCURConfig(rank=2)).plans["default"]
     reasons = {item.module: item.reason for item in plan.left_out}
     assert "holds up [4, 8, 8] as a bare parameter" in reasons["experts"]
+
+
+def test_checkpoints_of_merged_models_do_not_count_twice():
+    base, x = Tiny().eval().double(), torch.randn(3, 7, 6, dtype=torch.float64)
+    model = drawn(base)
+    wanted = model(x)
+    model.merge_adapter()
+    saved = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for is_merged in (False, True):
+        twin = drawn(base)
+        load(twin, other(base))
+        if is_merged:
+            twin.merge_adapter()
+        twin.load_state_dict(saved)
+        assert_equal_in_float64(twin(x), wanted)
+        layer = twin.base_model.model.blocks[0].mlp[0]
+        assert layer.merged == is_merged
+        if is_merged:
+            twin.unmerge_adapter()
+        assert_equal_in_float64(twin(x), wanted)
+        assert torch.equal(layer.base_layer.weight, base.blocks[0].mlp[0].weight)
+    model.unmerge_adapter()
+    assert_equal_in_float64(model(x), wanted)

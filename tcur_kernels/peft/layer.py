@@ -55,6 +55,7 @@ class TCURLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         host(base_layer)
         self.base_layer = base_layer
         self.merged_adapters: list[str] = []
+        self.tcur_remerge: list[str] = []
         # Kept off module registration: the tuner owns the stacks, and a core that all layers of a
         # stack share has one name in the model.
         object.__setattr__(self, "tcur_stacks", nn.ModuleDict())
@@ -231,6 +232,29 @@ class TCURLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         """C and R are slices of the base weight, which is the copy while merged."""
         for place in self.tcur_places.values():
             place.backup = self.tcur_base.backup
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As of any module; merged or not, it holds the base, beside the cores."""
+        state = super().state_dict(*args, **kwargs)
+        backup = self.tcur_base.backup
+        if backup is not None:
+            prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
+            keep_vars = kwargs.get("keep_vars", len(args) > 2 and args[2])
+            state[f"{prefix}base_layer.weight"] = backup if keep_vars else backup.detach()
+        return state
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        """What is loaded is the base; `merge_again` follows when all of it was."""
+        if self.tcur_base.backup is not None:
+            self.tcur_remerge = list(self.merged_adapters)
+            self.unmerge()
+        super()._load_from_state_dict(*args)
+
+    def merge_again(self) -> None:
+        """Merges what was merged before a checkpoint was loaded."""
+        names, self.tcur_remerge = self.tcur_remerge, []
+        if names:
+            self.merge(adapter_names=names)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TCURLinear:
         """As of any module; the copy of a merged weight moves along."""

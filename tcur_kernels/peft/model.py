@@ -106,6 +106,7 @@ class TCURModel(BaseTuner):  # type: ignore[misc]
         self.owner = Owner()
         super().__init__(model, Configs(peft_config), *args, **kwargs)
         self.model.register_load_state_dict_post_hook(self.owner.loaded)
+        self.register_load_state_dict_post_hook(_merge_again)  # cores come after the model
 
     def _pre_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
         self.plans = {}
@@ -365,3 +366,10 @@ def _keep_layers_to_transform(config: TCURConfig) -> None:
         if dot and check_target_module_exists(probe, name):
             kept.add(name)
     config.target_modules = kept
+
+
+def _merge_again(tuner: TCURModel, incompatible_keys: Any) -> None:
+    """A checkpoint was loaded: layers that were merged are merged from what it brought."""
+    for layer in tuner.model.modules():
+        if isinstance(layer, TCURLinear):
+            layer.merge_again()
