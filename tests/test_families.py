@@ -21,12 +21,19 @@ FAMILIES = [*others.families(), *hugging.families()]
 QUIET = pytest.mark.filterwarnings("ignore", "error:::tcur_kernels", "ignore:.*never ran")
 
 
-def parameters(families):
+#: What the full sweep alone runs.
+RARE = [pytest.mark.families]
+
+#: Compiled in every run; the others with all families.
+COMPILED_OFTEN = ("TransformerEncoder", "MultiheadAttention, batch first", "weights read", "gpt2")
+
+
+def parameters(families, often=None):
     return [
         pytest.param(
             family,
             id=f"{family.library}-{family.name}",
-            marks=[] if family.often else [pytest.mark.families],
+            marks=[] if (family.often if often is None else family.name in often) else RARE,
         )
         for family in families
     ]
@@ -58,7 +65,7 @@ def test_family(family):
 
 @QUIET
 @pytest.mark.usefixtures("_offline")
-@pytest.mark.parametrize("family", parameters(f for f in FAMILIES if f.compiles))
+@pytest.mark.parametrize("family", parameters([f for f in FAMILIES if f.compiles], COMPILED_OFTEN))
 def test_compiled(family):
     need(family)
     check_family(family.build, family.inputs, ["compile"], smooth=family.smooth)
