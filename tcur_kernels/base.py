@@ -15,7 +15,6 @@ from .places import Place
 #: Of a tensor: its address, and how often it was written.
 _Version = tuple[int, int]
 
-
 #: Of every weight, so many numbers are looked at in turn, in rows that lie so far apart.
 _SAMPLES, _STRIDE = 4, 7919
 
@@ -61,12 +60,14 @@ class Base:
     alone. Where it differs, C and R are taken anew from the weights that are there.
 
     Args:
+        name: of the stack, for messages.
         places: the weights, in the order of their slices.
-        rows, columns: the indices I and J.
+        indices: I and J, the rows of R and the columns of C.
         factors: C and R.
         is_own: whether C and R are slices of these weights. Others are kept whatever the weights.
 
     Attributes:
+        rows, columns: I and J.
         generation: changes with C and R, and with the weights.
     """
 
@@ -147,11 +148,14 @@ class Base:
         if not doubtful:
             return
         self.generation += 1
-        if self.is_own:
-            if not self._are_of(doubtful):
+        try:
+            if not self.is_own:
+                self._follow(doubtful[0].weight)
+            elif not self._are_of(doubtful):
                 self._take()
-        else:
-            self._follow(doubtful[0].weight)
+        except BaseException:  # what was refused once is not known: it is refused again
+            self.suspect()
+            raise
 
     def certify(self) -> None:
         """Refuses C and R that are not those of the weights, for code that vouches for them.

@@ -265,7 +265,7 @@ class TProductStack(Cores):
         return slice_update(factors, core, place.slice_index, place.slices, self.alpha)
 
     def effective_value(self, place: Place) -> Tensor:
-        """The numbers of it: those that are kept where layers run by W_eff."""
+        """W_eff of one place as numbers: those that are kept, where layers run by W_eff."""
         weight = place.weight
         with self._lock, torch.no_grad():
             self._look()

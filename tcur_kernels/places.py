@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 #: The linear maps in front of an ``nn.MultiheadAttention``: three weights, or the three blocks of
 #: rows of ``in_proj_weight``, which have no names of their own.
@@ -19,11 +18,6 @@ def is_plain_linear(module: nn.Module) -> bool:
     # By exact type: subclasses (the output projection of nn.MultiheadAttention, quantised layers)
     # often do something else than their name says.
     return type(module) is nn.Linear
-
-
-def is_out_projection(module: nn.Module) -> bool:
-    """Whether the module is the output projection of an ``nn.MultiheadAttention``."""
-    return type(module) is NonDynamicallyQuantizableLinear
 
 
 def is_conv1d(module: nn.Module) -> bool:

@@ -209,8 +209,9 @@ def test_a_base_that_is_not_finite_is_refused(x):
     model(x)
     with torch.no_grad():
         model.out.base_weight.fill_(float("nan"))
-    with pytest.raises(ValueError, match="expected finite numbers"):
-        model(x)
+    for _ in range(2):  # refused once, it is not taken for known
+        with pytest.raises(ValueError, match="expected finite numbers"):
+            model(x)
 
 
 def test_c_and_r_of_a_file_are_kept_whatever_the_base(x, tmp_path):

@@ -65,8 +65,9 @@ def test_another_base_is_refused_where_it_cannot_be_seen_whole(x):
     adapted(model)
     state = {name: torch.randn_like(p) for name, p in Net().state_dict().items()}
     accelerate.cpu_offload(model, torch.device("cpu"), state_dict={**model.state_dict(), **state})
-    with torch.no_grad(), pytest.raises(RuntimeError, match="base: expected all weights of stack"):
-        model(x)
+    for _ in range(2):  # refused once, it is not taken for known
+        with torch.no_grad(), pytest.raises(RuntimeError, match="base: expected all weights of st"):
+            model(x)
 
 
 def test_adapted_after_hooks_were_put_on(x):
