@@ -132,6 +132,15 @@ class GradientSum:
         )
 
 
+class Pending:
+    """Of a graph that reads weights, and has no `GradientSum`: whether a backward has come."""
+
+    __slots__ = ("__weakref__", "is_done")
+
+    def __init__(self) -> None:
+        self.is_done = False
+
+
 class LatestSum:
     """The sum of a stack's latest graph, for the next layer. Graphs keep it alive, not this.
 
@@ -139,20 +148,30 @@ class LatestSum:
     gradients, which autograd runs on the stream that it was made on: a later capture has another.
     """
 
-    __slots__ = ("_former", "_latest")
+    __slots__ = ("_former", "_latest", "_reading")
 
     def __init__(self) -> None:
-        self._former: list[weakref.ref[GradientSum]] = []
+        self._former: list[weakref.ref[Any]] = []
         self.forget()
 
     def forget(self) -> None:
         """The next layer begins another one."""
         self._latest: weakref.ref[GradientSum] | None = None
+        self._reading: weakref.ref[Pending] | None = None
+
+    def reading(self) -> Pending:
+        """What a graph that reads a weight keeps."""
+        pending = None if self._reading is None else self._reading()
+        if pending is None:
+            pending = Pending()
+            self._reading = weakref.ref(pending)
+        pending.is_done = False
+        return pending
 
     def retire(self) -> None:
         """Another core takes the place of this one, whose graphs may be waiting for a backward."""
-        if self._latest is not None:
-            self._former = [*(each for each in self._former if each() is not None), self._latest]
+        every = (*self._former, self._latest, self._reading)
+        self._former = [each for each in every if each is not None and each() is not None]
         self.forget()
 
     def is_former_pending(self) -> bool:
@@ -161,7 +180,7 @@ class LatestSum:
 
     def is_pending(self) -> bool:
         """Whether any graph does."""
-        return self.is_former_pending() or _is_pending(self._latest)
+        return any(map(_is_pending, (*self._former, self._latest, self._reading)))
 
     def of(self, core: Tensor, scale: float, call: Call, capture: int) -> GradientSum:
         """The sum for ``core``, a leaf that requires grad, on the current stream."""
@@ -179,7 +198,7 @@ class LatestSum:
         return gradient_sum
 
 
-def _is_pending(ref: weakref.ref[GradientSum] | None) -> bool:
+def _is_pending(ref: weakref.ref[Any] | None) -> bool:
     gradient_sum = None if ref is None else ref()
     return gradient_sum is not None and not gradient_sum.is_done
 

@@ -17,7 +17,7 @@ from .base import Base, check_one_base, is_here
 from .cores import Cores
 from .decompose import MAX_WORKSPACE, Selection, Stack, as_stack, check_rank, select_slices
 from .distributed import ReentrantGuard, whole
-from .eager import Call, LatestSum, is_traced, run_layer, without_autocast
+from .eager import Call, LatestSum, Pending, is_traced, run_layer, without_autocast
 from .factors import CURFactors
 from .functional import check_cores, check_precision, cur_linear, materialize, prepare, slice_update
 from .kept import Effective, Kept, Projected
@@ -274,6 +274,16 @@ class TProductStack(Cores):
             built = self._effective_for(self.core, place, weight, weight.dtype, tokens, capture)
             return effective_weight(place) if built is None else built.view_of(place)
 
+    def reading(self) -> Pending:
+        """For a weight that is read for a graph: what that graph is to keep, and to mark."""
+        self._check_checkpoints(0)
+        return self._gradient_sum.reading()
+
+    def _check_checkpoints(self, batch: int) -> None:
+        """Refuses what activation checkpointing would do wrong without a word."""
+        self._guard.check()
+        self._forward_core.check((self.activations, batch), self._gradient_sum)
+
     def gradient_came(self) -> None:
         """The core may be written from now on. A first step has run all layers that ever run."""
         self._kept.doubt()
@@ -406,9 +416,7 @@ class TProductStack(Cores):
                 x, weight.to(dtype), bias, place, core, precision, adapter_ids
             )
         if core.requires_grad:
-            self._guard.check()
-            own = (self.activations, 0 if batch is None else id(batch.cores))
-            self._forward_core.check(own, self._gradient_sum)
+            self._check_checkpoints(0 if batch is None else id(batch.cores))
         tokens = x.numel() // max(1, self.n2)
         capture = self._kept.capture_of(core.device)
         built = None

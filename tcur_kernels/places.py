@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from typing import Any
 
 import torch
@@ -49,6 +48,11 @@ def held(module: nn.Module, name: str) -> Any:
     return tensor
 
 
+#: Marks parameters that were frozen. By an attribute: torch swaps no tensor that is weakly referred
+#: to, and a reference of the other kind would keep its memory.
+_FROZEN = "tcur_frozen"
+
+
 def _frozen(tensor: Tensor) -> Tensor:
     """Without the graph that FSDP1 gives to what lies in one flat parameter with trained ones."""
     return tensor if tensor.grad_fn is None else tensor.detach()
@@ -90,7 +94,6 @@ class Place:
         self.stack: Any = None
         self.backup: Tensor | None = None
         self.was_trained = False
-        self._known: weakref.ref[Tensor] | None = None
         self.name = ""
         self.ran = False
         self.out_features, self.in_features = self.weight.shape
@@ -125,17 +128,14 @@ class Place:
         gradients now was made to by the user, who is told elsewhere that it gets none.
         """
         tensor = held(self.module, self.parameter)
-        if tensor is not None and (self._known is None or self._known() is not tensor):
-            self._known = weakref.ref(tensor)
+        if tensor is not None and not hasattr(tensor, _FROZEN):
+            setattr(tensor, _FROZEN, True)
             if tensor.is_leaf and tensor.requires_grad:
                 tensor.requires_grad_(False)
 
     def remember(self) -> None:
         """From now on, the parameter that is there now is the one that the adapter froze."""
-        self._known = weakref.ref(held(self.module, self.parameter))
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_known": None}  # a copy has parameters of its own
+        setattr(held(self.module, self.parameter), _FROZEN, True)
 
     def keep(self) -> None:
         """Keeps a copy of the base weight, in whose place W_eff is to come."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from .distributed import is_sharded
-from .eager import is_traced
+from .eager import Pending, is_traced
 from .functional import prepare
 from .places import Place
 from .rows import rows_of
@@ -39,7 +39,8 @@ def read_weight(stored: Tensor, places: Sequence[Place]) -> Tensor:
     read: Tensor
     cores = [place.stack.core for place in active]
     if torch.is_grad_enabled() and any(core.requires_grad for core in cores):
-        read = _Read.apply(stored, active, *cores)
+        pending = [place.stack.reading() for place in active]
+        read = _Read.apply(stored, active, pending, *cores)
         return read
     read = EffectiveWeight.of(stored, active)
     return read.requires_grad_(any(place.was_trained for place in active))
@@ -144,6 +145,20 @@ class EffectiveWeight(torch.Tensor):
             for place in self._places:
                 place.stack.was_misused(place)
 
+    @property
+    def data(self) -> Tensor:
+        """The same without a graph; what is set is set in the base weight."""
+        return self._moved(self.tcur_stored)
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        if isinstance(value, EffectiveWeight) and value.is_of(self.tcur_stored):
+            return  # weight.data = weight.data
+        self.tcur_stored.data = value.numbers if isinstance(value, EffectiveWeight) else value
+        self._value = None
+        for place in self._places:
+            place.stack.base.suspect(place)
+
     def numpy(self, *, force: bool = False) -> Any:
         """As of any tensor."""
         return self._alone().numpy(force=force)
@@ -174,10 +189,15 @@ class _Read(torch.autograd.Function):
     """Connects W_eff to the cores; its numbers are computed when they are asked for."""
 
     @staticmethod
-    def forward(ctx: Any, stored: Tensor, places: Sequence[Place], *cores: Tensor) -> Tensor:
-        ctx.places = places
+    def forward(
+        ctx: Any,
+        stored: Tensor,
+        places: Sequence[Place],
+        pending: Sequence[Pending],
+        *cores: Tensor,
+    ) -> Tensor:
+        ctx.places, ctx.pending = places, pending
         ctx.needs = [core.requires_grad for core in cores]
-        ctx.offset = 0
         return EffectiveWeight.of(stored, places)
 
     @staticmethod
@@ -186,7 +206,9 @@ class _Read(torch.autograd.Function):
             _core_grad(_part(grad, place), place) if needed else None
             for place, needed in zip(ctx.places, ctx.needs, strict=True)
         ]
-        return None, None, *grads
+        for each in ctx.pending:
+            each.is_done = True
+        return None, None, None, *grads
 
 
 class UnreadableWeight(torch.Tensor):

@@ -153,6 +153,24 @@ def test_copies_are_models_of_their_own(clone, x):
     assert same_mathematics(twin(x.double()).float(), y)
 
 
+def test_parameters_may_be_swapped_or_made_anew_by_a_cast(x):
+    """Two ways that torch has for `_apply`, beside writing to what is there."""
+    future = torch.__future__
+    for switch in (
+        future.set_overwrite_module_params_on_conversion,
+        future.set_swap_module_params_on_conversion,
+    ):
+        model, adapter = adapted()
+        y = model(x).detach()
+        switch(True)
+        try:
+            model.double()
+        finally:
+            switch(False)
+        assert same_mathematics(model(x.double()).float(), y)
+        assert adapter.stacks["12x12"].core.dtype == torch.float64
+
+
 def test_cores_keep_their_precision_through_casts(x):
     model, adapter = adapted()
     core = adapter.stacks["12x12"].core
@@ -228,6 +246,15 @@ class Reads(nn.Module):
     def forward(self, x):
         for index, part in enumerate(self.parts):
             x = part(x) if index % 2 else F.linear(x, part.weight, part.bias)
+        return x
+
+
+class ReadsAll(Reads):
+    """Calls none of its layers."""
+
+    def forward(self, x):
+        for part in self.parts:
+            x = F.linear(x, part.weight, part.bias)
         return x
 
 
@@ -320,6 +347,10 @@ def test_writes_go_to_the_base_and_lost_ones_are_refused(x):
     model, adapter = adapted(mode="materialized")
     nn.init.eye_(model[0].weight)
     assert torch.equal(model[0].base_weight, torch.eye(WIDTH))
+    model[3].weight.data = 3.0 * torch.eye(WIDTH)
+    assert torch.equal(model[3].base_weight, 3.0 * torch.eye(WIDTH))
+    model[3].weight.data = model[3].weight.data  # as code does that goes over all weights
+    assert torch.equal(model[3].base_weight, 3.0 * torch.eye(WIDTH))
     model[1].weight.data.fill_(0.25)
     assert (model[1].base_weight == 0.25).all()
     with torch.no_grad():
@@ -483,8 +514,9 @@ def test_a_late_gradient_comes_once_however_often_adapters_were_exchanged(x):
     assert torch.equal(core.grad, wanted)
 
 
-def test_checkpoints_are_not_computed_again_with_another_adapter(x):
-    model, adapter = adapted()
+@pytest.mark.parametrize("reads", [False, True])
+def test_checkpoints_are_not_computed_again_with_another_adapter(reads, x):
+    model, adapter = adapted(ReadsAll() if reads else None)
     adapter.add("b")
     x.requires_grad_()
     y = checkpoint(model, x, use_reentrant=False)
@@ -501,6 +533,8 @@ def test_checkpoints_are_not_computed_again_with_another_adapter(x):
     with pytest.raises(RuntimeError, match="core: expected the adapter of the forward"):
         (one * checkpoint(model, x, use_reentrant=False)).sum().backward()
     del one
+    if reads:
+        return  # weights are not read in a batch of many
     cores = adapter.stack_cores(["default", "b"])
     with adapter.batch(cores, torch.tensor([0, 1, 0, 1, 1])):
         y = checkpoint(model, x, use_reentrant=False)

@@ -175,6 +175,9 @@ class _Moving:
 
     def __enter__(self) -> None:
         self.before = [stack.storages() for stack in self.stacks]
+        if torch.__future__.get_swap_module_params_on_conversion():
+            for stack in self.stacks:  # torch swaps no parameter that is weakly referred to
+                stack.moved()
 
     def __exit__(self, *error: object) -> None:
         for stack, before in zip(self.stacks, self.before, strict=True):
