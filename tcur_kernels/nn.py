@@ -391,16 +391,14 @@ class TProductStack(Cores):
             if batch is not None:
                 raise ValueError("x: expected rows of equal length in a batch, got a nested tensor")
             return F.linear(x, effective_weight(place).to(dtype), bias)
+        how = (place, core, precision, adapter_ids)
         if wide == torch.float64 != dtype == x.dtype:  # a single layer was cast
             wider = None if bias is None else bias.double()
-            args = (x.double(), weight.double(), wider, place, core, precision, adapter_ids)
-            return self._by_operators(*args).to(dtype)
+            return self._by_operators(x.double(), weight.double(), wider, *how).to(dtype)
         if traced:
             check_one_base(weight)
             # There is no W_eff on this way: a traced graph cannot see the kept buffer.
-            return self._by_operators(
-                x, weight.to(dtype), bias, place, core, precision, adapter_ids
-            )
+            return self._by_operators(x, weight.to(dtype), bias, *how)
         place.ran = True
         fits = (
             x.dtype == dtype
@@ -412,9 +410,7 @@ class TProductStack(Cores):
             and (bias is None or not bias.requires_grad)
         )
         if not fits:  # the operators say why
-            return self._by_operators(
-                x, weight.to(dtype), bias, place, core, precision, adapter_ids
-            )
+            return self._by_operators(x, weight.to(dtype), bias, *how)
         if core.requires_grad:
             self._check_checkpoints(0 if batch is None else id(batch.cores))
         tokens = x.numel() // max(1, self.n2)
