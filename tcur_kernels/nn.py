@@ -238,12 +238,8 @@ class TProductStack(Cores):
         """Whether the layers' weights hold W_eff now."""
         return self.places[0].backup is not None
 
-    def base_slices(self) -> list[Tensor]:
-        """The n3 base slices ``[n1, n2]``, views of the layers' weights (or of their backup)."""
-        return list(self.each_base_slice())
-
     def each_base_slice(self) -> Iterator[Tensor]:
-        """Those slices one after the other; sharded weights are gathered one at a time."""
+        """The n3 base slices ``[n1, n2]``; sharded weights are gathered one at a time."""
         for place in self.places:
             yield from whole(place.weight.detach()).split(self.n1)
 

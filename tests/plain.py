@@ -29,7 +29,7 @@ class Plain:
         self._stacks, self.cores = [], {}
         for entry in adapter.plan.stacks:
             stack = adapter.stacks[entry.name]
-            slices = torch.stack(stack.base_slices()).detach().to(wide)
+            slices = torch.stack(list(stack.each_base_slice())).detach().to(wide)
             core = stack.core.detach().to(wide, copy=True).requires_grad_()
             self.cores[entry.name] = core
             self._stacks.append((entry, stack, slices, core))
