@@ -189,7 +189,9 @@ class Counted(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "model", [lambda: nn.Sequential(*layers()), Counted], ids=["Sequential", "Loop", "len"]
+    "model",
+    [lambda: nn.Sequential(*layers()), Loop, Counted],
+    ids=["Sequential", "Loop", "len"],
 )
 def test_containers_hold_cores_themselves(model, x):
     model, adapter = adapted(model())
