@@ -89,6 +89,15 @@ def test_every_type_of_transformers_is_checked_or_named():
     assert all(re.compile(pattern) for pattern in hugging.REFUSED.values())
 
 
+def test_the_reasons_name_no_path():
+    """What a library says of its files would be true on one machine alone."""
+    for kind, (_, reason) in hugging.rows().items():
+        assert not hugging.PATH.search(reason), f"{kind}: expected no path, got {reason}"
+    for path in ("/home/someone/lib/a.py", "C:\\lib\\a.py", "~/lib/a.py/"):
+        error = ValueError(f"first\nno model in '{path}'")
+        assert hugging.in_short(error).endswith("no model in 'a file'"), hugging.in_short(error)
+
+
 # -- the check itself: it finds what is broken on purpose
 
 

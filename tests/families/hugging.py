@@ -3,6 +3,7 @@
 import csv
 import importlib
 import inspect
+import re
 from pathlib import Path
 
 import torch
@@ -29,8 +30,12 @@ def model_class(kind):
 
     cls = config_class(kind)
     if cls in MODEL_MAPPING:
-        found = MODEL_MAPPING[cls]
-        return found[0] if isinstance(found, tuple) else found
+        try:
+            found = MODEL_MAPPING[cls]
+        except ValueError:  # a name that transformers does not export
+            found = ()
+        if found:
+            return found[0] if isinstance(found, tuple) else found
     module = importlib.import_module(cls.__module__.replace(".configuration_", ".modeling_"))
     models = [
         c
@@ -175,6 +180,17 @@ WAYS = {
 }  # fmt: skip
 
 
+#: Files, which lie elsewhere on every machine.
+PATH = re.compile(r"(?:[A-Za-z]:|~)?(?:[/\\][\w.+~-]+){2,}[/\\]?")
+
+
+def in_short(error):
+    """What is said of an error in the table: one line of 160 characters at most, without a path."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    line = PATH.sub("a file", lines[-1] if lines else "")
+    return f"{type(error).__name__}: {line}"[:160]
+
+
 #: The way of types in `CALLS`.
 OWN = "inputs of its own"
 
@@ -191,7 +207,7 @@ def find_way(kind, model):
             with torch.no_grad():
                 tensors = tensors_of(model(**inputs))
         except Exception as error:
-            said[name] = f"{type(error).__name__}: {error}"
+            said[name] = in_short(error)
             continue
         if any(t.is_floating_point() and t.numel() for t in tensors):
             return name, said

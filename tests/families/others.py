@@ -288,6 +288,10 @@ def diffusers_families():
             **more,
         }
 
+    def latents(**more):
+        timestep = torch.tensor([3, 9])
+        return {"hidden_states": torch.randn(2, 4, 8, 8), "timestep": timestep, **more}
+
     return [
         make(
             "UNet2DModel",
@@ -316,10 +320,7 @@ def diffusers_families():
                 "DiTTransformer2DModel", sample_size=8, patch_size=2, num_embeds_ada_norm=10,
                 norm_num_groups=4, **dit,
             ),
-            inputs=lambda: {
-                "hidden_states": torch.randn(2, 4, 8, 8), "timestep": torch.tensor([3, 9]),
-                "class_labels": torch.tensor([1, 2]),
-            },
+            inputs=lambda: latents(class_labels=torch.tensor([1, 2])),
         ),
         make(
             "Transformer2DModel",
@@ -337,11 +338,10 @@ def diffusers_families():
                 "PixArtTransformer2DModel", sample_size=8, patch_size=2, cross_attention_dim=16,
                 caption_channels=12, **dit,
             ),
-            inputs=lambda: {
-                "hidden_states": torch.randn(2, 4, 8, 8), "timestep": torch.tensor([3, 9]),
-                "encoder_hidden_states": torch.randn(2, 5, 12),
-                "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
-            },
+            inputs=lambda: latents(
+                encoder_hidden_states=torch.randn(2, 5, 12),
+                added_cond_kwargs={"resolution": None, "aspect_ratio": None},
+            ),
         ),
         make(
             "SD3Transformer2DModel",
@@ -350,11 +350,9 @@ def diffusers_families():
                 caption_projection_dim=16, pooled_projection_dim=10, out_channels=4,
                 pos_embed_max_size=8, **dit,
             ),
-            inputs=lambda: {
-                "hidden_states": torch.randn(2, 4, 8, 8), "timestep": torch.tensor([3, 9]),
-                "encoder_hidden_states": torch.randn(2, 5, 12),
-                "pooled_projections": torch.randn(2, 10),
-            },
+            inputs=lambda: latents(
+                encoder_hidden_states=torch.randn(2, 5, 12), pooled_projections=torch.randn(2, 10)
+            ),
         ),
         make(
             "FluxTransformer2DModel",

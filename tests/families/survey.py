@@ -14,7 +14,7 @@ import warnings
 import torch
 from torch import nn
 
-from . import hugging
+from . import hugging, others
 
 #: For one type; a tiny model takes a part of a second.
 SECONDS = 10
@@ -32,25 +32,20 @@ def tried(kind):
     except LookupError as error:
         return "", str(error)
     except Exception as error:
-        return "", said(error)
+        return "", hugging.in_short(error)
     try:
         model = hugging.builder(kind)(0)
     except Exception as error:
-        return "", f"not built: {said(error)}"
+        return "", f"not built: {hugging.in_short(error)}"
     if not has_linear(model):
         return "", "no linear layer"
     try:
         way, others = hugging.find_way(kind, model)
     except Exception as error:
-        return "", f"no inputs: {said(error)}"
+        return "", f"no inputs: {hugging.in_short(error)}"
     if way:
         return way, ""
     return "", "not called: " + (next(iter(others.values())) if others else "inputs of its own")
-
-
-def said(error):
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[-1] if lines else ''}"[:160]
 
 
 class TooLongError(BaseException):
@@ -77,6 +72,7 @@ def main(kinds):
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     warnings.simplefilter("ignore")
+    others.operators_of_torchvision()
     torch.use_deterministic_algorithms(True)  # as in the tests: memory that is not set is NaN
     known = hugging.rows() if hugging.TABLE.exists() and kinds else {}
     for kind in kinds or list(CONFIG_MAPPING.keys()):
