@@ -74,6 +74,10 @@ class Cores(nn.Module):
         object.__setattr__(self, "_holder", holder)
         self._key = key
 
+    def is_free(self, name: str) -> bool:
+        """Whether another core may have that name: no core, and nothing else that is held, does."""
+        return not hasattr(self._holder, self._key_of(name))
+
     def add_core(self, name: str) -> None:
         """Another core, of zeros, beside the active one; frozen until it is active itself."""
         core = nn.Parameter(torch.zeros_like(self.core), requires_grad=False)
@@ -102,7 +106,8 @@ class Cores(nn.Module):
 
     def storages(self) -> list[int]:
         """Which memory the cores are in."""
-        own = (p for key, p in self._holder._parameters.items() if key.startswith(self._key))
+        held = self._holder._parameters.items()
+        own = [p for key, p in held if key == self._key or key.startswith(self._key_of(""))]
         return [each.untyped_storage()._cdata for each in own if each is not None]
 
     def moved(self) -> None:

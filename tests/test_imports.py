@@ -121,8 +121,8 @@ MAY_IMPORT = {
     "linear": {"distributed", "kept", "nn", "places", "reading"},  # the stack for its type alone
     "layers": {"linear", "places", "rows"},
     "adapters.weights": {"distributed", "layers", "linear", "places"},
-    "adapters.targets": {"adapters.weights", "places"},
-    "adapters.plan": {"adapters.targets", "adapters.weights", "decompose"},
+    "adapters.targets": {"adapters.holding", "adapters.weights", "places"},
+    "adapters.plan": {"adapters.holding", "adapters.targets", "adapters.weights", "decompose"},
     "adapters.fingerprint": {
         "adapters.holding",
         "adapters.plan",

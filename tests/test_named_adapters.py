@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 import tcur_kernels as tcur
 from models import Tiny
@@ -219,6 +220,7 @@ def test_merging_means_the_active_one(x):
     ("call", "message"),
     [
         (lambda a: a.add("b"), "name: expected a name that is free, got 'b'"),
+        (lambda a: a.add("indices"), "name: expected a name that is free, got 'indices'"),
         (lambda a: a.add("a b"), "name: expected an identifier, got 'a b'"),
         (lambda a: a.add(None), "name: expected an identifier, got None"),
         (lambda a: a.activate("c"), "name: expected one of default, b, got 'c'"),
@@ -350,3 +352,18 @@ adapter.save({str(path)!r})
     model = base_model()
     tcur.load_adapter(model, path)
     assert torch.equal(model(x), alone(1).model(x))
+
+
+def test_stacks_and_cores_that_would_have_one_name_are_refused():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    message = r"not begin with another and two underscores, got 'a__b' beside 'a'"
+    with pytest.raises(ValueError, match=message):
+        tcur.adapt(model, rank=2, targets={"a": "0", "a__b": "1"})
+    assert all(type(each) is nn.Linear for each in model)
+
+
+def test_a_stack_counts_its_own_cores_alone():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    adapter = tcur.adapt(model, rank=2, targets={"a": "0", "ab": "1"})
+    adapter.add("second")
+    assert [len(stack.storages()) for stack in adapter.stacks.values()] == [2, 2]

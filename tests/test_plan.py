@@ -122,6 +122,8 @@ class OddAttention(nn.MultiheadAttention):
         ({"a": "nothing"}, ValueError, r"targets\['a'\]: expected a module that matches"),
         ({"a.b": "head"}, ValueError, "targets: expected identifiers as stack names"),
         ({"keys": "head"}, ValueError, "targets: expected a stack name that is free"),
+        ({"training": "head"}, ValueError, "targets: expected a stack name that is free"),
+        ({"caretaker": "head"}, ValueError, "targets: expected a stack name that is free"),
         (
             {"a": "mlp.0", "b": "blocks.1.mlp.0"},
             ValueError,

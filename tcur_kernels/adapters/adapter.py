@@ -96,7 +96,7 @@ class Adapter:
         """Adds an adapter: cores of zeros, and what ``train_also`` names as it is now.
 
         Raises:
-            ValueError: the name exists, or is no identifier.
+            ValueError: the name exists, is no identifier, or is one of what stacks hold: "indices".
         """
         self._check_new("name", name)
         for stack in self.stacks.values():
@@ -396,7 +396,7 @@ class Adapter:
     def _check_new(self, argument: str, name: Any) -> None:
         if not isinstance(name, str) or not name.isidentifier():
             raise ValueError(f"{argument}: expected an identifier, got {name!r}")
-        if name in self._order:
+        if name in self._order or not all(stack.is_free(name) for stack in self.stacks.values()):
             raise ValueError(f"{argument}: expected a name that is free, got {name!r}")
 
     def _check_known(self, argument: str, name: Any) -> None:

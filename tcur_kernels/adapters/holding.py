@@ -39,6 +39,11 @@ def is_container(model: nn.Module) -> bool:
     return code is not None and not _LOOPS.isdisjoint(code.co_names)
 
 
+def is_reserved(stack: str) -> bool:
+    """Whether a stack cannot go by that name: what holds stacks and cores has it for itself."""
+    return hasattr(nn.ModuleDict(), stack) or hasattr(HeldCores(Caretaker(nn.Module(), {})), stack)
+
+
 class HeldCores(nn.Module):
     """The child that holds the cores. Called with a name it returns the parameter.
 
@@ -82,8 +87,15 @@ class Caretaker:
         """Refuses a model that has attributes of the names that are needed.
 
         Raises:
-            ValueError: naming it.
+            ValueError: naming it; or stacks of names that become one with what they hold.
         """
+        for stack in self.stacks:
+            for other in self.stacks:
+                if stack.startswith(f"{other}__"):
+                    raise ValueError(
+                        f"targets: expected a stack name that does not begin with another and two "
+                        f"underscores, got {stack!r} beside {other!r}"
+                    )
         keys = [self.key_of(stack) for stack in self.stacks] if self.is_direct else [CHILD]
         for key in keys:
             if hasattr(self.model, key):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..decompose import check_rank
+from .holding import is_reserved
 from .targets import Targets as Targets
 from .targets import choose
 from .weights import Weight, find_weights, reasons_to_leave_out
@@ -244,7 +245,7 @@ def groups_by_layer(weights: Mapping[str, Tensor]) -> list[_Group]:
     taken: set[str] = set()
     for name, weight in weights.items():
         key = name.replace(".", "_")
-        while key in taken or hasattr(nn.ModuleDict, key):
+        while key in taken or is_reserved(key):
             key += "_"
         taken.add(key)
         named.append((key, (weight.shape[0], weight.shape[1]), [Member(name, 1)]))

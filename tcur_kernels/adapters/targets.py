@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from ..places import PROJECTIONS
+from .holding import is_reserved
 from .weights import Weight
 
 #: None (all, grouped by shape), names or patterns, {stack name: names or patterns}, or a function
@@ -51,7 +52,7 @@ def choose(
 def _check_stack_name(stack: Any) -> None:
     if not isinstance(stack, str) or not stack.isidentifier():
         raise ValueError(f"targets: expected identifiers as stack names, got {stack!r}")
-    if hasattr(nn.ModuleDict, stack):
+    if is_reserved(stack):
         raise ValueError(f"targets: expected a stack name that is free, got {stack!r}")
 
 
