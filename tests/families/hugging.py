@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from .settings import CALLS, COMPILED, JUMPING, OFTEN, REFUSED, SETTINGS, Later
+from .calls import CALLS
+from .settings import COMPILED, JUMPING, OFTEN, REFUSED, SETTINGS, Later
 from .shrink import tiny
 from .subject import Family, tensors_of
 from .weights import randomise

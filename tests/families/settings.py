@@ -1,6 +1,4 @@
-"""What the names of settings do not tell about types of transformers, and inputs of their own."""
-
-import torch
+"""What the names of settings do not tell about types of transformers."""
 
 
 def _mrope(width=8, **more):
@@ -54,18 +52,17 @@ SETTINGS = {
     },
     "bridgetower_vision_model": {"hidden_size": 64},
     "codegen": {"rotary_dim": 4},
+    "colqwen2": {"vlm_config": {"text_config": QWEN}},
     "conditional_detr": DETR,
     "dab-detr": DETR,
     "deepseek_v2": {"num_experts_per_tok": 2, "first_k_dense_replace": 1, "topk_method": "greedy"},
     "deformable_detr": DETR,
     "detr": DETR,
-    "table-transformer": DETR,
     "donut-swin": SWIN,
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "esm": {"vocab_size": 40, "pad_token_id": 0, "mask_token_id": 4},
     "exaone4_5_vision": WINDOWS,
     "glm46v": {"text_config": GLM},
-    "glmga": {"text_config": GLM},
     "glm4v": {"text_config": GLM},
     "glm4v_moe": {"text_config": GLM},
     "glm4v_moe_text": GLM,
@@ -74,16 +71,14 @@ SETTINGS = {
     "glm_image_text": GLM,
     "glm_ocr": {"text_config": GLM},
     "glm_ocr_text": GLM,
-    "grounding-dino": {"num_queries": 3},
-    "mm-grounding-dino": {"num_queries": 3},
-    "oneformer": {"backbone_config": Later(lambda: _swin_backbone())},
+    "glmga": {"text_config": GLM},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2},
     "gptj": {"rotary_dim": 4},
     "granitemoehybrid": {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_expand": 2},
+    "grounding-dino": {"num_queries": 3},
     "hunyuan_v1_dense": HEAD,
     "hunyuan_v1_moe": HEAD,
     "informer": {**SERIES, "sampling_factor": 2},
-    "time_series_transformer": SERIES,
     "lfm2_moe": {"num_dense_layers": 1, "layer_types": ["conv", "full_attention"]},
     "lilt": {"hidden_size": 48, "num_attention_heads": 4},
     "mamba2": {"num_heads": 8, "head_dim": 8, "hidden_size": 32, "n_groups": 2, "state_size": 16},
@@ -95,9 +90,12 @@ SETTINGS = {
         "backbone_config": Later(lambda: _swin_backbone()), "fpn_feature_size": 32,
         "mask_feature_size": 32,
     },
+    "maskformer-swin": SWIN,
     "ministral": HEAD,
+    "mm-grounding-dino": {"num_queries": 3},
     "mobilevit": {"hidden_sizes": [16, 16, 32], "num_attention_heads": 2},
     "nemotron": {**HEAD, "num_key_value_heads": 2},
+    "oneformer": {"backbone_config": Later(lambda: _swin_backbone())},
     "paddleocr_vl_text": QWEN,
     "qwen2_5_omni_talker": QWEN,
     "qwen2_5_omni_text": QWEN,
@@ -108,7 +106,6 @@ SETTINGS = {
     "qwen2_5_vl_vision": WINDOWS,
     "qwen2_vl": {"text_config": QWEN},
     "qwen2_vl_text": QWEN,
-    "colqwen2": {"vlm_config": {"text_config": QWEN}},
     "reformer": {
         "axial_pos_embds": False, "attn_layers": ["local", "lsh"], "num_buckets": 4,
         "lsh_attn_chunk_length": 8, "local_attn_chunk_length": 8, "hidden_size": 32,
@@ -118,7 +115,8 @@ SETTINGS = {
     "swin": SWIN,
     "swin2sr": {"num_heads": [2, 4], "depths": [2, 2], "embed_dim": 16, "window_size": 4},
     "swinv2": SWIN,
-    "maskformer-swin": SWIN,
+    "table-transformer": DETR,
+    "time_series_transformer": SERIES,
     "vits": {"vocab_size": 50, "upsample_initial_channel": 32, "spectrogram_bins": 16},
     "wav2vec2-bert": {"feature_projection_input_dim": 16},
     "xlnet": {"d_head": 8},
@@ -135,114 +133,6 @@ def _swin_backbone():
         patch_size=2, out_features=["stage1", "stage2", "stage3", "stage4"],
     )  # fmt: skip
 
-
-def _series(s):
-    c = s.config
-    past = c.context_length + max(c.lags_sequence)
-
-    def value(length):
-        return s.randn(2, length)
-
-    features = c.num_time_features
-    return {
-        "past_values": value(past), "past_time_features": s.randn(2, past, features),
-        "past_observed_mask": torch.ones(2, past), "future_values": value(c.prediction_length),
-        "future_time_features": s.randn(2, c.prediction_length, features),
-    }  # fmt: skip
-
-
-def _decisions(s):
-    c = s.config
-    return {
-        "states": s.randn(2, 5, c.state_dim), "actions": s.randn(2, 5, c.act_dim),
-        "rewards": s.randn(2, 5, 1), "returns_to_go": s.randn(2, 5, 1),
-        "timesteps": torch.arange(5).expand(2, 5), "attention_mask": torch.ones(2, 5),
-    }  # fmt: skip
-
-
-def _flat_patches(s):
-    """SigLIP 2: two images of 4 x 4 patches."""
-    patch = s.setting("patch_size", default=8)
-    return {
-        "pixel_values": s.randn(2, 16, 3 * patch * patch),
-        "pixel_attention_mask": torch.ones(2, 16, dtype=torch.long),
-        "spatial_shapes": torch.tensor([[4, 4], [4, 4]]),
-    }
-
-
-def _both(s):
-    return {"input_ids": s.ids(), "pixel_values": s.image()}
-
-
-def _points(s):
-    return {"pixel_values": s.randn(2, 3, 32, 32), "input_points": s.randn(2, 1, 2, 2)}
-
-
-def _pages(s):
-    return {"input_ids": s.ids(), "bbox": s.boxes()}
-
-
-def _question(s):
-    return {**_both(s), "attention_mask": torch.ones(2, s.text, dtype=torch.long)}
-
-
-#: Inputs that only this type takes.
-CALLS = {
-    "autoformer": _series,
-    "informer": _series,
-    "time_series_transformer": _series,
-    "audio-spectrogram-transformer": lambda s: {"input_values": s.randn(2, 32, 16)},
-    "audioflamingo3_encoder": lambda s: {
-        "input_features": s.features(),
-        "input_features_mask": torch.ones(2, s.features().shape[2], dtype=torch.long),
-    },
-    "blip_2_qformer": lambda s: {
-        "query_embeds": s.randn(2, 6, 32),
-        "encoder_hidden_states": s.randn(2, 5, s.config.encoder_hidden_size),
-    },
-    "decision_transformer": _decisions,
-    "grounding-dino": _question,
-    "mm-grounding-dino": _question,
-    "idefics2_perceiver": lambda s: {
-        "context": s.randn(2, 5, 32), "attention_mask": torch.ones(2, 5, dtype=torch.long)
-    },
-    "lxmert": lambda s: {
-        "input_ids": s.ids(), "visual_feats": s.randn(2, 5, s.config.visual_feat_dim),
-        "visual_pos": s.randn(2, 5, 4),
-    },
-    "patchtst": lambda s: {
-        "past_values": s.randn(2, s.config.context_length, s.config.num_input_channels)
-    },
-    "patchtsmixer": lambda s: {
-        "past_values": s.randn(2, s.config.context_length, s.config.num_input_channels)
-    },
-    "perceiver": lambda s: {"inputs": s.randn(2, 9, s.config.d_model)},
-    "siglip2": lambda s: {"input_ids": s.ids(), **_flat_patches(s)},
-    "siglip2_vision_model": _flat_patches,
-    "speecht5": lambda s: {
-        "input_values": s.randn(2, 9, 32), "decoder_input_values": s.randn(2, 7, 32)
-    },
-    "timesfm": lambda s: {
-        "past_values": s.randn(2, 64), "past_values_padding": torch.zeros(2, 64),
-        "freq": torch.zeros(2, 1, dtype=torch.long),
-    },
-    "timesfm2_5": lambda s: {
-        "past_values": s.randn(2, 64), "past_values_padding": torch.zeros(2, 64)
-    },
-    "udop": lambda s: {"input_ids": s.ids(), "bbox": s.boxes() / 10, "decoder_input_ids": s.ids(7)},
-    "vits": lambda s: {"input_ids": s.ids()},
-    "xclip": lambda s: {"input_ids": s.ids(), "pixel_values": s.randn(2, 2, 3, 32, 32)},
-    "yolos": lambda s: {"pixel_values": s.randn(2, 3, 32, 32)},
-    "wav2vec2-bert": lambda s: {"input_features": s.randn(2, 12, 16)},
-    "sam": _points,
-    "sam_hq": _points,
-    "oneformer": lambda s: {"pixel_values": s.image(), "task_inputs": s.ids(s.config.task_seq_len)},
-    "pix2struct_vision_model": lambda s: {
-        "flattened_patches": torch.cat(
-            (torch.ones(2, 8, 2), s.randn(2, 8, s.config.patch_embed_hidden_size)), dim=-1
-        )
-    },
-}  # fmt: skip
 
 #: Models that sort, pick or round on their way: in half precision they jump.
 JUMPING = {"jamba", "rf_detr", "sam3_lite_text", "vits"}

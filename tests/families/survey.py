@@ -1,6 +1,6 @@
 """Finds out how each type of transformers is called, and writes ``hugging.csv``.
 
-    PYTHONPATH=tests python -m families.survey [TYPE ...]
+    PYTHONPATH=.venv/families:tests python -m families.survey [TYPE ...]
 
 Without types, all that the installed transformers has. Types that are new, or whose settings have
 changed, are tried; what cannot be built or called is written with the reason.
