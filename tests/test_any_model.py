@@ -433,14 +433,22 @@ def test_a_stack_per_layer_is_matrix_cur():
         return h
 
     assert_composition_close(model(x), lambda: by_definition(x), by_definition(x.double()))
-    nested = nn.ModuleDict({"a_b": nn.Linear(4, 12), "a": nn.ModuleDict({"b": nn.Linear(4, 4)})})
-    nested["a"].qkv = nn.Linear(4, 12)
-    plan = make_plan(nested, None, 2, stacks="layer")
-    assert members(plan) == {
+
+
+def test_names_of_a_stack_per_layer_are_of_their_own():
+    """Also where one begins with another: two underscores divide a stack from its cores."""
+    nested = nn.Module()
+    nested.a_b, nested.a, nested.keys = nn.Linear(4, 12), nn.Module(), nn.Linear(4, 4)
+    nested.a.b, nested.a.qkv, nested.a._b = nn.Linear(4, 4), nn.Linear(4, 12), nn.Linear(4, 4)
+    adapter = tcur.adapt(nested, rank=2, stacks="layer")
+    assert members(adapter.plan) == {
         "a_b": [("a_b", 1)],
-        "a_b_": [("a.b", 1)],
+        "a_b_2": [("a.b", 1)],
         "a_qkv": [("a.qkv", 1)],
+        "a_b_3": [("a._b", 1)],
+        "keys_2": [("keys", 1)],
     }
+    adapter.add("second")
 
 
 def test_what_is_left_out_is_counted_when_it_is_much():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -244,9 +245,12 @@ def groups_by_layer(weights: Mapping[str, Tensor]) -> list[_Group]:
     named: list[_Group] = []
     taken: set[str] = set()
     for name, weight in weights.items():
-        key = name.replace(".", "_")
+        # Two underscores stand between a stack and the name of a core.
+        own = key = re.sub(r"[._]+", "_", name)
+        number = 1
         while key in taken or is_reserved(key):
-            key += "_"
+            number += 1
+            key = f"{own}_{number}"
         taken.add(key)
         named.append((key, (weight.shape[0], weight.shape[1]), [Member(name, 1)]))
     return named
