@@ -36,23 +36,28 @@ def read_weight(stored: Tensor, places: Sequence[Place]) -> Tensor:
         return UnreadableWeight.of(stored)
     if _is_watched(stored):
         return _whole(stored, active, effective_weight)
-    read: Tensor
+    read: EffectiveWeight
     cores = [place.stack.core for place in active]
     if torch.is_grad_enabled() and any(core.requires_grad for core in cores):
         pending = [place.stack.reading() for place in active]
         read = _Read.apply(stored, active, pending, *cores)
-        return read
-    read = EffectiveWeight.of(stored, active)
-    return read.requires_grad_(any(place.was_trained for place in active))
+    else:
+        read = EffectiveWeight.of(stored, active)
+        Tensor.requires_grad_(read, any(place.was_trained for place in active))
+    read._is_parameter = True
+    return read
 
 
 class EffectiveWeight(torch.Tensor):
     """W_eff of one parameter, computed when an operator first asks for it.
 
-    A write in place goes to the base weight. So does one through ``.data`` or ``.detach()``.
+    A write in place goes to the base weight. So does one through ``.data`` or ``.detach()``, and
+    whether it is to be trained.
     """
 
     tcur_stored: Tensor
+    #: Whether this stands for the parameter, not for what was made of it.
+    _is_parameter: bool
     _source: EffectiveWeight | None
     _places: Sequence[Place]
     _value: Tensor | None
@@ -72,7 +77,7 @@ class EffectiveWeight(torch.Tensor):
             dtype=stored.dtype,
             device=stored.device,
         )
-        made.tcur_stored, made._places = stored, places
+        made.tcur_stored, made._places, made._is_parameter = stored, places, False
         made._source = made._value = None
         made._writes = 0
         return made
@@ -159,13 +164,28 @@ class EffectiveWeight(torch.Tensor):
         for place in self._places:
             place.stack.base.suspect(place)
 
+    def requires_grad_(self, requires_grad: bool = True) -> EffectiveWeight:
+        """As of a parameter: of the base weight, which a layer refuses to have trained."""
+        tensor = self.tcur_stored if self._is_parameter else self
+        Tensor.requires_grad_(tensor, requires_grad)
+        return self
+
+    @property
+    def requires_grad(self) -> bool:
+        """As of any tensor; what is set is set in the base weight."""
+        return Tensor.requires_grad.__get__(self)  # type: ignore[attr-defined]
+
+    @requires_grad.setter
+    def requires_grad(self, value: bool) -> None:
+        self.requires_grad_(value)
+
     def numpy(self, *, force: bool = False) -> Any:
         """As of any tensor."""
-        return self._alone().numpy(force=force)
+        return self.numbers.numpy(force=True) if force else self._alone().numpy()
 
     def tolist(self) -> Any:
         """As of any tensor."""
-        return self._alone().tolist()
+        return self.numbers.tolist()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         return self._alone().clone()

@@ -97,6 +97,28 @@ def test_a_weight_serves_as_an_array_and_in_copies():
     assert repr(weight) == repr(weight.clone())
     with pytest.raises(RuntimeError, match=r"weight: expected a tensor without a graph"):
         model[0].weight.numpy()
+    assert model[0].weight.tolist() == weight.tolist()  # of a parameter, too, without a word
+    assert (model[0].weight.numpy(force=True) == weight.numpy()).all()
+
+
+@pytest.mark.parametrize("context", [torch.enable_grad, torch.no_grad])
+def test_whether_a_weight_is_trained_is_asked_of_the_base(context, x):
+    model, _ = adapted()
+    layer = model[0]
+    with context():
+        assert layer.weight.requires_grad_(False) is not None
+        layer.weight.requires_grad = False
+        assert not layer.base_weight.requires_grad
+        own = nn.Parameter(layer.weight)
+        own.requires_grad_(False).requires_grad = True  # a parameter made of it is another
+        layer.weight.detach().requires_grad_(True)
+        assert not layer.base_weight.requires_grad
+        layer.weight.requires_grad = True
+        assert layer.base_weight.requires_grad
+        layer.weight.requires_grad_(False)
+        layer.weight.requires_grad_()
+    with pytest.raises(ValueError, match=r"weight: expected a frozen tensor, got requires_grad"):
+        model(x)
 
 
 def test_w_eff_of_an_earlier_core_is_not_overwritten(x):
