@@ -332,8 +332,9 @@ class Adapter:
         """Folds the update into the weights, one rounding; `unmerge` takes it back bit for bit.
 
         Args:
-            inplace: True writes into the model's own weights and keeps a copy of the base. False
-                returns a merged copy that needs this package no more: its layers are plain
+            inplace: True writes into the model's own weights and keeps a copy of the base, which
+                is what a state dict still holds, beside the cores. False returns a merged copy
+                that needs this package no more, to be saved as any model: its layers are plain
                 again, and this model stays as it is.
 
         Raises:
