@@ -119,15 +119,21 @@ class Cores(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Moves with the model, but keeps at least fp32 whatever dtype the model is cast to."""
         before = self.storages()
-        super()._apply(lambda tensor: keep_precision(fn, tensor), recurse)
+        super()._apply(lambda tensor: keep_numbers(fn, tensor), recurse)
         if self.storages() != before:
             self.moved()
         return self
 
 
-def keep_precision(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
-    """What a module's ``_apply`` makes of a tensor, in at least fp32."""
+def keep_numbers(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
+    """What a module's ``_apply`` makes of a tensor: the same numbers, in at least fp32.
+
+    ``Module.to_empty`` too, by which models come off the meta device, and which would leave
+    anything in place of a core. Only numbers that were lost before are zeros now.
+    """
     moved = fn(tensor)
+    if getattr(fn, "__qualname__", "").startswith("Module.to_empty."):
+        return moved.zero_() if tensor.is_meta else moved.copy_(tensor.detach())
     if not tensor.is_floating_point():
         return moved
     wide = torch.promote_types(moved.dtype, torch.float32)

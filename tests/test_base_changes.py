@@ -103,6 +103,39 @@ def test_c_and_r_follow_the_base(change, mode, x, tmp_path):
     assert torch.equal(fresh(x), model(x))
 
 
+def _in_a_row():
+    return nn.Sequential(*[nn.Linear(WIDTH, WIDTH) for _ in range(3)])
+
+
+@pytest.mark.parametrize("make", [Fused, _in_a_row])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cores_keep_their_numbers_where_a_model_is_emptied(make, dtype):
+    """Models come off the meta device by `to_empty`, where an adapter is there already."""
+    model = make().to(dtype)
+    adapter = tcur.adapt(model, rank=3)
+    for stack in adapter.stacks.values():
+        nn.init.normal_(stack.core)
+    state = copy.deepcopy(model.state_dict())
+    before = {name: core.detach().clone() for name, core in adapter.named_parameters()}
+    torch.use_deterministic_algorithms(True)  # what was never written is NaN
+    try:
+        model.to_empty(device="cpu")
+        after = dict(adapter.named_parameters())
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[name], after[name]) for name in before)
+        assert all(core.dtype == torch.float32 for core in after.values())
+        model.to("meta").to_empty(device="cpu")  # where numbers are lost
+        assert all(not core.any() for _, core in adapter.named_parameters())
+    finally:
+        torch.use_deterministic_algorithms(False)
+    model.load_state_dict(state)
+    fresh = make().to(dtype)
+    tcur.adapt(fresh, rank=3)
+    fresh.load_state_dict(state)
+    x = torch.randn(2, 5, WIDTH).to(dtype)
+    assert torch.equal(model(x), fresh(x))
+
+
 @pytest.mark.parametrize("assign", [False, True])
 @pytest.mark.parametrize("ran", [False, True])
 def test_a_state_dict_is_all_there_is_to_know(assign, ran, x):

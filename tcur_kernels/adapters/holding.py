@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..cores import keep_precision
+from ..cores import keep_numbers
 from ..factors import CURFactors
 from ..nn import TProductStack
 
@@ -62,7 +62,7 @@ class HeldCores(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Moves with the model, in at least fp32."""
         with self.caretaker.moving():
-            super()._apply(lambda tensor: keep_precision(fn, tensor), recurse)
+            super()._apply(lambda tensor: keep_numbers(fn, tensor), recurse)
         self.caretaker.write_indices(self)
         return self
 
@@ -151,7 +151,7 @@ class Caretaker:
         with self.moving():
             try:
                 type(model)._apply(model, fn, recurse)
-                apart._apply(lambda tensor: keep_precision(fn, tensor))
+                apart._apply(lambda tensor: keep_numbers(fn, tensor))
             finally:
                 for store in ("_parameters", "_buffers"):
                     model.__dict__[store].update(apart.__dict__[store])
