@@ -39,6 +39,20 @@ def test_layers_that_never_run_are_named(x, tmp_path):
         adapter.merge(inplace=False)
 
 
+@pytest.mark.parametrize("change", ["replaced", "dropped"])
+def test_a_layer_that_left_the_model_is_not_saved(change, x, tmp_path):
+    model, adapter = adapted(Half())
+    if change == "replaced":  # as resize_token_embeddings does with the last layer
+        model.used[1] = nn.Linear(WIDTH, WIDTH)
+    else:
+        model.used = model.used[:1]
+    with pytest.raises(ValueError, match=r"save: expected the layers .* without that of used\.1"):
+        adapter.save(tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+    merged = adapter.merge(inplace=False)
+    assert same_mathematics(merged(x), model(x))
+
+
 def test_two_adapters_in_one_backward_both_learn(x):
     model, adapter = adapted()
     adapter.add("b")

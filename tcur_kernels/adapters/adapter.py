@@ -209,8 +209,17 @@ class Adapter:
                 one base; with them `load_adapter` can put it on a base in another dtype.
 
         Raises:
-            ValueError: weights that are not loaded yet (on the meta device).
+            ValueError: weights that are not loaded yet (on the meta device); or a model that other
+                layers were put into, which the cores have no part in.
         """
+        here = {id(module) for module in self.model.modules()}
+        for stack in self.stacks.values():
+            for place in stack.places:
+                if id(place.module) not in here:
+                    raise ValueError(
+                        f"save: expected the layers that were adapted, got a model without that of "
+                        f"{place.name}, which was replaced or dropped; adapt it as it is to be"
+                    )
         missing = on_meta(self.model)
         if missing is not None:
             raise ValueError(f"save: expected loaded weights, got {missing} on the meta device")
