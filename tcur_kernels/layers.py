@@ -145,6 +145,7 @@ def adapt_in_place(places: Sequence[Place]) -> None:
             plain = type(module)
             kind = TProductMultiheadAttention if place.projection else adapted_class(module)
             module.__dict__["tcur_places"] = {}
+            module.__dict__["__module__"] = nn.Linear.__module__  # torch.fx makes it one node
             module.__class__ = kind
             _rebind(module, plain)
         assert isinstance(module, Adapted)
@@ -154,7 +155,7 @@ def adapt_in_place(places: Sequence[Place]) -> None:
 def put_back(module: Adapted) -> None:
     """Makes the layer what it was before it was adapted, with the weights that it holds now."""
     adapted = type(module)
-    del module.__dict__["tcur_places"]
+    del module.__dict__["tcur_places"], module.__dict__["__module__"]
     # The class that it was adapted from is the last of the bases.
     module.__class__ = adapted.__bases__[-1]
     _rebind(module, adapted)

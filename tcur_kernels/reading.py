@@ -44,7 +44,7 @@ def read_weight(stored: Tensor, places: Sequence[Place]) -> Tensor:
     else:
         read = EffectiveWeight.of(stored, active)
         Tensor.requires_grad_(read, any(place.was_trained for place in active))
-    read._is_parameter = True
+    read._is_param = read._is_read = True
     return read
 
 
@@ -56,8 +56,10 @@ class EffectiveWeight(torch.Tensor):
     """
 
     tcur_stored: Tensor
-    #: Whether this stands for the parameter, not for what was made of it.
-    _is_parameter: bool
+    #: By this torch knows a parameter.
+    _is_param: bool
+    #: Whether it was read, not made of what was: by ``detach()``, or into a parameter of its own.
+    _is_read: bool
     _source: EffectiveWeight | None
     _places: Sequence[Place]
     _value: Tensor | None
@@ -77,9 +79,12 @@ class EffectiveWeight(torch.Tensor):
             dtype=stored.dtype,
             device=stored.device,
         )
-        made.tcur_stored, made._places, made._is_parameter = stored, places, False
+        made.tcur_stored, made._places = stored, places
+        made._is_param = made._is_read = False
         made._source = made._value = None
         made._writes = 0
+        # There is no memory here: who wants it past Python is told so, and does not crash.
+        torch._C._set_throw_on_mutable_data_ptr(made)
         return made
 
     def is_of(self, stored: Tensor | None) -> bool:
@@ -166,18 +171,27 @@ class EffectiveWeight(torch.Tensor):
 
     def requires_grad_(self, requires_grad: bool = True) -> EffectiveWeight:
         """As of a parameter: of the base weight, which a layer refuses to have trained."""
-        tensor = self.tcur_stored if self._is_parameter else self
+        tensor = self.tcur_stored if self._is_read else self
         Tensor.requires_grad_(tensor, requires_grad)
         return self
 
     @property
     def requires_grad(self) -> bool:
         """As of any tensor; what is set is set in the base weight."""
-        return Tensor.requires_grad.__get__(self)  # type: ignore[attr-defined]
+        return super().requires_grad
 
     @requires_grad.setter
     def requires_grad(self, value: bool) -> None:
         self.requires_grad_(value)
+
+    @property
+    def grad_fn(self) -> Any:  # type: ignore[override]
+        """As of any tensor; of what was read never None.
+
+        By this torch refuses to make it the parameter of another module, where it would stay what
+        it was when it was read, and its gradient would reach no core.
+        """
+        return super().grad_fn or (_Read if self._is_read else None)
 
     def numpy(self, *, force: bool = False) -> Any:
         """As of any tensor."""
@@ -186,6 +200,20 @@ class EffectiveWeight(torch.Tensor):
     def tolist(self) -> Any:
         """As of any tensor."""
         return self.numbers.tolist()
+
+    def data_ptr(self) -> int:
+        """That of the numbers, in memory of their own."""
+        return self.untyped_storage().data_ptr()
+
+    def untyped_storage(self) -> torch.UntypedStorage:
+        """That of the numbers, in memory of their own: by it two weights are told apart."""
+        if self.numbers.untyped_storage().nbytes() > self.numbers.nbytes:
+            self._value = self.numbers.clone()
+        return self.numbers.untyped_storage()
+
+    def __dlpack__(self, **kwargs: Any) -> Any:
+        """As of any tensor."""
+        return self._alone().__dlpack__(**kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         return self._alone().clone()

@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 import torch.distributed as dist
+import torch.fx
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers.pytorch_utils import Conv1D
@@ -47,6 +48,33 @@ def test_modules_hooks_and_attributes_stay(x):
     assert merged[1].note == "mine"
     assert list(merged.state_dict()) == keys
     assert merged.__dict__.keys() == nn.Sequential().__dict__.keys()
+
+
+class Mixed(nn.Module):
+    """All kinds of layers that are adapted."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = layers(2)
+        self.third, self.fourth = Conv1D(WIDTH, WIDTH), Conv1D(WIDTH, WIDTH)
+        self.attention = nn.MultiheadAttention(WIDTH, 3)
+
+    def forward(self, x):
+        x = self.fourth(self.third(self.second(self.first(x))))
+        return self.attention(x, x, x)[0]
+
+
+def test_symbolic_traces_call_adapted_layers(x):
+    """As `create_feature_extractor` of torchvision makes them."""
+    model, adapter = adapted(Mixed())
+    traced = torch.fx.symbolic_trace(model)
+    assert same_mathematics(traced(x), model(x))
+    traced(x).square().sum().backward()
+    by_trace = {name: core.grad for name, core in adapter.named_parameters()}
+    adapter_grads = torch.autograd.grad(model(x).square().sum(), adapter.parameters())
+    for got, expected in zip(by_trace.values(), adapter_grads, strict=True):
+        assert same_mathematics(got, expected)
+    assert adapter.merge(inplace=False).first.__module__ == nn.Linear.__module__
 
 
 class Loop(nn.Module):

@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import tcur_kernels as tcur
@@ -99,6 +100,31 @@ def test_a_weight_serves_as_an_array_and_in_copies():
         model[0].weight.numpy()
     assert model[0].weight.tolist() == weight.tolist()  # of a parameter, too, without a word
     assert (model[0].weight.numpy(force=True) == weight.numpy()).all()
+
+
+@pytest.mark.parametrize("context", [torch.enable_grad, torch.no_grad])
+def test_a_weight_is_known_as_a_parameter(context):
+    model, _ = adapted()
+    with context():
+        weight, other = model.get_parameter("0.weight"), nn.Linear(WIDTH, WIDTH)
+        assert isinstance(weight, nn.Parameter)
+        assert torch.equal(weight, model[0].weight)
+        with pytest.raises(ValueError, match="Cannot assign non-leaf Tensor to parameter 'weight'"):
+            other.weight = weight
+        assert not isinstance(weight.detach(), nn.Parameter)
+        assert weight.detach().grad_fn is None
+
+
+def test_the_memory_of_a_weight_is_that_of_its_numbers(tmp_path):
+    model, _ = adapted()
+    weights = {str(index): part.weight.detach() for index, part in enumerate(model)}
+    assert len({weight.data_ptr() for weight in weights.values()} - {0}) == len(weights)
+    save_file(weights, tmp_path / "weights.safetensors")  # refuses tensors that share memory
+    read = load_file(tmp_path / "weights.safetensors")
+    assert all(torch.equal(read[name], weight.clone()) for name, weight in weights.items())
+    assert torch.equal(torch.from_dlpack(weights["0"]), weights["0"].clone())
+    with pytest.raises(RuntimeError, match="Cannot access data pointer"):  # not a crash
+        torch.utils.dlpack.to_dlpack(weights["0"])
 
 
 @pytest.mark.parametrize("context", [torch.enable_grad, torch.no_grad])
