@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
@@ -115,6 +115,17 @@ class Adapted(nn.Module):
             if mode != self.training:
                 place.stack.base.suspect(place)
         return super().train(mode)
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """What ``torch.jit.script`` asks of every module first.
+
+        Raises:
+            RuntimeError: always; it cannot compile what an adapted layer does.
+        """
+        raise RuntimeError(
+            f"torch.jit.script: expected plain layers, got a {type(self).__name__}; script the "
+            "copy that adapter.merge(inplace=False) makes"
+        )
 
     def _take_back(self) -> None:
         """What was read and put back in the place of a parameter becomes one again; see `held`."""

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 
 import tcur_kernels as tcur
 from models import Tiny
@@ -55,3 +56,15 @@ def test_onnx(adapter, tmp_path):
         (y,) = session.run(None, {name: inputs.numpy()})
         wanted = exact(inputs.double())
         assert_composition_close(torch.from_numpy(y), lambda x=inputs: merged(x), wanted)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
+def test_torch_script_takes_the_merged_copy():
+    x = torch.randn(5, 6)
+    model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6))
+    adapter = tcur.adapt(model, rank=2)
+    nn.init.normal_(adapter.stacks["6x6"].core)
+    with pytest.raises(RuntimeError, match=r"torch\.jit\.script: expected plain layers, got a TPr"):
+        torch.jit.script(model)
+    scripted = torch.jit.script(adapter.merge(inplace=False))
+    assert_composition_close(scripted(x), *by_plain_torch(adapter, x))
