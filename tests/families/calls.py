@@ -53,24 +53,106 @@ def _question(s):
     return {**_both(s), "attention_mask": torch.ones(2, s.text, dtype=torch.long)}
 
 
+def _marked(s, token, number):
+    """Text with placeholders: for what is made of an image or of sound."""
+    ids = s.ids(number + 4)
+    ids[:, 2 : 2 + number] = token
+    return ids
+
+
+def _asked(s, frames=0):
+    """BLIP-2 and those made from it: an image, or some, becomes as many positions as queries."""
+    c = s.config
+    token = c.video_token_index if frames else c.image_token_index
+    seen = _marked(s, token, c.num_query_tokens * max(frames, 1))
+    image = s.image()
+    if frames:
+        image = s.randn(2, frames, *image.shape[1:])
+    return {"pixel_values": image, "input_ids": seen}
+
+
+def _instructed(s, frames=0):
+    return {**_asked(s, frames), "qformer_input_ids": s.ids(5)}
+
+
+def _sounds(s):
+    """Two sounds one after the other, without padding."""
+    bins = s.config.num_mel_bins
+    return {"input_features": s.randn(bins, 60), "feature_lens": torch.tensor([32, 28])}
+
+
+def _masked(features, frames):
+    """Spectrograms and a mask: the second one is shorter."""
+    mask = torch.ones(2, frames, dtype=torch.long)
+    mask[1, frames - 7 :] = 0
+    return {"input_features": features, "input_features_mask": mask}
+
+
+def _mel_images(s):
+    """CLAP: spectrograms of one channel, frames first."""
+    return {"input_features": s.randn(2, 1, 32, 16)}
+
+
 #: Inputs that only this type takes.
 CALLS = {
+    "align": lambda s: {"input_ids": s.ids(), "pixel_values": s.randn(2, 3, 32, 32)},
     "audio-spectrogram-transformer": lambda s: {"input_values": s.randn(2, 32, 16)},
     "audioflamingo3_encoder": lambda s: {
         "input_features": s.features(),
         "input_features_mask": torch.ones(2, s.features().shape[2], dtype=torch.long),
     },
     "autoformer": _series,
+    "blip-2": _asked,
     "blip_2_qformer": lambda s: {
         "query_embeds": s.randn(2, 6, 32),
         "encoder_hidden_states": s.randn(2, 5, s.config.encoder_hidden_size),
     },
+    "blt_local_decoder": lambda s: {
+        "inputs_embeds": s.hidden(), "patch_embeds": s.randn(2, 4, s.config.hidden_size_global)
+    },
+    "blt_local_encoder": lambda s: {
+        "input_ids": s.ids(), "num_patches": 4, "patch_ids": torch.arange(s.text).expand(2, -1) // 3
+    },
+    "bridgetower_vision_model": lambda s: {"image": s.image()},
+    "bros": lambda s: {"input_ids": s.ids(), "bbox": s.randn(2, s.text, 8)},
+    "clap": lambda s: {"input_ids": s.ids(), **_mel_images(s)},
+    "clap_audio_model": _mel_images,
+    "clvp": lambda s: {"input_ids": s.ids(), "input_features": s.randn(2, 16, 20)},
+    "clvp_encoder": lambda s: {"input_ids": s.ids()},
     "decision_transformer": _decisions,
+    "deepseek_ocr2_encoder": lambda s: {"inputs_embeds": s.hidden(), "num_patches": 4},
+    "depth_pro": lambda s: {"pixel_values": s.randn(1, 3, 64, 64)},
+    "dots3_note_audio_encoder": lambda s: {
+        "input_features": s.features(), "chunk_sample_lengths": torch.tensor([32, 20])
+    },
+    "florence_vision": lambda s: {"hidden_states": s.randn(2, 3, 64, 64)},
+    "fun_asr_nano_encoder": lambda s: _masked(s.randn(2, 12, s.config.input_size), 12),
+    "gemma3n_audio": lambda s: {
+        "audio_mel": s.randn(2, 32, s.config.input_feat_size),
+        "audio_mel_mask": torch.zeros(2, 32, dtype=torch.bool),
+    },
     "grounding-dino": _question,
+    "groupvit": _both,
+    "idefics": lambda s: {
+        "input_ids": s.ids(), "pixel_values": s.image()[:, None],
+        "image_attention_mask": torch.ones(2, s.text, 1, dtype=torch.long),
+    },
     "idefics2_perceiver": lambda s: {
         "context": s.randn(2, 5, 32), "attention_mask": torch.ones(2, 5, dtype=torch.long)
     },
     "informer": _series,
+    "inkling2_vision": lambda s: {
+        "pixel_values": s.randn(8, 16, 16, 3), "image_grid_thw": torch.tensor([[1, 2, 2], [1, 2, 2]])
+    },
+    "instructblip": _instructed,
+    "instructblipvideo": lambda s: _instructed(s, 4),
+    "jev": lambda s: {
+        "input_ids": s.ids()[:1], "marks": torch.tensor([[5, 9]]), "num_options": torch.tensor([[2, 3]]),
+        "question_type_ids": torch.tensor([[0, 1]]),
+    },
+    "kimi_k25_vision": lambda s: {
+        "pixel_values": s.randn(32, 3, 8, 8), "grid_thw": s.grid()
+    },
     "lxmert": lambda s: {
         "input_ids": s.ids(), "visual_feats": s.randn(2, 5, s.config.visual_feat_dim),
         "visual_pos": s.randn(2, 5, 4),
@@ -89,6 +171,9 @@ CALLS = {
             (torch.ones(2, 8, 2), s.randn(2, 8, s.config.patch_embed_hidden_size)), dim=-1
         )
     },
+    "qwen2_5_omni_audio_encoder": _sounds,
+    "qwen3_asr_encoder": lambda s: _masked(s.randn(2, s.config.num_mel_bins, 100), 100),
+    "qwen3_omni_moe_audio_encoder": _sounds,
     "sam": _points,
     "sam_hq": _points,
     "siglip2": lambda s: {"input_ids": s.ids(), **_flat_patches(s)},

@@ -41,27 +41,65 @@ SAM = {
     "prompt_encoder_config": {"image_size": 32, "patch_size": 8, "image_embedding_size": 4},
 }  # fmt: skip
 
+#: Rotates at least 32 numbers of each head.
+CLVP = {"hidden_size": 64, "num_attention_heads": 2}
+CLAP = {
+    "spec_size": 32, "num_mel_bins": 16, "depths": [2, 2], "num_attention_heads": [2, 4],
+    "patch_embeds_hidden_size": 16, "hidden_size": 32,
+}  # fmt: skip
+DEEPSEEK_OCR = {"mlp_layer_types": ["dense", "sparse"], "num_experts_per_tok": 2}
+GEMMA3N = {"num_kv_shared_layers": 0, "intermediate_size": 48}
+GROUPVIT = {
+    "depths": [1, 1, 1], "num_hidden_layers": 3, "num_group_tokens": [8, 4, 0],
+    "num_output_groups": [8, 4, 4],
+}  # fmt: skip
+COMPASS = {"full_attention": _mrope()}
+
+QWEN_AUDIO = {"n_window_infer": 100, "downsample_hidden_size": 16}
+
 #: Settings of a type; those of a part by its name.
 SETTINGS = {
+    "align": {
+        "projection_dim": 32, "vision_config": {
+            "width_coefficient": 1.0, "depth_coefficient": 1.0,
+            "in_channels": [32, 8, 8, 8, 16, 16, 16], "out_channels": [8, 8, 8, 16, 16, 16, 32],
+        },
+    },
     "audio-spectrogram-transformer": {"max_length": 32, "num_mel_bins": 16},
     "autoformer": {**SERIES, "label_length": 2, "moving_average": 3},
     "bamba": {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_expand": 2, "hidden_size": 32},
+    "blip-2": {"image_token_index": 60},
     "bridgetower": {
         "vision_config": {"num_hidden_layers": 2, "hidden_size": 64},
         "text_config": {"num_hidden_layers": 2}, "num_hidden_layers": 2,
     },
     "bridgetower_vision_model": {"hidden_size": 64},
+    "bros": {"hidden_size": 64},
+    "clap": {"audio_config": CLAP},
+    "clap_audio_model": CLAP,
+    "clvp": {"text_config": CLVP, "speech_config": CLVP},
+    "clvp_encoder": CLVP,
     "codegen": {"rotary_dim": 4},
+    "cohere_compass": {"text_config": {"rope_parameters": COMPASS}},
+    "cohere_compass_text": {"rope_parameters": COMPASS},
     "colqwen2": {"vlm_config": {"text_config": QWEN}},
     "conditional_detr": DETR,
     "dab-detr": DETR,
+    "dbrx": {
+        "attn_config": {"rope_theta": 1e4, "kv_n_heads": 2, "clip_qkv": 8},
+        "ffn_config": {"hidden_size": 32},
+    },
+    "deepseek_ocr2_text": DEEPSEEK_OCR,
     "deepseek_v2": {"num_experts_per_tok": 2, "first_k_dense_replace": 1, "topk_method": "greedy"},
     "deformable_detr": DETR,
+    "depth_pro": {"patch_size": 16, "intermediate_hook_ids": [1, 0]},
     "detr": DETR,
     "donut-swin": SWIN,
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "dots3_note_audio_encoder": {"downsample_hidden_size": 16},
     "esm": {"vocab_size": 40, "pad_token_id": 0, "mask_token_id": 4},
     "exaone4_5_vision": WINDOWS,
+    "gemma3n_text": GEMMA3N,
     "glm46v": {"text_config": GLM},
     "glm4v": {"text_config": GLM},
     "glm4v_moe": {"text_config": GLM},
@@ -76,9 +114,16 @@ SETTINGS = {
     "gptj": {"rotary_dim": 4},
     "granitemoehybrid": {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_expand": 2},
     "grounding-dino": {"num_queries": 3},
+    "groupvit": {"vision_config": GROUPVIT},
+    "groupvit_vision_model": GROUPVIT,
     "hunyuan_v1_dense": HEAD,
     "hunyuan_v1_moe": HEAD,
+    "hunyuan_vl": {"text_config": {**HEAD, **QWEN}},
+    "hunyuan_vl_text": {**HEAD, **QWEN},
     "informer": {**SERIES, "sampling_factor": 2},
+    "instructblip": {"image_token_index": 60},
+    "instructblipvideo": {"video_token_index": 60, "num_query_tokens": 4},
+    "kimi_k25_vision": {"pos_emb_height": 8, "pos_emb_width": 8},
     "lfm2_moe": {"num_dense_layers": 1, "layer_types": ["conv", "full_attention"]},
     "lilt": {"hidden_size": 48, "num_attention_heads": 4},
     "mamba2": {"num_heads": 8, "head_dim": 8, "hidden_size": 32, "n_groups": 2, "state_size": 16},
@@ -97,6 +142,7 @@ SETTINGS = {
     "nemotron": {**HEAD, "num_key_value_heads": 2},
     "oneformer": {"backbone_config": Later(lambda: _swin_backbone())},
     "paddleocr_vl_text": QWEN,
+    "qwen2_5_omni_audio_encoder": {"n_window": 8},
     "qwen2_5_omni_talker": QWEN,
     "qwen2_5_omni_text": QWEN,
     "qwen2_5_omni_thinker": {"text_config": QWEN},
@@ -106,6 +152,8 @@ SETTINGS = {
     "qwen2_5_vl_vision": WINDOWS,
     "qwen2_vl": {"text_config": QWEN},
     "qwen2_vl_text": QWEN,
+    "qwen3_asr_encoder": QWEN_AUDIO,
+    "qwen3_omni_moe_audio_encoder": QWEN_AUDIO,
     "reformer": {
         "axial_pos_embds": False, "attn_layers": ["local", "lsh"], "num_buckets": 4,
         "lsh_attn_chunk_length": 8, "local_attn_chunk_length": 8, "hidden_size": 32,
