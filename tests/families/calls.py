@@ -93,6 +93,68 @@ def _mel_images(s):
     return {"input_features": s.randn(2, 1, 32, 16)}
 
 
+def _read(s, number, **more):
+    """Text with an image in each row, which becomes that many positions."""
+    ids = _marked(s, s.config.image_token_id, number)
+    return {"input_ids": ids, "pixel_values": s.image(), **more}
+
+
+def _read_patches(s, number):
+    """The same where an image is flat patches; both kinds of position are told by their type."""
+    read = _read(s, number, image_grid_thw=s.grid())
+    kinds = (read["input_ids"] == s.config.image_token_id).int()
+    return {**read, "pixel_values": s.patches(), "mm_token_type_ids": kinds}
+
+
+def _heard(s):
+    """Text and sounds, the second of which is shorter."""
+    ids = s.ids(16)
+    ids[0, 2:14] = ids[1, 2:7] = s.config.audio_token_id
+    return {"input_ids": ids, **_masked(s.randn(2, 12, s.config.audio_config.input_size), 12)}
+
+
+def _placed_patches(s, side=6):
+    """Gemma 4: flat patches of two images, and where each of them is."""
+    rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    places = torch.stack((columns.flatten(), rows.flatten()), dim=-1).expand(2, -1, -1)
+    return {"pixel_values": s.randn(2, side * side, 3 * 8 * 8), "pixel_position_ids": places}
+
+
+def _diffused(s):
+    """Gemma, diffusion: the canvas would be random if it were not given."""
+    image = _placed_patches(s)
+    ids = _marked(s, s.config.image_token_id, 4)
+    return {
+        "input_ids": ids, "mm_token_type_ids": (ids == s.config.image_token_id).int(),
+        "pixel_values": image["pixel_values"], "image_position_ids": image["pixel_position_ids"],
+        "decoder_input_ids": s.ids(7), "self_conditioning_logits": s.randn(2, 7, 99),
+    }  # fmt: skip
+
+
+def _seen_and_heard(s):
+    c = s.config
+    ids = s.ids(14)
+    ids[:, 1:5], ids[:, 6:9] = c.image_token_id, c.audio_token_id
+    return {
+        "input_ids": ids, "pixel_values": s.randn(2, 3, 64, 64),
+        "input_features": s.randn(2, 32, c.audio_config.input_feat_size),
+        "input_features_mask": torch.ones(2, 32, dtype=torch.bool),
+    }  # fmt: skip
+
+
+def _drafted(s):
+    """Gemma 4, assistants: layers that share keys and values have those of another model."""
+
+    def shared():
+        return s.randn(2, 2, 9, 8), s.randn(2, 2, 9, 8)
+
+    return {
+        "inputs_embeds": s.randn(2, 9, 2 * s.config.backbone_hidden_size),
+        "position_ids": torch.arange(9).expand(2, -1),
+        "shared_kv_states": {"full_attention": shared(), "sliding_attention": shared()},
+    }
+
+
 #: Inputs that only this type takes.
 CALLS = {
     "align": lambda s: {"input_ids": s.ids(), "pixel_values": s.randn(2, 3, 32, 32)},
@@ -115,24 +177,46 @@ CALLS = {
     },
     "bridgetower_vision_model": lambda s: {"image": s.image()},
     "bros": lambda s: {"input_ids": s.ids(), "bbox": s.randn(2, s.text, 8)},
+    "chameleon": lambda s: _read(s, 4),
     "clap": lambda s: {"input_ids": s.ids(), **_mel_images(s)},
     "clap_audio_model": _mel_images,
     "clvp": lambda s: {"input_ids": s.ids(), "input_features": s.randn(2, 16, 20)},
     "clvp_encoder": lambda s: {"input_ids": s.ids()},
+    "cohere_compass": lambda s: _read_patches(s, 4),
     "decision_transformer": _decisions,
+    "deepseek_ocr2": lambda s: _read(s, 145),
     "deepseek_ocr2_encoder": lambda s: {"inputs_embeds": s.hidden(), "num_patches": 4},
     "depth_pro": lambda s: {"pixel_values": s.randn(1, 3, 64, 64)},
+    "diffusion_gemma": _diffused,
     "dots3_note_audio_encoder": lambda s: {
         "input_features": s.features(), "chunk_sample_lengths": torch.tensor([32, 20])
     },
+    "efficientloftr": lambda s: {"pixel_values": s.randn(2, 2, 3, 64, 64)},
+    "emu3": lambda s: _read(s, 20, image_sizes=torch.tensor([[32, 32], [32, 32]])),
+    "ernie4_5_vl_moe": lambda s: _read_patches(s, 4),
+    "ernie4_5_vl_moe_text": lambda s: {
+        "input_ids": s.ids(),
+        "moe_mm_token_type_ids": (torch.arange(s.text) > 4).int().expand(2, -1),
+    },
+    "fast_vlm": lambda s: {**_read(s, 1), "pixel_values": s.randn(2, 3, 64, 64)},
     "florence_vision": lambda s: {"hidden_states": s.randn(2, 3, 64, 64)},
+    "fun_asr_nano": _heard,
     "fun_asr_nano_encoder": lambda s: _masked(s.randn(2, 12, s.config.input_size), 12),
+    "gemma3n": _seen_and_heard,
     "gemma3n_audio": lambda s: {
         "audio_mel": s.randn(2, 32, s.config.input_feat_size),
         "audio_mel_mask": torch.zeros(2, 32, dtype=torch.bool),
     },
+    "gemma4_assistant": _drafted,
+    "gemma4_unified_assistant": _drafted,
+    "gemma4_vision": _placed_patches,
+    "granite4_vision": lambda s: {
+        **_read(s, 10), "pixel_values": s.randn(2, 2, 3, 32, 32),
+        "image_sizes": torch.tensor([[32, 32], [32, 32]]),
+    },
     "grounding-dino": _question,
     "groupvit": _both,
+    "hunyuan_vl": lambda s: _read_patches(s, 8),
     "idefics": lambda s: {
         "input_ids": s.ids(), "pixel_values": s.image()[:, None],
         "image_attention_mask": torch.ones(2, s.text, 1, dtype=torch.long),
@@ -144,11 +228,17 @@ CALLS = {
     "inkling2_vision": lambda s: {
         "pixel_values": s.randn(8, 16, 16, 3), "image_grid_thw": torch.tensor([[1, 2, 2], [1, 2, 2]])
     },
+    "inkling_mm_model": lambda s: {
+        "input_ids": torch.cat((_marked(s, s.config.image_token_id, 3), _marked(s, s.config.audio_token_id, 4)), 1),
+        "pixel_values": s.randn(6, 2, 8, 8, 3),
+        "audio_input_ids": torch.randint(0, 9, (2, 4, s.config.audio_config.n_mel_bins), generator=s.generator),
+    },
+    "inkling_vision": lambda s: {"pixel_values": s.randn(6, 2, 8, 8, 3)},
     "instructblip": _instructed,
     "instructblipvideo": lambda s: _instructed(s, 4),
     "jev": lambda s: {
-        "input_ids": s.ids()[:1], "marks": torch.tensor([[5, 9]]), "num_options": torch.tensor([[2, 3]]),
-        "question_type_ids": torch.tensor([[0, 1]]),
+        "input_ids": s.ids()[:1], "marks": torch.tensor([[5, 9]]),
+        "num_options": torch.tensor([[2, 3]]), "question_type_ids": torch.tensor([[0, 1]]),
     },
     "kimi_k25_vision": lambda s: {
         "pixel_values": s.randn(32, 3, 8, 8), "grid_thw": s.grid()

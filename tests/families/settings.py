@@ -1,5 +1,7 @@
 """What the names of settings do not tell about types of transformers."""
 
+from .shrink import tiny
+
 
 def _mrope(width=8, **more):
     half = width // 2
@@ -48,13 +50,23 @@ CLAP = {
     "patch_embeds_hidden_size": 16, "hidden_size": 32,
 }  # fmt: skip
 DEEPSEEK_OCR = {"mlp_layer_types": ["dense", "sparse"], "num_experts_per_tok": 2}
+DEEPSEEK_EYES = {"sam_config": {"downsample_channels": [16, 32]}}
+DIFFUSION_GEMMA = {
+    "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 16, "global_head_dim": 8,
+}  # fmt: skip
+ERNIE = {"rope_parameters": _mrope(mrope_section=[1, 1, 2]), "moe_intermediate_size": [16, 16]}
 GEMMA3N = {"num_kv_shared_layers": 0, "intermediate_size": 48}
+GEMMA4 = {
+    "num_hidden_layers": 4, "num_kv_shared_layers": 2, "global_head_dim": 8,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+}  # fmt: skip
 GROUPVIT = {
     "depths": [1, 1, 1], "num_hidden_layers": 3, "num_group_tokens": [8, 4, 0],
     "num_output_groups": [8, 4, 4],
 }  # fmt: skip
 COMPASS = {"full_attention": _mrope()}
 
+INKLING_EYES = {"num_hidden_layers": 2}
 QWEN_AUDIO = {"n_window_infer": 100, "downsample_hidden_size": 16}
 
 #: Settings of a type; those of a part by its name.
@@ -75,12 +87,19 @@ SETTINGS = {
     },
     "bridgetower_vision_model": {"hidden_size": 64},
     "bros": {"hidden_size": 64},
+    "chameleon": {
+        "vq_config": {"num_embeddings": 10, "channel_multiplier": [1, 1, 1, 1, 1]},
+        "vocabulary_map": {"<image>": 60, **{f"IMGIMG{c}Z": ord(c) for c in "ABCDEFGHIJ"}},
+    },
     "clap": {"audio_config": CLAP},
     "clap_audio_model": CLAP,
     "clvp": {"text_config": CLVP, "speech_config": CLVP},
     "clvp_encoder": CLVP,
     "codegen": {"rotary_dim": 4},
-    "cohere_compass": {"text_config": {"rope_parameters": COMPASS}},
+    "cohere_compass": {
+        "text_config": {"rope_parameters": COMPASS},
+        "vision_config": {"deepstack_visual_indexes": [0, 1], "num_position_embeddings": 64},
+    },
     "cohere_compass_text": {"rope_parameters": COMPASS},
     "colqwen2": {"vlm_config": {"text_config": QWEN}},
     "conditional_detr": DETR,
@@ -89,17 +108,46 @@ SETTINGS = {
         "attn_config": {"rope_theta": 1e4, "kv_n_heads": 2, "clip_qkv": 8},
         "ffn_config": {"hidden_size": 32},
     },
+    "deepseek_ocr2": {"text_config": DEEPSEEK_OCR, "vision_config": DEEPSEEK_EYES},
     "deepseek_ocr2_text": DEEPSEEK_OCR,
+    "deepseek_ocr2_vision": DEEPSEEK_EYES,
     "deepseek_v2": {"num_experts_per_tok": 2, "first_k_dense_replace": 1, "topk_method": "greedy"},
     "deformable_detr": DETR,
     "depth_pro": {"patch_size": 16, "intermediate_hook_ids": [1, 0]},
     "detr": DETR,
+    "diffusion_gemma": {"text_config": DIFFUSION_GEMMA},
+    "diffusion_gemma_text": DIFFUSION_GEMMA,
     "donut-swin": SWIN,
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "dots3_note_audio_encoder": {"downsample_hidden_size": 16},
+    "efficientloftr": {
+        "out_features": [8, 8, 16, 32], "stage_num_blocks": [1, 1, 1, 1], "num_attention_heads": 8
+    },
+    "emu3": {
+        "vq_config": {"base_channels": 32, "channel_multiplier": [1, 1, 1, 1]},
+        "vocabulary_map": {
+            "<image>": 60, "<|extra_200|>": 61,
+            **{f"<|visual token {i:06}|>": 64 + i for i in range(32)},
+        },
+    },
+    "ernie4_5_vl_moe": {"text_config": ERNIE},
+    "ernie4_5_vl_moe_text": ERNIE,
     "esm": {"vocab_size": 40, "pad_token_id": 0, "mask_token_id": 4},
     "exaone4_5_vision": WINDOWS,
+    "fast_vlm": {"vision_config": Later(lambda: _fastvit())},
+    "fastspeech2_conformer_with_hifigan": {
+        "vocoder_config": {"model_in_dim": 16, "upsample_initial_channel": 32}
+    },
+    "fun_asr_nano": {"adaptor_config": {"intermediate_size": 8}},
+    "gemma3n": {
+        "text_config": GEMMA3N, "vision_config": Later(lambda: _gemma3n_eyes()),
+        "audio_config": {"vocab_size": 23, "vocab_offset": 76},
+        "image_token_id": 60, "audio_token_id": 80,
+        "vision_soft_tokens_per_image": 4, "audio_soft_tokens_per_image": 3,
+    },
     "gemma3n_text": GEMMA3N,
+    "gemma4_assistant": {"text_config": Later(lambda: _gemma4_text()), "backbone_hidden_size": 24},
+    "gemma4_unified_assistant": {"text_config": GEMMA4, "backbone_hidden_size": 24},
     "glm46v": {"text_config": GLM},
     "glm4v": {"text_config": GLM},
     "glm4v_moe": {"text_config": GLM},
@@ -112,6 +160,11 @@ SETTINGS = {
     "glmga": {"text_config": GLM},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2},
     "gptj": {"rotary_dim": 4},
+    "granite4_vision": {
+        "downsample_rate": "2/4", "deepstack_layer_map": [[-2, 0]],
+        "spatial_target_layers": [1, 2, 3, 4], "image_grid_pinpoints": [[32, 32]],
+        "text_config": {"num_hidden_layers": 5}, "vision_config": {"hidden_size": 64},
+    },
     "granitemoehybrid": {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_expand": 2},
     "grounding-dino": {"num_queries": 3},
     "groupvit": {"vision_config": GROUPVIT},
@@ -121,6 +174,8 @@ SETTINGS = {
     "hunyuan_vl": {"text_config": {**HEAD, **QWEN}},
     "hunyuan_vl_text": {**HEAD, **QWEN},
     "informer": {**SERIES, "sampling_factor": 2},
+    "inkling_mm_model": {"vision_config": INKLING_EYES, "text_config": {"mlp_layer_types": ["dense", "sparse"]}},
+    "inkling_vision": INKLING_EYES,
     "instructblip": {"image_token_index": 60},
     "instructblipvideo": {"video_token_index": 60, "num_query_tokens": 4},
     "kimi_k25_vision": {"pos_emb_height": 8, "pos_emb_width": 8},
@@ -180,6 +235,28 @@ def _swin_backbone():
         image_size=32, embed_dim=16, depths=[1, 1, 1, 1], num_heads=[2, 2, 2, 2], window_size=4,
         patch_size=2, out_features=["stage1", "stage2", "stage3", "stage4"],
     )  # fmt: skip
+
+
+def _fastvit():
+    from transformers import TimmWrapperConfig
+
+    args = {"layers": (1, 1, 1, 1, 1), "embed_dims": (8, 16, 32, 32, 64), "inference_mode": True}
+    return TimmWrapperConfig(architecture="fastvit_mci3", hidden_size=128, model_args=args)
+
+
+def _gemma3n_eyes():
+    from transformers.models.gemma3n.configuration_gemma3n import Gemma3nVisionConfig
+
+    return Gemma3nVisionConfig(
+        architecture="test_efficientnet", hidden_size=256, vocab_size=16, vocab_offset=60
+    )
+
+
+def _gemma4_text():
+    from transformers import Gemma4TextConfig
+
+    off = {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}
+    return tiny(Gemma4TextConfig, {**GEMMA4, **off})
 
 
 #: Models that sort, pick or round on their way: in half precision they jump.
