@@ -143,7 +143,7 @@ def _seen_and_heard(s):
 
 
 def _drafted(s):
-    """Gemma 4, assistants: layers that share keys and values have those of another model."""
+    """The assistant of Gemma 4: layers that share keys and values have those of another model."""
 
     def shared():
         return s.randn(2, 2, 9, 8), s.randn(2, 2, 9, 8)
@@ -153,6 +153,16 @@ def _drafted(s):
         "position_ids": torch.arange(9).expand(2, -1),
         "shared_kv_states": {"full_attention": shared(), "sliding_attention": shared()},
     }
+
+
+def _inkled(s):
+    """Inkling: patches of images, and sounds that are tokens of every band."""
+    c, bands = s.config, s.config.audio_config.n_mel_bins
+    images, sounds = _marked(s, c.image_token_id, 3), _marked(s, c.audio_token_id, 4)
+    return {
+        "input_ids": torch.cat((images, sounds), dim=1), "pixel_values": s.randn(6, 2, 8, 8, 3),
+        "audio_input_ids": torch.randint(0, 9, (2, 4, bands), generator=s.generator),
+    }  # fmt: skip
 
 
 #: Inputs that only this type takes.
@@ -207,7 +217,6 @@ CALLS = {
         "audio_mel": s.randn(2, 32, s.config.input_feat_size),
         "audio_mel_mask": torch.zeros(2, 32, dtype=torch.bool),
     },
-    "gemma4_assistant": _drafted,
     "gemma4_unified_assistant": _drafted,
     "gemma4_vision": _placed_patches,
     "granite4_vision": lambda s: {
@@ -226,14 +235,11 @@ CALLS = {
     },
     "informer": _series,
     "inkling2_vision": lambda s: {
-        "pixel_values": s.randn(8, 16, 16, 3), "image_grid_thw": torch.tensor([[1, 2, 2], [1, 2, 2]])
+        "pixel_values": s.randn(8, 16, 16, 3),
+        "image_grid_thw": torch.tensor([[1, 2, 2], [1, 2, 2]]),
     },
-    "inkling_mm_model": lambda s: {
-        "input_ids": torch.cat((_marked(s, s.config.image_token_id, 3), _marked(s, s.config.audio_token_id, 4)), 1),
-        "pixel_values": s.randn(6, 2, 8, 8, 3),
-        "audio_input_ids": torch.randint(0, 9, (2, 4, s.config.audio_config.n_mel_bins), generator=s.generator),
-    },
-    "inkling_vision": lambda s: {"pixel_values": s.randn(6, 2, 8, 8, 3)},
+    "inkling_mm_model": _inkled,
+    "inkling_vision": lambda s: {"pixel_values": s.randn(6, 2, 4, 4, 3)},
     "instructblip": _instructed,
     "instructblipvideo": lambda s: _instructed(s, 4),
     "jev": lambda s: {

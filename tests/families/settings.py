@@ -1,7 +1,5 @@
 """What the names of settings do not tell about types of transformers."""
 
-from .shrink import tiny
-
 
 def _mrope(width=8, **more):
     half = width // 2
@@ -56,6 +54,7 @@ DIFFUSION_GEMMA = {
 }  # fmt: skip
 ERNIE = {"rope_parameters": _mrope(mrope_section=[1, 1, 2]), "moe_intermediate_size": [16, 16]}
 GEMMA3N = {"num_kv_shared_layers": 0, "intermediate_size": 48}
+#: Of a config without layers that have keys of their own, transformers builds no model.
 GEMMA4 = {
     "num_hidden_layers": 4, "num_kv_shared_layers": 2, "global_head_dim": 8,
     "layer_types": ["sliding_attention", "full_attention"] * 2,
@@ -66,7 +65,6 @@ GROUPVIT = {
 }  # fmt: skip
 COMPASS = {"full_attention": _mrope()}
 
-INKLING_EYES = {"num_hidden_layers": 2}
 QWEN_AUDIO = {"n_window_infer": 100, "downsample_hidden_size": 16}
 
 #: Settings of a type; those of a part by its name.
@@ -146,7 +144,6 @@ SETTINGS = {
         "vision_soft_tokens_per_image": 4, "audio_soft_tokens_per_image": 3,
     },
     "gemma3n_text": GEMMA3N,
-    "gemma4_assistant": {"text_config": Later(lambda: _gemma4_text()), "backbone_hidden_size": 24},
     "gemma4_unified_assistant": {"text_config": GEMMA4, "backbone_hidden_size": 24},
     "glm46v": {"text_config": GLM},
     "glm4v": {"text_config": GLM},
@@ -174,8 +171,11 @@ SETTINGS = {
     "hunyuan_vl": {"text_config": {**HEAD, **QWEN}},
     "hunyuan_vl_text": {**HEAD, **QWEN},
     "informer": {**SERIES, "sampling_factor": 2},
-    "inkling_mm_model": {"vision_config": INKLING_EYES, "text_config": {"mlp_layer_types": ["dense", "sparse"]}},
-    "inkling_vision": INKLING_EYES,
+    "inkling_mm_model": {
+        "vision_config": {"num_hidden_layers": 2},
+        "text_config": {"mlp_layer_types": ["dense", "sparse"]},
+    },
+    "inkling_vision": {"num_hidden_layers": 6, "patch_size": 4},
     "instructblip": {"image_token_index": 60},
     "instructblipvideo": {"video_token_index": 60, "num_query_tokens": 4},
     "kimi_k25_vision": {"pos_emb_height": 8, "pos_emb_width": 8},
@@ -250,13 +250,6 @@ def _gemma3n_eyes():
     return Gemma3nVisionConfig(
         architecture="test_efficientnet", hidden_size=256, vocab_size=16, vocab_offset=60
     )
-
-
-def _gemma4_text():
-    from transformers import Gemma4TextConfig
-
-    off = {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}
-    return tiny(Gemma4TextConfig, {**GEMMA4, **off})
 
 
 #: Models that sort, pick or round on their way: in half precision they jump.

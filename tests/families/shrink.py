@@ -73,10 +73,7 @@ def tiny(cls, overrides=None, taken=None):
     ``overrides`` may be nested: settings of a part by the name of the part.
     """
     overrides, taken = dict(overrides or {}), set() if taken is None else taken
-    try:
-        default = cls()
-    except Exception:  # Some classes refuse their own defaults, but not a part that is given.
-        default = cls(**{name: part for name, part in overrides.items() if hasattr(part, "to_dict")})
+    default = cls()
     # Asked for by name, some settings of models whose layers differ raise.
     values = {**vars(default), **getattr(default, "to_dict", dict)()}
     # Where stages are, a list is one entry for each of them.
