@@ -165,6 +165,29 @@ def _inkled(s):
     }  # fmt: skip
 
 
+def _folded(s, tokens=6, atoms=12):
+    """ESMFold 2: a chain of residues of two atoms each, and an alignment of three sequences."""
+    from transformers.models.esmfold2.modeling_esmfold2 import EsmFold2AtomInputs
+
+    place = torch.arange(tokens).expand(2, -1)
+    owner = (torch.arange(atoms) // 2).expand(2, -1)
+    same = torch.zeros(2, tokens, dtype=torch.long)
+    names = torch.randint(0, 20, (2, atoms, s.config.max_chars), generator=s.generator)
+    residues = torch.randint(0, 20, (2, 3, tokens), generator=s.generator)
+    return {
+        "token_index": place, "residue_index": place, "asym_id": same, "sym_id": same,
+        "entity_id": same, "mol_type": same, "res_type": residues[:, 0],
+        "token_bonds": torch.zeros(2, tokens, tokens, 1), "msa": residues,
+        "attention_mask": torch.ones(2, tokens, dtype=torch.bool), "input_ids": s.ids(tokens),
+        "atom_inputs": EsmFold2AtomInputs(
+            ref_pos=s.randn(2, atoms, 3), ref_charge=torch.zeros(2, atoms),
+            atom_attention_mask=torch.ones(2, atoms, dtype=torch.bool),
+            ref_element=names[..., 0] + 1,
+            ref_atom_name_chars=names, ref_space_uid=owner, atom_to_token=owner,
+        ),
+    }  # fmt: skip
+
+
 #: Inputs that only this type takes.
 CALLS = {
     "align": lambda s: {"input_ids": s.ids(), "pixel_values": s.randn(2, 3, 32, 32)},
@@ -208,6 +231,7 @@ CALLS = {
         "input_ids": s.ids(),
         "moe_mm_token_type_ids": (torch.arange(s.text) > 4).int().expand(2, -1),
     },
+    "esmfold2": _folded,
     "fast_vlm": lambda s: {**_read(s, 1), "pixel_values": s.randn(2, 3, 64, 64)},
     "florence_vision": lambda s: {"hidden_states": s.randn(2, 3, 64, 64)},
     "fun_asr_nano": _heard,

@@ -41,6 +41,7 @@ SAM = {
     "prompt_encoder_config": {"image_size": 32, "patch_size": 8, "image_embedding_size": 4},
 }  # fmt: skip
 
+ATOMS = {"num_spatial_rope_pairs_per_axis": 1, "num_uid_rope_pairs": 1}
 #: Rotates at least 32 numbers of each head.
 CLVP = {"hidden_size": 64, "num_attention_heads": 2}
 CLAP = {
@@ -131,6 +132,10 @@ SETTINGS = {
     "ernie4_5_vl_moe": {"text_config": ERNIE},
     "ernie4_5_vl_moe_text": ERNIE,
     "esm": {"vocab_size": 40, "pad_token_id": 0, "mask_token_id": 4},
+    "esmfold2": {
+        "atom_feature_dim": None, "single_inputs_size": 99, "atom_encoder": ATOMS, "num_loops": 1,
+        "structure_head": {"diffusion_module": {"atom_encoder": ATOMS}},
+    },
     "exaone4_5_vision": WINDOWS,
     "fast_vlm": {"vision_config": Later(lambda: _fastvit())},
     "fastspeech2_conformer_with_hifigan": {
