@@ -258,7 +258,7 @@ def _gemma3n_eyes():
 
 
 #: Models that sort, pick or round on their way: in half precision they jump.
-JUMPING = {"jamba", "rf_detr", "sam3_lite_text", "vits"}
+JUMPING = {"groupvit", "groupvit_vision_model", "jamba", "rf_detr", "sam3_lite_text", "vits"}
 #: What `adapt` says of models without a layer that it can adapt.
 REFUSED = {
     "falcon": "FalconLinear is not a plain nn.Linear",
