@@ -53,24 +53,226 @@ def _question(s):
     return {**_both(s), "attention_mask": torch.ones(2, s.text, dtype=torch.long)}
 
 
+def _marked(s, token, number):
+    """Text with placeholders: for what is made of an image or of sound."""
+    ids = s.ids(number + 4)
+    ids[:, 2 : 2 + number] = token
+    return ids
+
+
+def _asked(s, frames=0):
+    """BLIP-2 and those made from it: an image, or some, becomes as many positions as queries."""
+    c = s.config
+    token = c.video_token_index if frames else c.image_token_index
+    seen = _marked(s, token, c.num_query_tokens * max(frames, 1))
+    image = s.image()
+    if frames:
+        image = s.randn(2, frames, *image.shape[1:])
+    return {"pixel_values": image, "input_ids": seen}
+
+
+def _instructed(s, frames=0):
+    return {**_asked(s, frames), "qformer_input_ids": s.ids(5)}
+
+
+def _sounds(s):
+    """Two sounds one after the other, without padding."""
+    bins = s.config.num_mel_bins
+    return {"input_features": s.randn(bins, 60), "feature_lens": torch.tensor([32, 28])}
+
+
+def _masked(features, frames):
+    """Spectrograms and a mask: the second one is shorter."""
+    mask = torch.ones(2, frames, dtype=torch.long)
+    mask[1, frames - 7 :] = 0
+    return {"input_features": features, "input_features_mask": mask}
+
+
+def _mel_images(s):
+    """CLAP: spectrograms of one channel, frames first."""
+    return {"input_features": s.randn(2, 1, 32, 16)}
+
+
+def _read(s, number, **more):
+    """Text with an image in each row, which becomes that many positions."""
+    ids = _marked(s, s.config.image_token_id, number)
+    return {"input_ids": ids, "pixel_values": s.image(), **more}
+
+
+def _read_patches(s, number):
+    """The same where an image is flat patches; both kinds of position are told by their type."""
+    read = _read(s, number, image_grid_thw=s.grid())
+    kinds = (read["input_ids"] == s.config.image_token_id).int()
+    return {**read, "pixel_values": s.patches(), "mm_token_type_ids": kinds}
+
+
+def _heard(s):
+    """Text and sounds, the second of which is shorter."""
+    ids = s.ids(16)
+    ids[0, 2:14] = ids[1, 2:7] = s.config.audio_token_id
+    return {"input_ids": ids, **_masked(s.randn(2, 12, s.config.audio_config.input_size), 12)}
+
+
+def _placed_patches(s, side=6):
+    """Gemma 4: flat patches of two images, and where each of them is."""
+    rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    places = torch.stack((columns.flatten(), rows.flatten()), dim=-1).expand(2, -1, -1)
+    return {"pixel_values": s.randn(2, side * side, 3 * 8 * 8), "pixel_position_ids": places}
+
+
+def _diffused(s):
+    """Gemma, diffusion: the canvas would be random if it were not given."""
+    image = _placed_patches(s)
+    ids = _marked(s, s.config.image_token_id, 4)
+    return {
+        "input_ids": ids, "mm_token_type_ids": (ids == s.config.image_token_id).int(),
+        "pixel_values": image["pixel_values"], "image_position_ids": image["pixel_position_ids"],
+        "decoder_input_ids": s.ids(7), "self_conditioning_logits": s.randn(2, 7, 99),
+    }  # fmt: skip
+
+
+def _seen_and_heard(s):
+    c = s.config
+    ids = s.ids(14)
+    ids[:, 1:5], ids[:, 6:9] = c.image_token_id, c.audio_token_id
+    return {
+        "input_ids": ids, "pixel_values": s.randn(2, 3, 64, 64),
+        "input_features": s.randn(2, 32, c.audio_config.input_feat_size),
+        "input_features_mask": torch.ones(2, 32, dtype=torch.bool),
+    }  # fmt: skip
+
+
+def _drafted(s):
+    """The assistant of Gemma 4: layers that share keys and values have those of another model."""
+
+    def shared():
+        return s.randn(2, 2, 9, 8), s.randn(2, 2, 9, 8)
+
+    return {
+        "inputs_embeds": s.randn(2, 9, 2 * s.config.backbone_hidden_size),
+        "position_ids": torch.arange(9).expand(2, -1),
+        "shared_kv_states": {"full_attention": shared(), "sliding_attention": shared()},
+    }
+
+
+def _inkled(s):
+    """Inkling: patches of images, and sounds that are tokens of every band."""
+    c, bands = s.config, s.config.audio_config.n_mel_bins
+    images, sounds = _marked(s, c.image_token_id, 3), _marked(s, c.audio_token_id, 4)
+    return {
+        "input_ids": torch.cat((images, sounds), dim=1), "pixel_values": s.randn(6, 2, 8, 8, 3),
+        "audio_input_ids": torch.randint(0, 9, (2, 4, bands), generator=s.generator),
+    }  # fmt: skip
+
+
+def _folded(s, tokens=6, atoms=12):
+    """ESMFold 2: a chain of residues of two atoms each, and an alignment of three sequences."""
+    from transformers.models.esmfold2.modeling_esmfold2 import EsmFold2AtomInputs
+
+    place = torch.arange(tokens).expand(2, -1)
+    owner = (torch.arange(atoms) // 2).expand(2, -1)
+    same = torch.zeros(2, tokens, dtype=torch.long)
+    names = torch.randint(0, 20, (2, atoms, s.config.max_chars), generator=s.generator)
+    residues = torch.randint(0, 20, (2, 3, tokens), generator=s.generator)
+    return {
+        "token_index": place, "residue_index": place, "asym_id": same, "sym_id": same,
+        "entity_id": same, "mol_type": same, "res_type": residues[:, 0],
+        "token_bonds": torch.zeros(2, tokens, tokens, 1), "msa": residues,
+        "attention_mask": torch.ones(2, tokens, dtype=torch.bool), "input_ids": s.ids(tokens),
+        "atom_inputs": EsmFold2AtomInputs(
+            ref_pos=s.randn(2, atoms, 3), ref_charge=torch.zeros(2, atoms),
+            atom_attention_mask=torch.ones(2, atoms, dtype=torch.bool),
+            ref_element=names[..., 0] + 1,
+            ref_atom_name_chars=names, ref_space_uid=owner, atom_to_token=owner,
+        ),
+    }  # fmt: skip
+
+
 #: Inputs that only this type takes.
 CALLS = {
+    "align": lambda s: {"input_ids": s.ids(), "pixel_values": s.randn(2, 3, 32, 32)},
     "audio-spectrogram-transformer": lambda s: {"input_values": s.randn(2, 32, 16)},
     "audioflamingo3_encoder": lambda s: {
         "input_features": s.features(),
         "input_features_mask": torch.ones(2, s.features().shape[2], dtype=torch.long),
     },
     "autoformer": _series,
+    "blip-2": _asked,
     "blip_2_qformer": lambda s: {
         "query_embeds": s.randn(2, 6, 32),
         "encoder_hidden_states": s.randn(2, 5, s.config.encoder_hidden_size),
     },
+    "blt_local_decoder": lambda s: {
+        "inputs_embeds": s.hidden(), "patch_embeds": s.randn(2, 4, s.config.hidden_size_global)
+    },
+    "blt_local_encoder": lambda s: {
+        "input_ids": s.ids(), "num_patches": 4, "patch_ids": torch.arange(s.text).expand(2, -1) // 3
+    },
+    "bridgetower_vision_model": lambda s: {"image": s.image()},
+    "bros": lambda s: {"input_ids": s.ids(), "bbox": s.randn(2, s.text, 8)},
+    "chameleon": lambda s: _read(s, 4),
+    "clap": lambda s: {"input_ids": s.ids(), **_mel_images(s)},
+    "clap_audio_model": _mel_images,
+    "clvp": lambda s: {"input_ids": s.ids(), "input_features": s.randn(2, 16, 20)},
+    "clvp_encoder": lambda s: {"input_ids": s.ids()},
+    "cohere_compass": lambda s: _read_patches(s, 4),
     "decision_transformer": _decisions,
+    "deepseek_ocr2": lambda s: _read(s, 145),
+    "deepseek_ocr2_encoder": lambda s: {"inputs_embeds": s.hidden(), "num_patches": 4},
+    "depth_pro": lambda s: {"pixel_values": s.randn(1, 3, 64, 64)},
+    "diffusion_gemma": _diffused,
+    "dots3_note_audio_encoder": lambda s: {
+        "input_features": s.features(), "chunk_sample_lengths": torch.tensor([32, 20])
+    },
+    "efficientloftr": lambda s: {"pixel_values": s.randn(2, 2, 3, 64, 64)},
+    "emu3": lambda s: _read(s, 20, image_sizes=torch.tensor([[32, 32], [32, 32]])),
+    "ernie4_5_vl_moe": lambda s: _read_patches(s, 4),
+    "ernie4_5_vl_moe_text": lambda s: {
+        "input_ids": s.ids(),
+        "moe_mm_token_type_ids": (torch.arange(s.text) > 4).int().expand(2, -1),
+    },
+    "esmfold2": _folded,
+    "fast_vlm": lambda s: {**_read(s, 1), "pixel_values": s.randn(2, 3, 64, 64)},
+    "florence_vision": lambda s: {"hidden_states": s.randn(2, 3, 64, 64)},
+    "fun_asr_nano": _heard,
+    "fun_asr_nano_encoder": lambda s: _masked(s.randn(2, 12, s.config.input_size), 12),
+    "gemma3n": _seen_and_heard,
+    "gemma3n_audio": lambda s: {
+        "audio_mel": s.randn(2, 32, s.config.input_feat_size),
+        "audio_mel_mask": torch.zeros(2, 32, dtype=torch.bool),
+    },
+    "gemma4_unified_assistant": _drafted,
+    "gemma4_vision": _placed_patches,
+    "granite4_vision": lambda s: {
+        **_read(s, 10), "pixel_values": s.randn(2, 2, 3, 32, 32),
+        "image_sizes": torch.tensor([[32, 32], [32, 32]]),
+    },
     "grounding-dino": _question,
+    "groupvit": _both,
+    "hunyuan_vl": lambda s: _read_patches(s, 8),
+    "idefics": lambda s: {
+        "input_ids": s.ids(), "pixel_values": s.image()[:, None],
+        "image_attention_mask": torch.ones(2, s.text, 1, dtype=torch.long),
+    },
     "idefics2_perceiver": lambda s: {
         "context": s.randn(2, 5, 32), "attention_mask": torch.ones(2, 5, dtype=torch.long)
     },
     "informer": _series,
+    "inkling2_vision": lambda s: {
+        "pixel_values": s.randn(8, 16, 16, 3),
+        "image_grid_thw": torch.tensor([[1, 2, 2], [1, 2, 2]]),
+    },
+    "inkling_mm_model": _inkled,
+    "inkling_vision": lambda s: {"pixel_values": s.randn(6, 2, 4, 4, 3)},
+    "instructblip": _instructed,
+    "instructblipvideo": lambda s: _instructed(s, 4),
+    "jev": lambda s: {
+        "input_ids": s.ids()[:1], "marks": torch.tensor([[5, 9]]),
+        "num_options": torch.tensor([[2, 3]]), "question_type_ids": torch.tensor([[0, 1]]),
+    },
+    "kimi_k25_vision": lambda s: {
+        "pixel_values": s.randn(32, 3, 8, 8), "grid_thw": s.grid()
+    },
     "lxmert": lambda s: {
         "input_ids": s.ids(), "visual_feats": s.randn(2, 5, s.config.visual_feat_dim),
         "visual_pos": s.randn(2, 5, 4),
@@ -89,6 +291,9 @@ CALLS = {
             (torch.ones(2, 8, 2), s.randn(2, 8, s.config.patch_embed_hidden_size)), dim=-1
         )
     },
+    "qwen2_5_omni_audio_encoder": _sounds,
+    "qwen3_asr_encoder": lambda s: _masked(s.randn(2, s.config.num_mel_bins, 100), 100),
+    "qwen3_omni_moe_audio_encoder": _sounds,
     "sam": _points,
     "sam_hq": _points,
     "siglip2": lambda s: {"input_ids": s.ids(), **_flat_patches(s)},

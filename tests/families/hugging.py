@@ -188,7 +188,9 @@ PATH = re.compile(r"(?:[A-Za-z]:|~)?(?:[/\\][\w.+~-]+){2,}[/\\]?")
 def in_short(error):
     """What is said of an error in the table: one line of 160 characters at most, without a path."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    line = PATH.sub("a file", lines[-1] if lines else "")
+    # What a library that is missing is called stands first, what a setting lacks stands last.
+    which = 0 if isinstance(error, ImportError) else -1
+    line = PATH.sub("a file", lines[which] if lines else "")
     return f"{type(error).__name__}: {line}"[:160]
 
 
@@ -202,7 +204,7 @@ def find_way(kind, model):
     accepted = set(inspect.signature(model.forward).parameters)
     for name in [OWN] if kind in CALLS else WAYS:
         inputs = (CALLS[kind] if name == OWN else WAYS[name])(Sample(model.config))
-        if not set(inputs) <= accepted:
+        if name != OWN and not set(inputs) <= accepted:
             continue
         try:
             with torch.no_grad():

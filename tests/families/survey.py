@@ -39,6 +39,8 @@ def tried(kind):
         return "", f"not built: {hugging.in_short(error)}"
     if not has_linear(model):
         return "", "no linear layer"
+    if type(model).forward is nn.Module.forward:
+        return "", "no forward of its own"
     try:
         way, others = hugging.find_way(kind, model)
     except Exception as error:
