@@ -3,6 +3,10 @@
 import torch
 
 
+def _ones(*shape):
+    return torch.ones(shape, dtype=torch.long)
+
+
 def _series(s):
     c = s.config
     past = c.context_length + max(c.lags_sequence)
@@ -32,7 +36,7 @@ def _flat_patches(s):
     patch = s.setting("patch_size", default=8)
     return {
         "pixel_values": s.randn(2, 16, 3 * patch * patch),
-        "pixel_attention_mask": torch.ones(2, 16, dtype=torch.long),
+        "pixel_attention_mask": _ones(2, 16),
         "spatial_shapes": torch.tensor([[4, 4], [4, 4]]),
     }
 
@@ -50,7 +54,7 @@ def _pages(s):
 
 
 def _question(s):
-    return {**_both(s), "attention_mask": torch.ones(2, s.text, dtype=torch.long)}
+    return {**_both(s), "attention_mask": _ones(2, s.text)}
 
 
 def _marked(s, token, number):
@@ -83,7 +87,7 @@ def _sounds(s):
 
 def _masked(features, frames):
     """Spectrograms and a mask: the second one is shorter."""
-    mask = torch.ones(2, frames, dtype=torch.long)
+    mask = _ones(2, frames)
     mask[1, frames - 7 :] = 0
     return {"input_features": features, "input_features_mask": mask}
 
@@ -188,13 +192,44 @@ def _folded(s, tokens=6, atoms=12):
     }  # fmt: skip
 
 
+def _numbered(s):
+    """Patches, behind the numbers of their rows and columns."""
+    return torch.cat((torch.ones(2, 8, 2), s.randn(2, 8, s.setting("patch_embed_hidden_size"))), -1)
+
+
+def _sized(s):
+    """The patches of two images of 4 x 4, side by side."""
+    return {
+        "pixel_values": s.randn(1, 3, 8, 8 * 32), "target_sizes": torch.tensor([[4, 4], [4, 4]])
+    }  # fmt: skip
+
+
+def _sam3_encoded(s):
+    grid = [s.randn(2, 32, 4, 4)]
+    return {"vision_features": grid, "text_features": s.randn(2, 5, 32), "vision_pos_embeds": grid}
+
+
+def _sam3_decoded(s):
+    return {
+        "vision_features": s.randn(2, 16, 32), "text_features": s.randn(2, 5, 32),
+        "vision_pos_encoding": s.randn(2, 16, 32), "spatial_shapes": torch.tensor([[4, 4]]),
+    }  # fmt: skip
+
+
+def _sam3_masked(s):
+    return {
+        "decoder_queries": s.randn(2, 6, 32), "encoder_hidden_states": s.randn(2, 16, 32),
+        "backbone_features": [s.randn(2, 32, size, size) for size in (16, 8, 4)],
+    }  # fmt: skip
+
+
 #: Inputs that only this type takes.
 CALLS = {
     "align": lambda s: {"input_ids": s.ids(), "pixel_values": s.randn(2, 3, 32, 32)},
     "audio-spectrogram-transformer": lambda s: {"input_values": s.randn(2, 32, 16)},
     "audioflamingo3_encoder": lambda s: {
         "input_features": s.features(),
-        "input_features_mask": torch.ones(2, s.features().shape[2], dtype=torch.long),
+        "input_features_mask": _ones(2, s.features().shape[2]),
     },
     "autoformer": _series,
     "blip-2": _asked,
@@ -220,6 +255,10 @@ CALLS = {
     "deepseek_ocr2": lambda s: _read(s, 145),
     "deepseek_ocr2_encoder": lambda s: {"inputs_embeds": s.hidden(), "num_patches": 4},
     "depth_pro": lambda s: {"pixel_values": s.randn(1, 3, 64, 64)},
+    "dia_decoder": lambda s: {
+        "input_ids": torch.stack([s.ids()] * s.config.num_channels, dim=-1),
+        "encoder_hidden_states": s.randn(2, 5, 32),
+    },
     "diffusion_gemma": _diffused,
     "dots3_note_audio_encoder": lambda s: {
         "input_features": s.features(), "chunk_sample_lengths": torch.tensor([32, 20])
@@ -247,15 +286,17 @@ CALLS = {
         **_read(s, 10), "pixel_values": s.randn(2, 2, 3, 32, 32),
         "image_sizes": torch.tensor([[32, 32], [32, 32]]),
     },
+    "granite_speech5_ctc": lambda s: {"input_features": s.randn(2, 20, 64)},
+    "granite_speech5_encoder": lambda s: {"input_features": s.randn(2, 20, 64)},
     "grounding-dino": _question,
     "groupvit": _both,
     "hunyuan_vl": lambda s: _read_patches(s, 8),
     "idefics": lambda s: {
         "input_ids": s.ids(), "pixel_values": s.image()[:, None],
-        "image_attention_mask": torch.ones(2, s.text, 1, dtype=torch.long),
+        "image_attention_mask": _ones(2, s.text, 1),
     },
     "idefics2_perceiver": lambda s: {
-        "context": s.randn(2, 5, 32), "attention_mask": torch.ones(2, 5, dtype=torch.long)
+        "context": s.randn(2, 5, 32), "attention_mask": _ones(2, 5)
     },
     "informer": _series,
     "inkling2_vision": lambda s: {
@@ -273,33 +314,108 @@ CALLS = {
     "kimi_k25_vision": lambda s: {
         "pixel_values": s.randn(32, 3, 8, 8), "grid_thw": s.grid()
     },
+    "kosmos-2": lambda s: {
+        "input_ids": s.ids(70), "pixel_values": s.image(),
+        "image_embeds_position_mask": (torch.arange(70) < s.config.latent_query_num).expand(2, 70),
+    },
+    "kosmos_2_5_vision_model": lambda s: {"flattened_patches": _numbered(s)},
+    "lightglue": lambda s: {"pixel_values": s.randn(2, 2, 3, 32, 32)},
     "lxmert": lambda s: {
         "input_ids": s.ids(), "visual_feats": s.randn(2, 5, s.config.visual_feat_dim),
         "visual_pos": s.randn(2, 5, 4),
     },
+    "mimi_decoder": lambda s: {"latents": s.randn(2, s.config.hidden_size, 5)},
+    "minicpm_ocr_vision": _sized,
+    "minicpmv4_6_vision": _sized,
+    "minicpmv4_7_vision": _sized,
+    "mllama_vision_model": lambda s: {
+        "pixel_values": s.randn(2, 1, s.config.max_num_tiles, 3, 32, 32),
+        "aspect_ratio_ids": _ones(2, 1),
+        "aspect_ratio_mask": _ones(2, 1, s.config.max_num_tiles),
+    },
     "mm-grounding-dino": _question,
+    "molmo2_adapter": lambda s: {
+        "image_features": s.randn(2, 16, 64), "pooled_patches_idx": torch.arange(32).view(8, 4),
+    },
+    "molmo2_vision": lambda s: {"pixel_values": s.randn(2, 32, 192)},
+    "moonshine_streaming": lambda s: {
+        "input_values": s.randn(2, 1600), "decoder_input_ids": s.ids(7),
+    },
+    "moonshine_streaming_encoder": lambda s: {"input_values": s.randn(2, 1600)},
+    "muse_glimmer_assistant": lambda s: {
+        "noise_embeds": s.hidden(), "context_hidden_states": s.randn(2, 5, 64),
+        "attention_mask": _ones(2, 14),
+    },
+    "muse_glimmer_vision": lambda s: {"pixel_values": s.randn(32, 384), "grid_thw": s.grid()},
+    "muse_spark_vision": lambda s: {"pixel_values": s.randn(32, 384), "grid_thw": s.grid()},
+    "musicgen": lambda s: {"input_ids": s.ids(), "decoder_input_ids": torch.cat([s.ids(7)] * 4)},
+    "musicgen_melody": lambda s: {
+        "input_ids": s.ids(), "decoder_input_ids": torch.cat([s.ids(7)] * 4),
+        "input_features": s.randn(2, 5, 12),
+    },
+    "nemotron3_5_asr": lambda s: {
+        "input_features": s.features_last(), "decoder_input_ids": s.ids(7),
+        "prompt_ids": torch.tensor([1, 2]),
+    },
+    "neucodec": lambda s: {
+        "input_values": s.randn(2, 1, 3200), "input_features": s.randn(2, 10, 32),
+    },
     "oneformer": lambda s: {"pixel_values": s.image(), "task_inputs": s.ids(s.config.task_seq_len)},
+    "paddleocr_vl_vision": lambda s: {
+        "pixel_values": s.randn(1, 32, 3, 8, 8), "grid_thw": s.grid(),
+    },
     "patchtsmixer": lambda s: {
         "past_values": s.randn(2, s.config.context_length, s.config.num_input_channels)
     },
     "patchtst": lambda s: {
         "past_values": s.randn(2, s.config.context_length, s.config.num_input_channels)
     },
+    "pe_audio": lambda s: {"input_ids": s.ids(), "input_values": s.wave()[:, None]},
+    "pe_audio_video": lambda s: {"input_ids": s.ids(), "input_values": s.wave()[:, None]},
+    "pe_audio_video_encoder": lambda s: {
+        "input_values": s.wave()[:, None], "pixel_values_videos": s.video(),
+    },
+    "pe_video": lambda s: {"input_ids": s.ids(), "pixel_values_videos": s.video()},
     "perceiver": lambda s: {"inputs": s.randn(2, 9, s.config.d_model)},
+    "phi4_multimodal_audio": lambda s: {
+        "hidden_states": s.randn(2, 64, s.config.input_size),
+        "mask": torch.ones(2, 64, dtype=torch.bool),
+    },
+    "pi0": lambda s: {
+        "action_embeds": s.randn(2, 5, 32), "inputs_embeds": s.hidden(), "pixel_values": s.image(),
+    },
+    "pix2struct": lambda s: {"flattened_patches": _numbered(s), "decoder_input_ids": s.ids(7)},
     "pix2struct_vision_model": lambda s: {
         "flattened_patches": torch.cat(
             (torch.ones(2, 8, 2), s.randn(2, 8, s.config.patch_embed_hidden_size)), dim=-1
         )
     },
+    "pocket_tts_audio_tokenizer_decoder": lambda s: {"latents": s.randn(2, 32, 5)},
     "qwen2_5_omni_audio_encoder": _sounds,
     "qwen3_asr_encoder": lambda s: _masked(s.randn(2, s.config.num_mel_bins, 100), 100),
     "qwen3_omni_moe_audio_encoder": _sounds,
     "sam": _points,
+    "sam2": _points,
+    "sam3_detr_decoder": _sam3_decoded,
+    "sam3_detr_encoder": _sam3_encoded,
+    "sam3_lite_text_detr_decoder": _sam3_decoded,
+    "sam3_lite_text_detr_encoder": _sam3_encoded,
+    "sam3_lite_text_mask_decoder": _sam3_masked,
+    "sam3_mask_decoder": _sam3_masked,
+    "sam3_tracker": _points,
     "sam_hq": _points,
+    "seggpt": lambda s: {
+        "pixel_values": s.randn(2, 3, 16, 16), "prompt_pixel_values": s.randn(2, 3, 16, 16),
+        "prompt_masks": s.randn(2, 3, 16, 16),
+    },
     "siglip2": lambda s: {"input_ids": s.ids(), **_flat_patches(s)},
     "siglip2_vision_model": _flat_patches,
     "speecht5": lambda s: {
         "input_values": s.randn(2, 9, 32), "decoder_input_values": s.randn(2, 7, 32)
+    },
+    "superglue": lambda s: {"pixel_values": s.randn(2, 2, 3, 32, 32)},
+    "t5gemma2_decoder": lambda s: {
+        "input_ids": s.ids(), "encoder_hidden_states": s.randn(2, 5, 32),
     },
     "time_series_transformer": _series,
     "timesfm": lambda s: {
@@ -310,8 +426,23 @@ CALLS = {
         "past_values": s.randn(2, 64), "past_values_padding": torch.zeros(2, 64)
     },
     "udop": lambda s: {"input_ids": s.ids(), "bbox": s.boxes() / 10, "decoder_input_ids": s.ids(7)},
+    "unlimited_ocr_vision_encoder": lambda s: {"patch_embeds": s.randn(2, 32, 4, 4)},
+    "vibevoice_acoustic_tokenizer": lambda s: {"input_values": s.randn(2, 1, 64)},
+    "vibevoice_acoustic_tokenizer_decoder": lambda s: {
+        "hidden_states": s.randn(2, s.config.hidden_size, 8),
+    },
+    "vibevoice_acoustic_tokenizer_encoder": lambda s: {"hidden_states": s.randn(2, 1, 64)},
+    "video_llama_3_vision": lambda s: {
+        "pixel_values": s.patches(), "grid_thw": s.grid(), "merge_sizes": torch.tensor([1, 1]),
+    },
+    "videoprism": lambda s: {"input_ids": s.ids(), "pixel_values_videos": s.video()},
     "vits": lambda s: {"input_ids": s.ids()},
+    "voxtral_realtime": lambda s: {"input_ids": s.ids(8), "input_features": s.randn(2, 16, 64)},
+    "voxtral_realtime_text": lambda s: {"input_ids": s.ids(), "t_cond": s.randn(2, 1, 32)},
     "wav2vec2-bert": lambda s: {"input_features": s.randn(2, 12, 16)},
     "xclip": lambda s: {"input_ids": s.ids(), "pixel_values": s.randn(2, 2, 3, 32, 32)},
+    "xcodec2": lambda s: {
+        "input_values": s.randn(2, 1, 3200), "input_features": s.randn(2, 10, 32),
+    },
     "yolos": lambda s: {"pixel_values": s.randn(2, 3, 32, 32)},
 }  # fmt: skip

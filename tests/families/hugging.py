@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from .calls import CALLS
-from .settings import COMPILED, JUMPING, OFTEN, REFUSED, SETTINGS, Later
+from .parts import Later
+from .settings import COMPILED, JUMPING, MODELS, OFTEN, REFUSED, SETTINGS
 from .shrink import tiny
 from .subject import Family, tensors_of
 from .weights import randomise
@@ -26,9 +27,12 @@ def config_class(kind):
 
 def model_class(kind):
     """The base model of a type; for parts, which have none by name, the model of that config."""
+    import transformers
     from transformers import PreTrainedModel
     from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
+    if kind in MODELS:
+        return getattr(transformers, MODELS[kind])
     cls = config_class(kind)
     if cls in MODEL_MAPPING:
         try:

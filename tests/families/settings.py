@@ -1,72 +1,57 @@
 """What the names of settings do not tell about types of transformers."""
 
+from .parts import (
+    ATOMS,
+    CHUNKS,
+    CLAP,
+    CLVP,
+    COMPASS,
+    DEEPSEEK_EYES,
+    DEEPSEEK_OCR,
+    DEPTH,
+    DETR,
+    DIFFUSION_GEMMA,
+    ERNIE,
+    FRAMES,
+    GEMMA3N,
+    GEMMA4,
+    GLM,
+    GROUPVIT,
+    HEAD,
+    HGNET,
+    HIERA,
+    INDEXED,
+    LW_DETR,
+    NO_DROPOUT,
+    PYRAMID,
+    QWEN,
+    QWEN_AUDIO,
+    SAM,
+    SAM2,
+    SAM_COMPRESSOR,
+    SERIES,
+    SHARED_EXPERT,
+    SLIDING,
+    SUPERPOINT,
+    SWIN,
+    TOKENIZER,
+    TUBELETS,
+    WINDOWS,
+    Later,
+    fastvit,
+    gemma3n_eyes,
+    hgnet,
+    swin_backbone,
+    tiny_timm,
+    vit_backbone,
+)
 
-def _mrope(width=8, **more):
-    half = width // 2
-    return {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [half - 2, 1, 1], **more}
-
-
-QWEN = {"rope_parameters": _mrope()}
-#: Half of each head is rotated.
-GLM = {"head_dim": 16, "rope_parameters": _mrope(8, partial_rotary_factor=0.5)}
-WINDOWS = {"window_size": 32, "num_heads": 4, "out_hidden_size": 32}
-HEAD = {"head_dim": 8}
-SERIES = {"prediction_length": 4, "context_length": 8, "lags_sequence": [1, 2], "d_model": 16}
-
-
-def _resnet():
-    from transformers import ResNetConfig
-
-    return ResNetConfig(
-        embedding_size=8, hidden_sizes=[8, 8, 16, 16], depths=[1, 1, 1, 1],
-        layer_type="basic", out_features=["stage4"],
-    )  # fmt: skip
-
-
-class Later(dict):
-    """Settings made when they are asked for, so that reading this file imports nothing."""
-
-    def __init__(self, make):
-        super().__init__()
-        self.make = make
-
-
-DETR = Later(lambda: {"backbone_config": _resnet(), "backbone": None, "use_timm_backbone": False})
-SWIN = {"embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4], "patch_size": 4, "window_size": 4}
-
-SAM = {
-    "vision_config": {
-        "patch_size": 8, "image_size": 32, "output_channels": 32, "num_pos_feats": 16
-    },
-    "prompt_encoder_config": {"image_size": 32, "patch_size": 8, "image_embedding_size": 4},
-}  # fmt: skip
-
-ATOMS = {"num_spatial_rope_pairs_per_axis": 1, "num_uid_rope_pairs": 1}
-#: Rotates at least 32 numbers of each head.
-CLVP = {"hidden_size": 64, "num_attention_heads": 2}
-CLAP = {
-    "spec_size": 32, "num_mel_bins": 16, "depths": [2, 2], "num_attention_heads": [2, 4],
-    "patch_embeds_hidden_size": 16, "hidden_size": 32,
-}  # fmt: skip
-DEEPSEEK_OCR = {"mlp_layer_types": ["dense", "sparse"], "num_experts_per_tok": 2}
-DEEPSEEK_EYES = {"sam_config": {"downsample_channels": [16, 32]}}
-DIFFUSION_GEMMA = {
-    "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 16, "global_head_dim": 8,
-}  # fmt: skip
-ERNIE = {"rope_parameters": _mrope(mrope_section=[1, 1, 2]), "moe_intermediate_size": [16, 16]}
-GEMMA3N = {"num_kv_shared_layers": 0, "intermediate_size": 48}
-#: Of a config without layers that have keys of their own, transformers builds no model.
-GEMMA4 = {
-    "num_hidden_layers": 4, "num_kv_shared_layers": 2, "global_head_dim": 8,
-    "layer_types": ["sliding_attention", "full_attention"] * 2,
-}  # fmt: skip
-GROUPVIT = {
-    "depths": [1, 1, 1], "num_hidden_layers": 3, "num_group_tokens": [8, 4, 0],
-    "num_output_groups": [8, 4, 4],
-}  # fmt: skip
-COMPASS = {"full_attention": _mrope()}
-
-QWEN_AUDIO = {"n_window_infer": 100, "downsample_hidden_size": 16}
+#: The model of a type whose base model has no forward, or that is not the one of the shortest name.
+MODELS = {
+    "lw_detr_vit": "LwDetrViTBackbone",
+    "musicgen": "MusicgenForConditionalGeneration",
+    "musicgen_melody": "MusicgenMelodyForConditionalGeneration",
+}
 
 #: Settings of a type; those of a part by its name.
 SETTINGS = {
@@ -90,6 +75,11 @@ SETTINGS = {
         "vq_config": {"num_embeddings": 10, "channel_multiplier": [1, 1, 1, 1, 1]},
         "vocabulary_map": {"<image>": 60, **{f"IMGIMG{c}Z": ord(c) for c in "ABCDEFGHIJ"}},
     },
+    "chmv2": {
+        "backbone_config": {
+            "return_class_token": True, "num_hidden_layers": 4, "out_indices": [1, 2, 3, 4],
+        },
+    },
     "clap": {"audio_config": CLAP},
     "clap_audio_model": CLAP,
     "clvp": {"text_config": CLVP, "speech_config": CLVP},
@@ -102,6 +92,7 @@ SETTINGS = {
     "cohere_compass_text": {"rope_parameters": COMPASS},
     "colqwen2": {"vlm_config": {"text_config": QWEN}},
     "conditional_detr": DETR,
+    "d_fine": HGNET,
     "dab-detr": DETR,
     "dbrx": {
         "attn_config": {"rope_theta": 1e4, "kv_n_heads": 2, "clip_qkv": 8},
@@ -112,6 +103,8 @@ SETTINGS = {
     "deepseek_ocr2_vision": DEEPSEEK_EYES,
     "deepseek_v2": {"num_experts_per_tok": 2, "first_k_dense_replace": 1, "topk_method": "greedy"},
     "deformable_detr": DETR,
+    "deimv2": HGNET,
+    "depth_anything": DEPTH,
     "depth_pro": {"patch_size": 16, "intermediate_hook_ids": [1, 0]},
     "detr": DETR,
     "diffusion_gemma": {"text_config": DIFFUSION_GEMMA},
@@ -137,13 +130,13 @@ SETTINGS = {
         "structure_head": {"diffusion_module": {"atom_encoder": ATOMS}},
     },
     "exaone4_5_vision": WINDOWS,
-    "fast_vlm": {"vision_config": Later(lambda: _fastvit())},
+    "fast_vlm": {"vision_config": Later(lambda: fastvit())},
     "fastspeech2_conformer_with_hifigan": {
         "vocoder_config": {"model_in_dim": 16, "upsample_initial_channel": 32}
     },
     "fun_asr_nano": {"adaptor_config": {"intermediate_size": 8}},
     "gemma3n": {
-        "text_config": GEMMA3N, "vision_config": Later(lambda: _gemma3n_eyes()),
+        "text_config": GEMMA3N, "vision_config": Later(lambda: gemma3n_eyes()),
         "audio_config": {"vocab_size": 23, "vocab_offset": 76},
         "image_token_id": 60, "audio_token_id": 80,
         "vision_soft_tokens_per_image": 4, "audio_soft_tokens_per_image": 3,
@@ -184,24 +177,68 @@ SETTINGS = {
     "instructblip": {"image_token_index": 60},
     "instructblipvideo": {"video_token_index": 60, "num_query_tokens": 4},
     "kimi_k25_vision": {"pos_emb_height": 8, "pos_emb_width": 8},
+    "levit": {
+        "image_size": 64, "patch_size": 16, "hidden_sizes": [16, 24, 32],
+        "num_attention_heads": [2, 2, 2], "key_dim": [8, 8, 8], "depths": [1, 1, 1],
+    },
     "lfm2_moe": {"num_dense_layers": 1, "layer_types": ["conv", "full_attention"]},
+    "lightglue": {"keypoint_detector_config": SUPERPOINT},
     "lilt": {"hidden_size": 48, "num_attention_heads": 4},
+    "llama4_vision_model": {"intermediate_size": 128},
+    "longcat_flash": {"qk_head_dim": 16},
+    "lw_detr": {"backbone_config": LW_DETR, "projector_scale_factors": [1.0]},
+    "lw_detr_vit": LW_DETR,
     "mamba2": {"num_heads": 8, "head_dim": 8, "hidden_size": 32, "n_groups": 2, "state_size": 16},
+    "markuplm": {"tag_pad_id": 3, "subs_pad_id": 4},
     "mask2former": {
-        "backbone_config": Later(lambda: _swin_backbone()), "feature_size": 32,
+        "backbone_config": Later(swin_backbone), "feature_size": 32,
         "mask_feature_size": 32, "hidden_dim": 32, "num_feature_levels": 3,
     },
     "maskformer": {
-        "backbone_config": Later(lambda: _swin_backbone()), "fpn_feature_size": 32,
+        "backbone_config": Later(swin_backbone), "fpn_feature_size": 32,
         "mask_feature_size": 32,
     },
     "maskformer-swin": SWIN,
+    "mimi_decoder": {"num_filters": 4},
     "ministral": HEAD,
+    "mllama_vision_model": {"intermediate_layers_indices": [0, 1]},
     "mm-grounding-dino": {"num_queries": 3},
     "mobilevit": {"hidden_sizes": [16, 16, 32], "num_attention_heads": 2},
+    "molmo2": {"adapter_config": {"vision_feature_layer": [1, 0]}},
+    "moonshine_streaming": {"encoder_config": FRAMES, "num_key_value_heads": 4},
+    "moonshine_streaming_encoder": FRAMES,
+    "muse_spark": {"audio_config": PYRAMID},
+    "muse_spark_audio": PYRAMID,
+    "nemo_speechlm": {"audio_config": {"diarization_config": CHUNKS}},
     "nemotron": {**HEAD, "num_key_value_heads": 2},
-    "oneformer": {"backbone_config": Later(lambda: _swin_backbone())},
+    "nemotron3_5_asr": {"num_prompts": 128},
+    "nemotron3_5_transcribe_audio": {"diarization_config": CHUNKS},
+    "nemotron3_diarization": CHUNKS,
+    "nemotron_h_omni": {"vision_config": {"video_temporal_patch_size": 2}},
+    "neomme": {"head_dim": 16},
+    "neucodec": {"quantization_dim": 64},
+    "oneformer": {"backbone_config": Later(swin_backbone)},
+    "paddleocr_vl": {"text_config": QWEN},
     "paddleocr_vl_text": QWEN,
+    "pe_audio_video": {
+        "audio_video_config": {
+            "video_config": {"vision_config": Later(lambda: tiny_timm("test_vit"))}
+        },
+    },
+    "pe_video": {"video_config": {"vision_config": Later(lambda: tiny_timm("test_vit"))}},
+    "perception_lm": {"vision_config": Later(lambda: tiny_timm("test_vit", embed_dim=64))},
+    "phi4_multimodal_audio": {"depthwise_separable_out_channel": 32, "ext_pw_out_channel": 32},
+    "pix2struct_text_model": {"initializer_range": 0.02},
+    "pp_doclayout_v2": HGNET,
+    "pp_doclayout_v3": {**HGNET, "backbone_config": Later(lambda: hgnet(1)), "x4_feat_dim": 8},
+    "pp_doclayout_v4": HGNET,
+    "pp_formulanet": {"vision_config": {"post_conv_in_channels": 32}},
+    "pp_formulanet_vision": {"post_conv_in_channels": 32},
+    "prompt_depth_anything": DEPTH,
+    "pvt": {
+        "num_encoder_blocks": 4, "depths": [1, 1, 1, 1], "hidden_sizes": [8, 8, 16, 16],
+        "num_attention_heads": [1, 1, 2, 2], "patch_sizes": [4, 2, 2, 2],
+    },
     "qwen2_5_omni_audio_encoder": {"n_window": 8},
     "qwen2_5_omni_talker": QWEN,
     "qwen2_5_omni_text": QWEN,
@@ -213,52 +250,81 @@ SETTINGS = {
     "qwen2_vl": {"text_config": QWEN},
     "qwen2_vl_text": QWEN,
     "qwen3_asr_encoder": QWEN_AUDIO,
+    "qwen3_omni_moe": {
+        "talker_config": {
+            "text_config": SHARED_EXPERT, "spatial_merge_size": 2,
+        },
+    },
     "qwen3_omni_moe_audio_encoder": QWEN_AUDIO,
+    "qwen3_omni_moe_talker_text": SHARED_EXPERT,
+    "qwen4_exp": {"text_config": INDEXED},
+    "qwen4_exp_text": INDEXED,
     "reformer": {
         "axial_pos_embds": False, "attn_layers": ["local", "lsh"], "num_buckets": 4,
         "lsh_attn_chunk_length": 8, "local_attn_chunk_length": 8, "hidden_size": 32,
     },
+    "rt_detr": HGNET,
+    "rt_detr_v2": HGNET,
     "sam": SAM,
+    "sam2": {"vision_config": SAM2, "prompt_encoder_config": {"image_size": 32, "patch_size": 16}},
+    "sam2_hiera_det_model": HIERA,
+    "sam2_vision_model": SAM2,
+    "sam3_tracker": {
+        "vision_config": {"backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]]},
+        "prompt_encoder_config": {"image_size": 32, "patch_size": 8},
+    },
     "sam_hq": SAM,
+    "sapiens2": {"num_key_value_heads_per_layer": [4, 2], "num_key_value_attention_heads": 2},
+    "shieldgemma2": {"yes_token_index": 5, "no_token_index": 6},
+    "step3p5": SLIDING,
+    "step3p7": {"text_config": SLIDING},
+    "superglue": {"keypoint_detector_config": SUPERPOINT},
     "swin": SWIN,
     "swin2sr": {"num_heads": [2, 4], "depths": [2, 2], "embed_dim": 16, "window_size": 4},
     "swinv2": SWIN,
+    "t5gemma2_decoder": NO_DROPOUT,
+    "t5gemma2_encoder": {"text_config": NO_DROPOUT},
+    "t5gemma2_text": NO_DROPOUT,
     "table-transformer": DETR,
     "time_series_transformer": SERIES,
+    "timm_backbone": {"backbone": "test_vit"},
+    "tipsv2_dpt": {
+        "backbone_config": {
+            "num_hidden_layers": 4, "out_indices": [1, 2, 3, 4], "reshape_hidden_states": False,
+        },
+        "neck_hidden_sizes": [8, 8, 16, 16],
+    },
+    "unlimited_ocr_vision": {"sam_config": SAM_COMPRESSOR},
+    "upernet": {"backbone_config": Later(swin_backbone), "use_auxiliary_head": False},
+    "vibevoice_acoustic_tokenizer": TOKENIZER,
+    "vibevoice_acoustic_tokenizer_decoder": TOKENIZER,
+    "vibevoice_acoustic_tokenizer_encoder": TOKENIZER,
+    "videoprism": {"vision_config": TUBELETS},
+    "videoprism_vision_model": TUBELETS,
+    "vitmatte": {"backbone_config": {"patch_size": 16}},
     "vits": {"vocab_size": 50, "upsample_initial_channel": 32, "spectrogram_bins": 16},
     "wav2vec2-bert": {"feature_projection_input_dim": 16},
+    "xcodec2": {"quantization_dim": 64},
     "xlnet": {"d_head": 8},
     "xmod": {"default_language": "en_XX"},
     "yolos": {"image_size": [32, 32], "num_detection_tokens": 6},
+    "zamba": {
+        "num_hidden_layers": 4,
+        "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"],
+        "attention_hidden_size": 64, "attention_head_dim": 16, "num_attention_heads": 4,
+        "num_key_value_heads": 4, "mamba_dt_rank": 4,
+    },
+    "zoedepth": {
+        **DEPTH, "backbone_config": Later(lambda: vit_backbone("Beit")), "bottleneck_features": 8,
+    },
 }  # fmt: skip
 
-
-def _swin_backbone():
-    from transformers import SwinConfig
-
-    return SwinConfig(
-        image_size=32, embed_dim=16, depths=[1, 1, 1, 1], num_heads=[2, 2, 2, 2], window_size=4,
-        patch_size=2, out_features=["stage1", "stage2", "stage3", "stage4"],
-    )  # fmt: skip
-
-
-def _fastvit():
-    from transformers import TimmWrapperConfig
-
-    args = {"layers": (1, 1, 1, 1, 1), "embed_dims": (8, 16, 32, 32, 64), "inference_mode": True}
-    return TimmWrapperConfig(architecture="fastvit_mci3", hidden_size=128, model_args=args)
-
-
-def _gemma3n_eyes():
-    from transformers.models.gemma3n.configuration_gemma3n import Gemma3nVisionConfig
-
-    return Gemma3nVisionConfig(
-        architecture="test_efficientnet", hidden_size=256, vocab_size=16, vocab_offset=60
-    )
-
-
 #: Models that sort, pick or round on their way: in half precision they jump.
-JUMPING = {"groupvit", "groupvit_vision_model", "jamba", "rf_detr", "sam3_lite_text", "vits"}
+JUMPING = {
+    "d_fine", "groupvit", "groupvit_vision_model", "jamba", "rf_detr", "sam3_lite_text", "vits",
+}  # fmt: skip
+#: Types of which the checks could tell nothing, and why.
+NUMB = {"vitmatte": "with random weights, its output depends on no linear layer to speak of"}
 #: What `adapt` says of models without a layer that it can adapt.
 REFUSED = {
     "falcon": "FalconLinear is not a plain nn.Linear",

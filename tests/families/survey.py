@@ -7,6 +7,7 @@ changed, are tried; what cannot be built or called is written with the reason.
 """
 
 import csv
+import inspect
 import signal
 import sys
 import warnings
@@ -15,6 +16,7 @@ import torch
 from torch import nn
 
 from . import hugging, others
+from .settings import NUMB
 
 #: For one type; a tiny model takes a part of a second.
 SECONDS = 10
@@ -39,8 +41,12 @@ def tried(kind):
         return "", f"not built: {hugging.in_short(error)}"
     if not has_linear(model):
         return "", "no linear layer"
+    if kind in NUMB:
+        return "", NUMB[kind]
     if type(model).forward is nn.Module.forward:
-        return "", "no forward of its own"
+        return "", "no forward of its own: its parts are called one by one"
+    if "inference_session" in inspect.signature(model.forward).parameters:
+        return "", "called with a session, which its processor makes"
     try:
         way, others = hugging.find_way(kind, model)
     except Exception as error:

@@ -1,0 +1,168 @@
+"""Backbones and parts of configs that several types of transformers have."""
+
+
+class Later(dict):
+    """Settings made when they are asked for, so that reading this file imports nothing."""
+
+    def __init__(self, make):
+        super().__init__()
+        self.make = make
+
+
+# -- backbones
+
+
+def resnet():
+    from transformers import ResNetConfig
+
+    return ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 8, 16, 16], depths=[1, 1, 1, 1],
+        layer_type="basic", out_features=["stage4"],
+    )  # fmt: skip
+
+
+def stages(first):
+    return [f"stage{stage}" for stage in range(first, 5)]
+
+
+def hgnet(first=2):
+    from transformers import HGNetV2Config
+
+    return HGNetV2Config(
+        stem_channels=[3, 8, 8], stage_in_channels=[8, 8, 16, 16], stage_mid_channels=[8] * 4,
+        stage_out_channels=[8, 16, 16, 16], stage_num_blocks=[1] * 4, stage_numb_of_layers=[1] * 4,
+        hidden_sizes=[8, 16, 16, 16], depths=[1] * 4, out_features=stages(first),
+    )  # fmt: skip
+
+
+def swin_backbone():
+    from transformers import SwinConfig
+
+    return SwinConfig(
+        image_size=32, embed_dim=16, depths=[1, 1, 1, 1], num_heads=[2, 2, 2, 2], window_size=4,
+        patch_size=2, out_features=stages(1),
+    )  # fmt: skip
+
+
+def vit_backbone(kind):
+    """Of four layers, each of which is a stage."""
+    import transformers
+
+    return getattr(transformers, f"{kind}Config")(
+        image_size=32, patch_size=8, hidden_size=32, num_hidden_layers=4, num_attention_heads=2,
+        intermediate_size=48, out_features=stages(1), reshape_hidden_states=False,
+    )  # fmt: skip
+
+
+def tiny_timm(architecture, **args):
+    """One of the models that timm has for tests."""
+    from transformers import TimmWrapperConfig
+
+    return TimmWrapperConfig(architecture=architecture, hidden_size=64, model_args=args or None)
+
+
+def fastvit():
+    from transformers import TimmWrapperConfig
+
+    args = {"layers": (1, 1, 1, 1, 1), "embed_dims": (8, 16, 32, 32, 64), "inference_mode": True}
+    return TimmWrapperConfig(architecture="fastvit_mci3", hidden_size=128, model_args=args)
+
+
+def gemma3n_eyes():
+    from transformers.models.gemma3n.configuration_gemma3n import Gemma3nVisionConfig
+
+    return Gemma3nVisionConfig(
+        architecture="test_efficientnet", hidden_size=256, vocab_size=16, vocab_offset=60
+    )
+
+
+DETR = Later(lambda: {"backbone_config": resnet(), "backbone": None, "use_timm_backbone": False})
+HGNET = {
+    "encoder_in_channels": [16, 16, 16], "encoder_hidden_dim": 32,
+    "decoder_in_channels": [32, 32, 32], "backbone_config": Later(hgnet),
+}  # fmt: skip
+DEPTH = {
+    "patch_size": 8, "reassemble_hidden_size": 32, "neck_hidden_sizes": [8, 8, 16, 16],
+    "fusion_hidden_size": 8, "backbone_config": Later(lambda: vit_backbone("Dinov2")),
+}  # fmt: skip
+
+# -- parts that several types have
+
+
+def mrope(width=8, **more):
+    half = width // 2
+    return {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [half - 2, 1, 1], **more}
+
+
+QWEN = {"rope_parameters": mrope()}
+#: Half of each head is rotated.
+GLM = {"head_dim": 16, "rope_parameters": mrope(8, partial_rotary_factor=0.5)}
+HEAD = {"head_dim": 8}
+NO_DROPOUT = {"dropout_rate": 0.0}
+SLIDING = {"sliding_window": 8}
+SHARED_EXPERT = {"shared_expert_intermediate_size": 32}
+INDEXED = {
+    "indexer_budget": 8, "indexer_compress_ratio": 2, "indexer_n_heads": 2, "indexer_kv_heads": 1,
+    "indexer_head_dim": 8,
+}  # fmt: skip
+SERIES = {"prediction_length": 4, "context_length": 8, "lags_sequence": [1, 2], "d_model": 16}
+
+CHUNKS = {"chunk_length": 8, "chunk_right_context": 2}
+#: Of 5 ms, at the rate that it is.
+FRAMES = {"sample_rate": 16000}
+PYRAMID = {"patch_sizes": [4, 2], "hidden_sizes": [16, 32], "depths": [1, 1]}
+TOKENIZER = {"num_filters": 4, "downsampling_ratios": [2, 2], "depths": [2, 2, 2]}
+
+SWIN = {"embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4], "patch_size": 4, "window_size": 4}
+WINDOWS = {"window_size": 32, "num_heads": 4, "out_hidden_size": 32}
+LW_DETR = {
+    "image_size": 32, "pretrain_image_size": 32, "num_windows": 4, "patch_size": 8,
+    "out_indices": [2],
+}  # fmt: skip
+SAM_COMPRESSOR = {"downsample_channels": [64, 32]}
+#: It has one class more than there are pixels in a cell.
+SUPERPOINT = {"keypoint_decoder_dim": 65}
+TUBELETS = {"tubelet_size": [1, 8, 8]}
+
+SAM = {
+    "vision_config": {
+        "patch_size": 8, "image_size": 32, "output_channels": 32, "num_pos_feats": 16
+    },
+    "prompt_encoder_config": {"image_size": 32, "patch_size": 8, "image_embedding_size": 4},
+}  # fmt: skip
+HIERA = {
+    "hidden_size": 8, "image_size": [32, 32], "blocks_per_stage": [1, 2, 2, 1],
+    "embed_dim_per_stage": [8, 16, 32, 64], "num_attention_heads_per_stage": [1, 1, 2, 2],
+    "window_size_per_stage": [8, 4, 4, 2], "global_attention_blocks": [4],
+}  # fmt: skip
+SAM2 = {
+    "backbone_config": HIERA, "backbone_channel_list": [64, 32, 16, 8],
+    "backbone_feature_sizes": [[8, 8], [4, 4], [2, 2]],
+}  # fmt: skip
+
+ATOMS = {"num_spatial_rope_pairs_per_axis": 1, "num_uid_rope_pairs": 1}
+#: Rotates at least 32 numbers of each head.
+CLVP = {"hidden_size": 64, "num_attention_heads": 2}
+CLAP = {
+    "spec_size": 32, "num_mel_bins": 16, "depths": [2, 2], "num_attention_heads": [2, 4],
+    "patch_embeds_hidden_size": 16, "hidden_size": 32,
+}  # fmt: skip
+DEEPSEEK_OCR = {"mlp_layer_types": ["dense", "sparse"], "num_experts_per_tok": 2}
+DEEPSEEK_EYES = {"sam_config": {"downsample_channels": [16, 32]}}
+DIFFUSION_GEMMA = {
+    "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 16, "global_head_dim": 8,
+}  # fmt: skip
+ERNIE = {"rope_parameters": mrope(mrope_section=[1, 1, 2]), "moe_intermediate_size": [16, 16]}
+GEMMA3N = {"num_kv_shared_layers": 0, "intermediate_size": 48}
+#: Of a config without layers that have keys of their own, transformers builds no model.
+GEMMA4 = {
+    "num_hidden_layers": 4, "num_kv_shared_layers": 2, "global_head_dim": 8,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+}  # fmt: skip
+GROUPVIT = {
+    "depths": [1, 1, 1], "num_hidden_layers": 3, "num_group_tokens": [8, 4, 0],
+    "num_output_groups": [8, 4, 4],
+}  # fmt: skip
+COMPASS = {"full_attention": mrope()}
+
+QWEN_AUDIO = {"n_window_infer": 100, "downsample_hidden_size": 16}
