@@ -392,8 +392,19 @@ CALLS = {
     },
     "pocket_tts_audio_tokenizer_decoder": lambda s: {"latents": s.randn(2, 32, 5)},
     "qwen2_5_omni_audio_encoder": _sounds,
+    "qwen2_5_omni_dit": lambda s: {
+        "hidden_states": s.randn(2, 8, s.config.mel_dim),
+        "condition_vector": s.randn(2, 10, s.config.mel_dim),
+        "speaker_embedding": s.randn(2, 8, s.config.enc_emb_dim),
+        "quantized_code": s.ids(4) % 30, "time_step": torch.tensor([0.1, 0.5]), "apply_cfg": False,
+    },
     "qwen3_asr_encoder": lambda s: _masked(s.randn(2, s.config.num_mel_bins, 100), 100),
     "qwen3_omni_moe_audio_encoder": _sounds,
+    "rag": lambda s: {
+        "input_ids": s.ids(), "decoder_input_ids": s.ids(7), "doc_scores": s.randn(2, 2),
+        "context_input_ids": torch.cat((s.ids(), s.ids())),
+        "context_attention_mask": _ones(4, s.text),
+    },
     "sam": _points,
     "sam2": _points,
     "sam3_detr_decoder": _sam3_decoded,
@@ -441,6 +452,7 @@ CALLS = {
     "voxtral_realtime_text": lambda s: {"input_ids": s.ids(), "t_cond": s.randn(2, 1, 32)},
     "wav2vec2-bert": lambda s: {"input_features": s.randn(2, 12, 16)},
     "xclip": lambda s: {"input_ids": s.ids(), "pixel_values": s.randn(2, 2, 3, 32, 32)},
+    "xcodec": lambda s: {"input_values": s.randn(2, 1, 3200)},
     "xcodec2": lambda s: {
         "input_values": s.randn(2, 1, 3200), "input_features": s.randn(2, 10, 32),
     },

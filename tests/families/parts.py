@@ -76,6 +76,25 @@ def gemma3n_eyes():
     )
 
 
+def dpr():
+    from transformers import DPRConfig
+
+    return DPRConfig(
+        vocab_size=99, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        intermediate_size=48, max_position_embeddings=64,
+    ).to_dict()  # fmt: skip
+
+
+def bart():
+    from transformers import BartConfig
+
+    return BartConfig(
+        vocab_size=99, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48,
+        max_position_embeddings=64, decoder_start_token_id=2,
+    ).to_dict()  # fmt: skip
+
+
 DETR = Later(lambda: {"backbone_config": resnet(), "backbone": None, "use_timm_backbone": False})
 HGNET = {
     "encoder_in_channels": [16, 16, 16], "encoder_hidden_dim": 32,

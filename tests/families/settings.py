@@ -38,6 +38,8 @@ from .parts import (
     TUBELETS,
     WINDOWS,
     Later,
+    bart,
+    dpr,
     fastvit,
     gemma3n_eyes,
     hgnet,
@@ -240,6 +242,7 @@ SETTINGS = {
         "num_attention_heads": [1, 1, 2, 2], "patch_sizes": [4, 2, 2, 2],
     },
     "qwen2_5_omni_audio_encoder": {"n_window": 8},
+    "qwen2_5_omni_dit": {"enc_channels": [16, 16, 16, 16, 48]},
     "qwen2_5_omni_talker": QWEN,
     "qwen2_5_omni_text": QWEN,
     "qwen2_5_omni_thinker": {"text_config": QWEN},
@@ -259,6 +262,7 @@ SETTINGS = {
     "qwen3_omni_moe_talker_text": SHARED_EXPERT,
     "qwen4_exp": {"text_config": INDEXED},
     "qwen4_exp_text": INDEXED,
+    "rag": {"question_encoder": Later(dpr), "generator": Later(bart), "n_docs": 2},
     "reformer": {
         "axial_pos_embds": False, "attn_layers": ["local", "lsh"], "num_buckets": 4,
         "lsh_attn_chunk_length": 8, "local_attn_chunk_length": 8, "hidden_size": 32,
@@ -304,6 +308,13 @@ SETTINGS = {
     "vitmatte": {"backbone_config": {"patch_size": 16}},
     "vits": {"vocab_size": 50, "upsample_initial_channel": 32, "spectrogram_bins": 16},
     "wav2vec2-bert": {"feature_projection_input_dim": 16},
+    "xcodec": {
+        "acoustic_model_config": {
+            "downsampling_ratios": [8, 5, 4, 2], "upsampling_ratios": [8, 5, 4, 2],
+            "encoder_hidden_size": 4,
+        },
+        "codebook_dim": 96,
+    },
     "xcodec2": {"quantization_dim": 64},
     "xlnet": {"d_head": 8},
     "xmod": {"default_language": "en_XX"},
@@ -323,8 +334,13 @@ SETTINGS = {
 JUMPING = {
     "d_fine", "groupvit", "groupvit_vision_model", "jamba", "rf_detr", "sam3_lite_text", "vits",
 }  # fmt: skip
-#: Types of which the checks could tell nothing, and why.
-NUMB = {"vitmatte": "with random weights, its output depends on no linear layer to speak of"}
+#: Types that are not tried, and why.
+UNTRIED = {
+    "pp_ocrv5_server_det": "no linear layer",
+    "pp_ocrv6_medium_det": "no linear layer",
+    "vitmatte": "with random weights, its output depends on no linear layer to speak of",
+    "xcodec": "its output is made of codes, which no small update changes",
+}
 #: What `adapt` says of models without a layer that it can adapt.
 REFUSED = {
     "falcon": "FalconLinear is not a plain nn.Linear",

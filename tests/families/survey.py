@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from . import hugging, others
-from .settings import NUMB
+from .settings import UNTRIED
 
 #: For one type; a tiny model takes a part of a second.
 SECONDS = 10
@@ -29,6 +29,8 @@ def has_linear(model):
 
 def tried(kind):
     """Way, reason: one of them is empty."""
+    if kind in UNTRIED:
+        return "", UNTRIED[kind]
     try:
         hugging.model_class(kind)
     except LookupError as error:
@@ -41,8 +43,6 @@ def tried(kind):
         return "", f"not built: {hugging.in_short(error)}"
     if not has_linear(model):
         return "", "no linear layer"
-    if kind in NUMB:
-        return "", NUMB[kind]
     if type(model).forward is nn.Module.forward:
         return "", "no forward of its own: its parts are called one by one"
     if "inference_session" in inspect.signature(model.forward).parameters:

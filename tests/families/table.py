@@ -69,16 +69,17 @@ def lines(families, reports):
     for what, names in particular(families, reports).items():
         yield f"| {what} | {'; '.join(names)} |"
     yield ""
-    yield "Not checked:"
-    yield ""
-    yield "| why | types of transformers |"
-    yield "| --- | --- |"
     by_reason = defaultdict(list)
     for kind, (way, reason) in hugging.rows().items():
         if not way:
             by_reason[reason_in_short(reason)].append(kind)
+    left = sum(map(len, by_reason.values()))
+    yield f"Of the {len(hugging.rows())} types of transformers, {left} are not checked:"
+    yield ""
+    yield "| why | types of transformers |"
+    yield "| --- | --- |"
     for reason, kinds in sorted(by_reason.items(), key=lambda item: -len(item[1])):
-        yield f"| {reason} | {'; '.join(kinds)} |"
+        yield f"| {reason} ({len(kinds)}) | {'; '.join(kinds)} |"
 
 
 def particular(families, reports):
@@ -105,12 +106,10 @@ def reason_in_short(reason):
     """Without the particulars, which stay in ``hugging.csv``."""
     if reason.startswith("no model of"):
         return "a part that has no model of its own"
-    if "pip install timm" in reason:
-        return "needs timm within transformers"
-    if reason.startswith("not built and"):
-        return "too large: its config could not be made tiny"
-    if "Could not find" in reason or "ImportError" in reason or "ModuleNotFoundError" in reason:
-        return "needs a library that is not installed, or has no model file"
+    if "ModuleNotFoundError" in reason:
+        return "a name for another type's model"
+    if "ImportError" in reason:
+        return "needs a library that is not installed"
     if reason.startswith(("not called", "no inputs")):
         return "no inputs were found for its tiny model"
     if reason.startswith("not built:"):
