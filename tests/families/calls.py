@@ -192,18 +192,6 @@ def _folded(s, tokens=6, atoms=12):
     }  # fmt: skip
 
 
-def _numbered(s):
-    """Patches, behind the numbers of their rows and columns."""
-    return torch.cat((torch.ones(2, 8, 2), s.randn(2, 8, s.setting("patch_embed_hidden_size"))), -1)
-
-
-def _sized(s):
-    """The patches of two images of 4 x 4, side by side."""
-    return {
-        "pixel_values": s.randn(1, 3, 8, 8 * 32), "target_sizes": torch.tensor([[4, 4], [4, 4]])
-    }  # fmt: skip
-
-
 def _sam3_encoded(s):
     grid = [s.randn(2, 32, 4, 4)]
     return {"vision_features": grid, "text_features": s.randn(2, 5, 32), "vision_pos_embeds": grid}
@@ -221,6 +209,36 @@ def _sam3_masked(s):
         "decoder_queries": s.randn(2, 6, 32), "encoder_hidden_states": s.randn(2, 16, 32),
         "backbone_features": [s.randn(2, 32, size, size) for size in (16, 8, 4)],
     }  # fmt: skip
+
+
+def _with_four(s, token):
+    """Text with four places for what is seen or heard."""
+    return s.ids().index_fill(1, torch.arange(1, 5), token)
+
+
+def _larger_image(s):
+    """Four positions are left of it where the encoder attends; of the usual one is one left."""
+    return {"pixel_values": s.randn(2, 3, 64, 64)}
+
+
+def _numbered_patches(s):
+    """Pix2Struct: two images of eight patches, each behind its row and its column."""
+    width = s.setting("patch_embed_hidden_size")
+    return {"flattened_patches": torch.cat((torch.ones(2, 8, 2), s.randn(2, 8, width)), dim=-1)}
+
+
+def _packed_patches(s):
+    """MiniCPM-V: the patches of two images of 4 x 4 in one row."""
+    patch = s.setting("patch_size", default=8)
+    return {
+        "pixel_values": s.randn(1, 3, patch, 32 * patch),
+        "target_sizes": torch.tensor([[4, 4], [4, 4]]),
+    }
+
+
+def _pixel_patches_of_two(s):
+    """Muse: flat patches of two frames."""
+    return {"pixel_values": s.randn(32, 384), "grid_thw": s.grid()}
 
 
 #: Inputs that only this type takes.
@@ -251,9 +269,11 @@ CALLS = {
     "clvp": lambda s: {"input_ids": s.ids(), "input_features": s.randn(2, 16, 20)},
     "clvp_encoder": lambda s: {"input_ids": s.ids()},
     "cohere_compass": lambda s: _read_patches(s, 4),
+    "d_fine": _larger_image,
     "decision_transformer": _decisions,
     "deepseek_ocr2": lambda s: _read(s, 145),
     "deepseek_ocr2_encoder": lambda s: {"inputs_embeds": s.hidden(), "num_patches": 4},
+    "deimv2": _larger_image,
     "depth_pro": lambda s: {"pixel_values": s.randn(1, 3, 64, 64)},
     "dia_decoder": lambda s: {
         "input_ids": torch.stack([s.ids()] * s.config.num_channels, dim=-1),
@@ -315,54 +335,72 @@ CALLS = {
         "pixel_values": s.randn(32, 3, 8, 8), "grid_thw": s.grid()
     },
     "kosmos-2": lambda s: {
-        "input_ids": s.ids(70), "pixel_values": s.image(),
-        "image_embeds_position_mask": (torch.arange(70) < s.config.latent_query_num).expand(2, 70),
+        **_both(s), "image_embeds_position_mask": (torch.arange(s.text) < 4).expand(2, -1)
     },
-    "kosmos_2_5_vision_model": lambda s: {"flattened_patches": _numbered(s)},
+    "kosmos_2_5_vision_model": _numbered_patches,
     "lightglue": lambda s: {"pixel_values": s.randn(2, 2, 3, 32, 32)},
     "lxmert": lambda s: {
         "input_ids": s.ids(), "visual_feats": s.randn(2, 5, s.config.visual_feat_dim),
         "visual_pos": s.randn(2, 5, 4),
     },
     "mimi_decoder": lambda s: {"latents": s.randn(2, s.config.hidden_size, 5)},
-    "minicpm_ocr_vision": _sized,
-    "minicpmv4_6_vision": _sized,
-    "minicpmv4_7_vision": _sized,
+    "minicpm_ocr_vision": _packed_patches,
+    "minicpmv4_6_vision": _packed_patches,
+    "minicpmv4_7_vision": _packed_patches,
     "mllama_vision_model": lambda s: {
-        "pixel_values": s.randn(2, 1, s.config.max_num_tiles, 3, 32, 32),
-        "aspect_ratio_ids": _ones(2, 1),
-        "aspect_ratio_mask": _ones(2, 1, s.config.max_num_tiles),
+        "pixel_values": s.randn(2, 1, 4, 3, 32, 32), "aspect_ratio_ids": torch.tensor([[4], [6]]),
+        "aspect_ratio_mask": _ones(2, 1, 4),
     },
     "mm-grounding-dino": _question,
+    "molmo2": lambda s: {
+        "input_ids": _with_four(s, s.config.image_patch_id), "pixel_values": s.randn(2, 16, 192),
+        "image_token_pooling": torch.arange(32).view(8, 4),
+        "image_grids": torch.tensor([[1, 2, 1, 2], [1, 2, 1, 2]]),
+    },
     "molmo2_adapter": lambda s: {
         "image_features": s.randn(2, 16, 64), "pooled_patches_idx": torch.arange(32).view(8, 4),
     },
-    "molmo2_vision": lambda s: {"pixel_values": s.randn(2, 32, 192)},
+    "molmo2_vision": lambda s: {"pixel_values": s.randn(2, 16, 192)},
     "moonshine_streaming": lambda s: {
-        "input_values": s.randn(2, 1600), "decoder_input_ids": s.ids(7),
+        "input_values": s.wave(), "decoder_input_ids": s.ids(7)
     },
-    "moonshine_streaming_encoder": lambda s: {"input_values": s.randn(2, 1600)},
     "muse_glimmer_assistant": lambda s: {
         "noise_embeds": s.hidden(), "context_hidden_states": s.randn(2, 5, 64),
         "attention_mask": _ones(2, 14),
     },
-    "muse_glimmer_vision": lambda s: {"pixel_values": s.randn(32, 384), "grid_thw": s.grid()},
-    "muse_spark_vision": lambda s: {"pixel_values": s.randn(32, 384), "grid_thw": s.grid()},
+    "muse_glimmer_vision": _pixel_patches_of_two,
+    "muse_spark": lambda s: {
+        "input_ids": torch.cat(
+            (_with_four(s, s.config.image_token_id), _with_four(s, s.config.audio_token_id)), dim=1
+        ),
+        "pixel_values": s.randn(32, 384), "image_grid_thw": s.grid(),
+        "input_values": s.randn(2, 64),
+    },
+    "muse_spark_vision": _pixel_patches_of_two,
     "musicgen": lambda s: {"input_ids": s.ids(), "decoder_input_ids": torch.cat([s.ids(7)] * 4)},
     "musicgen_melody": lambda s: {
         "input_ids": s.ids(), "decoder_input_ids": torch.cat([s.ids(7)] * 4),
         "input_features": s.randn(2, 5, 12),
     },
-    "nemotron3_5_asr": lambda s: {
-        "input_features": s.features_last(), "decoder_input_ids": s.ids(7),
-        "prompt_ids": torch.tensor([1, 2]),
+    "nemo_speechlm": lambda s: {
+        "input_ids": _with_four(s, s.config.audio_token_id),
+        "input_features": s.randn(2, 32, 16),
+        "input_features_mask": _ones(2, 32),
+    },
+    "neomme": lambda s: {
+        "input_ids": _with_four(s, s.config.image_token_id), "pixel_values": s.randn(8, 192)
     },
     "neucodec": lambda s: {
         "input_values": s.randn(2, 1, 3200), "input_features": s.randn(2, 10, 32),
     },
     "oneformer": lambda s: {"pixel_values": s.image(), "task_inputs": s.ids(s.config.task_seq_len)},
+    "paddleocr_vl": lambda s: {
+        "input_ids": _with_four(s, s.config.image_token_id),
+        "mm_token_type_ids": ((torch.arange(s.text) + 3) // 4 == 1).long().expand(2, -1),
+        "pixel_values": s.randn(32, 3, 8, 8), "image_grid_thw": s.grid(),
+    },
     "paddleocr_vl_vision": lambda s: {
-        "pixel_values": s.randn(1, 32, 3, 8, 8), "grid_thw": s.grid(),
+        "pixel_values": s.randn(1, 32, 3, 8, 8), "grid_thw": s.grid()
     },
     "patchtsmixer": lambda s: {
         "past_values": s.randn(2, s.config.context_length, s.config.num_input_channels)
@@ -371,26 +409,33 @@ CALLS = {
         "past_values": s.randn(2, s.config.context_length, s.config.num_input_channels)
     },
     "pe_audio": lambda s: {"input_ids": s.ids(), "input_values": s.wave()[:, None]},
-    "pe_audio_video": lambda s: {"input_ids": s.ids(), "input_values": s.wave()[:, None]},
+    "pe_audio_video": lambda s: {
+        "input_ids": s.ids(), "input_values": s.wave()[:, None], "pixel_values_videos": s.video()
+    },
     "pe_audio_video_encoder": lambda s: {
-        "input_values": s.wave()[:, None], "pixel_values_videos": s.video(),
+        "input_values": s.wave()[:, None], "pixel_values_videos": s.video()
     },
     "pe_video": lambda s: {"input_ids": s.ids(), "pixel_values_videos": s.video()},
     "perceiver": lambda s: {"inputs": s.randn(2, 9, s.config.d_model)},
     "phi4_multimodal_audio": lambda s: {
-        "hidden_states": s.randn(2, 64, s.config.input_size),
-        "mask": torch.ones(2, 64, dtype=torch.bool),
+        "hidden_states": s.randn(2, 32, s.config.input_size),
+        "mask": torch.ones(2, 32, dtype=torch.bool),
     },
     "pi0": lambda s: {
-        "action_embeds": s.randn(2, 5, 32), "inputs_embeds": s.hidden(), "pixel_values": s.image(),
+        "input_ids": torch.cat(
+            (torch.full((2, 16), s.config.vlm_config.image_token_id), s.ids()), dim=1
+        ),
+        "pixel_values": s.randn(2, 1, 3, 32, 32),
+        "pixel_attention_mask": torch.ones(2, 1, dtype=torch.bool),
+        "attention_mask": _ones(2, 16 + s.text),
+        "action_embeds": s.randn(2, 5, s.config.dit_config.hidden_size),
     },
-    "pix2struct": lambda s: {"flattened_patches": _numbered(s), "decoder_input_ids": s.ids(7)},
-    "pix2struct_vision_model": lambda s: {
-        "flattened_patches": torch.cat(
-            (torch.ones(2, 8, 2), s.randn(2, 8, s.config.patch_embed_hidden_size)), dim=-1
-        )
-    },
+    "pix2struct": lambda s: {**_numbered_patches(s), "decoder_input_ids": s.ids(7)},
+    "pix2struct_vision_model": _numbered_patches,
     "pocket_tts_audio_tokenizer_decoder": lambda s: {"latents": s.randn(2, 32, 5)},
+    "pp_doclayout_v2": _larger_image,
+    "pp_doclayout_v3": _larger_image,
+    "pp_doclayout_v4": _larger_image,
     "qwen2_5_omni_audio_encoder": _sounds,
     "qwen2_5_omni_dit": lambda s: {
         "hidden_states": s.randn(2, 8, s.config.mel_dim),
@@ -405,6 +450,8 @@ CALLS = {
         "context_input_ids": torch.cat((s.ids(), s.ids())),
         "context_attention_mask": _ones(4, s.text),
     },
+    "rt_detr": _larger_image,
+    "rt_detr_v2": _larger_image,
     "sam": _points,
     "sam2": _points,
     "sam3_detr_decoder": _sam3_decoded,

@@ -25,13 +25,32 @@ def stages(first):
     return [f"stage{stage}" for stage in range(first, 5)]
 
 
+def rt_resnet():
+    from transformers import RTDetrResNetConfig
+
+    return RTDetrResNetConfig(
+        embedding_size=16, hidden_sizes=[16, 16, 32, 32], depths=[1, 1, 1, 1],
+        layer_type="basic", out_features=stages(2),
+    )  # fmt: skip
+
+
 def hgnet(first=2):
     from transformers import HGNetV2Config
 
     return HGNetV2Config(
-        stem_channels=[3, 8, 8], stage_in_channels=[8, 8, 16, 16], stage_mid_channels=[8] * 4,
-        stage_out_channels=[8, 16, 16, 16], stage_num_blocks=[1] * 4, stage_numb_of_layers=[1] * 4,
-        hidden_sizes=[8, 16, 16, 16], depths=[1] * 4, out_features=stages(first),
+        embedding_size=8, hidden_sizes=[8, 8, 16, 16], depths=[1, 1, 1, 1], stem_channels=[3, 8, 8],
+        stage_in_channels=[8, 8, 8, 16], stage_mid_channels=[8, 8, 8, 8],
+        stage_out_channels=[8, 8, 16, 16], stage_num_blocks=[1, 1, 1, 1],
+        stage_numb_of_layers=[1, 1, 1, 1], out_features=stages(first),
+    )  # fmt: skip
+
+
+def lw_vit():
+    from transformers import LwDetrViTConfig
+
+    return LwDetrViTConfig(
+        image_size=32, pretrain_image_size=32, patch_size=8, hidden_size=32, num_hidden_layers=2,
+        num_attention_heads=4, num_windows=4, window_block_indices=[0], out_indices=[1, 2],
     )  # fmt: skip
 
 
@@ -96,10 +115,12 @@ def bart():
 
 
 DETR = Later(lambda: {"backbone_config": resnet(), "backbone": None, "use_timm_backbone": False})
-HGNET = {
-    "encoder_in_channels": [16, 16, 16], "encoder_hidden_dim": 32,
-    "decoder_in_channels": [32, 32, 32], "backbone_config": Later(hgnet),
+#: Detectors that take the best of what the encoder sees as their queries.
+RT_DETR = {
+    "backbone_config": Later(rt_resnet), "encoder_in_channels": [16, 32, 32], "num_queries": 4,
+    "decoder_in_channels": [32, 32, 32], "encoder_hidden_dim": 32, "d_model": 32,
 }  # fmt: skip
+HGNET = {**RT_DETR, "backbone_config": Later(hgnet), "encoder_in_channels": [8, 16, 16]}
 DEPTH = {
     "patch_size": 8, "reassemble_hidden_size": 32, "neck_hidden_sizes": [8, 8, 16, 16],
     "fusion_hidden_size": 8, "backbone_config": Later(lambda: vit_backbone("Dinov2")),
@@ -126,10 +147,15 @@ INDEXED = {
 }  # fmt: skip
 SERIES = {"prediction_length": 4, "context_length": 8, "lags_sequence": [1, 2], "d_model": 16}
 
-CHUNKS = {"chunk_length": 8, "chunk_right_context": 2}
+#: Recordings are cut into chunks, which see what comes behind them.
+STREAM = {"chunk_length": 16, "chunk_left_context": 2, "chunk_right_context": 2}
 #: Of 5 ms, at the rate that it is.
 FRAMES = {"sample_rate": 16000}
-PYRAMID = {"patch_sizes": [4, 2], "hidden_sizes": [16, 32], "depths": [1, 1]}
+MUSE_AUDIO = {
+    "num_hidden_layers": 2, "patch_sizes": [4, 4], "hidden_sizes": [16, 32], "depths": [2, 2],
+}  # fmt: skip
+#: Its class reads what the configs of its checkpoints say, and has no default for it.
+PIX2STRUCT = {"initializer_range": 0.02}
 TOKENIZER = {"num_filters": 4, "downsampling_ratios": [2, 2], "depths": [2, 2, 2]}
 
 SWIN = {"embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4], "patch_size": 4, "window_size": 4}
@@ -138,6 +164,9 @@ LW_DETR = {
     "image_size": 32, "pretrain_image_size": 32, "num_windows": 4, "patch_size": 8,
     "out_indices": [2],
 }  # fmt: skip
+FORMULA = {"post_conv_in_channels": 32, "global_attn_indexes": [1]}
+#: Windows of patches are merged behind the first layer.
+MERGED = {"insert_layer_id": 0}
 SAM_COMPRESSOR = {"downsample_channels": [64, 32]}
 #: It has one class more than there are pixels in a cell.
 SUPERPOINT = {"keypoint_decoder_dim": 65}
