@@ -49,10 +49,6 @@ def _points(s):
     return {"pixel_values": s.randn(2, 3, 32, 32), "input_points": s.randn(2, 1, 2, 2)}
 
 
-def _pages(s):
-    return {"input_ids": s.ids(), "bbox": s.boxes()}
-
-
 def _question(s):
     return {**_both(s), "attention_mask": _ones(2, s.text)}
 
@@ -192,25 +188,6 @@ def _folded(s, tokens=6, atoms=12):
     }  # fmt: skip
 
 
-def _sam3_encoded(s):
-    grid = [s.randn(2, 32, 4, 4)]
-    return {"vision_features": grid, "text_features": s.randn(2, 5, 32), "vision_pos_embeds": grid}
-
-
-def _sam3_decoded(s):
-    return {
-        "vision_features": s.randn(2, 16, 32), "text_features": s.randn(2, 5, 32),
-        "vision_pos_encoding": s.randn(2, 16, 32), "spatial_shapes": torch.tensor([[4, 4]]),
-    }  # fmt: skip
-
-
-def _sam3_masked(s):
-    return {
-        "decoder_queries": s.randn(2, 6, 32), "encoder_hidden_states": s.randn(2, 16, 32),
-        "backbone_features": [s.randn(2, 32, size, size) for size in (16, 8, 4)],
-    }  # fmt: skip
-
-
 def _with_four(s, token):
     """Text with four places for what is seen or heard."""
     return s.ids().index_fill(1, torch.arange(1, 5), token)
@@ -239,6 +216,58 @@ def _packed_patches(s):
 def _pixel_patches_of_two(s):
     """Muse: flat patches of two frames."""
     return {"pixel_values": s.randn(32, 384), "grid_thw": s.grid()}
+
+
+def _objects(s):
+    """Three objects in each image, for there are few numbers of each: some may agree by luck."""
+    return {"pixel_values": s.randn(2, 3, 64, 64), "input_points": s.randn(2, 3, 2, 2)}
+
+
+def _with_image(s, length):
+    """Text with one image, whose features stand at ``length`` tokens."""
+    image = s.setting("image_token_id", "image_token_index")
+    ids = s.ids(9 + length)
+    ids[:, 2 : 2 + length] = image
+    return {"input_ids": ids, "pixel_values": s.randn(2, 3, 32, 32)}
+
+
+def _patches_in_text(s):
+    """Two texts with an image each, of 4 x 4 patches: four of them are one token."""
+    ids = s.ids(13)
+    ids[:, 2:6] = s.config.image_token_id
+    return {
+        "input_ids": ids, "pixel_values": s.patches(), "image_grid_thw": s.grid(),
+        "mm_token_type_ids": (ids == s.config.image_token_id).long(),
+    }  # fmt: skip
+
+
+def _stacked_frames(s):
+    """Spectrograms with their differences, two frames in one."""
+    return {"input_features": s.randn(2, 24, 4 * s.setting("num_mel_bins"))}
+
+
+def _detr_encoder(s):
+    image, text = (2, 32, 4, 4), (2, 5, 32)
+    return {
+        "vision_features": [s.randn(*image)], "vision_pos_embeds": [s.randn(*image)],
+        "text_features": s.randn(*text),
+    }  # fmt: skip
+
+
+def _detr_decoder(s):
+    image, text = (2, 16, 32), (2, 5, 32)
+    return {
+        "vision_features": s.randn(*image), "vision_pos_encoding": s.randn(*image),
+        "text_features": s.randn(*text), "spatial_shapes": torch.tensor([[4, 4]]),
+    }  # fmt: skip
+
+
+def _mask_decoder(s):
+    return {
+        "decoder_queries": s.randn(2, 6, 32), "encoder_hidden_states": s.randn(2, 16, 32),
+        "backbone_features": [s.randn(2, 32, size, size) for size in (16, 8, 4)],
+        "prompt_features": s.randn(2, 5, 32),
+    }  # fmt: skip
 
 
 #: Inputs that only this type takes.
@@ -276,13 +305,14 @@ CALLS = {
     "deimv2": _larger_image,
     "depth_pro": lambda s: {"pixel_values": s.randn(1, 3, 64, 64)},
     "dia_decoder": lambda s: {
-        "input_ids": torch.stack([s.ids()] * s.config.num_channels, dim=-1),
-        "encoder_hidden_states": s.randn(2, 5, 32),
+        "input_ids": s.ids()[..., None].expand(2, s.text, s.config.num_channels),
+        "encoder_hidden_states": s.randn(2, 5, s.config.cross_hidden_size),
     },
     "diffusion_gemma": _diffused,
     "dots3_note_audio_encoder": lambda s: {
         "input_features": s.features(), "chunk_sample_lengths": torch.tensor([32, 20])
     },
+    "edgetam": _objects,
     "efficientloftr": lambda s: {"pixel_values": s.randn(2, 2, 3, 64, 64)},
     "emu3": lambda s: _read(s, 20, image_sizes=torch.tensor([[32, 32], [32, 32]])),
     "ernie4_5_vl_moe": lambda s: _read_patches(s, 4),
@@ -306,8 +336,8 @@ CALLS = {
         **_read(s, 10), "pixel_values": s.randn(2, 2, 3, 32, 32),
         "image_sizes": torch.tensor([[32, 32], [32, 32]]),
     },
-    "granite_speech5_ctc": lambda s: {"input_features": s.randn(2, 20, 64)},
-    "granite_speech5_encoder": lambda s: {"input_features": s.randn(2, 20, 64)},
+    "granite_speech5_ctc": _stacked_frames,
+    "granite_speech5_encoder": _stacked_frames,
     "grounding-dino": _question,
     "groupvit": _both,
     "hunyuan_vl": lambda s: _read_patches(s, 8),
@@ -438,43 +468,47 @@ CALLS = {
     "pp_doclayout_v4": _larger_image,
     "qwen2_5_omni_audio_encoder": _sounds,
     "qwen2_5_omni_dit": lambda s: {
-        "hidden_states": s.randn(2, 8, s.config.mel_dim),
-        "condition_vector": s.randn(2, 10, s.config.mel_dim),
-        "speaker_embedding": s.randn(2, 8, s.config.enc_emb_dim),
-        "quantized_code": s.ids(4) % 30, "time_step": torch.tensor([0.1, 0.5]), "apply_cfg": False,
+        "hidden_states": s.randn(2, 8, 16), "condition_vector": s.randn(2, 12, 16),
+        "speaker_embedding": s.randn(2, 8, 16), "quantized_code": s.ids(4),
+        "time_step": torch.tensor([0.25, 0.75]),
     },
     "qwen3_asr_encoder": lambda s: _masked(s.randn(2, s.config.num_mel_bins, 100), 100),
     "qwen3_omni_moe_audio_encoder": _sounds,
+    "qwen4_exp": _patches_in_text,
     "rag": lambda s: {
-        "input_ids": s.ids(), "decoder_input_ids": s.ids(7), "doc_scores": s.randn(2, 2),
         "context_input_ids": torch.cat((s.ids(), s.ids())),
         "context_attention_mask": _ones(4, s.text),
+        "doc_scores": s.randn(2, 2), "decoder_input_ids": s.ids(7), "n_docs": 2,
     },
     "rt_detr": _larger_image,
     "rt_detr_v2": _larger_image,
     "sam": _points,
-    "sam2": _points,
-    "sam3_detr_decoder": _sam3_decoded,
-    "sam3_detr_encoder": _sam3_encoded,
-    "sam3_lite_text_detr_decoder": _sam3_decoded,
-    "sam3_lite_text_detr_encoder": _sam3_encoded,
-    "sam3_lite_text_mask_decoder": _sam3_masked,
-    "sam3_mask_decoder": _sam3_masked,
+    "sam2": _objects,
+    "sam2_vision_model": lambda s: {"pixel_values": s.randn(2, 3, 64, 64)},
+    "sam3_detr_decoder": _detr_decoder,
+    "sam3_detr_encoder": _detr_encoder,
+    "sam3_lite_text_detr_decoder": _detr_decoder,
+    "sam3_lite_text_detr_encoder": _detr_encoder,
+    "sam3_lite_text_mask_decoder": _mask_decoder,
+    "sam3_mask_decoder": _mask_decoder,
     "sam3_tracker": _points,
     "sam_hq": _points,
     "seggpt": lambda s: {
         "pixel_values": s.randn(2, 3, 16, 16), "prompt_pixel_values": s.randn(2, 3, 16, 16),
         "prompt_masks": s.randn(2, 3, 16, 16),
     },
+    "shieldgemma2": lambda s: _with_image(s, 4),
     "siglip2": lambda s: {"input_ids": s.ids(), **_flat_patches(s)},
     "siglip2_vision_model": _flat_patches,
     "speecht5": lambda s: {
         "input_values": s.randn(2, 9, 32), "decoder_input_values": s.randn(2, 7, 32)
     },
-    "superglue": lambda s: {"pixel_values": s.randn(2, 2, 3, 32, 32)},
+    "step3p7": lambda s: _with_image(s, 1),
+    "superglue": lambda s: {"pixel_values": s.randn(1, 2, 3, 64, 64)},
     "t5gemma2_decoder": lambda s: {
-        "input_ids": s.ids(), "encoder_hidden_states": s.randn(2, 5, 32),
+        "input_ids": s.ids(), "encoder_hidden_states": s.randn(2, 5, s.config.hidden_size)
     },
+    "t5gemma2_encoder": lambda s: _with_image(s, 4),
     "time_series_transformer": _series,
     "timesfm": lambda s: {
         "past_values": s.randn(2, 64), "past_values_padding": torch.zeros(2, 64),
@@ -483,25 +517,32 @@ CALLS = {
     "timesfm2_5": lambda s: {
         "past_values": s.randn(2, 64), "past_values_padding": torch.zeros(2, 64)
     },
-    "udop": lambda s: {"input_ids": s.ids(), "bbox": s.boxes() / 10, "decoder_input_ids": s.ids(7)},
-    "unlimited_ocr_vision_encoder": lambda s: {"patch_embeds": s.randn(2, 32, 4, 4)},
-    "vibevoice_acoustic_tokenizer": lambda s: {"input_values": s.randn(2, 1, 64)},
-    "vibevoice_acoustic_tokenizer_decoder": lambda s: {
-        "hidden_states": s.randn(2, s.config.hidden_size, 8),
+    "timm_backbone": lambda s: {"pixel_values": s.randn(2, 3, 160, 160)},
+    # One video: its positions of columns are for no more.
+    "tvp": lambda s: {
+        "input_ids": s.ids()[:1], "pixel_values": s.randn(1, 2, 3, 64, 64),
+        "attention_mask": _ones(1, s.text),
     },
+    "udop": lambda s: {"input_ids": s.ids(), "bbox": s.boxes() / 10, "decoder_input_ids": s.ids(7)},
+    "unlimited_ocr_vision": lambda s: {"pixel_values": s.randn(2, 3, 64, 64)},
+    "unlimited_ocr_vision_encoder": lambda s: {"patch_embeds": s.randn(2, 32, 2, 2)},
+    "vibevoice_acoustic_tokenizer": lambda s: {"input_values": s.randn(2, 1, 64), "sample": False},
+    "vibevoice_acoustic_tokenizer_decoder": lambda s: {"hidden_states": s.randn(2, 32, 16)},
     "vibevoice_acoustic_tokenizer_encoder": lambda s: {"hidden_states": s.randn(2, 1, 64)},
     "video_llama_3_vision": lambda s: {
-        "pixel_values": s.patches(), "grid_thw": s.grid(), "merge_sizes": torch.tensor([1, 1]),
+        "pixel_values": s.patches(), "grid_thw": s.grid(), "merge_sizes": torch.tensor([2, 2])
     },
     "videoprism": lambda s: {"input_ids": s.ids(), "pixel_values_videos": s.video()},
+    "vitmatte": lambda s: {"pixel_values": s.randn(2, 4, 32, 32)},
     "vits": lambda s: {"input_ids": s.ids()},
-    "voxtral_realtime": lambda s: {"input_ids": s.ids(8), "input_features": s.randn(2, 16, 64)},
-    "voxtral_realtime_text": lambda s: {"input_ids": s.ids(), "t_cond": s.randn(2, 1, 32)},
+    "voxtral_realtime": lambda s: {
+        "input_ids": s.ids(), "input_features": s.randn(2, 16, 8 * s.text)
+    },
+    "voxtral_realtime_text": lambda s: {"input_ids": s.ids(), "t_cond": s.randn(1, 1, 32)},
     "wav2vec2-bert": lambda s: {"input_features": s.randn(2, 12, 16)},
     "xclip": lambda s: {"input_ids": s.ids(), "pixel_values": s.randn(2, 2, 3, 32, 32)},
-    "xcodec": lambda s: {"input_values": s.randn(2, 1, 3200)},
     "xcodec2": lambda s: {
-        "input_values": s.randn(2, 1, 3200), "input_features": s.randn(2, 10, 32),
+        "input_values": s.randn(2, 1, 1920), "input_features": s.randn(2, 6, 16)
     },
     "yolos": lambda s: {"pixel_values": s.randn(2, 3, 32, 32)},
 }  # fmt: skip

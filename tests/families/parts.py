@@ -1,5 +1,7 @@
 """Backbones and parts of configs that several types of transformers have."""
 
+from .shrink import tiny
+
 
 class Later(dict):
     """Settings made when they are asked for, so that reading this file imports nothing."""
@@ -63,13 +65,47 @@ def swin_backbone():
     )  # fmt: skip
 
 
-def vit_backbone(kind):
-    """Of four layers, each of which is a stage."""
+def transformer(name, **more):
+    """A vision transformer that gives its four layers to the neck of another model."""
     import transformers
 
-    return getattr(transformers, f"{kind}Config")(
-        image_size=32, patch_size=8, hidden_size=32, num_hidden_layers=4, num_attention_heads=2,
-        intermediate_size=48, out_features=stages(1), reshape_hidden_states=False,
+    sizes = {
+        "image_size": 32, "patch_size": 8, "hidden_size": 32, "num_hidden_layers": 4,
+        "num_attention_heads": 4, "intermediate_size": 48, "reshape_hidden_states": False,
+        "out_indices": [1, 2, 3, 4],
+    }  # fmt: skip
+    if "out_features" in more:
+        del sizes["out_indices"]
+    return getattr(transformers, name)(**{**sizes, **more})
+
+
+def small(name):
+    """A part whose own config the config of the whole does not make."""
+    import transformers
+
+    return tiny(getattr(transformers, name))
+
+
+def superpoint():
+    from transformers import SuperPointConfig
+
+    return SuperPointConfig(
+        encoder_hidden_sizes=[8, 8, 16, 16], decoder_hidden_size=16, descriptor_decoder_dim=32,
+        max_keypoints=8, keypoint_threshold=0.0, border_removal_distance=1,
+    )  # fmt: skip
+
+
+def edgetam_vision():
+    from transformers import EdgeTamVisionConfig, TimmWrapperConfig
+
+    arguments = {
+        "in_chans": 3, "features_only": True, "out_indices": [0, 1, 2, 3],
+        "embed_dim": [8, 16, 32, 64], "depth": [1, 1, 1, 1],
+    }  # fmt: skip
+    return EdgeTamVisionConfig(
+        backbone_config=TimmWrapperConfig(architecture="repvit_m1", model_args=arguments),
+        backbone_channel_list=[64, 32, 16, 8], fpn_hidden_size=32,
+        backbone_feature_sizes=[[16, 16], [8, 8], [4, 4]],
     )  # fmt: skip
 
 
@@ -95,25 +131,6 @@ def gemma3n_eyes():
     )
 
 
-def dpr():
-    from transformers import DPRConfig
-
-    return DPRConfig(
-        vocab_size=99, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
-        intermediate_size=48, max_position_embeddings=64,
-    ).to_dict()  # fmt: skip
-
-
-def bart():
-    from transformers import BartConfig
-
-    return BartConfig(
-        vocab_size=99, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
-        decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48,
-        max_position_embeddings=64, decoder_start_token_id=2,
-    ).to_dict()  # fmt: skip
-
-
 DETR = Later(lambda: {"backbone_config": resnet(), "backbone": None, "use_timm_backbone": False})
 #: Detectors that take the best of what the encoder sees as their queries.
 RT_DETR = {
@@ -122,8 +139,9 @@ RT_DETR = {
 }  # fmt: skip
 HGNET = {**RT_DETR, "backbone_config": Later(hgnet), "encoder_in_channels": [8, 16, 16]}
 DEPTH = {
-    "patch_size": 8, "reassemble_hidden_size": 32, "neck_hidden_sizes": [8, 8, 16, 16],
-    "fusion_hidden_size": 8, "backbone_config": Later(lambda: vit_backbone("Dinov2")),
+    "backbone_config": Later(lambda: transformer("Dinov2Config")), "patch_size": 8,
+    "reassemble_hidden_size": 32, "neck_hidden_sizes": [8, 8, 16, 16], "fusion_hidden_size": 8,
+    "head_hidden_size": 8,
 }  # fmt: skip
 
 # -- parts that several types have
@@ -138,12 +156,17 @@ QWEN = {"rope_parameters": mrope()}
 #: Half of each head is rotated.
 GLM = {"head_dim": 16, "rope_parameters": mrope(8, partial_rotary_factor=0.5)}
 HEAD = {"head_dim": 8}
-NO_DROPOUT = {"dropout_rate": 0.0}
-SLIDING = {"sliding_window": 8}
+#: What parts of T5Gemma 2 have from the whole.
+NO_DROPOUT = {"dropout_rate": 0.0, "query_pre_attn_scalar": 8}
+SLIDING = {
+    "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"],
+    "mlp_layer_types": ["dense", "sparse"],
+}  # fmt: skip
 SHARED_EXPERT = {"shared_expert_intermediate_size": 32}
+#: Attention to tokens that an index picks.
 INDEXED = {
-    "indexer_budget": 8, "indexer_compress_ratio": 2, "indexer_n_heads": 2, "indexer_kv_heads": 1,
-    "indexer_head_dim": 8,
+    "indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 8,
+    "indexer_compress_ratio": 4, "layer_types": ["linear_attention", "indexed_attention"],
 }  # fmt: skip
 SERIES = {"prediction_length": 4, "context_length": 8, "lags_sequence": [1, 2], "d_model": 16}
 
@@ -156,7 +179,7 @@ MUSE_AUDIO = {
 }  # fmt: skip
 #: Its class reads what the configs of its checkpoints say, and has no default for it.
 PIX2STRUCT = {"initializer_range": 0.02}
-TOKENIZER = {"num_filters": 4, "downsampling_ratios": [2, 2], "depths": [2, 2, 2]}
+TOKENIZER = {"downsampling_ratios": [2, 2], "depths": [2, 2, 2], "num_filters": 8}
 
 SWIN = {"embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4], "patch_size": 4, "window_size": 4}
 WINDOWS = {"window_size": 32, "num_heads": 4, "out_hidden_size": 32}
@@ -167,10 +190,8 @@ LW_DETR = {
 FORMULA = {"post_conv_in_channels": 32, "global_attn_indexes": [1]}
 #: Windows of patches are merged behind the first layer.
 MERGED = {"insert_layer_id": 0}
-SAM_COMPRESSOR = {"downsample_channels": [64, 32]}
 #: It has one class more than there are pixels in a cell.
 SUPERPOINT = {"keypoint_decoder_dim": 65}
-TUBELETS = {"tubelet_size": [1, 8, 8]}
 
 SAM = {
     "vision_config": {
@@ -179,14 +200,15 @@ SAM = {
     "prompt_encoder_config": {"image_size": 32, "patch_size": 8, "image_embedding_size": 4},
 }  # fmt: skip
 HIERA = {
-    "hidden_size": 8, "image_size": [32, 32], "blocks_per_stage": [1, 2, 2, 1],
-    "embed_dim_per_stage": [8, 16, 32, 64], "num_attention_heads_per_stage": [1, 1, 2, 2],
-    "window_size_per_stage": [8, 4, 4, 2], "global_attention_blocks": [4],
+    "image_size": [64, 64], "hidden_size": 8, "embed_dim_per_stage": [8, 16, 32, 64],
+    "num_attention_heads_per_stage": [1, 2, 4, 4], "blocks_per_stage": [2, 2, 3, 2],
+    "window_size_per_stage": [8, 4, 4, 2], "global_attention_blocks": [5],
 }  # fmt: skip
-SAM2 = {
+HIERA_NECK = {
     "backbone_config": HIERA, "backbone_channel_list": [64, 32, 16, 8],
-    "backbone_feature_sizes": [[8, 8], [4, 4], [2, 2]],
+    "backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]], "fpn_hidden_size": 32,
 }  # fmt: skip
+SAM2 = {"prompt_encoder_config": {"image_size": 64, "patch_size": 16}}
 
 ATOMS = {"num_spatial_rope_pairs_per_axis": 1, "num_uid_rope_pairs": 1}
 #: Rotates at least 32 numbers of each head.
@@ -214,3 +236,11 @@ GROUPVIT = {
 COMPASS = {"full_attention": mrope()}
 
 QWEN_AUDIO = {"n_window_infer": 100, "downsample_hidden_size": 16}
+#: Of Qwen's speech decoder: a layer that looks back and one that looks ahead.
+DIT = {
+    "num_hidden_layers": 2, "look_ahead_layers": [1], "look_backward_layers": [0], "mel_dim": 16,
+    "enc_emb_dim": 16, "enc_dim": 16, "enc_channels": [16, 16, 16, 16, 48], "emb_dim": 16,
+    "enc_kernel_sizes": [5, 3, 3, 3, 1], "enc_dilations": [1, 2, 3, 4, 1],
+    "enc_attention_channels": 8, "enc_se_channels": 8, "hidden_size": 32, "head_dim": 8,
+    "num_embeds": 99,
+}  # fmt: skip

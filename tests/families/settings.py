@@ -10,6 +10,7 @@ from .parts import (
     DEPTH,
     DETR,
     DIFFUSION_GEMMA,
+    DIT,
     ERNIE,
     FORMULA,
     FRAMES,
@@ -20,6 +21,7 @@ from .parts import (
     HEAD,
     HGNET,
     HIERA,
+    HIERA_NECK,
     INDEXED,
     LW_DETR,
     MERGED,
@@ -31,7 +33,6 @@ from .parts import (
     RT_DETR,
     SAM,
     SAM2,
-    SAM_COMPRESSOR,
     SERIES,
     SHARED_EXPERT,
     SLIDING,
@@ -39,18 +40,19 @@ from .parts import (
     SUPERPOINT,
     SWIN,
     TOKENIZER,
-    TUBELETS,
     WINDOWS,
     Later,
-    bart,
-    dpr,
+    edgetam_vision,
     fastvit,
     gemma3n_eyes,
     hgnet,
     lw_vit,
+    resnet,
+    small,
+    superpoint,
     swin_backbone,
     tiny_timm,
-    vit_backbone,
+    transformer,
 )
 
 #: The model of a type whose base model has no forward, or that is not the one of the shortest name.
@@ -83,9 +85,13 @@ SETTINGS = {
         "vocabulary_map": {"<image>": 60, **{f"IMGIMG{c}Z": ord(c) for c in "ABCDEFGHIJ"}},
     },
     "chmv2": {
-        "backbone_config": {
-            "return_class_token": True, "num_hidden_layers": 4, "out_indices": [1, 2, 3, 4],
-        },
+        "backbone_config": Later(
+            lambda: transformer(
+                "DINOv3ViTConfig", reshape_hidden_states=True, return_class_token=True
+            )
+        ),
+        "patch_size": 8, "post_process_channels": [8, 8, 16, 16], "fusion_hidden_size": 8,
+        "head_hidden_size": 8, "number_output_channels": 8,
     },
     "clap": {"audio_config": CLAP},
     "clap_audio_model": CLAP,
@@ -119,6 +125,7 @@ SETTINGS = {
     "donut-swin": SWIN,
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "dots3_note_audio_encoder": {"downsample_hidden_size": 16},
+    "edgetam": {**SAM2, "vision_config": Later(edgetam_vision)},
     "efficientloftr": {
         "out_features": [8, 8, 16, 32], "stage_num_blocks": [1, 1, 1, 1], "num_attention_heads": 8
     },
@@ -167,6 +174,8 @@ SETTINGS = {
         "spatial_target_layers": [1, 2, 3, 4], "image_grid_pinpoints": [[32, 32]],
         "text_config": {"num_hidden_layers": 5}, "vision_config": {"hidden_size": 64},
     },
+    "granite_speech5_ctc": {"encoder_config": {"context_size": 8}},
+    "granite_speech5_encoder": {"context_size": 8},
     "granitemoehybrid": {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_expand": 2},
     "grounding-dino": {"num_queries": 3},
     "groupvit": {"vision_config": GROUPVIT},
@@ -253,12 +262,9 @@ SETTINGS = {
     "pp_formulanet": {"vision_config": FORMULA},
     "pp_formulanet_vision": FORMULA,
     "prompt_depth_anything": DEPTH,
-    "pvt": {
-        "num_encoder_blocks": 4, "depths": [1, 1, 1, 1], "hidden_sizes": [8, 8, 16, 16],
-        "num_attention_heads": [1, 1, 2, 2], "patch_sizes": [4, 2, 2, 2],
-    },
+    "pvt": {"num_encoder_blocks": 4},
     "qwen2_5_omni_audio_encoder": {"n_window": 8},
-    "qwen2_5_omni_dit": {"enc_channels": [16, 16, 16, 16, 48]},
+    "qwen2_5_omni_dit": DIT,
     "qwen2_5_omni_talker": QWEN,
     "qwen2_5_omni_text": QWEN,
     "qwen2_5_omni_thinker": {"text_config": QWEN},
@@ -275,10 +281,13 @@ SETTINGS = {
         },
     },
     "qwen3_omni_moe_audio_encoder": QWEN_AUDIO,
-    "qwen3_omni_moe_talker_text": SHARED_EXPERT,
+    "qwen3_omni_moe_talker_text": {"shared_expert_intermediate_size": 48},
     "qwen4_exp": {"text_config": INDEXED},
     "qwen4_exp_text": INDEXED,
-    "rag": {"question_encoder": Later(dpr), "generator": Later(bart), "n_docs": 2},
+    "rag": {
+        "question_encoder": Later(lambda: small("DPRConfig").to_dict()),
+        "generator": Later(lambda: small("BartConfig").to_dict()),
+    },
     "reformer": {
         "axial_pos_embds": False, "attn_layers": ["local", "lsh"], "num_buckets": 4,
         "lsh_attn_chunk_length": 8, "local_attn_chunk_length": 8, "hidden_size": 32,
@@ -286,77 +295,115 @@ SETTINGS = {
     "rt_detr": RT_DETR,
     "rt_detr_v2": RT_DETR,
     "sam": SAM,
-    "sam2": {"vision_config": SAM2, "prompt_encoder_config": {"image_size": 32, "patch_size": 16}},
+    "sam2": {**SAM2, "vision_config": HIERA_NECK},
     "sam2_hiera_det_model": HIERA,
-    "sam2_vision_model": SAM2,
+    "sam2_vision_model": HIERA_NECK,
     "sam3_tracker": {
         "vision_config": {"backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]]},
         "prompt_encoder_config": {"image_size": 32, "patch_size": 8},
     },
     "sam_hq": SAM,
-    "sapiens2": {"num_key_value_heads_per_layer": [4, 2], "num_key_value_attention_heads": 2},
-    "shieldgemma2": {"yes_token_index": 5, "no_token_index": 6},
+    "sapiens2": {"num_key_value_heads_per_layer": [4, 2]},
+    "seggpt": {
+        "image_size": [32, 16], "pretrain_image_size": 32, "merge_index": 0,
+        "intermediate_hidden_state_indices": [0, 1], "mlp_dim": 48,
+    },
+    "shieldgemma2": {
+        "yes_token_index": 4, "no_token_index": 5, "image_token_index": 98,
+        "mm_tokens_per_image": 4,
+    },
     "step3p5": SLIDING,
-    "step3p7": {"text_config": SLIDING},
-    "superglue": {"keypoint_detector_config": SUPERPOINT},
+    "step3p7": {"text_config": SLIDING, "image_token_id": 98},
+    "superglue": {
+        "keypoint_detector_config": Later(superpoint), "hidden_size": 32,
+        "keypoint_encoder_sizes": [8, 32], "gnn_layers_types": ["self", "cross"],
+        "sinkhorn_iterations": 3,
+    },
     "swin": SWIN,
     "swin2sr": {"num_heads": [2, 4], "depths": [2, 2], "embed_dim": 16, "window_size": 4},
     "swinv2": SWIN,
     "t5gemma2_decoder": NO_DROPOUT,
-    "t5gemma2_encoder": {"text_config": NO_DROPOUT},
+    "t5gemma2_encoder": {
+        "text_config": NO_DROPOUT, "mm_tokens_per_image": 4, "image_token_index": 98
+    },
     "t5gemma2_text": NO_DROPOUT,
     "table-transformer": DETR,
     "time_series_transformer": SERIES,
-    "timm_backbone": {"backbone": "test_vit"},
+    "timm_backbone": {"backbone": "test_vit", "out_indices": [-1]},
     "tipsv2_dpt": {
-        "backbone_config": {
-            "num_hidden_layers": 4, "out_indices": [1, 2, 3, 4], "reshape_hidden_states": False,
-        },
-        "neck_hidden_sizes": [8, 8, 16, 16],
+        "backbone_config": Later(lambda: transformer("Tipsv2VisionConfig")),
+        "neck_hidden_sizes": [8, 8, 16, 16], "fusion_hidden_size": 8, "num_depth_bins": 8,
     },
-    "unlimited_ocr_vision": {"sam_config": SAM_COMPRESSOR},
-    "upernet": {"backbone_config": Later(swin_backbone), "use_auxiliary_head": False},
+    "tvp": {
+        "backbone_config": Later(resnet), "hidden_size": 32, "max_img_size": 64,
+        "visual_prompt_size": 8,
+    },
+    "unlimited_ocr_vision": {
+        "sam_config": {"image_size": 64, "downsample_channels": [16, 32]},
+        "encoder_config": {"image_size": 16},
+    },
+    "unlimited_ocr_vision_encoder": {"image_size": 16},
+    "upernet": {
+        "backbone_config": Later(swin_backbone), "hidden_size": 16,
+        "auxiliary_in_channels": 64, "auxiliary_channels": 8,
+    },
     "vibevoice_acoustic_tokenizer": TOKENIZER,
     "vibevoice_acoustic_tokenizer_decoder": TOKENIZER,
     "vibevoice_acoustic_tokenizer_encoder": TOKENIZER,
-    "videoprism": {"vision_config": TUBELETS},
-    "videoprism_vision_model": TUBELETS,
-    "vitmatte": {"backbone_config": {"patch_size": 16}},
+    "videoprism": {"vision_config": {"tubelet_size": [1, 16, 16]}},
+    "videoprism_vision_model": {"tubelet_size": [1, 16, 16]},
+    "vitmatte": {
+        "backbone_config": Later(
+            lambda: transformer(
+                "VitDetConfig", out_features=["stage4"], patch_size=16, num_channels=4
+            )
+        ),
+        "convstream_hidden_sizes": [8, 8, 16], "fusion_hidden_sizes": [16, 8, 8, 8],
+        "initializer_range": 1.0,  # of its norms, too: nothing comes through four small ones
+    },
     "vits": {"vocab_size": 50, "upsample_initial_channel": 32, "spectrogram_bins": 16},
     "wav2vec2-bert": {"feature_projection_input_dim": 16},
-    "xcodec": {
-        "acoustic_model_config": {
-            "downsampling_ratios": [8, 5, 4, 2], "upsampling_ratios": [8, 5, 4, 2],
-            "encoder_hidden_size": 4,
-        },
-        "codebook_dim": 96,
+    "xcodec2": {
+        "encoder_hidden_size": 4, "semantic_model_config": {"feature_projection_input_dim": 16},
+        "quantization_dim": 64,
     },
-    "xcodec2": {"quantization_dim": 64},
     "xlnet": {"d_head": 8},
     "xmod": {"default_language": "en_XX"},
     "yolos": {"image_size": [32, 32], "num_detection_tokens": 6},
     "zamba": {
-        "num_hidden_layers": 4,
-        "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"],
-        "attention_hidden_size": 64, "attention_head_dim": 16, "num_attention_heads": 4,
-        "num_key_value_heads": 4, "mamba_dt_rank": 4,
+        "num_hidden_layers": 5, "attention_hidden_size": 64, "attention_head_dim": 16,
+        "num_attention_heads": 4, "num_key_value_heads": 4, "n_mamba_heads": 2,
+        "layers_block_type": ["mamba", "mamba", "hybrid", "mamba", "hybrid"],
     },
     "zoedepth": {
-        **DEPTH, "backbone_config": Later(lambda: vit_backbone("Beit")), "bottleneck_features": 8,
+        "backbone_config": Later(
+            lambda: transformer("BeitConfig", use_relative_position_bias=True)
+        ),
+        "neck_hidden_sizes": [8, 8, 16, 16], "fusion_hidden_size": 16, "bottleneck_features": 16,
+        "num_attractors": [4, 4, 2, 1], "bin_embedding_dim": 16, "num_relative_features": 8,
+        "bin_configurations": [{"n_bins": 8, "min_depth": 0.001, "max_depth": 10.0}],
     },
 }  # fmt: skip
 
 #: Models that sort, pick or round on their way: in half precision they jump.
 JUMPING = {
     "groupvit", "groupvit_vision_model", "jamba", "pp_doclayout_v3", "rf_detr",
-    "sam3_lite_text", "vits",
+    "sam3_lite_text", "vits", "xcodec2",
 }  # fmt: skip
+_SESSION = "called with the session of a video, one frame after the other, in inference mode"
+_PARTS = "no forward of its own: its parts are called one by one"
 #: Types that are not tried, and why.
 UNTRIED = {
+    "edgetam_video": _SESSION,
     "pp_ocrv5_server_det": "no linear layer",
     "pp_ocrv6_medium_det": "no linear layer",
-    "vitmatte": "with random weights, its output depends on no linear layer to speak of",
-    "xcodec": "its output is made of codes, which no small update changes",
+    "qwen2_5_omni": _PARTS,
+    "qwen2_5_omni_token2wav": "its layers run without gradients, from random numbers of their own",
+    "qwen3_omni_moe": _PARTS,
+    "sam2_video": _SESSION,
+    "sam3_tracker_video": _SESSION,
+    "sam3_video": _SESSION,
+    "xcodec": "all layers of its stacks run without gradients, and what they give is rounded",
 }
 #: What `adapt` says of models without a layer that it can adapt.
 REFUSED = {

@@ -7,7 +7,6 @@ changed, are tried; what cannot be built or called is written with the reason.
 """
 
 import csv
-import inspect
 import signal
 import sys
 import warnings
@@ -45,8 +44,6 @@ def tried(kind):
         return "", "no linear layer"
     if type(model).forward is nn.Module.forward:
         return "", "no forward of its own: its parts are called one by one"
-    if "inference_session" in inspect.signature(model.forward).parameters:
-        return "", "called with a session, which its processor makes"
     try:
         way, others = hugging.find_way(kind, model)
     except Exception as error:
