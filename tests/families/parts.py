@@ -131,6 +131,7 @@ def gemma3n_eyes():
     )
 
 
+EYES = {"vision_config": Later(lambda: tiny_timm("test_vit"))}
 DETR = Later(lambda: {"backbone_config": resnet(), "backbone": None, "use_timm_backbone": False})
 #: Detectors that take the best of what the encoder sees as their queries.
 RT_DETR = {

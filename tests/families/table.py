@@ -9,7 +9,7 @@ import importlib.util
 import sys
 import warnings
 from collections import defaultdict
-from multiprocessing import Pool
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
@@ -122,8 +122,8 @@ def main():
     missing = sorted({f.library for f in families if importlib.util.find_spec(f.library) is None})
     if missing:
         sys.exit(f"expected all libraries, got none of {', '.join(missing)}")
-    with Pool() as pool:
-        reports = pool.map(checked, range(len(families)), chunksize=8)
+    with ProcessPoolExecutor() as pool:  # says so where a process died, and does not wait for it
+        reports = list(pool.map(checked, range(len(families)), chunksize=8))
     pairs = zip(families, reports, strict=True)
     broken = [f"{f.library} {f.name}: {r}" for f, r in pairs if isinstance(r, str)]
     if broken:
