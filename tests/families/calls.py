@@ -95,8 +95,8 @@ def _mel_images(s):
 
 def _read(s, number, **more):
     """Text with an image in each row, which becomes that many positions."""
-    ids = _marked(s, s.config.image_token_id, number)
-    return {"input_ids": ids, "pixel_values": s.image(), **more}
+    ids = _marked(s, s.setting("image_token_id", "image_token_index"), number)
+    return {"input_ids": ids, "pixel_values": s.image()} | more
 
 
 def _read_patches(s, number):
@@ -188,11 +188,6 @@ def _folded(s, tokens=6, atoms=12):
     }  # fmt: skip
 
 
-def _with_four(s, token):
-    """Text with four places for what is seen or heard."""
-    return s.ids().index_fill(1, torch.arange(1, 5), token)
-
-
 def _larger_image(s):
     """Four positions are left of it where the encoder attends; of the usual one is one left."""
     return {"pixel_values": s.randn(2, 3, 64, 64)}
@@ -221,24 +216,6 @@ def _pixel_patches_of_two(s):
 def _objects(s):
     """Three objects in each image, for there are few numbers of each: some may agree by luck."""
     return {"pixel_values": s.randn(2, 3, 64, 64), "input_points": s.randn(2, 3, 2, 2)}
-
-
-def _with_image(s, length):
-    """Text with one image, whose features stand at ``length`` tokens."""
-    image = s.setting("image_token_id", "image_token_index")
-    ids = s.ids(9 + length)
-    ids[:, 2 : 2 + length] = image
-    return {"input_ids": ids, "pixel_values": s.randn(2, 3, 32, 32)}
-
-
-def _patches_in_text(s):
-    """Two texts with an image each, of 4 x 4 patches: four of them are one token."""
-    ids = s.ids(13)
-    ids[:, 2:6] = s.config.image_token_id
-    return {
-        "input_ids": ids, "pixel_values": s.patches(), "image_grid_thw": s.grid(),
-        "mm_token_type_ids": (ids == s.config.image_token_id).long(),
-    }  # fmt: skip
 
 
 def _stacked_frames(s):
@@ -383,7 +360,7 @@ CALLS = {
     },
     "mm-grounding-dino": _question,
     "molmo2": lambda s: {
-        "input_ids": _with_four(s, s.config.image_patch_id), "pixel_values": s.randn(2, 16, 192),
+        "input_ids": _marked(s, s.config.image_patch_id, 4), "pixel_values": s.randn(2, 16, 192),
         "image_token_pooling": torch.arange(32).view(8, 4),
         "image_grids": torch.tensor([[1, 2, 1, 2], [1, 2, 1, 2]]),
     },
@@ -401,7 +378,7 @@ CALLS = {
     "muse_glimmer_vision": _pixel_patches_of_two,
     "muse_spark": lambda s: {
         "input_ids": torch.cat(
-            (_with_four(s, s.config.image_token_id), _with_four(s, s.config.audio_token_id)), dim=1
+            (_marked(s, s.config.image_token_id, 4), _marked(s, s.config.audio_token_id, 4)), dim=1
         ),
         "pixel_values": s.randn(32, 384), "image_grid_thw": s.grid(),
         "input_values": s.randn(2, 64),
@@ -413,22 +390,18 @@ CALLS = {
         "input_features": s.randn(2, 5, 12),
     },
     "nemo_speechlm": lambda s: {
-        "input_ids": _with_four(s, s.config.audio_token_id),
+        "input_ids": _marked(s, s.config.audio_token_id, 4),
         "input_features": s.randn(2, 32, 16),
         "input_features_mask": _ones(2, 32),
     },
     "neomme": lambda s: {
-        "input_ids": _with_four(s, s.config.image_token_id), "pixel_values": s.randn(8, 192)
+        "input_ids": _marked(s, s.config.image_token_id, 4), "pixel_values": s.randn(8, 192)
     },
     "neucodec": lambda s: {
         "input_values": s.randn(2, 1, 3200), "input_features": s.randn(2, 10, 32),
     },
     "oneformer": lambda s: {"pixel_values": s.image(), "task_inputs": s.ids(s.config.task_seq_len)},
-    "paddleocr_vl": lambda s: {
-        "input_ids": _with_four(s, s.config.image_token_id),
-        "mm_token_type_ids": ((torch.arange(s.text) + 3) // 4 == 1).long().expand(2, -1),
-        "pixel_values": s.randn(32, 3, 8, 8), "image_grid_thw": s.grid(),
-    },
+    "paddleocr_vl": lambda s: {**_read_patches(s, 4), "pixel_values": s.randn(32, 3, 8, 8)},
     "paddleocr_vl_vision": lambda s: {
         "pixel_values": s.randn(1, 32, 3, 8, 8), "grid_thw": s.grid()
     },
@@ -474,7 +447,7 @@ CALLS = {
     },
     "qwen3_asr_encoder": lambda s: _masked(s.randn(2, s.config.num_mel_bins, 100), 100),
     "qwen3_omni_moe_audio_encoder": _sounds,
-    "qwen4_exp": _patches_in_text,
+    "qwen4_exp": lambda s: _read_patches(s, 4),
     "rag": lambda s: {
         "context_input_ids": torch.cat((s.ids(), s.ids())),
         "context_attention_mask": _ones(4, s.text),
@@ -497,18 +470,18 @@ CALLS = {
         "pixel_values": s.randn(2, 3, 16, 16), "prompt_pixel_values": s.randn(2, 3, 16, 16),
         "prompt_masks": s.randn(2, 3, 16, 16),
     },
-    "shieldgemma2": lambda s: _with_image(s, 4),
+    "shieldgemma2": lambda s: _read(s, 4, pixel_values=s.randn(2, 3, 32, 32)),
     "siglip2": lambda s: {"input_ids": s.ids(), **_flat_patches(s)},
     "siglip2_vision_model": _flat_patches,
     "speecht5": lambda s: {
         "input_values": s.randn(2, 9, 32), "decoder_input_values": s.randn(2, 7, 32)
     },
-    "step3p7": lambda s: _with_image(s, 1),
+    "step3p7": lambda s: _read(s, 1, pixel_values=s.randn(2, 3, 32, 32)),
     "superglue": lambda s: {"pixel_values": s.randn(1, 2, 3, 64, 64)},
     "t5gemma2_decoder": lambda s: {
         "input_ids": s.ids(), "encoder_hidden_states": s.randn(2, 5, s.config.hidden_size)
     },
-    "t5gemma2_encoder": lambda s: _with_image(s, 4),
+    "t5gemma2_encoder": lambda s: _read(s, 4, pixel_values=s.randn(2, 3, 32, 32)),
     "time_series_transformer": _series,
     "timesfm": lambda s: {
         "past_values": s.randn(2, 64), "past_values_padding": torch.zeros(2, 64),

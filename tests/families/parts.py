@@ -163,7 +163,6 @@ SLIDING = {
     "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"],
     "mlp_layer_types": ["dense", "sparse"],
 }  # fmt: skip
-SHARED_EXPERT = {"shared_expert_intermediate_size": 32}
 #: Attention to tokens that an index picks.
 INDEXED = {
     "indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 8,

@@ -35,7 +35,6 @@ from .parts import (
     SAM,
     SAM2,
     SERIES,
-    SHARED_EXPERT,
     SLIDING,
     STREAM,
     SUPERPOINT,
@@ -145,13 +144,13 @@ SETTINGS = {
         "structure_head": {"diffusion_module": {"atom_encoder": ATOMS}},
     },
     "exaone4_5_vision": WINDOWS,
-    "fast_vlm": {"vision_config": Later(lambda: fastvit())},
+    "fast_vlm": {"vision_config": Later(fastvit)},
     "fastspeech2_conformer_with_hifigan": {
         "vocoder_config": {"model_in_dim": 16, "upsample_initial_channel": 32}
     },
     "fun_asr_nano": {"adaptor_config": {"intermediate_size": 8}},
     "gemma3n": {
-        "text_config": GEMMA3N, "vision_config": Later(lambda: gemma3n_eyes()),
+        "text_config": GEMMA3N, "vision_config": Later(gemma3n_eyes),
         "audio_config": {"vocab_size": 23, "vocab_offset": 76},
         "image_token_id": 60, "audio_token_id": 80,
         "vision_soft_tokens_per_image": 4, "audio_soft_tokens_per_image": 3,
@@ -280,11 +279,6 @@ SETTINGS = {
     "qwen2_vl": {"text_config": QWEN},
     "qwen2_vl_text": QWEN,
     "qwen3_asr_encoder": QWEN_AUDIO,
-    "qwen3_omni_moe": {
-        "talker_config": {
-            "text_config": SHARED_EXPERT, "spatial_merge_size": 2,
-        },
-    },
     "qwen3_omni_moe_audio_encoder": QWEN_AUDIO,
     "qwen3_omni_moe_talker_text": {"shared_expert_intermediate_size": 48},
     "qwen4_exp": {"text_config": INDEXED},
