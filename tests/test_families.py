@@ -16,6 +16,7 @@ import tcur_kernels as tcur
 from families import hugging, others
 from families.check import BrokenPromise, check_family
 from families.settings import UNTRIED
+from tolerance import same_mathematics
 
 FAMILIES = [*others.families(), *hugging.families()]
 #: Models warn of what is no concern of ours; this package may not.
@@ -70,6 +71,29 @@ def test_family(family):
 def test_compiled(family):
     need(family)
     check_family(family.build, family.inputs, ["compile"], smooth=family.smooth)
+
+
+@QUIET
+@pytest.mark.families
+def test_torchvision_extracts_features_of_adapted_models():
+    others.operators_of_torchvision()
+    pytest.importorskip("torchvision")
+    from torchvision.models.feature_extraction import create_feature_extractor
+    from torchvision.models.vision_transformer import VisionTransformer
+
+    torch.manual_seed(0)
+    model = VisionTransformer(32, 8, num_layers=3, num_heads=2, hidden_dim=16, mlp_dim=32).eval()
+    adapter = tcur.adapt(model, rank=2)
+    for stack in adapter.stacks.values():
+        nn.init.normal_(stack.core)
+    node, x = "encoder.layers.encoder_layer_2", torch.randn(2, 3, 32, 32)
+    got, wanted = (
+        create_feature_extractor(each, {node: "features"})(x)["features"]
+        for each in (model, adapter.merge(inplace=False))
+    )
+    assert same_mathematics(got, wanted)
+    got.square().sum().backward()
+    assert all(core.grad is not None for core in adapter.parameters())
 
 
 def test_every_type_of_transformers_is_checked_or_named():
