@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from tcur_kernels import reference
+from tcur_kernels.operators import reference
 
 
 def eager(weight: Tensor, lateral_hat: Tensor, horizontal_hat: Tensor, core: Tensor) -> Tensor:

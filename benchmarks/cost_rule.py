@@ -1,4 +1,4 @@
-"""The rules of `tcur_kernels.cost` against the truth: a step of one stack in every way there is."""
+"""The rules of `operators.cost` against the truth: a step of one stack in every way there is."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import tcur_kernels as tcur
-from tcur_kernels import cost
+from tcur_kernels.operators import cost
 
 from .timing import Timing, interleave
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import tcur_kernels as tcur
-from tcur_kernels import cost, ops, reference
+from tcur_kernels.operators import contract, cost, reference
 
 from .gpu_bench import Bench, Ceilings, Medians
 from .gpu_ceilings import ceilings
@@ -45,8 +45,8 @@ def operator(name: str, backend: str) -> Callable[..., Tensor]:
     """An operator of this package by backend."""
     language = backend if backend in ("triton", "reference") else ""
     if backend == "triton":
-        from tcur_kernels import triton  # noqa: F401  (defines its operators)
-    return ops.operator(name, language)
+        pass
+    return contract.operator(name, language)
 
 
 def wrong(result: Tensor, exact: Tensor, limit: float) -> str | None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import tcur_kernels as tcur
-from tcur_kernels import reference
+from tcur_kernels.operators import reference
 
 from .baselines import S1, S2, eager
 from .gpu_bench import Bench

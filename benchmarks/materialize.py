@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 import tcur_kernels as tcur
-from tcur_kernels import reference
+from tcur_kernels.operators import reference
 
 from .baselines import S1, S2, eager
 from .timing import Timing, interleave

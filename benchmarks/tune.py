@@ -23,7 +23,7 @@ from unittest import mock
 import torch
 
 import tcur_kernels as tcur
-from tcur_kernels.triton import launch
+from tcur_kernels.operators.triton import launch
 
 from .gpu_clock import ROUNDS, Clock, Contender, Ready, captured, first_line
 
@@ -191,7 +191,7 @@ def main() -> None:
         for row in chosen:
             print(row.kernel, shape_of(row), len(list(candidates(row))), "candidates")
         return
-    import tcur_kernels.triton  # noqa: F401  (defines its operators)
+    import tcur_kernels.operators.triton  # noqa: F401  (defines its operators)
 
     tuner = Tuner(Clock(device, time.time() + args.seconds, tiny=False), arch)
     write_tuned(tuner, chosen, args.table)

@@ -9,19 +9,19 @@ from .decompose import TensorCUR as TensorCUR
 from .decompose import matrix_cur as matrix_cur
 from .decompose import modewise_cur as modewise_cur
 from .decompose import tensor_cur as tensor_cur
-from .factors import CURFactors as CURFactors
-from .functional import build_info as build_info
-from .functional import cur_linear as cur_linear
-from .functional import cur_product as cur_product
-from .functional import materialize as materialize
-from .linear import TProductLinear as TProductLinear
-from .nn import TProductStack as TProductStack
-from .tubal import multirank as multirank
-from .tubal import t_identity as t_identity
-from .tubal import t_pinv as t_pinv
-from .tubal import t_product as t_product
-from .tubal import t_svd as t_svd
-from .tubal import t_transpose as t_transpose
-from .tubal import tubal_rank as tubal_rank
+from .layers.linear import TProductLinear as TProductLinear
+from .layers.stack import TProductStack as TProductStack
+from .operators.factors import CURFactors as CURFactors
+from .operators.functional import build_info as build_info
+from .operators.functional import cur_linear as cur_linear
+from .operators.functional import cur_product as cur_product
+from .operators.functional import materialize as materialize
+from .t_product import multirank as multirank
+from .t_product import t_identity as t_identity
+from .t_product import t_pinv as t_pinv
+from .t_product import t_product as t_product
+from .t_product import t_svd as t_svd
+from .t_product import t_transpose as t_transpose
+from .t_product import tubal_rank as tubal_rank
 
 __version__ = "0.1.0"

@@ -16,13 +16,13 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from .adapters.contents import read_contents
 from .adapters.curves import RANKS, model_curves, plot_curves
-from .adapters.directory import ModelDirectory, merge_directory
+from .adapters.file import read_contents
 from .adapters.plan import STACKS_BY, make_plan
 from .decompose import RULES, model_files
-from .factors import CURFactors
-from .functional import build_info, cur_linear, materialize
+from .merge.directory import ModelDirectory, merge_directory
+from .operators.factors import CURFactors
+from .operators.functional import build_info, cur_linear, materialize
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 import tcur_kernels as tcur
-from tcur_kernels import reference
+from tcur_kernels.operators import reference
 
 #: n3 of the specification: 1 and 2 have no pair of bins, odd ones no Nyquist bin, 7, 47 are prime.
 N3 = (1, 2, 3, 4, 7, 12, 47, 48, 64)

@@ -21,7 +21,7 @@ from filelock import FileLock
 from torch.utils.cpp_extension import include_paths, library_paths
 
 from cases import counts_of, make_case, side_by_side
-from tcur_kernels import ops
+from tcur_kernels.operators import contract
 
 ROOT = Path(__file__).parent.parent
 SOURCES = ROOT / "csrc"
@@ -106,16 +106,16 @@ def run(command):
 def load(library=None):
     """Registers the operators of the host build; returns the library."""
     for language in (LANGUAGE, LANGUAGE_TF32):
-        for name, schema in {**ops._SCHEMAS, "materialize_out": ops._OUT_SCHEMA}.items():
-            torch.library.define(f"tcur::{name}_{language}", schema, lib=ops._library)
-        ops.complete(language)
+        for name, schema in {**contract._SCHEMAS, "materialize_out": contract._OUT_SCHEMA}.items():
+            torch.library.define(f"tcur::{name}_{language}", schema, lib=contract._library)
+        contract.complete(language)
     host = ctypes.CDLL(str(library or build()))
     host.tcur_host_order.argtypes = host.tcur_host_shared.argtypes = [ctypes.c_int64]
     return host
 
 
 def operator(name, precision="ieee"):
-    return ops.operator(name, LANGUAGE_TF32 if precision == "tf32" else LANGUAGE)
+    return contract.operator(name, LANGUAGE_TF32 if precision == "tf32" else LANGUAGE)
 
 
 def shifted(tensor):

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 import tcur_kernels as tcur
 from models import Block, Tiny
 from plain import Plain
-from tcur_kernels.distributed import whole
+from tcur_kernels.processes import whole
 from tolerance import FLOAT64, assert_composition_close, relative_error
 from torchrun import leave
 

@@ -6,7 +6,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from tcur_kernels import streams
+from tcur_kernels.operators import streams
 
 
 class FakeStreams:

@@ -5,7 +5,7 @@ import torch
 
 import tcur_kernels as tcur
 from cases import make_case
-from tcur_kernels import functional
+from tcur_kernels.operators import functional
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 

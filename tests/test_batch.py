@@ -109,10 +109,10 @@ def test_gradients_reach_each_core_by_its_own_rows():
 
 
 def test_layers_with_one_input_share_z_in_a_batch(monkeypatch):
-    from tcur_kernels import kept
+    from tcur_kernels.layers import w_eff
 
-    calls, project = [], kept.project
-    monkeypatch.setattr(kept, "project", lambda *args: calls.append(0) or project(*args))
+    calls, project = [], w_eff.project
+    monkeypatch.setattr(w_eff, "project", lambda *args: calls.append(0) or project(*args))
     model = nn.ModuleList(nn.Linear(6, 6, bias=False) for _ in range(3))
     adapter = tcur.adapt(model, rank=2)
     stacked, x = adapter.stack_cores(some_cores(adapter)), torch.randn(2, 5, 6)

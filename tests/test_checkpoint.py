@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 
 import tcur_kernels as tcur
 from models import Tiny
-from tcur_kernels.adapters import checkpoint
-from tcur_kernels.adapters.checkpoint import FORMAT, FORMAT_VERSION
+from tcur_kernels.adapters import container
+from tcur_kernels.adapters.container import FORMAT, FORMAT_VERSION
 
 
 def base_model(seed=0):
@@ -185,9 +185,9 @@ def test_a_failed_save_leaves_the_old_file(adapter, path, monkeypatch, moment):
         raise OSError("no space left on device")
 
     if moment == "write":
-        monkeypatch.setattr(checkpoint, "save_file", fail)
+        monkeypatch.setattr(container, "save_file", fail)
     else:
-        monkeypatch.setattr(checkpoint.os, "replace", fail)
+        monkeypatch.setattr(container.os, "replace", fail)
     with pytest.raises(OSError, match="no space left"):
         adapter.save(path)
     assert path.read_bytes() == old

@@ -293,7 +293,7 @@ def test_bad_input_is_named_and_nothing_is_written(run, adapter, tmp_path, monke
     def full(*args, **kwargs):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("tcur_kernels.adapters.directory.save_file", full)
+    monkeypatch.setattr("tcur_kernels.merge.directory.save_file", full)
     refused("no space left on device")
 
 

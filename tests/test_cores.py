@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 import oracle
 import tcur_kernels as tcur
 from tcur_kernels.decompose.stack import bin_weights, half_spectrum
-from tcur_kernels.reference import from_half_spectrum
+from tcur_kernels.operators.reference import from_half_spectrum
 from tolerance import relative_error
 
 SEEDS = st.integers(0, 2**32 - 1)

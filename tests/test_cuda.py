@@ -9,24 +9,24 @@ import torch
 
 import tcur_kernels as tcur
 from cases import make_case
-from tcur_kernels import _native, cost, functional
+from tcur_kernels.operators import cost, functional, native
 
 NAMES = (
     "materialize", "materialize_out", "core_grad_dense", "core_grad_tokens", "core_of_packed",
     "cur_linear",
 )  # fmt: skip
 
-built = pytest.mark.skipif(_native.cuda_error() == "no _cuda.so", reason="built without nvcc")
+built = pytest.mark.skipif(native.cuda_error() == "no _cuda.so", reason="built without nvcc")
 
 
 @built
 def test_it_loads_without_a_gpu_and_registers_its_operators():
     code = f"""
 import torch
-from tcur_kernels import _native
+from tcur_kernels.operators import native
 has = torch._C._dispatch_has_kernel_for_dispatch_key
 before = [has(f"tcur::{{name}}", "CUDA") for name in {NAMES!r}]
-print(any(before) == (torch.version.cuda is not None), _native.cuda_error())
+print(any(before) == (torch.version.cuda is not None), native.cuda_error())
 print(all(has(f"tcur::{{name}}", "CUDA") for name in {NAMES!r}))
 """
     result = subprocess.run(
@@ -65,7 +65,7 @@ def machine(monkeypatch):
     """Sets what the library was compiled for, and the compute capabilities of the GPUs here."""
 
     def set_up(architectures, *capabilities):
-        monkeypatch.setattr(_native, "_cuda", lambda: (Library(architectures), None))
+        monkeypatch.setattr(native, "_cuda", lambda: (Library(architectures), None))
         monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
         monkeypatch.setattr(
             torch.cuda, "get_device_capability", lambda device: capabilities[device.index or 0]
@@ -117,8 +117,8 @@ def test_each_gpu_is_asked_for_itself(machine):
     info = tcur.build_info()
     assert info["cuda"]["error"] is None
     assert "cuda" in info["backends"]
-    assert _native.cuda_absence(torch.device("cuda", 0)) is not None
-    assert _native.cuda_absence(torch.device("cuda", 1)) is None
+    assert native.cuda_absence(torch.device("cuda", 0)) is not None
+    assert native.cuda_absence(torch.device("cuda", 1)) is None
     machine("90")
     assert tcur.build_info()["cuda"]["error"] == "torch sees no GPU here"
 
@@ -126,14 +126,14 @@ def test_each_gpu_is_asked_for_itself(machine):
 def test_rocm_takes_no_cuda_kernels(machine, monkeypatch):
     machine("90", (9, 0))
     monkeypatch.setattr(torch.version, "hip", "7.0")
-    assert _native.cuda_absence(torch.device("cuda", 0)) == "CUDA kernels do not run on ROCm"
+    assert native.cuda_absence(torch.device("cuda", 0)) == "CUDA kernels do not run on ROCm"
 
 
 def test_the_choice_compiles(machine):
     """The device is asked while the graph is traced, without a break."""
 
     def function(x):
-        return x + 1 if _native.cuda_absence(torch.device("cuda", 0)) is None else x - 1
+        return x + 1 if native.cuda_absence(torch.device("cuda", 0)) is None else x - 1
 
     for capability, wanted in (((9, 0), 1.0), ((8, 0), -1.0)):
         machine("90", capability)
@@ -143,7 +143,7 @@ def test_the_choice_compiles(machine):
 
 
 def test_without_the_library_a_gpu_takes_another_backend(monkeypatch):
-    monkeypatch.setattr(_native, "_cuda", lambda: (None, "no _cuda.so"))
+    monkeypatch.setattr(native, "_cuda", lambda: (None, "no _cuda.so"))
     assert tcur.build_info()["cuda"] == {"built": False, "error": "no _cuda.so"}
     assert language("auto", on_gpu()) != ""
     with pytest.raises(
@@ -154,8 +154,8 @@ def test_without_the_library_a_gpu_takes_another_backend(monkeypatch):
 
 def test_a_library_that_does_not_load_says_why(monkeypatch, tmp_path):
     (tmp_path / "_cuda.so").write_text("torn")
-    monkeypatch.setattr(_native, "__file__", str(tmp_path / "_native.py"))
-    library, error = _native._load_cuda()
+    monkeypatch.setattr(native, "__file__", str(tmp_path / "native.py"))
+    library, error = native._load_cuda()
     assert library is None
     assert "_cuda.so" in error
 

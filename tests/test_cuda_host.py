@@ -16,7 +16,7 @@ import oracle
 from cases import N3, counts_of, make_case, side_by_side, slices_of
 from cuda_host import DTYPES, operator, shifted
 from plain import product as product_of
-from tcur_kernels import cost, reference
+from tcur_kernels.operators import cost, reference
 from tolerance import PROMISE, assert_close, assert_composition_close, relative_error
 
 #: (n1, n2, rank): one number; a ragged edge; several tiles; rows that are no multiple of 16 bytes.

@@ -6,7 +6,7 @@ import torch
 import cuda_host
 from cases import N3, make_case
 from cuda_host import DTYPES, operator, shifted
-from tcur_kernels import ops, reference
+from tcur_kernels.operators import contract, reference
 from tolerance import PROMISE, assert_close, assert_composition_close, relative_error
 
 
@@ -16,7 +16,7 @@ def host():
 
 
 def plain(name):
-    return ops.operator(name, "reference")
+    return contract.operator(name, "reference")
 
 
 @pytest.mark.parametrize("n3", N3)

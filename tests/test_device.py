@@ -10,7 +10,7 @@ from torch.nn import functional as F
 import tcur_kernels as tcur
 from cases import counts_of, make_case, side_by_side, slices_of
 from plain import product
-from tcur_kernels import ops, reference
+from tcur_kernels.operators import contract, reference
 from tolerance import PROMISE, assert_close, assert_composition_close, relative_error
 
 CASES = {
@@ -129,14 +129,14 @@ def test_gradients_of_the_core(device, backend, stack):
     factors, weight, _ = on(device, stack)
     exact = reference.core_grad_dense(stack.weight.double(), *stack.double().spectra)
     same = reference.core_grad_dense(stack.weight, *stack.spectra)
-    grad = ops.operator("core_grad_dense", language(backend))(weight, *factors.packed())
+    grad = contract.operator("core_grad_dense", language(backend))(weight, *factors.packed())
     assert_close(grad.cpu(), same, exact)
     slices = min(2, n3)
     x, grad_y = torch.randn(300, n2), torch.randn(300, slices * n1)
     args = (n3, n3 - slices, slices)
     exact = reference.core_grad_tokens(x.double(), grad_y.double(), *stack.double().spectra, *args)
     same = reference.core_grad_tokens(x, grad_y, *stack.spectra, *args)
-    op = ops.operator("core_grad_tokens", language(backend))
+    op = contract.operator("core_grad_tokens", language(backend))
     grad = op(x.to(device), grad_y.to(device), *factors.packed(), *args)
     assert_close(grad.cpu(), same, exact)
     packed = op(x.to(device), grad_y.to(device), *factors.packed(), *args, None, 1, True)
@@ -144,7 +144,7 @@ def test_gradients_of_the_core(device, backend, stack):
     exact = reference.core_grad_tokens(x.double(), grad_y.double(), *stack.double().spectra, *args)
     assert_close(packed.cpu(), reference.core_grad_tokens(x, grad_y, *stack.spectra, *args), exact)
     several = torch.randn(48, *stack.core.shape)
-    core = ops.operator("core_of_packed", language(backend))(several.to(device), 0.7)
+    core = contract.operator("core_of_packed", language(backend))(several.to(device), 0.7)
     exact = reference.core_of_packed(several.double(), 0.7)
     assert_close(core.cpu(), reference.core_of_packed(several, 0.7), exact)
 
@@ -221,7 +221,7 @@ def test_roots_first_asked_for_within_a_capture(device, backend):
     """They are made beside the capture, and the graph finds them at every replay."""
     if backend != "cuda":
         pytest.skip("only the CUDA kernels keep tables of roots")
-    op = ops.operator("core_grad_tokens", language(backend))
+    op = contract.operator("core_grad_tokens", language(backend))
 
     def arguments(n3):
         factors = make_case(n3, 6, 9, 2).factors.to(device)
@@ -250,7 +250,7 @@ def test_another_device_than_the_current_one(device, backend):
         factors, weight, core = on(device, case)
         x = torch.ones(4, 36, device=device)
         w_eff = tcur.materialize(weight, factors, core, backend=backend)
-        grad = ops.operator("core_grad_dense", language(backend))(weight, *factors.packed())
+        grad = contract.operator("core_grad_dense", language(backend))(weight, *factors.packed())
         return w_eff, grad, tcur.cur_linear(x, weight[0], None, factors, core, 0, backend=backend)
 
     with torch.cuda.device(0):

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 import tcur_kernels as tcur
 from models import Tiny
 from tcur_kernels import cli
-from tcur_kernels.adapters import copying, directory
+from tcur_kernels.merge import copying, directory
 
 
 def tiny():

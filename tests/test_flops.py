@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import tcur_kernels as tcur
 from cases import make_case
-from tcur_kernels import functional, ops
+from tcur_kernels.operators import contract, functional
 
 N1, N2, RANK, SLICES, TOKENS = 9, 40, 4, 3, 6
 Q = SLICES * RANK
@@ -115,14 +115,14 @@ def test_public_functions(backend, autocast):
 def test_every_operator_of_every_language_has_a_formula(n3):
     case = make_case(n3, 6, 9, 2)
     lateral_hat, horizontal_hat = case.packed
-    for language in ops.LANGUAGES:
-        for name in ops._SCHEMAS:
-            packet = ops.operator(name, language).overloadpacket
+    for language in contract.LANGUAGES:
+        for name in contract._SCHEMAS:
+            packet = contract.operator(name, language).overloadpacket
             assert packet in FlopCounterMode(display=False).flop_registry
-        dense = ops.operator("core_grad_dense", language)
+        dense = contract.operator("core_grad_dense", language)
         flops, _ = counted(lambda dense=dense: dense(case.weight, lateral_hat, horizontal_hat))
         assert flops == per_bin(n3) * 2 * 9 * (6 + 2)
-        packed = ops.operator("core_of_packed", language)
+        packed = contract.operator("core_of_packed", language)
         flops, _ = counted(lambda packed=packed: packed(torch.randn(2, n3, 2, 2), 1.0))
         assert flops == 0
 

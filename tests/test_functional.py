@@ -9,7 +9,7 @@ import oracle
 import tcur_kernels as tcur
 from cases import make_case, side_by_side, slices_of
 from plain import product
-from tcur_kernels import _native, functional, ops, reference
+from tcur_kernels.operators import contract, functional, native, reference
 from tolerance import assert_close, assert_composition_close
 
 BACKENDS = pytest.mark.parametrize("backend", ["auto", "reference", "cpu"])
@@ -111,7 +111,7 @@ def test_build_info():
     info = tcur.build_info()
     assert info["version"] == tcur.__version__
     assert info["backends"][:2] == ["reference", "cpu"]
-    assert info["cuda"]["built"] == (_native.cuda_error() is None)
+    assert info["cuda"]["built"] == (native.cuda_error() is None)
     assert info["cpu"]["isa_chosen"] in info["cpu"]["isa_runnable"]
     assert set(info["cpu"]["isa_runnable"]) <= set(info["cpu"]["isa_compiled"])
     assert "baseline" in info["cpu"]["isa_compiled"]
@@ -121,15 +121,15 @@ def test_build_info():
 
 def test_without_the_compiled_library(monkeypatch, case):
     """A tree that was never built runs on the reference, and says how to get more."""
-    monkeypatch.setattr(_native, "_cpu", None)
-    monkeypatch.setattr(_native, "_cpu_error", "No module named 'tcur_kernels._cpu'")
+    monkeypatch.setattr(native, "_cpu", None)
+    monkeypatch.setattr(native, "_cpu_error", "No module named 'tcur_kernels._cpu'")
     assert "cpu" not in tcur.build_info()["backends"]
-    assert tcur.build_info()["cpu"] == {"built": False, "error": _native.cpu_error()}
+    assert tcur.build_info()["cpu"] == {"built": False, "error": native.cpu_error()}
     product = tcur.cur_product(case.factors, case.core)
     assert torch.equal(product, tcur.cur_product(case.factors, case.core, "reference"))
     with pytest.raises(RuntimeError, match=r"backend: 'cpu' is not built here .*pip install"):
         tcur.cur_product(case.factors, case.core, "cpu")
-    assert _native._load("no_such_library")[0] is None
+    assert native._load("no_such_library")[0] is None
 
 
 def test_absent_backends_are_refused(monkeypatch, case):
@@ -164,7 +164,7 @@ def test_precisions_of_devices(monkeypatch):
         functional.check_precision("fp8", cpu)
     for triton, absence in ((True, "not built"), (False, None), (False, "not built")):
         monkeypatch.setattr(functional, "_TRITON_INSTALLED", triton)
-        monkeypatch.setattr(_native, "cuda_absence", lambda device, absence=absence: absence)
+        monkeypatch.setattr(native, "cuda_absence", lambda device, absence=absence: absence)
         if triton or absence is None:
             functional.check_precision("tf32", cuda)
             continue
@@ -232,7 +232,7 @@ def test_dense_gradients_on_a_gpu_are_one_product():
     with FakeTensorMode():
         grads, tokens = (torch.empty(50, n, dtype=torch.bfloat16, device="cuda") for n in (6, 9))
         with Called():
-            total = ops._sum_over_tokens(grads, tokens)
+            total = contract._sum_over_tokens(grads, tokens)
     assert (total.shape, total.dtype) == ((6, 9), torch.float32)
     assert "aten.mm.dtype" in called
     assert "aten._to_copy.default" not in called

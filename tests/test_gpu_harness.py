@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tcur_kernels import _native
+from tcur_kernels.operators import native
 
 ROOT = Path(__file__).parent.parent
 
@@ -294,7 +294,7 @@ def test_without_nvcc_it_goes_on_with_triton_alone(harness, bench, monkeypatch, 
     assert rows["cpu", ""].note == "passed"
     assert "nvcc fatal: cuda" in log.read_text()
     # What is not here is a row of its own, and ends nothing.
-    monkeypatch.setattr(_native, "_cuda", lambda: (None, "no _cuda.so"))
+    monkeypatch.setattr(native, "_cuda", lambda: (None, "no _cuda.so"))
     operators = importlib.import_module("benchmarks.gpu_operators")
     assert operators.backends(bench.device) == ["cuda", "triton"]
     assert operators.why_absent("cuda", bench.device) == "no _cuda.so"

@@ -244,7 +244,7 @@ def test_graphs_of_several_sizes_read_the_core_as_it_is(device, dtype, graphs):
 
 def test_captures_have_numbers(device, on_gpu):
     """By the driver, which alone tells one capture from another."""
-    from tcur_kernels import streams
+    from tcur_kernels.operators import streams
 
     numbers = []
     for _ in range(2):

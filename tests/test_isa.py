@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from cases import counts_of, flat, make_case, side_by_side
-from tcur_kernels import _cpu, ops, reference
+from tcur_kernels import _cpu
+from tcur_kernels.operators import contract, reference
 from tolerance import assert_close, bound, relative_error
 
 #: n3 that meet every branch of the DFTs: no pair, one line, one codelet, two with an odd and an
@@ -153,7 +154,7 @@ def test_a_broken_kernel_would_fail(damage):
         case.double().spectra[0], case.double().core, case.double().spectra[1]
     )
     same = reference.cur_product(case.spectra[0], case.core, case.spectra[1])
-    good = ops.operator("materialize")([], *case.packed, case.core, 1.0, torch.float32)
+    good = contract.operator("materialize")([], *case.packed, case.core, 1.0, torch.float32)
     assert_close(good, same, exact)
     assert relative_error(damage(good), exact) > bound(same, exact)
     with pytest.raises(AssertionError):

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 import tcur_kernels as tcur
 from cases import make_case
 from plain import product
-from tcur_kernels import functional
+from tcur_kernels.operators import functional
 from tolerance import assert_equal_in_float64, same_mathematics
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

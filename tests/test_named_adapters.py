@@ -336,13 +336,13 @@ import os, signal, sys
 sys.path.insert(0, {str(tmp_path.parent)!r})
 import torch, tcur_kernels as tcur
 from torch import nn
-from tcur_kernels.adapters import checkpoint
-whole = checkpoint.save_file
+from tcur_kernels.adapters import container
+whole = container.save_file
 def half(tensors, path, metadata):
     whole(tensors, path, metadata)
     os.truncate(path, os.path.getsize(path) // 2)
     os.kill(os.getpid(), signal.SIGKILL)
-checkpoint.save_file = half
+container.save_file = half
 adapter = tcur.adapt(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), rank=2)
 adapter.save({str(path)!r})
 """

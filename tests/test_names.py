@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 import tcur_kernels as tcur
 from tcur_kernels import cli
-from tcur_kernels.adapters.names import Origins
+from tcur_kernels.files.origins import Origins
 from tolerance import same_mathematics
 
 transformers = pytest.importorskip("transformers")

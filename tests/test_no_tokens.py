@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import tcur_kernels as tcur
-from tcur_kernels import functional
+from tcur_kernels.operators import functional
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 SHAPES = ((0,), (2, 0), (0, 3), (0, 0), (2, 0, 3))

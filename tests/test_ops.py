@@ -8,7 +8,7 @@ from torch.nn import functional as F
 import oracle
 from cases import N3, counts_of, make_case, side_by_side, slices_of
 from plain import product
-from tcur_kernels import ops, reference
+from tcur_kernels.operators import contract, reference
 from tolerance import (
     PROMISE,
     assert_close,
@@ -17,7 +17,9 @@ from tolerance import (
     relative_error,
 )
 
-LANGUAGES = pytest.mark.parametrize("language", ops.LANGUAGES, ids=lambda name: name or "compiled")
+LANGUAGES = pytest.mark.parametrize(
+    "language", contract.LANGUAGES, ids=lambda name: name or "compiled"
+)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 #: (n1, n2, rank): one number; fewer rows than a tile and a ragged edge; one full tile; several.
@@ -26,7 +28,7 @@ SHAPES = ((1, 1, 1), (3, 5, 3), (4, 64, 1), (13, 150, 8), (9, 515, 2))
 
 def materialize(language, case, scale=0.5, out_dtype=None, layers=False):
     weights = [w.clone() for w in case.weight] if layers else [case.weight]
-    op = ops.operator("materialize", language)
+    op = contract.operator("materialize", language)
     return op(weights, *case.packed, case.core, scale, out_dtype or case.weight.dtype)
 
 
@@ -37,7 +39,9 @@ def test_materialize_update(language, n3, shape):
     """The update alone: fp32 against the definition, within the bound and the promise."""
     case = make_case(n3, *shape)
     exact = oracle.cur_product(case.lateral, case.core, case.horizontal)
-    update = ops.operator("materialize", language)([], *case.packed, case.core, 1.0, torch.float32)
+    update = contract.operator("materialize", language)(
+        [], *case.packed, case.core, 1.0, torch.float32
+    )
     assert update.is_contiguous()
     assert_close(update, reference.cur_product(case.spectra[0], case.core, case.spectra[1]), exact)
     assert relative_error(update, exact) <= PROMISE["ieee"]
@@ -84,7 +88,7 @@ def test_special_values_pass_through(language):
 def test_materialize_into_a_buffer(language):
     case = make_case(5, 6, 40, 2)
     out = torch.full((5, 6, 40), float("nan"))
-    op = ops.operator("materialize_out", language)
+    op = contract.operator("materialize_out", language)
     assert op([case.weight], *case.packed, case.core, 0.5, out=out) is None
     assert torch.equal(out, materialize(language, case))
 
@@ -94,7 +98,7 @@ def materialize_beside(language, case, counts, out_dtype):
     n3, n1, n2 = case.weight.shape
     out = torch.full((n3 * n1 * n2,), float("nan"), dtype=out_dtype)
     weights = side_by_side(case.weight, counts)
-    op = ops.operator("materialize_out", language)
+    op = contract.operator("materialize_out", language)
     assert op(weights, *case.packed, case.core, 0.5, out=out) is None
     return slices_of(out, counts, n1, n2)
 
@@ -138,7 +142,7 @@ def test_side_by_side_of_any_strides(language):
     case = make_case(4, 5, 6, 2)
     weights = [w.T.contiguous().T for w in side_by_side(case.weight, [3, 1])]
     out = torch.empty(120)
-    ops.operator("materialize_out", language)(weights, *case.packed, case.core, 0.5, out=out)
+    contract.operator("materialize_out", language)(weights, *case.packed, case.core, 0.5, out=out)
     assert torch.equal(slices_of(out, [3, 1], 5, 6), materialize(language, case))
 
 
@@ -147,7 +151,7 @@ def test_side_by_side_goes_into_a_flat_buffer(language):
     """Nothing else is written, or read out of bounds; there is no derivative by that way."""
     case = make_case(4, 5, 6, 2)
     weights, packed = side_by_side(case.weight, [3, 1]), case.packed
-    write, make = (ops.operator(name, language) for name in ("materialize_out", "materialize"))
+    write, make = (contract.operator(name, language) for name in ("materialize_out", "materialize"))
     for out in (torch.empty(4, 5, 6), torch.empty(119), torch.empty(240)[::2]):
         before = out.fill_(7).clone()
         if out.is_contiguous() or language != "reference":
@@ -172,7 +176,7 @@ def test_core_grad_dense(language, n3, shape):
     grad = torch.randn_like(case.weight)
     exact = reference.core_grad_dense(grad.double(), *case.double().spectra)
     torch_same = reference.core_grad_dense(grad, *case.spectra)
-    actual = ops.operator("core_grad_dense", language)(grad, *case.packed)
+    actual = contract.operator("core_grad_dense", language)(grad, *case.packed)
     assert actual.is_contiguous()
     assert_close(actual, torch_same, exact)
 
@@ -185,7 +189,7 @@ def test_core_grad_dense_dtypes(language, dtype):
     grad = torch.randn(12, 6, 70).to(dtype)
     exact = reference.core_grad_dense(grad.double(), *case.double().spectra)
     torch_same = reference.core_grad_dense(grad.to(wide), *case.spectra)
-    actual = ops.operator("core_grad_dense", language)(grad, *case.packed)
+    actual = contract.operator("core_grad_dense", language)(grad, *case.packed)
     assert actual.dtype == wide
     assert_close(actual, torch_same, exact)
 
@@ -202,7 +206,7 @@ def test_core_grad_tokens(language, n3, tokens, slices, packed):
     args = (n3, first, slices, None, 1, packed)
     exact = reference.core_grad_tokens(x.double(), grad_y.double(), *case.double().spectra, *args)
     torch_same = reference.core_grad_tokens(x, grad_y, *case.spectra, *args)
-    actual = ops.operator("core_grad_tokens", language)(x, grad_y, *case.packed, *args)
+    actual = contract.operator("core_grad_tokens", language)(x, grad_y, *case.packed, *args)
     assert actual.is_contiguous()
     assert_close(actual, torch_same, exact)
 
@@ -213,13 +217,13 @@ def test_core_grad_tokens(language, n3, tokens, slices, packed):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_core_of_packed(language, n3, count, dtype):
     packed = torch.randn(count, n3, 3, 3, dtype=dtype)
-    actual = ops.operator("core_of_packed", language)(packed, 0.7)
+    actual = contract.operator("core_of_packed", language)(packed, 0.7)
     assert actual.is_contiguous()
     assert actual.dtype == dtype
     same = reference.core_of_packed(packed, 0.7)
     assert_close(actual, same, reference.core_of_packed(packed.double(), 0.7))
     wide = packed.double().mT.contiguous().mT[:, :, ::2]  # strided
-    strided = ops.operator("core_of_packed", language)(wide[..., ::2], 0.7)
+    strided = contract.operator("core_of_packed", language)(wide[..., ::2], 0.7)
     exact = reference.core_of_packed(packed.double()[:, :, ::2, ::2].contiguous(), 0.7)
     assert_equal_in_float64(strided, exact)
 
@@ -231,10 +235,10 @@ def test_packed_gradients_end_as_the_gradient_does(language, dtype, n3):
     """Of all slices, added up and transformed once: the sum of the gradients."""
     case = make_case(n3, 6, 9, 3, torch.promote_types(dtype, torch.float32))
     hats = [hat.to(dtype) for hat in case.packed]  # bf16: projections in that precision
-    op = ops.operator("core_grad_tokens", language)
+    op = contract.operator("core_grad_tokens", language)
     tokens = [[torch.randn(2, 20, n).to(dtype) for n in (9, 6)] for _ in range(n3)]
     packed = [op(*each, *hats, n3, i, 1, None, 1, True) for i, each in enumerate(tokens)]
-    actual = ops.operator("core_of_packed", language)(torch.stack(packed), 0.7)
+    actual = contract.operator("core_of_packed", language)(torch.stack(packed), 0.7)
     assert actual.dtype == torch.promote_types(dtype, torch.float32)
 
     def summed(wide, spectra):
@@ -252,9 +256,9 @@ def test_packed_gradients_end_as_the_gradient_does(language, dtype, n3):
 def test_packed_gradients_have_no_derivative_and_say_so(language):
     case = make_case(5, 6, 9, 2)
     x, packed = torch.randn(7, 9, requires_grad=True), torch.randn(3, 5, 2, 2, requires_grad=True)
-    op = ops.operator("core_grad_tokens", language)
+    op = contract.operator("core_grad_tokens", language)
     part = op(x, torch.randn(7, 6), *case.packed, 5, 1, 1, None, 1, True)
-    core = ops.operator("core_of_packed", language)(packed, 0.7)
+    core = contract.operator("core_of_packed", language)(packed, 0.7)
     for result in (part, core):
         with pytest.raises(RuntimeError, match="packed gradients cannot be differentiated"):
             result.sum().backward()
@@ -269,7 +273,7 @@ def test_core_grad_tokens_of_projected_tokens_and_of_a_dense_gradient(language, 
     args = (n3, n3 - 1, 1)
     exact = reference.core_grad_tokens(x.double(), grad_y.double(), *case.double().spectra, *args)
     lateral_hat, horizontal_hat = case.packed
-    op = ops.operator("core_grad_tokens", language)
+    op = contract.operator("core_grad_tokens", language)
     ways = (
         op(x @ horizontal_hat.T, grad_y, lateral_hat, None, *args),
         op(grad_y.T @ x, None, lateral_hat, horizontal_hat, *args),
@@ -289,7 +293,7 @@ def test_core_grad_tokens_of_projected_tokens_and_of_a_dense_gradient(language, 
 def test_every_way_to_the_gradient_of_the_core(language, way, materialized, slices):
     """Values, first and second derivatives agree with those by way of x, in float64."""
     case = make_case(5, 4, 6, 2, torch.float64)
-    op = ops.operator("cur_linear", language)
+    op = contract.operator("cur_linear", language)
     packed, horizontal_hat = case.packed, case.packed[1]
     x = torch.randn(2, 7, 6, dtype=torch.float64, requires_grad=True)
     core = case.core.requires_grad_()
@@ -314,12 +318,12 @@ def test_bf16_projections_keep_their_promise(language, n3):
     x, grad_y = torch.randn(300, 50), torch.randn(300, 40)
     packed = case.factors.packed("bf16")
     double = case.double()
-    op = ops.operator("cur_linear", language)
+    op = contract.operator("cur_linear", language)
     y = op(x, None, None, *packed, case.core, n3 - 1, 1, 0.5, False, False)
     exact = reference.slice_update(x.double(), *double.spectra, double.core, n3 - 1, 1, 0.5)
     assert y.dtype == torch.float32
     assert relative_error(y, exact) <= PROMISE["bf16"]
-    grad = ops.operator("core_grad_tokens", language)(x, grad_y, *packed, n3, n3 - 1, 1)
+    grad = contract.operator("core_grad_tokens", language)(x, grad_y, *packed, n3, n3 - 1, 1)
     exact = reference.core_grad_tokens(x.double(), grad_y.double(), *double.spectra, n3, n3 - 1)
     assert grad.dtype == torch.float32
     assert relative_error(grad, exact) <= PROMISE["bf16"]
@@ -340,7 +344,7 @@ def test_cur_linear(language, n3, rank, transposed, slices):
     weight = case.weight[first:].reshape(slices * 10, 9)
     x = torch.randn(2, 70, slices * 10 if transposed else 9)
     bias = None if transposed else torch.randn(slices * 10)
-    op = ops.operator("cur_linear", language)
+    op = contract.operator("cur_linear", language)
     y = op(x, weight, bias, *case.packed, case.core, first, slices, 0.5, False, transposed)
     if transposed:
         exact = x.double() @ w_eff
@@ -371,7 +375,7 @@ def test_cur_linear_of_one_token_and_of_none(language, transposed, leading):
     case = make_case(4, 6, 9, 2)
     core = case.core.requires_grad_()
     x = torch.randn(*leading, 6 if transposed else 9, requires_grad=True)
-    op = ops.operator("cur_linear", language)
+    op = contract.operator("cur_linear", language)
     y = op(x, case.weight[1], None, *case.packed, core, 1, 1, 0.5, False, transposed)
     assert y.shape == (*leading, 9 if transposed else 6)
     grad_x, grad_core = torch.autograd.grad(y.sum(), (x, core))
@@ -388,7 +392,7 @@ def test_cur_linear_dtypes(language, dtype):
     x = torch.randn(40, 20).to(dtype)
     w_eff = oracle.w_eff(double.weight, double.lateral, double.core, double.horizontal, 0.5)
     exact = F.linear(x.double(), w_eff[3])
-    op = ops.operator("cur_linear", language)
+    op = contract.operator("cur_linear", language)
     y = op(x, case.weight[3], None, *case.packed, case.core, 3, 1, 0.5, False, False)
     assert y.dtype == dtype
     torch_same = reference.cur_linear(x, case.weight[3], None, *case.spectra, case.core, 3, 1, 0.5)
@@ -399,7 +403,7 @@ def test_cur_linear_dtypes(language, dtype):
 def test_materialized_linear_is_the_plain_one(language):
     case = make_case(4, 6, 9, 2)
     x, bias = torch.randn(5, 9), torch.randn(6)
-    op = ops.operator("cur_linear", language)
+    op = contract.operator("cur_linear", language)
     y = op(x, case.weight[1], bias, *case.packed, case.core, 1, 1, 0.5, True, False)
     assert torch.equal(y, F.linear(x, case.weight[1], bias))
 
@@ -415,15 +419,15 @@ def test_derivatives(language, n3):
     weight = case.weight[first:].reshape(slices * 3, 4)
 
     def w_eff(core):
-        op = ops.operator("materialize", language)
+        op = contract.operator("materialize", language)
         return op([case.weight], *case.packed, core, 0.5, torch.float64)
 
     def linear(x, core):
-        op = ops.operator("cur_linear", language)
+        op = contract.operator("cur_linear", language)
         return op(x, weight, None, *case.packed, core, first, slices, 0.5, False, False)
 
     def transposed(x, core):
-        op = ops.operator("cur_linear", language)
+        op = contract.operator("cur_linear", language)
         return op(x, None, None, *case.packed, core, first, slices, 0.5, False, True)
 
     grad_y = torch.randn(3, slices * 3, dtype=torch.float64, requires_grad=True)
@@ -448,7 +452,7 @@ def test_opcheck(language, dense):
     factors = (lateral_hat, horizontal_hat)
 
     def check(name, *args, **kwargs):
-        torch.library.opcheck(ops.operator(name, language), args, kwargs)
+        torch.library.opcheck(contract.operator(name, language), args, kwargs)
 
     check("materialize", weights, *factors, core, 0.5, torch.float32)
     check("materialize", [], *factors, core, 0.5, torch.bfloat16)
@@ -484,7 +488,7 @@ def test_inputs_may_be_strided(language):
     x, grad_y = torch.randn(20, 7).T, torch.randn(7, 1).expand(7, 8)
     exact = reference.core_grad_tokens(x.double(), grad_y.double(), *case.double().spectra, 6, 1)
     same = reference.core_grad_tokens(x, grad_y, *case.spectra, 6, 1)
-    op = ops.operator("core_grad_tokens", language)
+    op = contract.operator("core_grad_tokens", language)
     assert_close(op(x, grad_y, *case.packed, 6, 1, 1), same, exact)
     args = (case.core, 1, 1, 0.5)
     exact = reference.cur_linear(
@@ -498,7 +502,7 @@ def test_inputs_may_be_strided(language):
         0.5,
     )
     same = reference.cur_linear(x, case.weight[1], None, *case.spectra, *args)
-    op = ops.operator("cur_linear", language)
+    op = contract.operator("cur_linear", language)
     assert_close(op(x, case.weight[1], None, *case.packed, *args, False, False), same, exact)
 
 
@@ -508,9 +512,11 @@ def test_fullgraph_with_two_shapes_and_one_compilation(language):
     core, packed = case.core.requires_grad_(), case.packed
 
     def step(x, core):
-        linear = ops.operator("cur_linear", language)
+        linear = contract.operator("cur_linear", language)
         y = linear(x, case.weight[1], None, *packed, core, 1, 1, 0.5, False, False)
-        w = ops.operator("materialize", language)([case.weight], *packed, core, 0.5, torch.float32)
+        w = contract.operator("materialize", language)(
+            [case.weight], *packed, core, 0.5, torch.float32
+        )
         return y.square().sum() + w.square().sum()
 
     def plain(x, case):
@@ -535,7 +541,7 @@ def test_autocast_does_not_reach_inside(language):
     case = make_case(5, 6, 9, 2)
     core = case.core.requires_grad_()
     x = torch.randn(7, 9)
-    op = ops.operator("cur_linear", language)
+    op = contract.operator("cur_linear", language)
     args = (case.weight[1], None, *case.packed, core, 1, 1, 0.5, False, False)
     expected = op(x, *args)
     (expected_grad,) = torch.autograd.grad(expected.sum(), core)

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 import tcur_kernels as tcur
 from plain import product
-from tcur_kernels import ops
+from tcur_kernels.operators import contract
 from tolerance import assert_composition_close, same_mathematics
 
 MODES = pytest.mark.parametrize("mode", ["materialized", "factored"])
@@ -147,7 +147,7 @@ def test_compiled_layers(dtype):
         assert same_mathematics(*grads)
 
 
-@pytest.mark.parametrize("language", ops.LANGUAGES, ids=lambda name: name or "compiled")
+@pytest.mark.parametrize("language", contract.LANGUAGES, ids=lambda name: name or "compiled")
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("materialized", [False, True])
 def test_results_of_the_operator(language, transposed, materialized):
@@ -156,6 +156,6 @@ def test_results_of_the_operator(language, transposed, materialized):
     weight, bias = stack.layers[1].base_weight, None if transposed else stack.layers[1].bias
     packed, core = stack.factors.packed(), stack.core
     how = (1, 1, 0.7, materialized, transposed)
-    y = ops.operator("cur_linear", language)(x, weight, bias, *packed, core, *how)
+    y = contract.operator("cur_linear", language)(x, weight, bias, *packed, core, *how)
     y.view(-1).mul_(2).sum().backward()
     assert x.grad is not None

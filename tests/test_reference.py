@@ -5,7 +5,7 @@ import torch
 
 import oracle
 from cases import N3, make_case
-from tcur_kernels import reference
+from tcur_kernels.operators import reference
 from tolerance import relative_error
 
 LIMIT = 1e-12

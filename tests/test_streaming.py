@@ -11,7 +11,7 @@ from torch import nn
 import tcur_kernels as tcur
 from models import Tiny
 from tcur_kernels import decompose
-from tcur_kernels.adapters.checkpoint import read_adapter_file
+from tcur_kernels.adapters.container import read_adapter_file
 
 
 @pytest.fixture

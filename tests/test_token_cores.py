@@ -9,10 +9,13 @@ from torch.autograd import gradcheck, gradgradcheck
 import tcur_kernels as tcur
 from cases import N3, make_case
 from plain import product
-from tcur_kernels import _cpu, ops, reference
+from tcur_kernels import _cpu
+from tcur_kernels.operators import contract, reference
 from tolerance import assert_close, assert_composition_close
 
-LANGUAGES = pytest.mark.parametrize("language", ops.LANGUAGES, ids=lambda name: name or "compiled")
+LANGUAGES = pytest.mark.parametrize(
+    "language", contract.LANGUAGES, ids=lambda name: name or "compiled"
+)
 
 #: Adapters used once, often, out of order and not at all; rows of one token and of many.
 IDS = {"mixed": [3, 0, 3, 1, 0, 3], "one": [2], "same": [1, 1, 1, 1], "falling": [4, 3, 2, 1, 0]}
@@ -41,7 +44,7 @@ def test_values_are_those_of_each_adapter_alone(language, n3, transposed, slices
     x = torch.randn(6, 7, slices * 10 if transposed else 9)
     weight = case.weight[first:].reshape(slices * 10, 9)
     bias = None if transposed else torch.randn(slices * 10)
-    op = ops.operator("cur_linear", language)
+    op = contract.operator("cur_linear", language)
     how = (first, slices, 0.5, False, transposed, None, False)
     y = op(x, weight, bias, *case.packed, cores, *how, ids)
     assert y.is_contiguous()
@@ -89,7 +92,7 @@ def test_each_core_gets_the_gradient_of_its_own_tokens(language, n3, ids, row_le
 
     exact = alone(x.double(), grad_y.double(), case.double().spectra)
     same = alone(x, grad_y, case.spectra)
-    op = ops.operator("core_grad_tokens", language)
+    op = contract.operator("core_grad_tokens", language)
     grad = op(x, grad_y, *case.packed, *args, ids, ADAPTERS)
     assert grad.is_contiguous()
     assert_close(grad, same, exact)
@@ -98,7 +101,7 @@ def test_each_core_gets_the_gradient_of_its_own_tokens(language, n3, ids, row_le
     lateral_hat, horizontal_hat = case.packed
     z = x @ horizontal_hat.T
     of_z = op(z, grad_y, lateral_hat, None, *args, ids, ADAPTERS)
-    plain = ops.operator("core_grad_tokens", "reference")
+    plain = contract.operator("core_grad_tokens", "reference")
     assert_close(of_z, plain(z, grad_y, lateral_hat, None, *args, ids, ADAPTERS), exact)
 
 
@@ -112,7 +115,7 @@ def test_derivatives(language, n3):
     weight = case.weight[first:].reshape(slices * 3, 4)
     x = torch.randn(3, 2, 4, dtype=torch.float64, requires_grad=True)
     grad_y = torch.randn(3, 2, slices * 3, dtype=torch.float64, requires_grad=True)
-    op = ops.operator("cur_linear", language)
+    op = contract.operator("cur_linear", language)
     how = (first, slices, 0.5, False)
 
     def linear(x, cores):
@@ -134,7 +137,7 @@ def test_opcheck(language):
     weight = case.weight[2:4].reshape(12, 9)
 
     def check(name, *args):
-        torch.library.opcheck(ops.operator(name, language), args)
+        torch.library.opcheck(contract.operator(name, language), args)
 
     x, grad_y = x.requires_grad_(), grad_y.requires_grad_()
     check("core_grad_tokens", x, grad_y, *case.packed, 5, 2, 2, ids, ADAPTERS)
@@ -204,7 +207,7 @@ def test_every_instruction_set(isa):
     how = (7, 1, 0.5, False, False, None, False)
 
     def results(language):
-        linear, grad = (ops.operator(n, language) for n in ("cur_linear", "core_grad_tokens"))
+        linear, grad = (contract.operator(n, language) for n in ("cur_linear", "core_grad_tokens"))
         y = linear(x, None, None, *case.packed, cores, *how, ids)
         return y, grad(x, grad_y, *case.packed, 12, 7, 1, ids, 40)
 
@@ -242,7 +245,7 @@ def test_gradients_do_not_depend_on_the_number_of_threads():
 def test_operators_refuse_what_has_one_core(language):
     case = make_case(4, 6, 9, 2)
     cores, ids = make_cores(case), torch.tensor([0, 1])
-    linear, grad = (ops.operator(n, language) for n in ("cur_linear", "core_grad_tokens"))
+    linear, grad = (contract.operator(n, language) for n in ("cur_linear", "core_grad_tokens"))
     x = torch.randn(2, 9)
     with pytest.raises(RuntimeError, match="adapter_ids goes by the factors, without W_eff"):
         linear(

@@ -12,7 +12,7 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
 import tcur_kernels as tcur
 from cases import make_case
 from plain import Plain, product
-from tcur_kernels import eager, functional
+from tcur_kernels.operators import eager, functional
 from tolerance import assert_composition_close, assert_equal_in_float64, same_mathematics
 
 MODES = pytest.mark.parametrize("mode", ["materialized", "factored"])

@@ -51,8 +51,8 @@ def test_compiled_graphs_hold_the_launches(monkeypatch):
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
 
-    from tcur_kernels import ops
-    from tcur_kernels.triton import INTERPRETED
+    from tcur_kernels.operators import contract
+    from tcur_kernels.operators.triton import INTERPRETED
 
     assert not INTERPRETED
     # Tracing a launch asks which device it is for.
@@ -81,9 +81,9 @@ def test_compiled_graphs_hold_the_launches(monkeypatch):
     weights = [w.clone() for w in stacked]
 
     def step(x, core):
-        linear = ops.operator("cur_linear", "triton")
+        linear = contract.operator("cur_linear", "triton")
         y = linear(x, weights[1], None, *packed, core, 1, 1, 0.5, False, False)
-        op = ops.operator("materialize", "triton")
+        op = contract.operator("materialize", "triton")
         whole = op([stacked], *packed, core, 0.5, torch.float32)
         layers = op(weights, *packed, core, 0.5, torch.float32)
         return y.square().sum() + whole.square().sum() + layers.square().sum()
@@ -107,7 +107,7 @@ def test_compiled_graphs_hold_the_launches(monkeypatch):
 
 def test_tables_of_addresses_are_kept_and_not_made_in_a_capture(monkeypatch):
     """A captured graph reads them for as long as it lives, and copies nothing from the host."""
-    from tcur_kernels.triton import materialize
+    from tcur_kernels.operators.triton import materialize
 
     here = torch.device("cpu")
     tables = [materialize._table((0, place), here) for place in range(1000)]

@@ -18,8 +18,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from cases import counts_of, make_case
-from tcur_kernels import ops
-from tcur_kernels.triton import (
+from tcur_kernels.operators import contract
+from tcur_kernels.operators.triton import (
     INTERPRETED,
     blocks,
     core_grad_dense,
@@ -297,13 +297,15 @@ def test_every_launch_is_made_on_the_device_of_its_tensors(monkeypatch):
 
     def calls():
         for given in ([case.weight], weights):
-            ops.operator("materialize", "triton")(given, *packed, core, 0.5, torch.float32)
-        ops.operator("core_grad_dense", "triton")(case.weight, *packed)
+            contract.operator("materialize", "triton")(given, *packed, core, 0.5, torch.float32)
+        contract.operator("core_grad_dense", "triton")(case.weight, *packed)
         for is_packed in (False, True):
-            ops.operator("core_grad_tokens", "triton")(x, y, *packed, 5, 0, 1, None, 1, is_packed)
-        ops.operator("core_of_packed", "triton")(core[None], 0.5)
+            contract.operator("core_grad_tokens", "triton")(
+                x, y, *packed, 5, 0, 1, None, 1, is_packed
+            )
+        contract.operator("core_of_packed", "triton")(core[None], 0.5)
         args = (x, weights[0], None, *packed, core, 0, 1, 0.5, False, False)
-        ops.operator("cur_linear", "triton")(*args)
+        contract.operator("cur_linear", "triton")(*args)
 
     assert len(record("sm_90", calls, Guarded())) == 2 + 2 + 3 + 4 + 4 + 1 + 4
     assert not current

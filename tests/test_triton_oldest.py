@@ -31,7 +31,7 @@ def test_with_the_oldest_supported_triton():
             check=False,
         )
 
-    found = run("-c", "import triton, tcur_kernels.triton; print(triton.__version__)")
+    found = run("-c", "import triton, tcur_kernels.operators.triton; print(triton.__version__)")
     assert found.stdout.strip() == pinned, found.stderr
     chosen = "test_every_launch_fits and sm_"
     file = str(TESTS / "test_triton_compile.py")

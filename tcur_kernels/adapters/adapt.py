@@ -12,19 +12,19 @@ import torch
 from torch import nn
 from torch.nn.parameter import UninitializedBuffer
 
-from .. import cost
 from ..decompose import MAX_WORKSPACE, Selection
-from ..factors import CURFactors
-from ..nn import TProductStack
-from ..places import Place
+from ..layers.stack import TProductStack
+from ..layers.weights import Place
+from ..operators import cost
+from ..operators.factors import CURFactors
 from .adapter import Adapter
 from .fingerprint import persistent_buffers
 from .holding import PREFIXES
 from .install import is_adapted, put_in_place
+from .linear_maps import find_weights
 from .plan import Plan, StackPlan, Targets, check_setting, make_plan, setting
 from .streaming import BaseFiles, on_meta
-from .trained import trained_names
-from .weights import find_weights
+from .train_also import trained_names
 
 
 def adapt(

@@ -11,20 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..distributed import is_first_process, is_sharded, whole
-from ..nn import TProductStack
-from ..rows import Repeat
-from ..switching import warn_of_unused
+from ..layers.rows import Repeat
+from ..layers.stack import TProductStack
+from ..layers.switching import warn_of_unused
+from ..processes import is_first_process, is_sharded, whole
 from .batch import StackedCores, check_batch_first
-from .checkpoint import write_adapter_file
-from .contents import Contents, read_contents
+from .container import write_adapter_file
+from .file import Contents, read_contents
 from .fingerprint import digest, frozen_digest, persistent_buffers
 from .holding import CHILD
 from .install import stacks_of, take_out
+from .linear_maps import find_weights
 from .plan import Plan
 from .streaming import on_meta
-from .trained import trained_names
-from .weights import find_weights
+from .train_also import trained_names
 
 
 class Adapter:

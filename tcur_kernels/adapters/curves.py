@@ -10,9 +10,9 @@ from pathlib import Path
 from torch import nn
 
 from ..decompose import MAX_WORKSPACE, RULES, Stack, as_stack, error_curve
+from .linear_maps import find_weights
 from .plan import Plan, StackPlan
 from .streaming import BaseFiles, on_meta
-from .weights import find_weights
 
 #: Ranks of a curve if none are given.
 RANKS = (1, 2, 4, 8, 16, 32)

@@ -8,10 +8,10 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
-from ..distributed import whole
+from ..processes import whole
 from .holding import PREFIXES
+from .linear_maps import find_weights
 from .plan import Plan
-from .weights import find_weights
 
 
 def digest(tensors: Iterable[Tensor]) -> str:

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..cores import keep_numbers
-from ..factors import CURFactors
-from ..nn import TProductStack
+from ..layers.cores import keep_numbers
+from ..layers.stack import TProductStack
+from ..operators.factors import CURFactors
 
 #: Name of the child: cores are ``tcur.<stack>``. In a container they are ``tcur_<stack>``.
 CHILD = "tcur"

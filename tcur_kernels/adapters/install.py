@@ -6,9 +6,9 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from ..layers import adapt_in_place, put_back
-from ..linear import Adapted
-from ..nn import TProductStack
+from ..layers.attention import adapt_in_place, put_back
+from ..layers.linear import Adapted
+from ..layers.stack import TProductStack
 from .holding import Caretaker
 
 

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from .adapt import build_stack, install
 from .adapter import Adapter
-from .contents import Contents, StoredStack, read_contents
+from .file import Contents, StoredStack, read_contents
 from .fingerprint import digest, frozen_digest, persistent_buffers
 from .install import is_adapted
-from .trained import matches_any, trained_names
-from .weights import find_weights
+from .linear_maps import find_weights
+from .train_also import matches_any, trained_names
 
 
 def load_adapter(model: nn.Module, path: str | Path, strict: bool = True) -> Adapter:

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from ..decompose import check_rank
 from .holding import is_reserved
+from .linear_maps import Weight, find_weights, reasons_to_leave_out
 from .targets import Targets as Targets
 from .targets import choose
-from .weights import Weight, find_weights, reasons_to_leave_out
 
 #: How layers without a named stack are put together.
 STACKS_BY = ("shape", "layer")

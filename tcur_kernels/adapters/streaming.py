@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from ..decompose import FileMatrix, FileStack, Shards, SliceStack, Stack
-from .names import Origins, is_of_transformers
+from ..files.origins import Origins, is_of_transformers
+from .linear_maps import Weight, find_weights
 from .plan import StackPlan
-from .weights import Weight, find_weights
 
 
 class BaseFiles:

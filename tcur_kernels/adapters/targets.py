@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import nn
 
-from ..places import PROJECTIONS
+from ..layers.weights import PROJECTIONS
 from .holding import is_reserved
-from .weights import Weight
+from .linear_maps import Weight
 
 #: None (all, grouped by shape), names or patterns, {stack name: names or patterns}, or a function
 #: of a name and a module that says yes, no, or in which stack.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..tubal import t_pinv
+from ..t_product import t_pinv
 from .stack import Stack, half_spectrum
 
 CORES = ("intersection", "projection", "zero")

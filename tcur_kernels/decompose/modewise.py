@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..autocast import without_autocast
-from ..tubal import check_tensor
+from ..t_product import check_tensor
 from .rules import pick
 from .stack import SliceStack
 

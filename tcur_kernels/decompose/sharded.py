@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..autocast import without_autocast
-from ..distributed import is_sharded
+from ..processes import is_sharded
 from .stack import MAX_WORKSPACE, Stack, check_matrices
 
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..distributed import is_sharded
-from ..tubal import check_tensor, t_product
+from ..processes import is_sharded
+from ..t_product import check_tensor, t_product
 from .cores import CORES, make_core
 from .rules import Selection, select
 from .sharded import ShardedStack

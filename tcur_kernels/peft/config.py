@@ -10,8 +10,8 @@ from typing import Any
 from peft.config import PeftConfig
 from peft.utils import PeftType
 
-from ..cost import MODES
-from ..factors import PRECISIONS
+from ..operators.cost import MODES
+from ..operators.factors import PRECISIONS
 
 #: Name of the method among peft's types.
 NAME = "TCUR"

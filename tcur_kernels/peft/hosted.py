@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..nn import TProductStack
-from ..ops import HALVES
-from ..places import Place, is_conv1d, is_plain_linear
+from ..layers.stack import TProductStack
+from ..layers.weights import Place, is_conv1d, is_plain_linear
+from ..operators.contract import HALVES
 
 #: From the input that reaches the base layer to its adapted output.
 Compute = Callable[[Tensor], Tensor]

@@ -10,13 +10,13 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from ..eager import Dithered, added_to_product, is_traced
-from ..kept import is_within_backward
-from ..ops import HALVES
-from ..places import Place
-from ..reading import UnreadableWeight, effective_weight, read_weight
-from ..rows import rows_of
-from ..switching import refuse_other_core
+from ..layers.reading import UnreadableWeight, effective_weight, read_weight
+from ..layers.rows import rows_of
+from ..layers.switching import refuse_other_core
+from ..layers.w_eff import is_within_backward
+from ..layers.weights import Place
+from ..operators.contract import HALVES
+from ..operators.eager import Dithered, added_to_product, is_traced
 from .hosted import AdapterStack, host, place_of
 from .rows import NamedRows, Owner
 
@@ -136,7 +136,7 @@ class TCURLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             if rows.lead not in self.tcur_places:
                 return self._plain(x)
             place = self.tcur_places[rows.lead]
-            with rows.cores_of(place.stack, self):
+            with rows.cores_of(place.stack, self.tcur_stacks, self):
                 y: Tensor = place.stack.forward_slices(x, place)
             return y
         parts, order = [], []

@@ -19,10 +19,10 @@ from peft.tuners.tuners_utils import (
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from ..adapters.linear_maps import aliases
 from ..adapters.plan import Plan
-from ..adapters.weights import aliases
-from ..places import Place
-from ..switching import LateGradient
+from ..layers.switching import LateGradient
+from ..layers.weights import Place
 from .config import AllLinear, TCURConfig
 from .hosted import AdapterStack, unhost
 from .layer import BROKEN, TCURLinear

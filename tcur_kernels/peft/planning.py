@@ -12,11 +12,11 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from ..adapters.fingerprint import digest
+from ..adapters.linear_maps import Weight, reasons_to_leave_out, why_computed
 from ..adapters.plan import LeftOut, Member, Plan, StackPlan, groups_by_layer, groups_by_shape
-from ..adapters.weights import Weight, reasons_to_leave_out, why_computed
 from ..decompose import Selection, check_rank
-from ..functional import slice_update
-from ..places import Place, is_attention
+from ..layers.weights import Place, is_attention
+from ..operators.functional import slice_update
 from .config import Recorded, TCURConfig
 from .hosted import AdapterStack, has_other_forward, is_supported, place_of
 

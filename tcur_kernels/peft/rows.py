@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from ..rows import rows_of, using_rows
-
-if TYPE_CHECKING:
-    from .hosted import AdapterStack
-    from .layer import TCURLinear
-    from .model import TCURModel
+from ..adapters.plan import Plan
+from ..layers.rows import rows_of, using_rows
+from .hosted import AdapterStack
 
 #: peft's name for rows without an adapter.
 BASE = "__base__"
@@ -76,15 +73,31 @@ class NamedRows:
         ids = torch.tensor([self.adapters.index(name) for name in names], device=cores[0].device)
         return stack.batch(torch.stack(cores).to(stack.factors.dtype), ids)
 
-    def cores_of(self, stack: AdapterStack, layer: TCURLinear) -> AbstractContextManager[None]:
+    def cores_of(
+        self, stack: AdapterStack, stacks: nn.ModuleDict, layer: nn.Module
+    ) -> AbstractContextManager[None]:
         """That context for a call of one layer, where its rows are not those of all layers."""
         if not self.encoder:
             return nullcontext()
-        return self.batch(stack, layer.tcur_stacks, self.of(layer))
+        return self.batch(stack, stacks, self.of(layer))
+
+
+class Tuner(Protocol):
+    """What of peft's tuner a batch of many adapters asks for; see `model.TCURModel`."""
+
+    peft_config: Any
+    model: nn.Module
+    training: bool
+    owner: Owner
+    plans: dict[str, Plan]
+    tuner_layer_cls: type[nn.Module]
+
+    def stacks_named(self, name: str) -> nn.ModuleDict:
+        """Adapter name -> its stack of that name."""
 
 
 @contextmanager
-def rows_by_adapter(tuner: TCURModel, names: Sequence[str], beams: int = 1) -> Iterator[None]:
+def rows_by_adapter(tuner: Tuner, names: Sequence[str], beams: int = 1) -> Iterator[None]:
     """Context in which row b of a batch goes by the adapter ``names[b]``.
 
     Adapters that share C and R go together, each row with its own core between two shared matrix
@@ -156,7 +169,7 @@ def _name_rows(
     return hook
 
 
-def _share_factors(tuner: TCURModel, adapters: Sequence[str]) -> bool:
+def _share_factors(tuner: Tuner, adapters: Sequence[str]) -> bool:
     first, *others = (tuner.peft_config[name] for name in adapters)
     plans = [tuner.peft_config.record_of(name) for name in adapters]
     return all(plan == plans[0] for plan in plans) and all(

@@ -2,7 +2,7 @@
 
 import torch
 
-from tcur_kernels import ops, triton
+from tcur_kernels.operators import contract, triton
 from tolerance import PROMISE, assert_close, relative_error
 
 assert triton.INTERPRETED  # and imported, which registers its operators
@@ -29,13 +29,13 @@ def in_float64(args):
 
 def expected(name, args):
     """What plain torch gives in the dtypes at hand, and what it gives in float64."""
-    op = ops.operator(name, "reference")
+    op = contract.operator(name, "reference")
     return op(*args), op(*in_float64(args))
 
 
 def check(name, *args, run=None):
     """fp32 arithmetic: the bound. ``run`` stands in for the operator."""
-    actual = (run or ops.operator(name, "triton"))(*args)
+    actual = (run or contract.operator(name, "triton"))(*args)
     same, exact = expected(name, args)
     assert actual.is_contiguous()
     assert (actual.shape, actual.dtype) == (same.shape, same.dtype)
@@ -46,7 +46,7 @@ def check(name, *args, run=None):
 def check_promise(name, precision, factors, before, *after):
     """Arithmetic at a precision: the promise. Arguments around the two packed spectra."""
     args = [*before, *factors.packed(precision), *after]
-    actual = ops.operator(name, LANGUAGE[precision])(*args)
+    actual = contract.operator(name, LANGUAGE[precision])(*args)
     _, exact = expected(name, [*before, *factors.packed(), *after])
     error = relative_error(actual, exact)
     assert error <= PROMISE[precision], f"{error:.3g} with {precision}"

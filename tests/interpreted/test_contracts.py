@@ -7,15 +7,15 @@ import oracle
 import tcur_kernels as tcur
 from cases import make_case, side_by_side
 from checks import check, in_float64
-from tcur_kernels import ops
+from tcur_kernels.operators import contract
 from tolerance import PROMISE, assert_composition_close, relative_error
 
 #: The operators as plain torch has them: what differentiates them is torch's own autograd.
 PLAIN = {
-    "materialize": ops._materialize_reference,
-    "core_grad_dense": ops._core_grad_dense_reference,
-    "core_grad_tokens": ops._core_grad_tokens_reference,
-    "cur_linear": ops._cur_linear_reference,
+    "materialize": contract._materialize_reference,
+    "core_grad_dense": contract._core_grad_dense_reference,
+    "core_grad_tokens": contract._core_grad_tokens_reference,
+    "cur_linear": contract._cur_linear_reference,
 }
 
 
@@ -32,7 +32,7 @@ def derivatives(function, args, places):
 
 
 def check_derivatives(name, places, *args):
-    actual = derivatives(ops.operator(name, "triton"), args, places)
+    actual = derivatives(contract.operator(name, "triton"), args, places)
     exact = derivatives(PLAIN[name], in_float64(args), places)
     assert_composition_close(actual, lambda: derivatives(PLAIN[name], args, places), exact)
 
@@ -75,7 +75,7 @@ def test_opcheck(permuted):
         return tensor.mT.contiguous().mT if permuted else tensor
 
     def check_op(name, *args, **kwargs):
-        torch.library.opcheck(ops.operator(name, "triton"), args, kwargs)
+        torch.library.opcheck(contract.operator(name, "triton"), args, kwargs)
 
     factors = tuple(lay_out(t) for t in case.packed)
     core = lay_out(case.core).requires_grad_()
@@ -135,7 +135,7 @@ def test_the_same_bits_at_every_run():
         ("core_grad_tokens", (x, grad_y, *case.packed, 3, 1, 1)),
         ("core_grad_tokens", (x, grad_y, *case.packed, 3, 1, 1, None, 1, True)),
     ):
-        op = ops.operator(name, "triton")
+        op = contract.operator(name, "triton")
         assert torch.equal(op(*args), op(*args))
 
 
@@ -154,10 +154,10 @@ def test_autocast_does_not_reach_inside():
 
 
 def test_schemas_are_those_of_the_other_languages():
-    for name in ops._SCHEMAS:
+    for name in contract._SCHEMAS:
         for language in ("triton", "triton_tf32"):
-            ours = ops.operator(name, language)._schema.arguments
-            theirs = ops.operator(name, "reference")._schema.arguments
+            ours = contract.operator(name, language)._schema.arguments
+            theirs = contract.operator(name, "reference")._schema.arguments
             for a, b in zip(ours, theirs, strict=True):
                 assert (a.name, a.default_value) == (b.name, b.default_value)
                 assert str(a.type).replace("SymInt", "int") == str(b.type).replace("SymInt", "int")

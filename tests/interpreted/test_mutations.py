@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-import tcur_kernels.triton
+import tcur_kernels.operators.triton
 from cases import make_case
 from checks import check
 
-SOURCE = Path(tcur_kernels.triton.__file__).parent
+SOURCE = Path(tcur_kernels.operators.triton.__file__).parent
 
 
 def mutant(tmp_path, module, old, new):
@@ -24,7 +24,7 @@ def mutant(tmp_path, module, old, new):
     path = tmp_path / f"{module}_mutant.py"
     path.write_text(text.replace(old, new))
     linecache.checkcache(str(path))
-    name = f"tcur_kernels.triton.{module}_mutant"
+    name = f"tcur_kernels.operators.triton.{module}_mutant"
     spec = importlib.util.spec_from_file_location(name, path)
     loaded = importlib.util.module_from_spec(spec)
     sys.modules[name] = loaded
@@ -126,4 +126,4 @@ def test_a_broken_kernel_is_caught(tmp_path, what, module, old, new, n3):
 
 @pytest.mark.parametrize(("module", "n3"), sorted({(m[1], m[4]) for m in MUTATIONS}))
 def test_the_whole_kernel_passes_the_same_check(module, n3):
-    RUN[module](getattr(tcur_kernels.triton, module), n3)
+    RUN[module](getattr(tcur_kernels.operators.triton, module), n3)

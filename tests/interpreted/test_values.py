@@ -5,7 +5,7 @@ import torch
 
 from cases import counts_of, make_case, side_by_side, slices_of
 from checks import check, check_promise
-from tcur_kernels import ops
+from tcur_kernels.operators import contract
 
 #: One length for each form and each parity; 66 makes two parts of a long tube.
 N3 = (1, 2, 3, 12, 47, 48)
@@ -56,7 +56,7 @@ def check_side_by_side(case, matrices, counts, out_dtype=torch.float32):
     def run(weights, *args):
         *args, out_dtype = args
         out = torch.full((n3 * n1 * n2,), float("nan"), dtype=out_dtype)
-        ops.operator("materialize_out", "triton")(matrices, *args, out=out)
+        contract.operator("materialize_out", "triton")(matrices, *args, out=out)
         return slices_of(out, counts, n1, n2).contiguous()
 
     check("materialize", [case.weight], *case.packed, case.core, 0.5, out_dtype, run=run)

@@ -9,10 +9,10 @@ from typing import Any, NoReturn
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from .distributed import is_sharded
-from .kept import is_within_backward
-from .places import Place, held, is_conv1d
+from ..processes import is_sharded
 from .reading import EffectiveWeight, read_weight
+from .w_eff import is_within_backward
+from .weights import Place, held, is_conv1d
 
 
 def effective(name: str) -> Any:

@@ -90,7 +90,7 @@ def _apply_kernel(
     im_rank = tl.where((k > 0) & (2 * k < n3), rank, 0)  # a real bin has no imaginary part
     m_re = tl.zeros([ROWS, PARTS], tl.float32)
     m_im = tl.zeros([ROWS, PARTS], tl.float32)
-    for s_in in range(0, in_slices):
+    for s_in in range(in_slices):
         block_ptr = turned_ptr + ((s_in + s_out) * n3 * rank + column) * rank
         for c0 in range(0, rank, PARTS):
             c = c0 + tl.arange(0, PARTS)

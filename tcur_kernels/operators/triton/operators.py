@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
-from .. import ops
+from .. import contract
 from . import core_grad_dense, core_grad_tokens, core_of_packed, cur_linear, materialize
 from .products import product_kernel
 
@@ -143,7 +143,7 @@ def _define(language: str, precision: str) -> None:
                 precision,
             )
 
-    ops.complete(language)
+    contract.complete(language)
 
 
 for _language, _precision in (("triton", "ieee"), ("triton_tf32", "tf32")):

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .distributed import is_sharded, whole
-from .factors import CURFactors
-from .places import Place
+from ..operators.factors import CURFactors
+from ..processes import is_sharded, whole
+from .weights import Place
 
 #: Of a tensor: its address, and how often it was written.
 _Version = tuple[int, int]

@@ -10,7 +10,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor, nn
 
-from .eager import LatestSum
+from ..operators.eager import LatestSum
 
 
 class LateGradient:

@@ -18,13 +18,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..adapters.file import Contents, StoredStack
+from ..adapters.fingerprint import digest, update_digest
 from ..decompose import model_files
-from ..factors import CURFactors
-from ..functional import slice_update
-from .contents import Contents, StoredStack
+from ..files.origins import Origin, Origins, Read
+from ..operators.factors import CURFactors
+from ..operators.functional import slice_update
 from .copying import copy_rest, new_directory
-from .fingerprint import digest, update_digest
-from .names import Origin, Origins, Read
 
 #: Wraps what is worked through, as ``tqdm`` does.
 Progress = Callable[[Iterable[Path]], Iterable[Path]]

@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import TensorWeakRef
 
-from . import streams
+from ..operators import streams
+from ..operators.eager import project
 from .base import version_of
-from .eager import project
-from .places import Place
+from .weights import Place
 
 
 class Effective:

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .linear import Adapted, adapted_class, base, effective
-from .places import Place
 from .rows import rows_of
+from .weights import Place
 
 
 class TProductMultiheadAttention(Adapted, nn.MultiheadAttention):

@@ -50,7 +50,7 @@ def cpu_facts() -> dict[str, Any]:
 
 def _load_cuda() -> tuple[ctypes.CDLL | None, str | None]:
     """The CUDA library, or None and the reason why it is absent."""
-    path = Path(__file__).with_name("_cuda.so")
+    path = Path(__file__).parent.parent / "_cuda.so"
     if not path.exists():
         return None, f"no {path.name}"
     try:

@@ -105,7 +105,7 @@ def core_of_partials_kernel(
         mask = (p < n3)[:, None] & (e < square)[None, :]
         at = p[:, None].to(tl.int64) * square + e[None, :]
         total = tl.zeros([PLANES, COLS], tl.float32)
-        for block in range(0, blocks):
+        for block in range(blocks):
             if IDS:
                 own = tl.load(ids_ptr + block // blocks_of_group) == which
                 mask = (p < tl.where(own, n3, 0))[:, None] & (e < square)[None, :]

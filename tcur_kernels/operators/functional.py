@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _native, cost, eager, ops
-from .autocast import outside_autocast
+from ..autocast import outside_autocast
+from . import contract, cost, eager, native
 from .factors import (
     PRECISIONS,
     CURFactors,
@@ -201,7 +201,7 @@ def cur_linear(
     materialized = effective is not None
     if effective is not None:
         weight = effective
-    if not materialized and x.dtype in ops.HALVES:
+    if not materialized and x.dtype in contract.HALVES:
         with outside_autocast(x.device):
             update = op(x, None, None, *where, False, False, z, dense_grad, adapter_ids)
             added = update
@@ -280,7 +280,7 @@ def check_precision(precision: str, device: torch.device) -> None:
         return
     absence = f"tensors on {device}"
     if device.type == "cuda":
-        if _TRITON_INSTALLED or _native.cuda_absence(device) is None:
+        if _TRITON_INSTALLED or native.cuda_absence(device) is None:
             return
         absence += " without Triton or compiled CUDA kernels"
     raise ValueError(f"precision: expected ieee or bf16 for {absence}, got 'tf32'")
@@ -294,9 +294,9 @@ def build_info() -> dict[str, Any]:
     The last two have ``built``, and ``error`` where they do not run: not built, or of ``cuda`` for
     other GPUs than those here. ``backend="auto"`` then takes Triton or the reference.
     """
-    from . import __version__
+    from .. import __version__
 
-    cpu, cuda = _native.cpu_facts(), _native.cuda_facts()
+    cpu, cuda = native.cpu_facts(), native.cuda_facts()
     runs = {"cpu": cpu["built"], "cuda": cuda["error"] is None}
     if _TRITON_INSTALLED:
         from . import triton
@@ -315,8 +315,8 @@ def _operator(name: str, backend: str, factors: CURFactors, precision: str) -> C
     """Operator ``name`` for a backend name; plain torch where functions are transformed."""
     language = _language(backend, name.removesuffix("_out"), factors, precision)
     if not eager.is_transformed():
-        return ops.operator(name, language)
-    kernel = ops.plain(name)
+        return contract.operator(name, language)
+    kernel = contract.plain(name)
 
     def call(*args: Any, **kwargs: Any) -> Any:
         with outside_autocast(factors.device):
@@ -326,7 +326,7 @@ def _operator(name: str, backend: str, factors: CURFactors, precision: str) -> C
 
 
 def _language(backend: str, name: str, factors: CURFactors, precision: str) -> str:
-    """Language of operator ``name`` for a backend name; see `ops.LANGUAGES`."""
+    """Language of operator ``name`` for a backend name; see `contract.LANGUAGES`."""
     device = factors.device
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
@@ -357,17 +357,17 @@ def _language(backend: str, name: str, factors: CURFactors, precision: str) -> s
             f"backend: expected fp32 factors of at most {cost.CUDA_SLICES} slices for 'cuda', "
             f"got {factors.dtype} and {factors.n3}; use 'auto' or 'reference'"
         )
-    return ops.CUDA_TF32 if precision == "tf32" else ""
+    return contract.CUDA_TF32 if precision == "tf32" else ""
 
 
 def _best_backend(name: str, factors: CURFactors) -> str:
     if factors.device.type == "cuda":
         here = ["triton"] if _TRITON_INSTALLED else []
-        if _native.cuda_absence(factors.device) is None:
+        if native.cuda_absence(factors.device) is None:
             here.append("cuda")
         n3, dtype = factors.n3, factors.dtype
         return cost.choose_gpu_backend(name, n3=n3, dtype=dtype, available=here)
-    if factors.device.type == "cpu" and _native.cpu_error() is None:
+    if factors.device.type == "cpu" and native.cpu_error() is None:
         return "cpu"
     return "reference"
 
@@ -391,8 +391,8 @@ def _check_triton(factors: CURFactors) -> None:
 
 #: Backend -> why a device goes without it, and what it is built with.
 _BUILT_BY = {
-    "cpu": (lambda device: _native.cpu_error(), "a C++17 compiler"),
-    "cuda": (lambda device: _native.cuda_absence(device), "CUDA's nvcc, for the GPUs here"),
+    "cpu": (lambda device: native.cpu_error(), "a C++17 compiler"),
+    "cuda": (lambda device: native.cuda_absence(device), "CUDA's nvcc, for the GPUs here"),
 }
 
 

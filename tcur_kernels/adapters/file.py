@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..factors import CURFactors
-from ..nn import TProductStack
-from .checkpoint import read_adapter_file
+from ..layers.stack import TProductStack
+from ..operators.factors import CURFactors
+from .container import read_adapter_file
 from .plan import Member, Plan, StackPlan
 
 

@@ -14,11 +14,11 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import tcur_kernels as tcur
-import tcur_kernels.nn as tcur_nn
 from fake_cuda import FakeStreams
 from plain import product
-from tcur_kernels import kept as kept_module
-from tcur_kernels import streams
+from tcur_kernels.layers import stack as stack_module
+from tcur_kernels.layers import w_eff as kept_module
+from tcur_kernels.operators import streams
 from tolerance import assert_equal_in_float64
 
 
@@ -45,8 +45,8 @@ def builds(monkeypatch):
         calls.append(kwargs["out"].data_ptr())
         return materialize(*args, **kwargs)
 
-    materialize = tcur_nn.materialize
-    monkeypatch.setattr(tcur_nn, "materialize", counted)
+    materialize = stack_module.materialize
+    monkeypatch.setattr(stack_module, "materialize", counted)
     return calls
 
 

@@ -11,21 +11,28 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from . import cost, streams
-from .autocast import is_autocast
+from ..autocast import is_autocast
+from ..decompose import MAX_WORKSPACE, Selection, Stack, as_stack, check_rank, select_slices
+from ..operators import cost, streams
+from ..operators.eager import Call, LatestSum, Pending, is_traced, run_layer, without_autocast
+from ..operators.factors import CURFactors
+from ..operators.functional import (
+    check_cores,
+    check_precision,
+    cur_linear,
+    materialize,
+    prepare,
+    slice_update,
+)
+from ..processes import ReentrantGuard, whole
 from .base import Base, check_one_base, is_here
 from .cores import Cores
-from .decompose import MAX_WORKSPACE, Selection, Stack, as_stack, check_rank, select_slices
-from .distributed import ReentrantGuard, whole
-from .eager import Call, LatestSum, Pending, is_traced, run_layer, without_autocast
-from .factors import CURFactors
-from .functional import check_cores, check_precision, cur_linear, materialize, prepare, slice_update
-from .kept import Effective, Kept, Projected
 from .linear import check_weights, places_of
-from .places import Place
 from .reading import effective_weight
 from .rows import Repeat, Rows, check_repeat, rows_of, using_rows
 from .switching import ForwardCore, warn_of_unused
+from .w_eff import Effective, Kept, Projected
+from .weights import Place
 
 
 class TProductStack(Cores):

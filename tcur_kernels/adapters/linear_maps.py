@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
-from ..distributed import is_sharded
-from ..layers import TProductMultiheadAttention
-from ..linear import Adapted
-from ..places import PROJECTIONS, Place, is_attention, is_conv1d, is_plain_linear
+from ..layers.attention import TProductMultiheadAttention
+from ..layers.linear import Adapted
+from ..layers.weights import PROJECTIONS, Place, is_attention, is_conv1d, is_plain_linear
+from ..processes import is_sharded
 
 #: Modules with a matrix or more that are no linear maps of tokens.
 _OTHER_KINDS = (

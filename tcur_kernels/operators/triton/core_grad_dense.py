@@ -43,7 +43,7 @@ def _direct_kernel(
     partner = tl.where(imag, p - 1, p + 1)
     used = (p < n3) & (part < rank)
     y = tl.zeros([ROWS, BINS], tl.float32)
-    for l in range(0, n3):
+    for l in range(n3):
         cos, sin = unit_root((k * l) % n3, n3)
         other_sin = tl.where(imag, sin, -sin)
         for j0 in range(start, tl.minimum(start + SPAN, n2), COLS):

@@ -11,9 +11,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import oracle
 import tcur_kernels as tcur
-import tcur_kernels.nn as tcur_nn
 from plain import product
-from tcur_kernels import cost, kept
+from tcur_kernels.layers import stack as stack_module
+from tcur_kernels.layers import w_eff
+from tcur_kernels.operators import cost
 from tolerance import PROMISE, assert_composition_close, assert_equal_in_float64, relative_error
 
 MODES = pytest.mark.parametrize("mode", ["materialized", "factored"])
@@ -48,8 +49,8 @@ def builds(monkeypatch):
         calls.append(kwargs["out"].data_ptr())
         return materialize(*args, **kwargs)
 
-    materialize = tcur_nn.materialize
-    monkeypatch.setattr(tcur_nn, "materialize", counted)
+    materialize = stack_module.materialize
+    monkeypatch.setattr(stack_module, "materialize", counted)
     return calls
 
 
@@ -460,8 +461,8 @@ def test_layers_with_one_input_share_z(monkeypatch):
         calls.append(args)
         return project(*args)
 
-    project = kept.project
-    monkeypatch.setattr(kept, "project", counted)
+    project = w_eff.project
+    monkeypatch.setattr(w_eff, "project", counted)
     linears = make_linears(count=3, n1=9, n2=40, fused=False)
     stack = tcur.TProductStack(linears, rank=2)
     x = torch.randn(4, 40, requires_grad=True)

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from .distributed import is_sharded
-from .eager import Pending, is_traced
-from .functional import prepare
-from .places import Place
+from ..operators.eager import Pending, is_traced
+from ..operators.functional import prepare
+from ..processes import is_sharded
 from .rows import rows_of
+from .weights import Place
 
 
 def read_weight(stored: Tensor, places: Sequence[Place]) -> Tensor:

@@ -19,12 +19,12 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
-from . import ops, streams
-from .autocast import AUTOCAST, keys
-from .autocast import without_autocast as without_autocast
+from ..autocast import AUTOCAST, keys
+from ..autocast import without_autocast as without_autocast
+from . import contract, streams
 
 _AUTOGRAD = keys("AutogradFunctionality", "AutogradOther", "AutogradNestedTensor")
-_ABOVE_KERNELS = AUTOCAST | _AUTOGRAD | ops.VIEWS
+_ABOVE_KERNELS = AUTOCAST | _AUTOGRAD | contract.VIEWS
 
 
 def is_traced() -> bool:
@@ -51,7 +51,7 @@ def _without_views() -> Any:
 
     Autograd refuses to let such a view be changed in place when a node returns it.
     """
-    return torch._C._ExcludeDispatchKeyGuard(ops.VIEWS)
+    return torch._C._ExcludeDispatchKeyGuard(contract.VIEWS)
 
 
 def _nothing() -> None:
@@ -92,9 +92,9 @@ class Call:
         self.lateral_hat, self.horizontal_hat = lateral_hat, horizontal_hat
         self.slice_index, self.slices = slice_index, slices
         self.on_gradient: Callable[[], None] = _nothing
-        self.cur_linear = ops.operator("cur_linear", language)
-        self.core_grad_tokens = ops.operator("core_grad_tokens", language)
-        self.core_of_packed = ops.operator("core_of_packed", language)
+        self.cur_linear = contract.operator("cur_linear", language)
+        self.core_grad_tokens = contract.operator("core_grad_tokens", language)
+        self.core_of_packed = contract.operator("core_of_packed", language)
 
 
 class GradientSum:
@@ -287,7 +287,7 @@ def _value(
     factors = (call.lateral_hat, call.horizontal_hat, core)
     how = (call.slice_index, call.slices, scale, False, False, z, False, adapter_ids)
     with _kernels_alone():
-        if x.dtype not in ops.HALVES:
+        if x.dtype not in contract.HALVES:
             y: Tensor = call.cur_linear(x, weight, bias, *factors, *how)
             return y
         update = call.cur_linear(x, None, None, *factors, *how)
@@ -363,7 +363,7 @@ def _gradients(
     if needs_core:
         call.on_gradient()
         how_formed = (dense_grad, adapter_ids, packed)
-        grad_core = ops.core_gradient(
+        grad_core = contract.core_gradient(
             call.core_grad_tokens, x, z, grad_y, *factors, core, *where, *how_formed
         )
         if scale != 1.0 and not packed:

@@ -55,8 +55,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..autocast import keys, outside_autocast
 from . import flops, reference
-from .autocast import keys, outside_autocast
 
 _library = torch.library.Library("tcur", "DEF")
 

@@ -1,0 +1,1 @@
+"""Weights in safetensors files, and by which names models know them."""

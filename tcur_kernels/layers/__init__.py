@@ -1,0 +1,1 @@
+"""Layers of a model that compute through a stack, and what a stack keeps for them."""

@@ -1,0 +1,1 @@
+"""Model directories with an adapter folded into their weights."""

@@ -1,0 +1,1 @@
+"""The operators: their contract, plain mathematics, kernels in several languages, entry points."""
