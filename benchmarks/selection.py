@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 import tcur_kernels as tcur
-from tcur_kernels.decompose import Deim, Leverage, SliceStack
+from tcur_kernels.decompose import Deim, HeldSlices, Leverage
 
 from .timing import Timing, interleave
 
@@ -50,7 +50,7 @@ def measure(case: str, rounds: int) -> dict[str, Timing]:
 
     def run(name: str) -> tcur.TensorCUR:
         rule, core = RULES[name]
-        return tcur.tensor_cur(SliceStack("weight", slices), rank, rule, core)
+        return tcur.tensor_cur(HeldSlices("weight", slices), rank, rule, core)
 
     def check(name: str) -> None:
         d = run(name)

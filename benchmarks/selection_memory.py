@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 import tcur_kernels as tcur
-from tcur_kernels.decompose import Leverage, SliceStack, open_stack
+from tcur_kernels.decompose import HeldSlices, Leverage, open_stack
 
 from .memory import Peak, status
 
@@ -84,7 +84,7 @@ def peak_of_choice(case: str, rule: str, path: str) -> int:
         stack = open_stack(path, names, max_workspace=workspace * MIB, progress=True)
     else:
         slices = list(torch.randn(n3, n1, n2))
-        stack = SliceStack("weights", slices, max_workspace=workspace * MIB)
+        stack = HeldSlices("weights", slices, max_workspace=workspace * MIB)
     before = status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak counts from here
     tcur.tensor_cur(stack, rank, RULES[rule], "zero")

@@ -19,7 +19,8 @@ from tqdm import tqdm
 from .adapters.curves import RANKS, model_curves, plot_curves
 from .adapters.file import read_contents
 from .adapters.plan import STACKS_BY, make_plan
-from .decompose import RULES, model_files
+from .decompose import RULES
+from .files.shards import model_files
 from .merge.directory import ModelDirectory, merge_directory
 from .operators.factors import CURFactors
 from .operators.functional import build_info, cur_linear, materialize
@@ -123,9 +124,10 @@ def inspect(args: argparse.Namespace) -> None:
         )
         print(f"  core: norm {stored.core.norm():.4g}, largest {stored.core.abs().max():.4g}")
         print(f"  layers: {names[0]}" + (f" … {names[-1]} ({len(names)})" if names[1:] else ""))
-        print(f"  rows {stored.rows.tolist()}, columns {stored.columns.tolist()}")
+        print(f"  rows {list(stored.record.rows)}, columns {list(stored.record.columns)}")
         print(f"  C and R: {'in the file' if stored.factors else 'slices of the base'}")
-        print(f"  base: sha256 {stored.base_sha256}")
+        base = stored.record.base
+        print(f"  base: {base.dtype}, sha256 of C and R {base.sha256}")
     for kind, title in (("trained", "trained beside the cores"), ("buffer", "buffers")):
         held = {name: value for (k, name), value in contents.learned.items() if k == kind}
         if held:

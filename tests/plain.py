@@ -10,6 +10,12 @@ import torch
 from torch.func import functional_call
 
 
+def base_slices(stack):
+    """The n3 base weights ``[n1, n2]`` of a stack, as they are now."""
+    weights = [place.weight.detach() for place in stack.places]
+    return [part for weight in weights for part in weight.split(stack.n1)]
+
+
 class Plain:
     """A copy of an adapter's model at one dtype, in which nothing of the package computes.
 
@@ -29,7 +35,7 @@ class Plain:
         self._stacks, self.cores = [], {}
         for entry in adapter.plan.stacks:
             stack = adapter.stacks[entry.name]
-            slices = torch.stack(list(stack.each_base_slice())).detach().to(wide)
+            slices = torch.stack(base_slices(stack)).to(wide)
             core = stack.core.detach().to(wide, copy=True).requires_grad_()
             self.cores[entry.name] = core
             self._stacks.append((entry, stack, slices, core))

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import ceil
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -14,15 +13,14 @@ from torch.nn.parameter import UninitializedBuffer
 
 from ..decompose import MAX_WORKSPACE, Selection
 from ..layers.stack import TProductStack
-from ..layers.weights import Place
 from ..operators import cost
-from ..operators.factors import CURFactors
 from .adapter import Adapter
+from .build import build_stack, errors_named
 from .fingerprint import persistent_buffers
 from .holding import PREFIXES
 from .install import is_adapted, put_in_place
-from .linear_maps import find_weights
-from .plan import Plan, StackPlan, Targets, check_setting, make_plan, setting
+from .linear_maps import find_places
+from .plan import Plan, Targets, check_setting, make_plan, setting
 from .streaming import BaseFiles, on_meta
 from .train_also import trained_names
 
@@ -100,18 +98,21 @@ def adapt(
     plan = make_plan(model, targets, rank, trained, stacks, loaded=files is None)
     for argument, value in (("alpha", alpha), ("selection", selection)):
         check_setting(argument, value, plan.stacks)
-    built = {}
+    found, built = find_places(model), {}
     for stack in plan.stacks:
+        with errors_named(stack):
+            source = None if files is None else files.slices_of(stack)
         rule: Selection = setting("selection", selection, stack.name)  # type: ignore[assignment]
         built[stack.name] = build_stack(
-            model,
+            TProductStack,
             stack,
-            setting("rank", rank, stack.name),
-            setting("alpha", alpha, stack.name),
-            rule,
-            mode,
-            precision,
-            files=files,
+            found,
+            rank=setting("rank", rank, stack.name),
+            alpha=setting("alpha", alpha, stack.name),
+            selection=rule,
+            mode=mode,
+            precision=precision,
+            source=source,
             generator=generator,
             max_workspace=max_workspace,
             progress=progress,
@@ -128,45 +129,6 @@ def _check_learns(name: str, stack: TProductStack) -> None:
                 f"stack {name}: selection: expected {what} with numbers, without which the core "
                 "never learns, got zeros"
             )
-
-
-def build_stack(
-    model: nn.Module,
-    plan: StackPlan,
-    rank: int,
-    alpha: float,
-    selection: Selection,
-    mode: str,
-    precision: str,
-    factors: CURFactors | None = None,
-    files: BaseFiles | None = None,
-    **reading: Any,
-) -> TProductStack:
-    """The stack of one plan entry; the model is not changed.
-
-    ``reading`` is generator, max_workspace and progress of `tensor_cur`.
-    """
-    weights, places, start = find_weights(model), [], 0
-    for member in plan.members:
-        found = weights[member.module].place
-        places.append(Place(found.module, start, member.slices, found.projection))
-        places[-1].name = member.module
-        start += member.slices
-    try:
-        return TProductStack(
-            places,
-            rank,
-            alpha,
-            selection,
-            mode,
-            precision=precision,
-            name=plan.name,
-            factors=factors,
-            source=None if files is None else files.stack(plan),
-            **reading,
-        )
-    except ValueError as error:
-        raise ValueError(f"stack {plan.name}: {error}") from error
 
 
 def install(

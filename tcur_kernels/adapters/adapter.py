@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,14 @@ from ..layers.rows import Repeat
 from ..layers.stack import TProductStack
 from ..layers.switching import warn_of_unused
 from ..processes import is_first_process, is_sharded, whole
-from .batch import StackedCores, check_batch_first
-from .container import write_adapter_file
-from .file import Contents, read_contents
-from .fingerprint import digest, frozen_digest, persistent_buffers
+from .batch import StackedCores, check_batch_first, check_finite
+from .file import Contents, StoredStack, read_contents
+from .fingerprint import Fingerprint, frozen_digest, persistent_buffers
 from .holding import CHILD
 from .install import stacks_of, take_out
 from .linear_maps import find_weights
 from .plan import Plan
+from .record import StackRecord
 from .streaming import on_meta
 from .train_also import trained_names
 
@@ -212,6 +212,18 @@ class Adapter:
             ValueError: weights that are not loaded yet (on the meta device); or a model that other
                 layers were put into, which the cores have no part in.
         """
+        self._check_whole()
+        name = self.active if name is None else name
+        self._check_known("name", name)
+        warn_of_unused("save", self.unused())
+        contents = self._contents(name, factors)
+        sharded = any(is_sharded(parameter) for parameter in self.model.parameters())
+        tensors = {key: whole(tensor) for key, tensor in contents.tensors().items()}
+        if is_first_process() or not sharded:
+            contents.write(Path(path), tensors)
+
+    def _check_whole(self) -> None:
+        """Refuses to save a model that is not all there, or has other layers than were adapted."""
         here = {id(module) for module in self.model.modules()}
         for stack in self.stacks.values():
             for place in stack.places:
@@ -223,49 +235,27 @@ class Adapter:
         missing = on_meta(self.model)
         if missing is not None:
             raise ValueError(f"save: expected loaded weights, got {missing} on the meta device")
-        name = self.active if name is None else name
-        self._check_known("name", name)
-        warn_of_unused("save", self.unused())
-        learned = self._learned() if name == self.active else self._inactive[name]
+
+    def _contents(self, name: str, factors: bool) -> Contents:
+        """What a file of one adapter holds."""
+        values = self._learned() if name == self.active else self._inactive[name]
         trained = trained_names(self.model, self.train_also)
-        tensors: dict[str, Tensor] = {f"trained.{key}": learned[key] for key in trained}
+        learned = {("trained", key): values[key] for key in trained}
         # Statistics that training moved (of batch norms, say) belong to what was learned.
         for key, before in self._base_buffers.items():
-            if not torch.equal(learned[key], before.to(learned[key])):
-                tensors[f"buffer.{key}"] = learned[key]
-        entries, weights = [], find_weights(self.model)
+            if not torch.equal(values[key], before.to(values[key])):
+                learned["buffer", key] = values[key]
+        weights, stacks = find_weights(self.model), []
         for plan in self.plan.stacks:
             stack = self.stacks[plan.name]
             stack.certify()
-            tensors[f"core.{plan.name}"] = stack.core_of(self._key(name))
-            tensors[f"rows.{plan.name}"] = torch.tensor(stack.rows)
-            tensors[f"columns.{plan.name}"] = torch.tensor(stack.columns)
-            if factors:
-                tensors[f"lateral.{plan.name}"] = stack.lateral
-                tensors[f"horizontal.{plan.name}"] = stack.horizontal
-            entries.append(
-                {
-                    "name": plan.name,
-                    "n1": plan.n1,
-                    "n2": plan.n2,
-                    "rank": stack.rank,
-                    "alpha": stack.alpha,
-                    "mode": stack.mode,
-                    "precision": stack.precision,
-                    "members": [[member.module, member.slices] for member in plan.members],
-                    "stored": [weights[member.module].stored() for member in plan.members],
-                    "base_sha256": digest(stack.each_base_slice()),
-                }
-            )
-        header = {
-            "stacks": entries,
-            "train_also": list(self.train_also),
-            "frozen_sha256": frozen_digest(self.model, self.plan, trained),
-        }
-        sharded = any(is_sharded(parameter) for parameter in self.model.parameters())
-        tensors = {key: whole(tensor) for key, tensor in tensors.items()}
-        if is_first_process() or not sharded:
-            write_adapter_file(Path(path), header, tensors)
+            stored = tuple(weights[member.module].stored() for member in plan.members)
+            settings = (stack.rank, stack.alpha, stack.mode, stack.precision)
+            core = stack.core_of(self._key(name))
+            record, sides = StackRecord.of(plan, stack), stack.factors if factors else None
+            stacks.append(StoredStack(record, stored, *settings, core, sides))
+        frozen = frozen_digest(self.model, self.plan, trained)
+        return Contents(tuple(stacks), self.train_also, frozen, learned)
 
     # -- many adapters in one batch
 
@@ -285,6 +275,9 @@ class Adapter:
                 "stack_cores: expected adapters of cores alone, got train_also = "
                 f"{', '.join(self.train_also)}"
             )
+        for index, entry in enumerate(adapters):
+            if isinstance(entry, Mapping):
+                check_finite(index, entry)
         return StackedCores.of(self.stacks, [self._cores(entry) for entry in adapters])
 
     @contextmanager
@@ -313,9 +306,7 @@ class Adapter:
             raise ValueError("batch: expected an unmerged adapter, got one that is merged")
         check_batch_first(self.model)
         cores.check(self.stacks, adapter_ids)
-        with ExitStack() as batches:
-            for name, stack in self.stacks.items():
-                batches.enter_context(stack.batch(cores[name], adapter_ids, repeat))
+        with cores.rows(self.stacks, adapter_ids, repeat):
             yield
 
     # -- layers that the model does without
@@ -437,7 +428,7 @@ class Adapter:
         contents = read_contents(path)
         contents.check_fits(self.stacks, self.plan, path)
         for stored in contents.stacks:
-            if digest(self.stacks[stored.plan.name].each_base_slice()) != stored.base_sha256:
+            if Fingerprint.of(self.stacks[stored.plan.name].factors) != stored.record.base:
                 raise ValueError(
                     f"path: expected an adapter of this base, got one of other weights in stack "
                     f"{stored.plan.name} at {path}"

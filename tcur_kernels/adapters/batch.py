@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
 
+from ..layers.rows import Repeat
 from ..layers.stack import TProductStack
 from ..operators.functional import check_adapter_ids
 
@@ -39,7 +41,8 @@ class StackedCores(Mapping[str, Tensor]):
         stacked = {}
         for name, stack in stacks.items():
             # Filled one by one: a thousand adapters are never held twice.
-            cores = stack.core.new_empty(len(adapters), *stack.core.shape)
+            shape, dtype = (len(adapters), *stack.core.shape), stack.factors.dtype
+            cores = stack.core.new_empty(shape, dtype=dtype)
             for index, adapter in enumerate(adapters):
                 cores[index] = _checked(adapter, name, stack, index)
             stacked[name] = cores.detach()
@@ -54,6 +57,25 @@ class StackedCores(Mapping[str, Tensor]):
     def nbytes(self) -> int:
         """Bytes of all cores."""
         return sum(cores.nbytes for cores in self._cores.values())
+
+    @contextmanager
+    def rows(
+        self,
+        stacks: Mapping[str, TProductStack],
+        adapter_ids: Tensor,
+        repeat: Repeat | None = None,
+    ) -> Iterator[None]:
+        """Context in which row b of a batch takes core ``adapter_ids[b]`` in each of the stacks.
+
+        Args:
+            stacks: those that the cores are of, by name.
+            adapter_ids: int64 ``[B]``, on the device of the cores.
+            repeat: see `TProductStack.batch`.
+        """
+        with ExitStack() as batches:
+            for name, stack in stacks.items():
+                batches.enter_context(stack.batch(self[name], adapter_ids, repeat))
+            yield
 
     def check(self, stacks: Mapping[str, TProductStack], adapter_ids: Tensor) -> None:
         """Refuses ids that are out of range, and cores of other stacks or on another device."""
@@ -108,6 +130,17 @@ def _checked(adapter: Mapping[str, Tensor], name: str, stack: TProductStack, ind
             f"adapters[{index}]: expected a core {list(stack.core.shape)} for stack {name}, got "
             f"{list(core.shape)}"
         )
-    if not torch.isfinite(core).all():
-        raise ValueError(f"adapters[{index}]: expected finite numbers in stack {name}, got others")
     return core.detach()
+
+
+def check_finite(index: int, adapter: Mapping[str, Tensor]) -> None:
+    """Refuses cores of a caller's own making with NaN or infinity in them.
+
+    Raises:
+        ValueError: naming the adapter and the stack.
+    """
+    for name, core in adapter.items():
+        if isinstance(core, Tensor) and not torch.isfinite(core).all():
+            raise ValueError(
+                f"adapters[{index}]: expected finite numbers in stack {name}, got others"
+            )

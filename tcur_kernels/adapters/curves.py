@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import nn
 
-from ..decompose import MAX_WORKSPACE, RULES, Stack, as_stack, error_curve
+from ..decompose import MAX_WORKSPACE, RULES, Slices, as_slices, error_curve
 from .linear_maps import find_weights
 from .plan import Plan, StackPlan
 from .streaming import BaseFiles, on_meta
@@ -78,10 +78,10 @@ def model_curves(
         if not fitting:
             most = min(stack.n1, stack.n2)
             raise ValueError(f"ranks: expected one of 1 to {most} for {stack.name}, got {ranks}")
-        source: Stack | None = None if files is None else files.stack(stack, any_dtype=True)
+        source: Slices | None = None if files is None else files.slices_of(stack, any_dtype=True)
         if source is None:
             parts = [found[member.module].tensor for member in stack.members]
-            source = as_stack(stack.name, parts, max_workspace, progress, stack.n1)
+            source = as_slices(stack.name, parts, max_workspace, progress, stack.n1)
         curves.append(Curve(stack, fitting, error_curve(source, fitting, selections)))
     return curves
 

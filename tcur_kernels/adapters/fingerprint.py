@@ -4,33 +4,59 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
+from ..operators.factors import CURFactors
 from ..processes import whole
 from .holding import PREFIXES
 from .linear_maps import find_weights
 from .plan import Plan
+
+#: Digests of factors. C and R never change; where the base does, they are other factors.
+_DIGESTS: WeakKeyDictionary[CURFactors, str] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """Which base weights C and R are slices of.
+
+    The update of an adapter is made of C and R and nothing else of the base, so they are what has
+    to be the same. They are hashed once for as long as the base stays what it is.
+
+    Attributes:
+        dtype: of the base weights, as torch prints it ("torch.bfloat16").
+        sha256: of the numbers in C and R, whatever dtype they are held in: a half-precision base
+            and its copy in fp32 have the same.
+    """
+
+    dtype: str
+    sha256: str
+
+    @classmethod
+    def of(cls, factors: CURFactors) -> Fingerprint:
+        """That of the base that these C and R were taken from."""
+        if factors not in _DIGESTS:
+            sides = (factors.lateral, factors.horizontal)
+            _DIGESTS[factors] = digest(part.double() for side in sides for part in side)
+        return cls(str(factors.lateral.dtype), _DIGESTS[factors])
 
 
 def digest(tensors: Iterable[Tensor]) -> str:
     """SHA-256 of dtypes, shapes and bits of the tensors, in order."""
     state = hashlib.sha256()
     for tensor in tensors:
-        update_digest(state, tensor)
+        state.update(f"{tensor.dtype} {list(tensor.shape)};".encode())
+        data = whole(tensor.detach()).cpu().contiguous().flatten()
+        state.update(data.view(torch.uint8).numpy().data)
     return state.hexdigest()
 
 
-def update_digest(state: hashlib._Hash, tensor: Tensor) -> None:
-    """Adds dtype, shape and bits of one tensor."""
-    state.update(f"{tensor.dtype} {list(tensor.shape)};".encode())
-    data = whole(tensor.detach()).cpu().contiguous().flatten()
-    state.update(data.view(torch.uint8).numpy().data)
-
-
 def frozen_digest(model: nn.Module, plan: Plan, trained: Iterable[str]) -> str:
-    """Fingerprint of every parameter that is neither trained nor in a stack, by name."""
+    """SHA-256 of every parameter that is neither trained nor in a stack, by name."""
     members = {m.module for stack in plan.stacks for m in stack.members}
     weights = find_weights(model)
     apart = set(trained)

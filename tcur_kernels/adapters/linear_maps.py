@@ -85,6 +85,11 @@ def find_weights(model: nn.Module) -> dict[str, Weight]:
     return found
 
 
+def find_places(model: nn.Module) -> dict[str, Place]:
+    """Name of each linear map -> where its weight is."""
+    return {name: weight.place for name, weight in find_weights(model).items()}
+
+
 def _place(module: nn.Module, projection: str | None) -> Place:
     """The place of a weight: that in its stack, if the module is adapted."""
     adapted = module.tcur_places.get(projection) if isinstance(module, Adapted) else None

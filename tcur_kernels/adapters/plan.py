@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, TypeVar
@@ -144,7 +144,6 @@ def make_plan(
         raise ValueError(f"stacks: expected one of {', '.join(STACKS_BY)}, got {stacks!r}")
     weights = find_weights(model)
     reasons = reasons_to_leave_out(model, weights, set(trained), loaded)
-    explicit = targets is not None
     chosen, considered = choose(model, weights, reasons, targets)
     if isinstance(chosen, dict):
         if stacks == "layer":
@@ -152,29 +151,16 @@ def make_plan(
         groups = _named_groups(chosen, weights, reasons)
     else:
         taken = {name: weights[name].tensor for name in chosen if name not in reasons}
-        groups = groups_by_shape(taken) if stacks == "shape" else groups_by_layer(taken)
-
-    planned, left_out = [], []
-    for key, (n1, n2), members in groups:
-        alone = stacks == "shape" and sum(member.slices for member in members) == 1
-        if not explicit and alone:
-            left_out += [LeftOut(m.module, "the only slice of its shape") for m in members]
-            continue
-        own = setting("rank", rank, key)
-        if not explicit and not 1 <= own <= min(n1, n2):
-            reason = f"rank {own} exceeds min({n1}, {n2})"
-            left_out += [LeftOut(member.module, reason) for member in members]
-            continue
-        check_rank("rank", own, n1, n2)
-        if loaded and not any(_has_numbers(weights[member.module]) for member in members):
-            if explicit:
-                raise ValueError(
-                    f"targets: expected weights that are not all zero in stack {key}, got zeros in "
-                    f"{', '.join(member.module for member in members[:5])}: {_ALL_ZERO}"
-                )
-            left_out += [LeftOut(member.module, _ALL_ZERO) for member in members]
-            continue
-        planned.append(StackPlan(key, n1, n2, tuple(members)))
+        groups = groups_of(taken, stacks)
+    planned, left_out = plan_groups(
+        groups,
+        {name: weight.tensor for name, weight in weights.items()},
+        lambda stack: setting("rank", rank, stack),
+        argument="targets",
+        stacks=stacks,
+        insists=targets is not None,
+        is_loaded=loaded,
+    )
     left_out += [LeftOut(n, reason) for n, reason in reasons.items() if n in considered]
     if not planned:
         why = "; ".join(f"{item.module}: {item.reason}" for item in left_out[:5])
@@ -191,6 +177,57 @@ def make_plan(
         return order.get(item.module if weight is None else weight.owner, -1)
 
     return Plan(tuple(planned), tuple(sorted(left_out, key=registered)))
+
+
+def plan_groups(
+    groups: Iterable[_Group],
+    weights: Mapping[str, Tensor],
+    rank_of: Callable[[str], int],
+    *,
+    argument: str,
+    stacks: str,
+    insists: bool,
+    is_loaded: bool,
+) -> tuple[list[StackPlan], list[LeftOut]]:
+    """The groups that can be stacks; and the layers of the others, with the reason.
+
+    Args:
+        groups: of `groups_of`, or named by the caller.
+        weights: name of a layer -> its weight ``[out, in]``.
+        rank_of: stack name -> its rank.
+        argument: what errors call the choice of layers.
+        stacks: how the groups were made; one of one slice alone is left out where the rule is
+            "shape".
+        insists: the caller asked for these very layers: refuse rather than leave out.
+        is_loaded: whether the weights have their numbers.
+
+    Raises:
+        ValueError: a rank that no slice of a stack can have, or weights that are all zero, where
+            the caller insists.
+    """
+    planned: list[StackPlan] = []
+    left_out: list[LeftOut] = []
+    for name, (n1, n2), members in groups:
+        stack, rank, why = StackPlan(name, n1, n2, tuple(members)), rank_of(name), None
+        if stacks == "shape" and stack.n3 == 1:
+            why = "the only slice of its shape"
+        elif not 1 <= rank <= min(n1, n2):
+            why = f"rank {rank} exceeds min({n1}, {n2})"
+        if why is None or insists:
+            check_rank("rank", rank, n1, n2)
+            why = None
+            if is_loaded and not any(bool(weights[m.module].detach().any()) for m in members):
+                why = _ALL_ZERO
+                if insists:
+                    raise ValueError(
+                        f"{argument}: expected weights that are not all zero in stack {name}, got "
+                        f"zeros in {', '.join(member.module for member in members[:5])}: {why}"
+                    )
+        if why is None:
+            planned.append(stack)
+        else:
+            left_out += [LeftOut(member.module, why) for member in members]
+    return planned, left_out
 
 
 def setting(argument: str, value: _Value | Mapping[str, _Value], stack: str) -> _Value:
@@ -225,7 +262,12 @@ def check_setting(argument: str, value: Any, stacks: Iterable[StackPlan]) -> Non
 _Group = tuple[str, tuple[int, int], list[Member]]
 
 
-def groups_by_shape(weights: Mapping[str, Tensor]) -> list[_Group]:
+def groups_of(weights: Mapping[str, Tensor], stacks: str) -> list[_Group]:
+    """Weights [out, in] in stacks, by one of `STACKS_BY`: name, size of a slice, members."""
+    return _groups_by_shape(weights) if stacks == "shape" else _groups_by_layer(weights)
+
+
+def _groups_by_shape(weights: Mapping[str, Tensor]) -> list[_Group]:
     """Weights [out, in] of one slice shape, dtype and device together, in their order."""
     groups: dict[tuple[int, int, torch.dtype, torch.device], list[Member]] = defaultdict(list)
     for name, weight in weights.items():
@@ -240,7 +282,7 @@ def groups_by_shape(weights: Mapping[str, Tensor]) -> list[_Group]:
     return named
 
 
-def groups_by_layer(weights: Mapping[str, Tensor]) -> list[_Group]:
+def _groups_by_layer(weights: Mapping[str, Tensor]) -> list[_Group]:
     """Every weight [out, in] as a stack of one slice, named after its layer."""
     named: list[_Group] = []
     taken: set[str] = set()
@@ -259,10 +301,6 @@ def groups_by_layer(weights: Mapping[str, Tensor]) -> list[_Group]:
 def _slices_of(name: str, weight: Tensor) -> int:
     fused = name.rpartition(".")[2] in _FUSED_QKV and weight.shape[0] == 3 * weight.shape[1]
     return 3 if fused else 1
-
-
-def _has_numbers(weight: Weight) -> bool:
-    return bool(weight.tensor.detach().any())
 
 
 def _named_groups(

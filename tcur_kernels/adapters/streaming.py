@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..decompose import FileMatrix, FileStack, Shards, SliceStack, Stack
+from ..decompose import FileMatrix, FileSlices, HeldSlices, Shards, Slices
 from ..files.origins import Origins, is_of_transformers
 from .linear_maps import Weight, find_weights
 from .plan import StackPlan
@@ -32,7 +32,7 @@ class BaseFiles:
         self._origins = Origins("weights", self._shards.path, self._shards.shapes, known)
         self._max_workspace, self._progress = max_workspace, progress
 
-    def stack(self, plan: StackPlan, any_dtype: bool = False) -> Stack | None:
+    def slices_of(self, plan: StackPlan, any_dtype: bool = False) -> Slices | None:
         """The slices of one stack in the files; None if they are in memory.
 
         A matrix that transformers makes of others while loading is made here, too, and the stack
@@ -54,7 +54,7 @@ class BaseFiles:
         if any(regrouped):
             return self._made(plan, members, any_dtype)
         matrices = [self._matrix(weight, any_dtype) for weight in members]
-        return FileStack(self._shards, matrices, plan.n1, self._max_workspace, self._progress)
+        return FileSlices(self._shards, matrices, plan.n1, self._max_workspace, self._progress)
 
     def read(self, name: str) -> Tensor:
         """A whole tensor of the model, by its name there.
@@ -71,7 +71,7 @@ class BaseFiles:
         self._check(name, self._shards.shapes[stored], self._shards.dtype(stored), file, any_dtype)
         return FileMatrix(stored, transposed, first, weight.tensor.shape[0])
 
-    def _made(self, plan: StackPlan, members: list[Weight], any_dtype: bool) -> SliceStack:
+    def _made(self, plan: StackPlan, members: list[Weight], any_dtype: bool) -> HeldSlices:
         """A stack in memory, of matrices that the files have otherwise than the model."""
         size = sum(w.tensor.numel() * w.tensor.element_size() for w in members)
         if size > self._max_workspace:
@@ -87,7 +87,7 @@ class BaseFiles:
             self._check(name, list(tensor.shape), tensor.dtype, "the files", any_dtype)
             logical = tensor.T if transposed else tensor
             matrices.append(logical[first : first + weight.tensor.shape[0]])
-        return SliceStack("weights", matrices, plan.n1, self._max_workspace, self._progress)
+        return HeldSlices("weights", matrices, plan.n1, self._max_workspace, self._progress)
 
     def _check(
         self, name: str, shape: list[int], dtype: torch.dtype, where: str, any_dtype: bool

@@ -1,11 +1,10 @@
 """Tensor CUR: selection rules, cores, and stacks that are read block by block."""
 
+from ..files.shards import Shards as Shards
 from .cores import CORES as CORES
 from .curve import error_curve as error_curve
 from .files import FileMatrix as FileMatrix
-from .files import FileStack as FileStack
-from .files import Shards as Shards
-from .files import model_files as model_files
+from .files import FileSlices as FileSlices
 from .files import open_stack as open_stack
 from .matrix import MatrixCUR as MatrixCUR
 from .matrix import matrix_cur as matrix_cur
@@ -19,12 +18,12 @@ from .rules import Norm as Norm
 from .rules import Norm2 as Norm2
 from .rules import Selection as Selection
 from .rules import Uniform as Uniform
-from .sharded import ShardedStack as ShardedStack
-from .stack import MAX_WORKSPACE as MAX_WORKSPACE
-from .stack import SliceStack as SliceStack
-from .stack import Stack as Stack
-from .stack import check_rank as check_rank
+from .sharded import ShardedSlices as ShardedSlices
+from .slices import MAX_WORKSPACE as MAX_WORKSPACE
+from .slices import HeldSlices as HeldSlices
+from .slices import Slices as Slices
+from .slices import check_rank as check_rank
 from .tensor import TensorCUR as TensorCUR
-from .tensor import as_stack as as_stack
+from .tensor import as_slices as as_slices
 from .tensor import select_slices as select_slices
 from .tensor import tensor_cur as tensor_cur

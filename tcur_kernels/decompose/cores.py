@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 from ..t_product import t_pinv
-from .stack import Stack, half_spectrum
+from .slices import Slices, half_spectrum
 
 CORES = ("intersection", "projection", "zero")
 
 
 def make_core(
-    stack: Stack,
+    stack: Slices,
     lateral: Tensor,
     horizontal: Tensor,
     rows: Tensor,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from .rules import squared_norms
 from .singular import leading_subspaces
-from .stack import Stack, bin_weights, check_rank
+from .slices import Slices, bin_weights, check_rank
 from .tensor import tensor_cur
 
 #: What the curve of the best approximation is called.
@@ -14,7 +14,7 @@ BEST = "best"
 
 
 def error_curve(
-    stack: Stack, ranks: Sequence[int], selections: Sequence[str] = ("norm",)
+    stack: Slices, ranks: Sequence[int], selections: Sequence[str] = ("norm",)
 ) -> dict[str, list[float]]:
     """‖A − A_r‖ / ‖A‖ for every rank r: of the best tubal approximation, and of C * U * R per rule.
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..autocast import without_autocast
 from .rules import Selection
-from .stack import MAX_WORKSPACE
+from .slices import MAX_WORKSPACE
 from .tensor import TensorCUR, tensor_cur
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..autocast import without_autocast
 from ..t_product import check_tensor
 from .rules import pick
-from .stack import SliceStack
+from .slices import HeldSlices
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def modewise_cur(
         TypeError, ValueError: as `tensor_cur`; a rank beyond its axis or the number of fibres.
     """
     check_tensor("a", a)
-    SliceStack("a", list(a)).check_finite()
+    HeldSlices("a", list(a)).check_finite()
     if len(ranks) != 3:
         raise ValueError(f"ranks: expected three, one per axis of a, got {list(ranks)}")
     exact = a.double()

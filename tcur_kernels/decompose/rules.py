@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from .singular import Subspaces, leading_subspaces
-from .stack import Stack, bin_weights, half_spectrum
+from .slices import Slices, bin_weights, half_spectrum
 
 #: ``rule(stack, rank, generator) -> (rows, columns)``.
 Rule = Callable[
-    [Stack, int, "torch.Generator | None"],
+    [Slices, int, "torch.Generator | None"],
     tuple["Sequence[int] | Tensor", "Sequence[int] | Tensor"],
 ]
 
@@ -40,7 +40,7 @@ class Norm:
     """
 
     def __call__(
-        self, stack: Stack, rank: int, generator: _Generator = None
+        self, stack: Slices, rank: int, generator: _Generator = None
     ) -> tuple[Tensor, Tensor]:
         """Rows and columns."""
         squares = torch.zeros(stack.bins, stack.n2, dtype=torch.float64, device=stack.device)
@@ -66,7 +66,7 @@ class Norm2:
     """
 
     def __call__(
-        self, stack: Stack, rank: int, generator: _Generator = None
+        self, stack: Slices, rank: int, generator: _Generator = None
     ) -> tuple[Tensor, Tensor]:
         """Rows and columns."""
         row_scores, column_scores = squared_norms(stack)
@@ -87,7 +87,7 @@ class _OfSubspaces:
     oversample: int = 10
     power_iterations: int = 0
 
-    def subspaces(self, stack: Stack, rank: int) -> Subspaces:
+    def subspaces(self, stack: Slices, rank: int) -> Subspaces:
         """What the rule looks at. Passes: exact one (more for spectra beyond the workspace),
         randomised 2 + 2 power_iterations.
         """
@@ -104,7 +104,7 @@ class Leverage(_OfSubspaces):
     """
 
     def __call__(
-        self, stack: Stack, rank: int, generator: _Generator = None
+        self, stack: Slices, rank: int, generator: _Generator = None
     ) -> tuple[Tensor, Tensor]:
         """Rows and columns."""
         spaces = self.subspaces(stack, rank)
@@ -131,7 +131,7 @@ class Deim(_OfSubspaces):
     """
 
     def __call__(
-        self, stack: Stack, rank: int, generator: _Generator = None
+        self, stack: Slices, rank: int, generator: _Generator = None
     ) -> tuple[Tensor, Tensor]:
         """Rows and columns."""
         if generator is not None:
@@ -152,7 +152,7 @@ class Inverse:
     smoothing: float = 1e-3
 
     def __call__(
-        self, stack: Stack, rank: int, generator: _Generator = None
+        self, stack: Slices, rank: int, generator: _Generator = None
     ) -> tuple[Tensor, Tensor]:
         """Rows and columns."""
         row_squares, column_squares = squared_norms(stack)
@@ -171,7 +171,7 @@ class Uniform:
     """
 
     def __call__(
-        self, stack: Stack, rank: int, generator: _Generator = None
+        self, stack: Slices, rank: int, generator: _Generator = None
     ) -> tuple[Tensor, Tensor]:
         """Rows and columns."""
         columns = torch.randperm(stack.n2, generator=generator)[:rank]
@@ -189,7 +189,7 @@ RULES: dict[str, Rule] = {
 
 
 def select(
-    stack: Stack, rank: int, selection: Selection, generator: _Generator = None
+    stack: Slices, rank: int, selection: Selection, generator: _Generator = None
 ) -> tuple[Tensor, Tensor]:
     """Rows I and columns J by a rule or as given: int64 ``[r]``, ascending, on the CPU.
 
@@ -218,7 +218,7 @@ def select(
     return stack.agree(rows), stack.agree(columns)
 
 
-def squared_norms(stack: Stack) -> tuple[Tensor, Tensor]:
+def squared_norms(stack: Slices) -> tuple[Tensor, Tensor]:
     """‖A(i, :, :)‖² of every row and ‖A(:, j, :)‖² of every column, fp64; one pass."""
     row_squares = torch.zeros(stack.n1, dtype=torch.float64, device=stack.device)
     column_squares = torch.zeros(stack.n2, dtype=torch.float64, device=stack.device)

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from ..autocast import without_autocast
 from ..processes import is_sharded
-from .stack import MAX_WORKSPACE, Stack, check_matrices
+from .slices import MAX_WORKSPACE, Slices, check_matrices
 
 
-class ShardedStack(Stack):
+class ShardedSlices(Slices):
     """Slices of DTensors, of which every process reads its own rows or columns.
 
     Scores, sketches and chosen slices are sums over processes: rules see the same numbers, up to

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .stack import BYTES_PER_ELEMENT, Stack, half_spectrum
+from .slices import BYTES_PER_ELEMENT, Slices, half_spectrum
 
 #: K n1 n2 min(n1, n2) beyond which "auto" takes the range finder: 48 slices of 768 x 768 have
 #: 1.1e10, and are beyond; `benchmarks/selection.py` times both.
@@ -38,7 +38,7 @@ class Subspaces:
 
 
 def leading_subspaces(
-    stack: Stack, rank: int, method: str = "auto", oversample: int = 10, power_iterations: int = 0
+    stack: Slices, rank: int, method: str = "auto", oversample: int = 10, power_iterations: int = 0
 ) -> Subspaces:
     """The ``rank`` leading singular triples of every frequency.
 
@@ -70,14 +70,14 @@ def leading_subspaces(
     return Subspaces(left * real, values * real[:, 0], right * real)
 
 
-def _group(stack: Stack) -> int:
+def _group(stack: Slices) -> int:
     """How many frequencies fit into the workspace beside the SVD of one and a row of blocks."""
     one = stack.n1 * stack.n2 * _BYTES
     spare = stack.max_workspace - _SVD_COPIES * one - stack.n3 * stack.n2 * BYTES_PER_ELEMENT
     return max(0, int(spare // one))
 
 
-def _exact(stack: Stack, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+def _exact(stack: Slices, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     one = stack.n1 * stack.n2 * _BYTES
     group = _group(stack)
     if group == 0:
@@ -105,7 +105,7 @@ def _exact(stack: Stack, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     return left, values.real, right
 
 
-def _randomized(stack: Stack, width: int, power_iterations: int) -> tuple[Tensor, Tensor, Tensor]:
+def _randomized(stack: Slices, width: int, power_iterations: int) -> tuple[Tensor, Tensor, Tensor]:
     held = (stack.n3 + 3 * stack.bins * 2) * (stack.n1 + stack.n2) * width * 8
     stack.require(held, f"a range finder of width {width}")
     generator = torch.Generator().manual_seed(0)
@@ -127,7 +127,7 @@ def _randomized(stack: Stack, width: int, power_iterations: int) -> tuple[Tensor
     return basis @ small, values, vh.mH
 
 
-def _projected(stack: Stack, basis: Tensor, held: int) -> Tensor:
+def _projected(stack: Slices, basis: Tensor, held: int) -> Tensor:
     """Q̂_kᴴ Â_k of every frequency, ``[K, width, n2]``."""
     projected = basis.new_zeros(stack.bins, basis.shape[2], stack.n2)
     for rows, columns, block in stack.blocks("projection", held):

@@ -12,8 +12,8 @@ from ..processes import is_sharded
 from ..t_product import check_tensor, t_product
 from .cores import CORES, make_core
 from .rules import Selection, select
-from .sharded import ShardedStack
-from .stack import MAX_WORKSPACE, SliceStack, Stack, check_rank, half_spectrum
+from .sharded import ShardedSlices
+from .slices import MAX_WORKSPACE, HeldSlices, Slices, check_rank, half_spectrum
 
 
 @dataclass(frozen=True)
@@ -38,13 +38,13 @@ class TensorCUR:
         """C * U * R, ``[n3, n1, n2]``."""
         return t_product(t_product(self.lateral, self.core), self.horizontal)
 
-    def relative_error(self, a: Tensor | Stack, max_workspace: int = MAX_WORKSPACE) -> float:
+    def relative_error(self, a: Tensor | Slices, max_workspace: int = MAX_WORKSPACE) -> float:
         """‖a - C * U * R‖ / ‖a‖ in the Frobenius norm, 0 for a zero tensor that is met exactly.
 
         Summed in fp64, block by block: C * U * R is never built. ``a`` may be a stack, whose own
         workspace holds then.
         """
-        stack = as_stack("a", a, max_workspace)
+        stack = as_slices("a", a, max_workspace)
         expected = [*self.lateral.shape[:2], self.horizontal.shape[2]]
         if [stack.n3, stack.n1, stack.n2] != expected:
             raise ValueError(f"a: expected shape {expected}, got {[stack.n3, stack.n1, stack.n2]}")
@@ -62,7 +62,7 @@ class TensorCUR:
 
 
 def tensor_cur(
-    a: Tensor | Stack,
+    a: Tensor | Slices,
     rank: int,
     selection: Selection = "norm",
     core: str = "intersection",
@@ -96,7 +96,7 @@ def tensor_cur(
         ValueError: bad shape, rank, rule or index, a tensor that is not finite, a generator for a
             rule that draws nothing, or a workspace too small for the rule.
     """
-    stack = as_stack("a", a, max_workspace, progress)
+    stack = as_slices("a", a, max_workspace, progress)
     check_rank("rank", rank, stack.n1, stack.n2)
     if core not in CORES:
         raise ValueError(f"core: expected one of {', '.join(CORES)}, got {core!r}")
@@ -109,15 +109,15 @@ def tensor_cur(
     return TensorCUR(lateral, made, horizontal, columns, rows)
 
 
-def as_stack(
+def as_slices(
     name: str,
-    a: Tensor | Sequence[Tensor] | Stack,
+    a: Tensor | Sequence[Tensor] | Slices,
     max_workspace: int = MAX_WORKSPACE,
     progress: bool = False,
     n1: int | None = None,
-) -> Stack:
+) -> Slices:
     """The stack that a tensor is, or a list of matrices of some slices each; a stack as it is."""
-    if isinstance(a, Stack):
+    if isinstance(a, Slices):
         return a
     if isinstance(a, Tensor) or not isinstance(a, Sequence) or isinstance(a, str):
         check_tensor(name, a)
@@ -125,8 +125,8 @@ def as_stack(
     else:
         matrices = list(a)
     if matrices and is_sharded(matrices[0]):
-        return ShardedStack(name, matrices, n1, max_workspace, progress)
-    return SliceStack(name, matrices, n1, max_workspace, progress)
+        return ShardedSlices(name, matrices, n1, max_workspace, progress)
+    return HeldSlices(name, matrices, n1, max_workspace, progress)
 
 
 def _slices_of(a: Tensor) -> list[Tensor]:
@@ -141,7 +141,7 @@ def _slices_of(a: Tensor) -> list[Tensor]:
 
 
 def select_slices(
-    slices: Sequence[Tensor] | Stack,
+    slices: Sequence[Tensor] | Slices,
     rank: int,
     selection: Selection = "norm",
     generator: torch.Generator | None = None,
@@ -150,4 +150,4 @@ def select_slices(
 
     The stack itself is never built. Returns int64 ``[r]`` rows and columns, ascending, on the CPU.
     """
-    return select(as_stack("slices", slices), rank, selection, generator)
+    return select(as_slices("slices", slices), rank, selection, generator)

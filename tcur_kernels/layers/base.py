@@ -82,6 +82,7 @@ class Base:
         self.name, self.places = name, places
         self.rows, self.columns = (tuple(each) for each in indices)
         self.factors, self.is_own = factors, is_own
+        self._given = factors.lateral.dtype
         self.generation = 0
         self._turn = 0
         self._samples: list[tuple[Place, int, int, float]] = []
@@ -238,8 +239,10 @@ class Base:
         """Takes C and R that are not of these weights along to their device and precision."""
         wide = torch.promote_types(weight.dtype, torch.float32)
         if (self.factors.device, self.factors.dtype) != (weight.device, wide):
+            # Their own dtype is that of the base that they were taken from, which files name.
+            dtype = wide if wide == torch.float64 else self._given
             sides = (self.factors.lateral, self.factors.horizontal)
-            self.factors = CURFactors(*(side.to(weight.device, wide) for side in sides))
+            self.factors = CURFactors(*(side.to(weight.device, dtype) for side in sides))
 
     @torch.inference_mode(False)  # what is kept must also serve a training step
     @torch.no_grad()

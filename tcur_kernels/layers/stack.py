@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..autocast import is_autocast
-from ..decompose import MAX_WORKSPACE, Selection, Stack, as_stack, check_rank, select_slices
+from ..decompose import MAX_WORKSPACE, Selection, Slices, as_slices, check_rank, select_slices
 from ..operators import cost, streams
 from ..operators.eager import Call, LatestSum, Pending, is_traced, run_layer, without_autocast
 from ..operators.factors import CURFactors
@@ -24,7 +24,7 @@ from ..operators.functional import (
     prepare,
     slice_update,
 )
-from ..processes import ReentrantGuard, whole
+from ..processes import ReentrantGuard
 from .base import Base, check_one_base, is_here
 from .cores import Cores
 from .linear import check_weights, places_of
@@ -88,7 +88,7 @@ class TProductStack(Cores):
         n1: int | None = None,
         precision: str = "ieee",
         factors: CURFactors | None = None,
-        source: Stack | None = None,
+        source: Slices | None = None,
         max_workspace: int = MAX_WORKSPACE,
         progress: bool = False,
         name: str = "",
@@ -115,7 +115,7 @@ class TProductStack(Cores):
 
         if source is None:
             weights = [place.weight.detach() for place in places]
-            source = as_stack("linears", weights, max_workspace, progress, self.n1)
+            source = as_slices("linears", weights, max_workspace, progress, self.n1)
         check_precision(precision, source.device)
         chosen = select_slices(source, rank, selection, generator)
         self.precision = precision
@@ -244,11 +244,6 @@ class TProductStack(Cores):
     def is_merged(self) -> bool:
         """Whether the layers' weights hold W_eff now."""
         return self.places[0].backup is not None
-
-    def each_base_slice(self) -> Iterator[Tensor]:
-        """The n3 base slices ``[n1, n2]``; sharded weights are gathered one at a time."""
-        for place in self.places:
-            yield from whole(place.weight.detach()).split(self.n1)
 
     def effective(self, dtype: torch.dtype) -> Tensor:
         """W_eff ``[n3, n1, n2]`` for the present core, rebuilt only when it changed.

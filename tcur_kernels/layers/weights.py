@@ -98,6 +98,12 @@ class Place:
         self.ran = False
         self.out_features, self.in_features = self.weight.shape
 
+    def at(self, slice_index: int, slices: int, name: str) -> Place:
+        """The same weight as other slices, under a name; of no stack yet."""
+        place = Place(self.module, slice_index, slices, self.projection, self.transposed)
+        place.name = name
+        return place
+
     @property
     def weight(self) -> Tensor:
         """The base weight ``[out_features, in_features]``, no copy."""

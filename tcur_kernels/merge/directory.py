@@ -6,7 +6,6 @@ here builds a model of loaded weights; what is in memory is one shard, and C and
 
 from __future__ import annotations
 
-import hashlib
 import os
 import stat
 from collections.abc import Callable, Iterable, Iterator
@@ -14,14 +13,13 @@ from functools import cached_property, partial
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..adapters.file import Contents, StoredStack
-from ..adapters.fingerprint import digest, update_digest
-from ..decompose import model_files
+from ..adapters.fingerprint import Fingerprint
 from ..files.origins import Origin, Origins, Read
+from ..files.shards import Shards
 from ..operators.factors import CURFactors
 from ..operators.functional import slice_update
 from .copying import copy_rest, new_directory
@@ -46,38 +44,13 @@ class ModelDirectory:
             raise FileNotFoundError(f"model_dir: expected a directory, got none at {self.path}")
 
     @cached_property
-    def shards(self) -> dict[Path, list[str]]:
-        """File -> names of its tensors, in order; see `decompose.model_files`.
+    def shards(self) -> Shards:
+        """The safetensors files of the directory.
 
         Raises:
-            FileNotFoundError: no safetensors, or not all shards that an index lists.
-            ValueError: a file that is torn, a tensor that two files hold, or one of the index that
-                none holds.
+            FileNotFoundError, ValueError: see `files.shards.Shards`.
         """
-        files, indexed = model_files("model_dir", self.path)
-        shards: dict[Path, list[str]] = {}
-        owner: dict[str, Path] = {}
-        for file in files:
-            with self._open(file) as shard:
-                shards[file] = list(shard.keys())
-            for name in shards[file]:
-                if name in owner:
-                    raise ValueError(
-                        f"model_dir: expected each tensor once, got {name} in "
-                        f"{owner[name].name} and {file.name}"
-                    )
-                owner[name] = file
-        lost = [name for name in indexed or () if name not in owner]
-        if lost and indexed is not None:
-            raise ValueError(
-                f"model_dir: expected all tensors of the index in {self.path}, got no {lost[0]} in "
-                f"{indexed[lost[0]]} ({len(lost)} are missing)"
-            )
-        return shards
-
-    @cached_property
-    def _file(self) -> dict[str, Path]:
-        return {name: file for file, names in self.shards.items() for name in names}
+        return Shards(self.path, "model_dir")
 
     def origins(self, names: Iterable[str], is_checked: bool) -> Origins:
         """Where the files have the tensors of an adapter's model.
@@ -89,34 +62,14 @@ class ModelDirectory:
             names: those that the adapter has.
             is_checked: whether a fingerprint tells of another tensor.
         """
-        if is_checked and all(name in self._file for name in names):
-            return Origins("model_dir", self.path, dict.fromkeys(self._file, ()), None)
+        shapes = self.shards.shapes
+        if is_checked and all(name in shapes for name in names):
+            return Origins("model_dir", self.path, shapes, None)
         try:
             model, hint = self.skeleton(), ""
         except (ValueError, OSError, ModuleNotFoundError) as error:
             model, hint = None, f"transformers renames while loading, and did not help: {error}"
-        shapes: dict[str, list[int]] = {}
-        for file in self.shards:
-            with self._open(file) as shard:
-                shapes |= {n: list(shard.get_slice(n).get_shape()) for n in self.shards[file]}
         return Origins("model_dir", self.path, shapes, model, hint)
-
-    def read(self, name: str) -> Tensor:
-        """One tensor, by its stored name; no other is read."""
-        with self._open(self._file[name]) as shard:
-            tensor: Tensor = shard.get_tensor(name)
-            return tensor
-
-    def read_shard(self, file: Path) -> dict[str, Tensor]:
-        """All tensors of one file."""
-        with self._open(file) as shard:
-            return {name: shard.get_tensor(name) for name in self.shards[file]}
-
-    def metadata(self, file: Path) -> dict[str, str] | None:
-        """What a file says of itself."""
-        with self._open(file) as shard:
-            found: dict[str, str] | None = shard.metadata()
-            return found
 
     def skeleton(self) -> nn.Module:
         """The model that ``config.json`` describes, on the meta device, by transformers.
@@ -146,15 +99,6 @@ class ModelDirectory:
             ) from error
         assert isinstance(model, nn.Module)
         return model
-
-    @staticmethod
-    def _open(file: Path) -> safe_open:
-        try:
-            return safe_open(file, framework="pt")
-        except SafetensorError as error:
-            raise ValueError(
-                f"model_dir: expected whole safetensors files, got a torn one at {file} ({error})"
-            ) from error
 
 
 def merge_directory(
@@ -188,25 +132,31 @@ def merge_directory(
         raise FileExistsError(f"out: expected a directory that is new or empty, got {out}")
     waiting = _edits(directory, contents)
     with new_directory(Path(os.path.realpath(out))) as place:
-        left_out = copy_rest(directory.path, directory.shards, place, out)
+        shards = directory.shards
+        left_out = copy_rest(directory.path, shards.names, place, out)
         done: dict[str, Tensor] = {}
-        for file in progress(list(directory.shards)):
-            tensors = directory.read_shard(file)
+        for file in progress(list(shards.names)):
+            tensors = shards.read_all(file)
+            own = {name for name in tensors if shards.files.get(name) == file}
 
-            def read(name: str, here: dict[str, Tensor] = tensors) -> Tensor:
-                return here[name] if name in here else directory.read(name)
+            def read(name: str, here: dict[str, Tensor] = tensors, own: set[str] = own) -> Tensor:
+                return here[name] if name in own else shards.read(name)
 
-            for edit in [edit for edit in waiting if edit.stored & tensors.keys()]:
+            for edit in [edit for edit in waiting if edit.stored & own]:
                 done |= edit(read)
                 waiting.remove(edit)
-            for name in tensors.keys() & done.keys():
+            for name in own & done.keys():
                 tensors[name] = done.pop(name).contiguous()
-            written = place / file.name
-            with open(written, "xb") as opened:
-                mode = stat.S_IMODE(os.fstat(opened.fileno()).st_mode)
-            save_file(tensors, written, metadata=directory.metadata(file))
-            written.chmod(mode)  # which the library does not take from the umask
+            _write(tensors, place / file.name, shards.metadata(file))
     return left_out
+
+
+def _write(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None) -> None:
+    """A safetensors file with the mode of any new file, which the library does not ask for."""
+    with open(path, "xb") as opened:
+        mode = stat.S_IMODE(os.fstat(opened.fileno()).st_mode)
+    save_file(tensors, path, metadata=metadata)
+    path.chmod(mode)
 
 
 class _Edit:
@@ -263,9 +213,10 @@ def _fits(directory: ModelDirectory, origins: Origins, contents: Contents) -> bo
     """Whether the first stack of an adapter was made of these weights."""
     stored = contents.stacks[0]
     try:
-        return digest(_slices(directory, origins, stored)) == stored.base_sha256
+        found = _factors_here(directory, origins, stored)
     except ValueError:  # of other sizes
         return False
+    return Fingerprint.of(found) == stored.record.base
 
 
 def _learned(tensor: Tensor, name: str, value: Tensor) -> Tensor:
@@ -282,7 +233,7 @@ def _slices(directory: ModelDirectory, origins: Origins, stored: StoredStack) ->
     for member, (parameter, transposed, first) in zip(
         stored.plan.members, stored.stored, strict=True
     ):
-        weight = origins[parameter].load(directory.read)
+        weight = origins[parameter].load(directory.shards.read)
         rows = member.slices * stored.plan.n1
         logical = (weight.T if transposed else weight)[first : first + rows]
         if logical.shape != (rows, stored.plan.n2):
@@ -293,26 +244,32 @@ def _slices(directory: ModelDirectory, origins: Origins, stored: StoredStack) ->
         yield from logical.split(stored.plan.n1)
 
 
-def _factors(directory: ModelDirectory, origins: Origins, stored: StoredStack) -> CURFactors:
-    """C and R of a stack from the base, whose fingerprint is checked on the way."""
-    state, columns, rows = hashlib.sha256(), [], []
+def _factors_here(directory: ModelDirectory, origins: Origins, stored: StoredStack) -> CURFactors:
+    """C and R of a stack as slices of the weights that the files have."""
+    columns, rows = [], []
     for block in _slices(directory, origins, stored):
-        update_digest(state, block)
-        columns.append(block[:, stored.columns].clone())
-        rows.append(block[stored.rows].clone())
-    if state.hexdigest() == stored.base_sha256:
-        return CURFactors(torch.stack(columns), torch.stack(rows))
-    kinds = sorted({str(block.dtype) for block in _slices(directory, origins, stored)})
+        columns.append(block[:, list(stored.record.columns)].clone())
+        rows.append(block[list(stored.record.rows)].clone())
+    return CURFactors(torch.stack(columns), torch.stack(rows))
+
+
+def _factors(directory: ModelDirectory, origins: Origins, stored: StoredStack) -> CURFactors:
+    """C and R of a stack, refused unless they are those that the adapter was made with."""
+    found, wanted = _factors_here(directory, origins, stored), stored.record.base
+    if Fingerprint.of(found) == wanted:
+        return found
+    kind = found.lateral.dtype
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-        if digest(b.to(dtype) for b in _slices(directory, origins, stored)) == stored.base_sha256:
+        cast = CURFactors(found.lateral.to(dtype), found.horizontal.to(dtype))
+        if Fingerprint.of(cast) == wanted:
             raise ValueError(
                 f"model_dir: expected the base in {dtype}, in which the adapter was made, got its "
-                f"weights in {', '.join(kinds)}: save the base in {dtype} first, or adapt it in "
-                "the dtype of its files"
+                f"weights in {kind}: save the base in {dtype} first, or adapt it in the dtype of "
+                "its files"
             )
     raise ValueError(
         f"model_dir: expected the base that the adapter was made for, got other weights in "
-        f"stack {stored.plan.name} ({', '.join(kinds)})"
+        f"stack {stored.plan.name} ({kind})"
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from peft.config import PeftConfig
 from peft.utils import PeftType
 
+from ..adapters.plan import STACKS_BY
 from ..operators.cost import MODES
 from ..operators.factors import PRECISIONS
 
@@ -17,10 +18,7 @@ from ..operators.factors import PRECISIONS
 NAME = "TCUR"
 
 #: Of the recorded plan; a file of another version is refused.
-FORMAT_VERSION = 1
-
-#: How the targeted layers are put into stacks.
-STACKINGS = ("shape", "layer")
+FORMAT_VERSION = 2
 
 
 def peft_type() -> PeftType:
@@ -137,7 +135,7 @@ class TCURConfig(PeftConfig):  # type: ignore[misc]
         if not math.isfinite(self.alpha):
             raise ValueError(f"alpha: expected a finite number, got {self.alpha}")
         for name, allowed in (
-            ("stacks", STACKINGS),
+            ("stacks", STACKS_BY),
             ("mode", MODES),
             ("precision", PRECISIONS),
         ):

@@ -136,7 +136,7 @@ class TCURLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             if rows.lead not in self.tcur_places:
                 return self._plain(x)
             place = self.tcur_places[rows.lead]
-            with rows.cores_of(place.stack, self.tcur_stacks, self):
+            with rows.cores_of(place.stack, self):
                 y: Tensor = place.stack.forward_slices(x, place)
             return y
         parts, order = [], []

@@ -10,6 +10,7 @@ import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from ..adapters.batch import StackedCores
 from ..adapters.plan import Plan
 from ..layers.rows import rows_of, using_rows
 from .hosted import AdapterStack
@@ -59,27 +60,42 @@ class NamedRows:
     ) -> None:
         self.names, self.inside_encoder, self.encoder = names, inside_encoder, encoder
         self.lead, self.adapters = lead, [*adapters, BASE]
+        self._cores: StackedCores | None = None
 
     def of(self, module: nn.Module) -> tuple[str, ...]:
         """The names of the rows that a module meets."""
         return self.inside_encoder if id(module) in self.encoder else self.names
 
-    def batch(
-        self, stack: AdapterStack, stacks: nn.ModuleDict, names: tuple[str, ...]
-    ) -> AbstractContextManager[None]:
-        """Gives a stack the cores of all adapters, and zeros for the base."""
-        cores: list[Tensor] = [stacks[name].core for name in self.adapters[:-1]]  # type: ignore[misc]
-        cores.append(torch.zeros_like(cores[0]))
-        ids = torch.tensor([self.adapters.index(name) for name in names], device=cores[0].device)
-        return stack.batch(torch.stack(cores).to(stack.factors.dtype), ids)
+    def batch(self, tuner: Tuner) -> AbstractContextManager[None]:
+        """Gives the stacks of the leading adapter the cores of all, and zeros for the base."""
+        assert self.lead is not None
+        named = [entry.name for entry in tuner.plans[self.lead].stacks]
+        every: dict[str, nn.ModuleDict] = {name: tuner.stacks_named(name) for name in named}
+        stacks: dict[str, AdapterStack] = {
+            name: own[self.lead]  # type: ignore[misc]
+            for name, own in every.items()
+        }
+        adapters = [
+            {name: own[adapter].core for name, own in every.items()}
+            for adapter in self.adapters[:-1]
+        ]
+        base = {name: torch.zeros_like(stack.core) for name, stack in stacks.items()}
+        self._cores = StackedCores.of(stacks, [*adapters, base])  # type: ignore[list-item]
+        if self.encoder:  # rows are not those of all layers: `cores_of` gives each layer its own
+            return nullcontext()
+        return self._cores.rows(stacks, self._ids(self.names, stacks[named[0]]))
 
-    def cores_of(
-        self, stack: AdapterStack, stacks: nn.ModuleDict, layer: nn.Module
-    ) -> AbstractContextManager[None]:
+    def cores_of(self, stack: AdapterStack, layer: nn.Module) -> AbstractContextManager[None]:
         """That context for a call of one layer, where its rows are not those of all layers."""
         if not self.encoder:
             return nullcontext()
-        return self.batch(stack, stacks, self.of(layer))
+        assert self._cores is not None
+        return self._cores.rows({stack.name: stack}, self._ids(self.of(layer), stack))
+
+    def _ids(self, names: Sequence[str], stack: AdapterStack) -> Tensor:
+        """Which of the cores each row goes by."""
+        each = [self.adapters.index(name) for name in names]
+        return torch.tensor(each, device=stack.core.device)
 
 
 class Tuner(Protocol):
@@ -134,10 +150,8 @@ def rows_by_adapter(tuner: Tuner, names: Sequence[str], beams: int = 1) -> Itera
     rows = NamedRows(each, tuple(names), encoder, lead, adapters)
     with ExitStack() as context:
         context.enter_context(using_rows(tuner.owner, rows))
-        if lead is not None and not encoder:
-            for entry in tuner.plans[lead].stacks:
-                stacks = tuner.stacks_named(entry.name)
-                context.enter_context(rows.batch(stacks[lead], stacks, each))  # type: ignore[arg-type]
+        if lead is not None:
+            context.enter_context(rows.batch(tuner))
         for module in tuner.model.modules():
             if isinstance(module, AuxiliaryTrainingWrapper):
                 hook = _name_rows(module, tuner.owner, rows)

@@ -1,7 +1,7 @@
 """A stack of frontal slices as decompositions read it: block by block, in a bounded workspace.
 
 Whether the slices lie in memory, in files, or sharded over processes, a rule sees the same: blocks
-``[n3, b, c]`` of some rows and columns of all slices, sums of which are completed by `Stack.sum`.
+``[n3, b, c]`` of some rows and columns of all slices, sums of which are completed by `Slices.sum`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _BLOCK_ELEMENTS = 1 << 22
 BYTES_PER_ELEMENT = 80
 
 
-class Stack(ABC):
+class Slices(ABC):
     """Frontal slices of one shape, read in blocks of rows; what a selection rule is given.
 
     Attributes:
@@ -168,7 +168,7 @@ class Stack(ABC):
         return number
 
 
-class SliceStack(Stack):
+class HeldSlices(Slices):
     """Slices in memory: matrices in the order of their slices, or the slices of one tensor.
 
     Args:

@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 
 import tcur_kernels as tcur
 from tcur_kernels import decompose
-from tcur_kernels.decompose import FileMatrix, Leverage, Shards, SliceStack, open_stack
-from tcur_kernels.decompose.stack import BYTES_PER_ELEMENT
+from tcur_kernels.decompose import FileMatrix, HeldSlices, Leverage, Shards, open_stack
+from tcur_kernels.decompose.slices import BYTES_PER_ELEMENT
 from tolerance import relative_error
 
 RULES = [*decompose.RULES, Leverage("randomized", 4, 1)]
@@ -44,8 +44,8 @@ def test_any_workspace_gives_the_same(rule, a, folder):
         tight = row + 78_000
     results = []
     for stack in (
-        SliceStack("a", list(a)),
-        SliceStack("a", list(a), max_workspace=tight),
+        HeldSlices("a", list(a)),
+        HeldSlices("a", list(a), max_workspace=tight),
         open_stack(folder, ["qkv", "out", "last"], max_workspace=tight),
     ):
         torch.manual_seed(0)
@@ -67,11 +67,11 @@ def test_any_workspace_gives_the_same(rule, a, folder):
 @pytest.mark.parametrize("workspace", [20_000, 60_000, 1 << 30])
 def test_exact_leverage_takes_as_many_passes_as_it_needs(workspace, a, monkeypatch):
     passes = []
-    plain = SliceStack.blocks
+    plain = HeldSlices.blocks
     monkeypatch.setattr(
-        SliceStack, "blocks", lambda *args: (passes.append(args[1]), plain(*args))[1]
+        HeldSlices, "blocks", lambda *args: (passes.append(args[1]), plain(*args))[1]
     )
-    stack = SliceStack("a", list(a[:, :12, :10]), max_workspace=workspace)
+    stack = HeldSlices("a", list(a[:, :12, :10]), max_workspace=workspace)
     d = tcur.tensor_cur(stack, 2, Leverage("exact"))
     expected = {20_000: 2, 60_000: 1, 1 << 30: 1}[workspace]
     assert passes.count("spectrum") == expected
@@ -81,9 +81,9 @@ def test_exact_leverage_takes_as_many_passes_as_it_needs(workspace, a, monkeypat
 def test_passes_per_rule(a, monkeypatch):
     """What the docs say of every rule; columns and rows of slices in memory are no passes."""
     passes = []
-    plain = SliceStack.blocks
+    plain = HeldSlices.blocks
     monkeypatch.setattr(
-        SliceStack, "blocks", lambda *args: (passes.append(args[1]), plain(*args))[1]
+        HeldSlices, "blocks", lambda *args: (passes.append(args[1]), plain(*args))[1]
     )
     counts = {}
     for rule in RULES:
@@ -111,7 +111,7 @@ def test_a_workspace_too_small_says_how_much_is_needed(a):
 
 
 def test_lists_of_slices(a):
-    d = tcur.tensor_cur(decompose.as_stack("w", [a[:3].reshape(99, 20), a[3], a[4]]), 3)
+    d = tcur.tensor_cur(decompose.as_slices("w", [a[:3].reshape(99, 20), a[3], a[4]]), 3)
     assert torch.equal(d.lateral, tcur.tensor_cur(a, 3).lateral)
     for wrong, error, message in (
         ([], ValueError, "w: expected at least one slice, got none"),
@@ -124,7 +124,7 @@ def test_lists_of_slices(a):
         ([a[0], a[1, 0]], ValueError, r"w: expected matrices with no empty axis, got \[20\]"),
     ):
         with pytest.raises(error, match=message):
-            decompose.as_stack("w", wrong)
+            decompose.as_slices("w", wrong)
 
 
 def test_progress_shows_a_bar(a, capsys):
@@ -175,7 +175,11 @@ def test_parts_and_transposes_of_stored_matrices(a, tmp_path):
 def test_not_finite_anywhere_in_a_shard(place, value, rule, folder, a):
     index, row = place
     name, first, file = ("qkv", 0, 1) if index == 0 else ("last", 0, 2)
-    tensors = {"qkv": a[:3].reshape(99, 20).clone()} if file == 1 else {"out": a[3], "last": a[4]}
+    tensors = (
+        {"qkv": a[:3].reshape(99, 20), "bias": a[0, 0]}
+        if file == 1
+        else {"out": a[3], "last": a[4]}
+    )
     tensors = {key: tensor.clone() for key, tensor in tensors.items()}
     tensors[name][row, 7] = value
     save_file(tensors, folder / f"model-{file}.safetensors")

@@ -1,0 +1,77 @@
+"""From an entry of a plan to its stack; the model is not changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from ..layers.stack import TProductStack
+from ..layers.weights import Place
+from .plan import StackPlan
+
+_Stack = TypeVar("_Stack", bound=TProductStack)
+
+
+def places_of(plan: StackPlan, found: Mapping[str, Place]) -> list[Place]:
+    """The weights of a stack, in the order of their slices.
+
+    Args:
+        plan: the stack.
+        found: name of a layer -> where its weight is; see `linear_maps.find_weights`.
+    """
+    places: list[Place] = []
+    first = 0
+    for member in plan.members:
+        places.append(found[member.module].at(first, member.slices, member.module))
+        first += member.slices
+    return places
+
+
+def build_stack(
+    kind: type[_Stack], plan: StackPlan, found: Mapping[str, Place], **settings: Any
+) -> _Stack:
+    """The stack of an entry, of one type or another, with settings as `TProductStack` takes them.
+
+    Raises:
+        ValueError: settings or weights that do not fit, with the name of the stack.
+    """
+    with errors_named(plan):
+        return kind(places_of(plan, found), name=plan.name, **settings)
+
+
+def check_layers(
+    plan: StackPlan, found: Mapping[str, Place], kind_of: Callable[[str], str]
+) -> None:
+    """Refuses a model without the layers of a stack that was saved.
+
+    Args:
+        plan: the stack.
+        found: name of a layer -> where its weight is.
+        kind_of: what errors call a module that is not among these.
+
+    Raises:
+        ValueError: naming the layer.
+    """
+    for member in plan.members:
+        if member.module not in found:
+            raise ValueError(
+                f"model: expected a linear layer {member.module} as in the adapter, got "
+                f"{kind_of(member.module)}"
+            )
+        shape = list(found[member.module].weight.shape)
+        expected = [member.slices * plan.n1, plan.n2]
+        if shape != expected:
+            raise ValueError(
+                f"model: expected {member.module} of shape {expected} (out, in) as in the adapter, "
+                f"got {shape}"
+            )
+
+
+@contextmanager
+def errors_named(plan: StackPlan) -> Iterator[None]:
+    """Context in which errors about values say which stack they are about."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"stack {plan.name}: {error}") from error
