@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 import tcur_kernels as tcur
 from fake_cuda import FakeStreams
 from plain import base_slices, product
-from tcur_kernels.layers import stack as stack_module
+from tcur_kernels.layers import route
 from tcur_kernels.layers import w_eff as kept_module
 from tcur_kernels.operators import streams
 from tolerance import assert_equal_in_float64
@@ -45,8 +45,8 @@ def builds(monkeypatch):
         calls.append(kwargs["out"].data_ptr())
         return materialize(*args, **kwargs)
 
-    materialize = stack_module.materialize
-    monkeypatch.setattr(stack_module, "materialize", counted)
+    materialize = route.materialize
+    monkeypatch.setattr(route, "materialize", counted)
     return calls
 
 
