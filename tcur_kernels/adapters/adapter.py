@@ -390,7 +390,7 @@ class Adapter:
     def __repr__(self) -> str:
         others = len(self._order) - 1
         of = f" of {self.active!r}, {others} more" if others else ""
-        return f"Adapter({self.count_parameters():,} parameters{of})\n{self.plan}"
+        return f"Adapter({self.count_parameters():,} parameters{of}, {self.plan!r})"
 
     # -- inside
 

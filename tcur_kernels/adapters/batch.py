@@ -92,6 +92,9 @@ class StackedCores(Mapping[str, Tensor]):
                 )
         check_adapter_ids(adapter_ids, self.adapters, next(iter(self._cores.values())).device)
 
+    def __repr__(self) -> str:
+        return f"StackedCores({self.adapters} adapters of stacks {', '.join(self)})"
+
     def __getitem__(self, name: str) -> Tensor:
         return self._cores[name]
 

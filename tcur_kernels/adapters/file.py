@@ -25,6 +25,7 @@ from torch import Tensor
 
 from ..layers.stack import TProductStack
 from ..operators.factors import CURFactors
+from ..values import HoldsTensors
 from .plan import Plan, StackPlan
 from .record import StackRecord
 
@@ -32,8 +33,8 @@ FORMAT = "tcur_kernels.adapter"
 FORMAT_VERSION = 2
 
 
-@dataclass(frozen=True)
-class StoredStack:
+@dataclass(frozen=True, eq=False, repr=False)
+class StoredStack(HoldsTensors):
     """One stack of a file.
 
     Attributes:
@@ -93,8 +94,8 @@ class StoredStack:
         return cls(record, stored, *settings, core, factors)
 
 
-@dataclass(frozen=True)
-class Contents:
+@dataclass(frozen=True, eq=False, repr=False)
+class Contents(HoldsTensors):
     """All of a file.
 
     Attributes:

@@ -71,12 +71,19 @@ class LeftOut:
     reason: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
     """Ordered stacks and what was left out; ``print(plan)`` shows both."""
 
     stacks: tuple[StackPlan, ...]
     left_out: tuple[LeftOut, ...] = ()
+
+    def __repr__(self) -> str:
+        layers = sum(len(stack.members) for stack in self.stacks)
+        return (
+            f"Plan({len(self.stacks)} stacks of {layers} layers, {len(self.left_out)} modules left "
+            "out; print it for the names)"
+        )
 
     def __str__(self) -> str:
         lines = []

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from ..autocast import without_autocast
+from ..values import HoldsTensors
 from .rules import Selection
 from .slices import MAX_WORKSPACE
 from .tensor import TensorCUR, tensor_cur
 
 
-@dataclass(frozen=True)
-class MatrixCUR:
+@dataclass(frozen=True, eq=False, repr=False)
+class MatrixCUR(HoldsTensors):
     """Result of `matrix_cur`: a ≈ C U R.
 
     Attributes:

@@ -10,12 +10,13 @@ from torch import Tensor
 
 from ..autocast import without_autocast
 from ..t_product import check_tensor
+from ..values import HoldsTensors
 from .rules import pick
 from .slices import HeldSlices
 
 
-@dataclass(frozen=True)
-class ModewiseCUR:
+@dataclass(frozen=True, eq=False, repr=False)
+class ModewiseCUR(HoldsTensors):
     """Result of `modewise_cur`: a ≈ core ×_0 C_0 ×_1 C_1 ×_2 C_2.
 
     Attributes:

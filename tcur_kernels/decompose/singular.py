@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..values import HoldsTensors
 from .slices import BYTES_PER_ELEMENT, Slices, half_spectrum
 
 #: K n1 n2 min(n1, n2) beyond which "auto" takes the range finder: 48 slices of 768 x 768 have
@@ -20,8 +21,8 @@ _BYTES = 16
 _SVD_COPIES = 6
 
 
-@dataclass(frozen=True)
-class Subspaces:
+@dataclass(frozen=True, eq=False, repr=False)
+class Subspaces(HoldsTensors):
     """Leading singular triples of every bin k of the half spectrum.
 
     Attributes:

@@ -10,14 +10,15 @@ from torch import Tensor
 
 from ..processes import is_sharded
 from ..t_product import check_tensor, t_product
+from ..values import HoldsTensors
 from .cores import CORES, make_core
 from .rules import Selection, select
 from .sharded import ShardedSlices
 from .slices import MAX_WORKSPACE, HeldSlices, Slices, check_rank, half_spectrum
 
 
-@dataclass(frozen=True)
-class TensorCUR:
+@dataclass(frozen=True, eq=False, repr=False)
+class TensorCUR(HoldsTensors):
     """Result of `tensor_cur`.
 
     Attributes:
