@@ -12,6 +12,7 @@ import tcur_kernels as tcur
 from tcur_kernels import decompose
 from tcur_kernels.decompose import FileMatrix, HeldSlices, Leverage, Shards, open_stack
 from tcur_kernels.decompose.slices import BYTES_PER_ELEMENT
+from tcur_kernels.decompose.tensor import as_slices
 from tolerance import relative_error
 
 RULES = [*decompose.RULES, Leverage("randomized", 4, 1)]
@@ -111,7 +112,7 @@ def test_a_workspace_too_small_says_how_much_is_needed(a):
 
 
 def test_lists_of_slices(a):
-    d = tcur.tensor_cur(decompose.as_slices("w", [a[:3].reshape(99, 20), a[3], a[4]]), 3)
+    d = tcur.tensor_cur(as_slices("w", [a[:3].reshape(99, 20), a[3], a[4]]), 3)
     assert torch.equal(d.lateral, tcur.tensor_cur(a, 3).lateral)
     for wrong, error, message in (
         ([], ValueError, "w: expected at least one slice, got none"),
@@ -124,7 +125,7 @@ def test_lists_of_slices(a):
         ([a[0], a[1, 0]], ValueError, r"w: expected matrices with no empty axis, got \[20\]"),
     ):
         with pytest.raises(error, match=message):
-            decompose.as_slices("w", wrong)
+            as_slices("w", wrong)
 
 
 def test_progress_shows_a_bar(a, capsys):

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 from torch.nn.parameter import UninitializedBuffer
 
-from ..decompose import MAX_WORKSPACE, Selection
+from ..decompose import Selection
+from ..decompose.slices import MAX_WORKSPACE
 from ..layers.stack import TProductStack
 from ..operators import cost
 from .adapter import Adapter

@@ -9,7 +9,9 @@ from pathlib import Path
 
 from torch import nn
 
-from ..decompose import MAX_WORKSPACE, RULES, Slices, as_slices, error_curve
+from ..decompose import RULES, Slices, error_curve
+from ..decompose.slices import MAX_WORKSPACE
+from ..decompose.tensor import as_slices
 from .linear_maps import find_weights
 from .plan import Plan, StackPlan
 from .streaming import BaseFiles, on_meta

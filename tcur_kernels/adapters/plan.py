@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..decompose import check_rank
+from ..decompose.slices import check_rank
 from .holding import is_reserved
 from .linear_maps import Weight, find_weights, reasons_to_leave_out
 from .targets import Targets as Targets

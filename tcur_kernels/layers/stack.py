@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..decompose import MAX_WORKSPACE, Selection, Slices, as_slices, check_rank, select_slices
+from ..decompose import Selection, Slices
+from ..decompose.slices import MAX_WORKSPACE, check_rank
+from ..decompose.tensor import as_slices, select_slices
 from ..operators import cost
 from ..operators.factors import CURFactors
 from ..operators.functional import (

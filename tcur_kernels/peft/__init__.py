@@ -12,9 +12,11 @@ from .requirement import check_peft
 
 check_peft()
 
-from .config import TCURConfig as TCURConfig  # noqa: E402
-from .layer import TCURLinear as TCURLinear  # noqa: E402
-from .model import TCURModel as TCURModel  # noqa: E402
-from .register import register as register  # noqa: E402
+from .config import TCURConfig  # noqa: E402
+from .layer import TCURLinear  # noqa: E402
+from .model import TCURModel  # noqa: E402
+from .register import register  # noqa: E402
+
+__all__ = ["TCURConfig", "TCURLinear", "TCURModel", "register"]
 
 register()
