@@ -118,7 +118,7 @@ def run(bench: Bench, log: Path) -> None:
         with open(log, "a", encoding="utf-8") as file:
             file.write(logs[name].read_text(encoding="utf-8", errors="replace"))
             if name == "cuda":
-                for report in sorted((ROOT / "build").glob("temp*/cuda/*.log")):
+                for report in sorted((ROOT / "build" / "cuda").glob("*.log")):
                     file.write(f"\n{report.name}\n{report.read_text(encoding='utf-8')}")
         if ended != "passed" and name == "cuda":
             ended += "; Triton alone from here on"

@@ -37,7 +37,7 @@ BALANCE = 15.0
 #: Slices that the CUDA kernels take, csrc/cuda/tile.h.
 CUDA_SLICES = 2048
 
-#: Factors of a tube's length for which there are codelets, csrc/tubes.h.
+#: Factors of a tube's length for which there are codelets, csrc/common/tubes.h.
 LONGEST_OUTER, LONGEST_INNER = 16, 9
 
 
@@ -89,7 +89,7 @@ def choose_gradient(tokens: int, n1: int, n2: int, n3: int, rank: int) -> str:
 
 
 def has_codelets(n3: int) -> bool:
-    """Whether n3 is a product of two factors for which csrc/codelets.h makes transforms."""
+    """Whether n3 is a product of two factors for which csrc/common/codelets.h makes transforms."""
     inners = range(1, LONGEST_INNER + 1)
     return any(n3 % inner == 0 and n3 // inner <= LONGEST_OUTER for inner in inners)
 

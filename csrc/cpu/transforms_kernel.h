@@ -2,6 +2,10 @@
 // tubes.h. `width` tubes lie side by side, a multiple of the vector length. They are worked on
 // strip by strip of a few vectors, all levels of a strip while it is in the first-level cache. Both
 // transforms overwrite their input.
+#pragma once
+
+#include "compiled_kernels.h"
+#include "factors_kernel.h"
 
 namespace tcur::TCUR_ISA {
 
@@ -251,5 +255,10 @@ TCUR_TARGET void forward_dft(
   const FoldedRows<T> rows{tubes, tubes, tubes + dft.n3 * tube_stride, tube_stride, -tube_stride};
   dft_strips<T, false>(dft, rows, {planes, plane_stride, dft.n3}, width);
 }
+
+template void inverse_dft(const TubeDft<float>&, float*, int64_t, float*, int64_t, int64_t);
+template void inverse_dft(const TubeDft<double>&, double*, int64_t, double*, int64_t, int64_t);
+template void forward_dft(const TubeDft<float>&, float*, int64_t, float*, int64_t, int64_t);
+template void forward_dft(const TubeDft<double>&, double*, int64_t, double*, int64_t, int64_t);
 
 }  // namespace tcur::TCUR_ISA

@@ -1,36 +1,35 @@
 // The core on tokens, in the real packed basis: block-diagonal, one block per bin. Tokens go in
 // groups, whose part of a block is copied together, widened and padded, while it is used.
+#pragma once
+
+#include "compiled_kernels.h"
+#include "convert_kernel.h"
 
 namespace tcur::TCUR_ISA {
 
 // group[t][0 … stride) = columns `offset` … offset+width of tokens begin … begin+n, zeros after
 // them.
-template <class T>
+template <class T, class S>
 TCUR_TARGET void gather_tokens(
     const TokenRows& rows, int64_t begin, int64_t n, const CoreBlock& block, T* group) {
+  const S* data = static_cast<const S*>(rows.data);
   for (int64_t t = 0; t < n; ++t) {
-    const int64_t at = (begin + t) * rows.stride + block.offset;
     T* target = group + t * block.stride;
-    switch (rows.element) {
-      case Element::f32:
-        load_row(static_cast<const float*>(rows.data) + at, target, block.width);
-        break;
-      case Element::f64:
-        load_row(static_cast<const double*>(rows.data) + at, target, block.width);
-        break;
-      case Element::bf16:
-        load_row(static_cast<const BFloat16*>(rows.data) + at, target, block.width);
-        break;
-      case Element::f16:
-        load_row(static_cast<const Half*>(rows.data) + at, target, block.width);
-        break;
-      case Element::none:
-        break;
-    }
+    load_row(data + (begin + t) * rows.stride + block.offset, target, block.width);
     for (int64_t j = block.width; j < block.stride; ++j) {
       target[j] = T(0);
     }
   }
+}
+
+template <class T>
+using GatherTokens = void (*)(const TokenRows&, int64_t, int64_t, const CoreBlock&, T*);
+
+template <class T>
+GatherTokens<T> gather_tokens_for(Element tokens) {
+  return with_any_element(tokens, [](auto element) -> GatherTokens<T> {
+    return &gather_tokens<T, NumberOfConstant<decltype(element)>>;
+  });
 }
 
 // out[i][:] (+)= Σ_k left[i * left_row + k * left_step] right[k][:], right and out `stride` wide.
@@ -90,12 +89,13 @@ TCUR_TARGET void apply_core(
     int64_t begin,
     int64_t end,
     T* scratch) {
+  const GatherTokens<T> gather = gather_tokens_for<T>(in.element);
   T* x = scratch;
   T* y = scratch + kTokenGroup * blocks.widest;
   for (; begin < end; begin += kTokenGroup) {
     const int64_t n = end - begin < kTokenGroup ? end - begin : kTokenGroup;
     for (const CoreBlock& block : blocks.all) {
-      gather_tokens(in, begin, n, block, x);
+      gather(in, begin, n, block, x);
       block_product<T>(
           {x, block.stride, 1, values + block.start, y, n, block.width, block.stride, false});
       for (int64_t t = 0; t < n; ++t) {
@@ -118,13 +118,15 @@ TCUR_TARGET void core_products(
     int64_t end,
     T* products,
     T* scratch) {
+  const GatherTokens<T> gather_p = gather_tokens_for<T>(p.element);
+  const GatherTokens<T> gather_z = gather_tokens_for<T>(z.element);
   T* x = scratch;
   T* y = scratch + kTokenGroup * blocks.widest;
   for (; begin < end; begin += kTokenGroup) {
     const int64_t n = end - begin < kTokenGroup ? end - begin : kTokenGroup;
     for (const CoreBlock& block : blocks.all) {
-      gather_tokens(p, begin, n, block, x);
-      gather_tokens(z, begin, n, block, y);
+      gather_p(p, begin, n, block, x);
+      gather_z(z, begin, n, block, y);
       block_product<T>(
           {x, 1, block.stride, y, products + block.start, block.width, n, block.stride, true});
     }
@@ -132,25 +134,37 @@ TCUR_TARGET void core_products(
 }
 
 template <class T, class O>
-TCUR_TARGET inline void add_elements(void* y, const T* delta, int64_t begin, int64_t end) {
+TCUR_TARGET void add_elements(void* y, const T* delta, int64_t begin, int64_t end) {
+  constexpr int lanes = Simd<T>::lanes;
   O* target = static_cast<O*>(y);
-  add_row(target + begin, delta + begin, target + begin, end - begin);
+  int64_t j = begin;
+  for (; j + lanes <= end; j += lanes) {
+    put<false, O, T>(target + j, Vec<T>(load(delta + j) + load_widened<T>(target + j)));
+  }
+  for (; j < end; ++j) {
+    target[j] = Narrow<O, T>::from(widen<T>(target[j]) + delta[j]);
+  }
 }
 
 template <class T>
+using AddElements = void (*)(void*, const T*, int64_t, int64_t);
+
+template <class T>
 TCUR_TARGET void add_update(void* y, Element element, const T* delta, int64_t begin, int64_t end) {
-  switch (element) {
-    case Element::f32:
-      return add_elements<T, float>(y, delta, begin, end);
-    case Element::f64:
-      return add_elements<T, double>(y, delta, begin, end);
-    case Element::bf16:
-      return add_elements<T, BFloat16>(y, delta, begin, end);
-    case Element::f16:
-      return add_elements<T, Half>(y, delta, begin, end);
-    case Element::none:
-      return;
-  }
+  const auto add = with_any_element(element, [](auto constant) -> AddElements<T> {
+    return &add_elements<T, NumberOfConstant<decltype(constant)>>;
+  });
+  add(y, delta, begin, end);
 }
+
+#define TCUR_INSTANTIATE(T)                                                                    \
+  template void apply_core(                                                                    \
+      const CoreBlocks&, const T*, const TokenRows&, T*, int64_t, bool, int64_t, int64_t, T*); \
+  template void core_products(                                                                 \
+      const CoreBlocks&, const TokenRows&, const TokenRows&, int64_t, int64_t, T*, T*);        \
+  template void add_update(void*, Element, const T*, int64_t, int64_t);
+TCUR_INSTANTIATE(float)
+TCUR_INSTANTIATE(double)
+#undef TCUR_INSTANTIATE
 
 }  // namespace tcur::TCUR_ISA

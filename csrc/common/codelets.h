@@ -16,8 +16,6 @@
 namespace tcur {
 
 // cos and sin of 2πm/n for the compiler: series on the eighth of the circle around the next axis.
-constexpr double kPi = 3.14159265358979323846;
-
 TCUR_HOST_DEVICE constexpr double series(double x, int first) {
   double term = first == 0 ? 1 : x, total = term;
   for (int i = first + 1; i < 24; i += 2) {

@@ -200,23 +200,23 @@ inline TokenGrid token_grid(
   TokenGrid grid{};
   grid.bins = n3 / 2 + 1;
   grid.tiles_per_bin = tiles_per_bin;
-  grid.tile_blocks = (tiles_per_bin + most_threads - 1) / most_threads;
-  grid.tiles = (tiles_per_bin + grid.tile_blocks - 1) / grid.tile_blocks;
-  const int wanted = static_cast<int>(std::clamp<int64_t>(cores.row_length, 1, 16));
-  const int width = std::max((32 + rank - 1) / rank, kTokenThreads / (grid.tiles * wanted));
+  grid.tile_blocks = ceil_div(tiles_per_bin, most_threads);
+  grid.tiles = ceil_div(tiles_per_bin, grid.tile_blocks);
+  const int wanted = static_cast<int>(std::clamp<int64_t>(cores.row_length(), 1, 16));
+  const int width = std::max(ceil_div(32, rank), kTokenThreads / (grid.tiles * wanted));
   const int widest = std::min(grid.bins, most_threads / grid.tiles);
-  grid.bin_blocks = (grid.bins + std::min(width, widest) - 1) / std::min(width, widest);
-  grid.width = (grid.bins + grid.bin_blocks - 1) / grid.bin_blocks;
+  grid.bin_blocks = ceil_div(grid.bins, std::min(width, widest));
+  grid.width = ceil_div(grid.bins, grid.bin_blocks);
   grid.groups = kTokenThreads / (grid.width * grid.tiles);
-  grid.rows = cores.rows;
-  grid.row_length = cores.row_length;
+  grid.rows = cores.rows();
+  grid.row_length = cores.row_length();
   return grid;
 }
 
 // Cuts rows into chunks of `per_thread` tokens for each of the groups.
 inline void cut_rows(TokenGrid& grid, int64_t per_thread) {
   grid.chunk = static_cast<int>(grid.groups * per_thread);
-  grid.chunks = static_cast<int>(tiles_of(grid.row_length, grid.chunk));
+  grid.chunks = static_cast<int>(ceil_div(grid.row_length, grid.chunk));
   grid.by_bin_blocks = Divisor(grid.bin_blocks);
   grid.by_tile_blocks = Divisor(grid.tile_blocks);
   grid.by_chunks = Divisor(std::max(grid.chunks, 1));
@@ -253,8 +253,8 @@ struct Item {
     const int local_bin = grid.by_tiles.quotient(item);
     bin = share.first_bin + local_bin;
     tile = share.first_tile + item - local_bin * grid.tiles;
-    plane = bin == 0 ? 0 : 2 * bin - 1;
-    is_pair = bin > 0 && 2 * bin < n3;
+    plane = plane_of(bin);
+    is_pair = tcur::is_pair(bin, n3);
     is_there = bin < grid.bins && tile < grid.tiles_per_bin;
   }
 };

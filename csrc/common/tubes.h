@@ -10,24 +10,54 @@
 // kernel. The inverse transform weights each pair by 2/n3 and each real bin by 1/n3.
 #pragma once
 
+#include "host_device.h"
+
 #include <cmath>
 #include <cstdint>
 #include <memory>
 #include <vector>
 
-// Functions that CUDA kernels call too.
-#ifdef __CUDACC__
-#define TCUR_HOST_DEVICE __host__ __device__
-#else
-#define TCUR_HOST_DEVICE
-#endif
-
 namespace tcur {
+
+constexpr double kPi = 3.14159265358979323846;
 
 // Number of (re, im) pairs in the half spectrum of a tube of length n3.
 TCUR_HOST_DEVICE inline int64_t pairs(int64_t n3) {
   return (n3 - 1) / 2;
 }
+
+// Whether a bin, 0 … n3/2, is such a pair, and the plane where it begins.
+template <class Int>
+TCUR_HOST_DEVICE constexpr bool is_pair(Int bin, Int n3) {
+  return bin > 0 && 2 * bin < n3;
+}
+template <class Int>
+TCUR_HOST_DEVICE constexpr Int plane_of(Int bin) {
+  return bin == 0 ? 0 : 2 * bin - 1;
+}
+template <class Int>
+TCUR_HOST_DEVICE constexpr Int bin_of(Int plane) {
+  return (plane + 1) / 2;
+}
+
+// The bins in their order: for (Bin bin(n3); bin.is_there(); bin.next()).
+struct Bin {
+  int64_t n3, plane = 0;  // its first one
+  bool is_pair = false;
+
+  explicit Bin(int64_t n3) : n3(n3) {
+  }
+  bool is_there() const {
+    return plane < n3;
+  }
+  int64_t planes() const {
+    return is_pair ? 2 : 1;
+  }
+  void next() {
+    plane += planes();
+    is_pair = plane <= 2 * pairs(n3);
+  }
+};
 
 TCUR_HOST_DEVICE inline bool has_nyquist(int64_t n3) {
   return n3 % 2 == 0;
@@ -45,7 +75,7 @@ TCUR_HOST_DEVICE inline double inverse_weight(int64_t plane, int64_t n3) {
 class UnitRoots {
  public:
   explicit UnitRoots(int64_t n3) : n3_(n3), cos_(n3), sin_(n3) {
-    const double step = 2.0 * 3.14159265358979323846 / static_cast<double>(n3);
+    const double step = 2.0 * kPi / static_cast<double>(n3);
     for (int64_t m = 0; m < n3; ++m) {
       cos_[m] = std::cos(step * static_cast<double>(m));
       sin_[m] = std::sin(step * static_cast<double>(m));
@@ -218,7 +248,7 @@ struct TubeDft {
         re += value * bins.cos(at);
         im -= value * bins.sin(at);
       }
-      const int64_t plane = bin == 0 ? 0 : 2 * bin - 1;
+      const int64_t plane = plane_of(bin);
       const double weight = inverse_weight(plane, length) / 2;
       kernel[plane] = static_cast<T>(weight * re);
       if (bin > 0 && plane + 1 < length) {

@@ -1,6 +1,8 @@
 // Numbers in memory, four side by side at a time.
 #pragma once
 
+#include "../common/codelets.h"
+#include "../common/elements.h"
 #include "launch.h"
 
 #ifdef __CUDACC__
@@ -102,11 +104,14 @@ TCUR_DEVICE Quad load_constant(const float* from) {
   return {x.x, x.y, x.z, x.w};
 }
 
-// Element type of a tensor in memory.
-enum class Element { none, f32, bf16, f16 };
-
-TCUR_HOST_DEVICE constexpr int bytes_of(Element element) {
-  return element == Element::f32 ? 4 : 2;
+// Kernels take numbers of 4 and of 2 bytes: f of their bytes as a constant.
+template <class F>
+TCUR_DEVICE void with_bytes(Element element, F&& f) {
+  if (element == Element::f32) {
+    f(Constant<4>{});
+  } else {
+    f(Constant<2>{});
+  }
 }
 
 TCUR_DEVICE float widen(unsigned short bits, Element element) {
