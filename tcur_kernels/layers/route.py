@@ -1,8 +1,8 @@
-"""How the layers of a stack compute: what each call is made of, which way it goes, and the call.
+"""How the layers of a stack compute: the operands of a call, the choice of a way, and the call.
 
-A layer goes by W_eff, which is built once for all layers of the stack and kept while the core stays
-the same, or through the factors, whichever is less work (`operators.cost`). Code that is traced
-goes through the operators, which a compiler can see.
+A layer computes either with W_eff or with the factors, whichever is less work (`operators.cost`).
+W_eff is built once for all layers of the stack and kept while the core stays the same. Traced code
+calls the operators, which a compiler can see.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ from .weights import Place
 
 
 class Operands(NamedTuple):
-    """What one call of a layer is made of.
+    """The operands of one call of a layer.
 
     Attributes:
         x: tokens ``[..., in_features]``, in the dtype that the layer computes in.
-        source: the tensor that the caller gave. Layers know by it that they have the same input.
+        source: the tensor that the caller passed; it shows whether two layers share their input.
         weight: the base weight ``[out_features, in_features]``, in its own dtype.
         bias: ``[out_features]`` or None, in the dtype of ``x``.
-        place: where the weight is.
+        place: where the weight is stored.
         core: ``[n3, r, r]``, or ``[A, n3, r, r]`` with ``adapter_ids``.
-        adapter_ids: int64, which of the cores each row goes by; None: one core for all rows.
-        dtype: that the layer computes in: of the weight, or that of autocast.
+        adapter_ids: int64, the index of the core that each row uses; None: one core for all rows.
+        dtype: the dtype that the layer computes in: that of the weight, or of autocast.
         precision: of the products of tokens with the factors.
     """
 
@@ -56,9 +56,9 @@ class Operands(NamedTuple):
 
 
 class Routed(Cores):
-    """A stack as its layers see it: they hand over tokens, and it computes.
+    """The part of a stack that its layers use: they pass tokens, and it computes.
 
-    What it reads is set by `stack.TProductStack`, which documents it.
+    The subclass `stack.TProductStack` sets and documents the attributes.
     """
 
     name: str
@@ -77,10 +77,10 @@ class Routed(Cores):
     _is_looked_over: bool
 
     def _reset(self) -> None:
-        """Nothing is kept yet, for the factors that there are now."""
+        """Starts with empty caches for the present factors."""
         self._lock = threading.RLock()
         self._kept = Kept()
-        #: (first slice, precision, dtype) of a layer -> what its calls have in common.
+        #: Maps (first slice, precision, dtype) of a layer to what its calls have in common.
         self._calls: dict[tuple[int, str, torch.dtype], Call] = {}
         self._projected = Projected()
         self._gradient_sum = LatestSum()
@@ -90,11 +90,12 @@ class Routed(Cores):
     # -- a call of a layer
 
     def forward_slices(self, x: Tensor, place: Place) -> Tensor:
-        """``x`` through the layer of one place; see `TProductLinear.forward`."""
+        """Applies the layer of one place to ``x``; see `TProductLinear.forward`."""
         bias = place.bias
         if place.was_trained and x.ndim > 2 and not x.is_contiguous() and not x.is_nested:
-            # Of such a weight torch makes one product of matrices, of a frozen one several; and the
-            # bias is added to what it is rounded to.
+            # Compute as torch did before the layer was adapted. If the weight requires grad, torch
+            # forms a single matrix product and adds the bias to the rounded result. For a frozen
+            # weight it would form several products.
             y = self._forward(x.contiguous(), x, None, place)
             return y if bias is None else y + bias.detach().to(y.dtype)
         return self._forward(x, x, bias, place)
@@ -106,7 +107,7 @@ class Routed(Cores):
             weight = place.weight
         dtype, precision = weight.dtype, self.precision
         if is_autocast(x) and x.dtype != torch.float64:
-            # What autocast does to a linear layer; the operators themselves are out of its reach.
+            # Autocast casts a linear layer like this, but it does not know our operators.
             dtype = torch.get_autocast_dtype(x.device.type)
             x = x.to(dtype)
             bias = None if bias is None else bias.to(dtype)
@@ -135,24 +136,24 @@ class Routed(Cores):
         return self._by_node(operands)
 
     def _merged_weight(self, place: Place) -> Tensor:
-        """W_eff as it is stored in the layer itself."""
+        """W_eff, which is stored in the layer itself while merged."""
         if self.is_unsettled:  # a checkpoint brought another base, or another core
             self.settle()
         return place.stored.T if place.transposed else place.stored
 
     def _core_for(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The core, or the cores of a batch and which of them each row goes by."""
+        """The core; or, in a batch of many adapters, their cores and the index for each row."""
         batch: Rows | None = rows_of(self)
         core, adapter_ids = (self.core, None) if batch is None else (batch.cores, batch.ids_for(x))
         wide = self.base.factors.dtype
-        # FSDP2 may have cast the core as it casts weights.
+        # FSDP2 with mixed precision may have cast the core together with the weights.
         return core if core.dtype == wide else core.to(wide), adapter_ids
 
     def _is_plain(self, given: Operands) -> bool:
-        """Whether all that a call is made of fits; the operators say why where something does not.
+        """Whether the operands all fit. If not, the operators take over and say what is wrong.
 
-        They also compute what goes past W_eff and the kept factors: a single layer that was cast,
-        and shapes on the meta device.
+        The operators also handle two special cases: a single layer that was cast, and shapes on
+        the meta device.
         """
         x, weight, bias = given.x, given.weight, given.bias
         return (
@@ -167,9 +168,9 @@ class Routed(Cores):
         )
 
     def _by_operators(self, given: Operands) -> Tensor:
-        """The call through the operators, which check everything and which a compiler can see.
+        """The call through the operators, which check everything and are visible to a compiler.
 
-        W_eff is not used here: a traced graph cannot see the buffer that it is kept in.
+        This never uses W_eff, because a traced graph cannot see the buffer that holds it.
         """
         x, weight, bias, core, adapter_ids = (
             given.x,
@@ -179,7 +180,7 @@ class Routed(Cores):
             given.adapter_ids,
         )
         factors = self.base.factors
-        if x.is_meta and weight.is_meta:  # shapes are asked for, wherever C and R are
+        if x.is_meta and weight.is_meta:  # only shapes matter; C and R may be on another device
             factors, core = factors.to("meta"), core.to("meta")
             adapter_ids = None if adapter_ids is None else adapter_ids.to("meta")
         is_wider = factors.dtype == torch.float64 != given.dtype == x.dtype  # one layer was cast
@@ -200,7 +201,7 @@ class Routed(Cores):
         return y.to(given.dtype) if is_wider else y
 
     def _by_node(self, given: Operands) -> Tensor:
-        """The call as one node of autograd, by W_eff or through the factors; see `eager`."""
+        """The call as one node of autograd, with W_eff or with the factors; see `eager`."""
         x, core, adapter_ids = given.x, given.core, given.adapter_ids
         if core.requires_grad:
             batch = rows_of(self)
@@ -218,14 +219,15 @@ class Routed(Cores):
         is_trained = core.requires_grad and torch.is_grad_enabled()
         gradient, z, gradient_sum = "x", None, None
         if adapter_ids is not None:
-            gradient = "z"  # which q, k, v share; dyᵀx would mix the tokens of all cores
+            gradient = "z"  # q, k, v share z; and dyᵀx would mix the tokens of all cores
         elif is_trained:
             gradient = cost.choose_gradient(tokens, self.n1, self.n2, self.n3, self.rank)
-            if core.is_leaf:  # one that was computed may be another at the next layer
+            if core.is_leaf:  # a computed core may be a different tensor at the next layer
                 gradient_sum = self._gradient_sum.of(core, self.alpha, call, capture)
         if gradient == "z":
             with without_autocast():
-                # In training the graph keeps z for the next layer, in serving nobody would.
+                # In training the graph keeps z alive for the next layer. A batch of many adapters
+                # is often served without a graph, so z is held here.
                 hold = adapter_ids is not None
                 z = self._projected.of(given.source, x, call.horizontal_hat, capture, hold)
         return run_layer(
@@ -243,21 +245,21 @@ class Routed(Cores):
         )
 
     def _call_of(self, given: Operands, weight: Tensor, capture: int) -> Call:
-        """What all calls of this layer have in common, looked at once."""
+        """What all calls of this layer have in common; it is checked and prepared only once."""
         key = (given.place.slice_index, given.precision, given.dtype)
         call = self._calls.get(key)
         if call is None:
             factors = self.base.factors
             call = prepare(weight, given.bias, factors, given.place.slice_index, given.precision)
             call.on_gradient = self.gradient_came
-            if not capture:  # what is made in a capture has no values until it is replayed
+            if not capture:  # tensors made in a capture have no values before the first replay
                 self._calls[key] = call
         return call
 
     # -- W_eff
 
     def _effective_for(self, given: Operands, tokens: int, capture: int) -> Effective | None:
-        """W_eff if a call of a layer goes by it, built where it has to be."""
+        """W_eff if this call should use it, built if necessary; else None."""
         if self.mode == "factored":
             return None
         built = self._kept.find(given.dtype, given.core, given.place, capture)
@@ -280,7 +282,7 @@ class Routed(Cores):
         return built
 
     def _mode_if_sharded(self) -> str:
-        """How to run where W_eff is wanted but other layers' weights may be on other processes."""
+        """The mode if W_eff is wanted, although other layers' weights may be sharded or cast."""
         if all(is_here(place) for place in self.places):
             if len({place.weight.dtype for place in self.places}) > 1:
                 return "factored"  # a single layer was cast
@@ -293,12 +295,12 @@ class Routed(Cores):
         return "factored"
 
     def effective(self, dtype: torch.dtype) -> Tensor:
-        """W_eff ``[n3, n1, n2]`` for the present core, rebuilt only when it changed.
+        """W_eff ``[n3, n1, n2]`` of the present core, rebuilt only if the core changed.
 
-        The buffer is reused from version to version: fresh memory costs more in page faults than
-        the kernel. While a graph still holds a view of it for its backward, the next version goes
-        to a new buffer instead. Where a weight that is stored (in, out) has several slices, they
-        lie side by side, and this is a copy.
+        Each version reuses the same buffer, because page faults in fresh memory cost more than the
+        kernel. If a graph still holds a view of the buffer for its backward, the next version goes
+        to a new buffer. If a weight is stored (in, out) and has several slices, they lie side by
+        side in memory; the result is then a copy.
         """
         with self._lock:
             return self._built(dtype).w_eff(self.places)
@@ -308,19 +310,22 @@ class Routed(Cores):
         capture = self._kept.capture_of(self.core.device)
         for place in self.places:
             built = self._kept.find(dtype, self.core, place, capture)
-            if built is None or self._kept.has_graphs:  # no pass, of which each layer counts one
+            # With captured graphs, W_eff is rebuilt when a layer meets it a second time. This call
+            # is not part of a pass through the layers, so it must not rely on that count.
+            if built is None or self._kept.has_graphs:
                 return self._build(dtype, capture)
         assert built is not None
         return built
 
-    @torch.inference_mode(False)  # what is kept must also serve a training step
+    @torch.inference_mode(False)  # a later training step uses the result too
     @torch.no_grad()
     def _build(self, dtype: torch.dtype, capture: int) -> Effective:
         core, factors, (n3, n1, n2) = self.core, self.base.factors, (self.n3, self.n1, self.n2)
         wide = core.to(factors.dtype)
         base = [place.weight for place in self.places]
-        # Stored (in, out), as by Conv1D: (C * U * R)ᵀ slice by slice is Rᵀ * Uᵀ * Cᵀ, and no weight
-        # has to be copied for the kernels. Slices of one weight lie side by side then.
+        # Conv1D stores weights (in, out). Transposing each frontal slice of C * U * R gives
+        # Rᵀ * Uᵀ * Cᵀ, so the kernels can read such weights without a copy. The slices of one
+        # weight then lie side by side.
         transposed = all(each.mT.is_contiguous() and not each.is_contiguous() for each in base)
         shape: tuple[int, ...] = (n3, n1, n2)
         if transposed:
@@ -338,7 +343,7 @@ class Routed(Cores):
         return built
 
     def effective_value(self, place: Place) -> Tensor:
-        """W_eff of one place as numbers: those that are kept, where layers run by W_eff."""
+        """The numbers of W_eff of one place; the kept ones if the layers compute with W_eff."""
         weight, core = place.weight, self.core
         with self._lock, torch.no_grad():
             self._look()
@@ -349,7 +354,7 @@ class Routed(Cores):
             return effective_weight(place) if built is None else built.view_of(place)
 
     def update(self, place: Place) -> Tensor:
-        """What the core adds to one place, ``[out, in]``, at least fp32; differentiable."""
+        """The update of one place, ``[out, in]``, in at least fp32; differentiable."""
         factors = self.factors
         core = self.core.to(factors.dtype)
         return slice_update(factors, core, place.slice_index, place.slices, self.alpha)
@@ -358,15 +363,15 @@ class Routed(Cores):
 
     @property
     def factors(self) -> CURFactors:
-        """The frozen C and R, of the base weights that are there now."""
+        """The frozen C and R of the present base weights."""
         if not torch.compiler.is_compiling():
             self._look()
         return self.base.factors
 
     def _look(self) -> None:
-        """Takes C and R anew if the base weights changed; what was made of the old ones goes."""
+        """Takes C and R again if the base weights changed, and drops what depends on old ones."""
         with self._lock:
-            # A comparison would wait for the device, which a capture does not allow.
+            # A comparison would wait for the device, which is forbidden during a capture.
             if not self.base.is_known and not streams.capture_of(self.base.factors.device):
                 indices = self.holder._buffers.get(f"{self._key}__indices")
                 if indices is not None and not indices.is_meta:
@@ -383,11 +388,11 @@ class Routed(Cores):
 
     @property
     def is_merged(self) -> bool:
-        """Whether the layers' weights hold W_eff now."""
+        """Whether the layers' weights hold W_eff at present."""
         return self.places[0].backup is not None
 
     def settle(self) -> None:
-        """Takes in what a checkpoint brought: C and R of the new base, and W_eff where merged."""
+        """Follows a loaded checkpoint: takes C and R of the new base; if merged, writes W_eff."""
         self._look()
         if self.is_unsettled and self.is_merged:
             self._write_w_eff()
@@ -402,17 +407,21 @@ class Routed(Cores):
         self._kept.release()
 
     def reading(self) -> Pending:
-        """For a weight that is read for a graph: what that graph is to keep, and to mark."""
+        """The `Pending` that a graph which reads a weight keeps, and marks in its backward."""
         self._check_checkpoints(0)
         return self._gradient_sum.reading()
 
     def _check_checkpoints(self, batch: int) -> None:
-        """Refuses what activation checkpointing would do wrong without a word."""
+        """Refuses cases in which activation checkpointing would silently go wrong."""
         self._guard.check()
         self._forward_core.check((self.activations, batch), self._gradient_sum)
 
     def gradient_came(self) -> None:
-        """The core may be written from now on. A first step has run all layers that ever run."""
+        """Called when a gradient of the core is formed.
+
+        An optimizer may write the core from now on. Every layer that ever runs has run by now, so
+        the first such call warns of the others.
+        """
         self._kept.doubt()
         if not self._is_looked_over:
             self._is_looked_over = True
@@ -429,26 +438,26 @@ class Routed(Cores):
     # -- what holds no longer
 
     def doubt(self) -> None:
-        """From now on the core may have been written unseen."""
+        """Notes that the core may have been written without a trace."""
         self._kept.doubt()
 
     def invalidate(self) -> None:
-        """Has W_eff built, and the base weights looked at, before they are used again.
+        """Requests that W_eff be rebuilt and the base weights compared before their next use.
 
-        For code that writes the core, or the base weights, past torch's version counters and at
-        another time than between a backward and the next forward; see docs/adapters.md.
+        For code that writes the core or the base weights past torch's version counters, at another
+        time than between a backward and the next forward; see docs/adapters.md.
         """
         self._kept.invalidate()
         self._projected.forget()
         self.base.suspect()
 
     def activate_core(self, name: str, former: str) -> None:
-        """As of `Cores`; graphs of the former core may wait for their backward."""
+        """Like `Cores.activate_core`; graphs of the former core may still await their backward."""
         super().activate_core(name, former)
         self._gradient_sum.retire()
 
     def moved(self) -> None:
-        """What was made of a core that was in other memory goes."""
+        """Drops everything that was made from a core in its former memory."""
         self._kept.forget()
         self._projected.forget()
         self._gradient_sum.forget()

@@ -1,4 +1,4 @@
-"""The stack: equally shaped weights with one trained core, which their layers compute through."""
+"""The stack: weights of one shape that share one trained core, and how their layers use it."""
 
 from __future__ import annotations
 
@@ -27,45 +27,46 @@ from .weights import Place
 
 
 class TProductStack(Routed):
-    """All slices of one shape: owns the trained core, the frozen factors and W_eff.
+    """All slices of one shape; owns the trained core, the frozen factors and W_eff.
 
-    The weights stay with their layers; the stack refers to them, never copies or changes them
-    (`merge` apart). With l the position of a layer's weight in the stack, the layer computes with
-    ``W_l + alpha * (C * U * R)_l``; the core U starts at zero.
+    The weights stay with their layers. The stack only refers to them; nothing but `merge` copies or
+    changes them. If a layer's weight is slice l of the stack, the layer computes with
+    ``W_l + alpha * (C * U * R)_l``. The core U starts at zero.
 
     Args:
-        linears: layers in the order of their slices, which matters: the t-product is a circular
-            convolution along it. Same in_features, dtype and device; their weights must not
-            require grad. A layer whose out_features is a multiple m of the smallest one takes m
-            consecutive slices (a fused q, k, v projection takes three). Or places of weights in
-            modules that are adapted in place, see `places.Place` and `layers.adapt_in_place`.
+        linears: layers in the order of their slices. The order matters, because the t-product is a
+            circular convolution along it. They must have the same in_features, dtype and device,
+            and their weights must not require grad. If the out_features of a layer is m times the
+            smallest one, the layer takes m consecutive slices (a fused q, k, v projection takes
+            three). May also be places of weights in modules that are adapted in place, see
+            `weights.Place` and `attention.adapt_in_place`.
         rank: r, 1 to min(n1, n2).
         alpha: scale of the update.
         selection: rule for the slices, see `tensor_cur`.
         mode: "auto" (see `cost`), "materialized" or "factored".
-        generator: for rules that draw.
+        generator: for rules that draw at random.
         n1: rows of a slice, default the smallest out_features.
         precision: of the products of tokens with the factors: "ieee", or "bf16" for operands
             rounded to bf16 (a gradient error of about 4e-3). Under autocast to bf16 it is "bf16".
-        factors: C and R where they are not to be slices of these weights (a base in another dtype);
-            the selection then only says which slices they were.
-        source: where the weights are read to choose slices, C and R, for layers on the meta device;
-            default the layers themselves.
-        max_workspace, progress: of that reading, see `tensor_cur`.
+        factors: C and R, if they are not to be slices of these weights, for example because they
+            come from a base in another dtype. The selection then only records their indices.
+        source: where to read the weights from, to choose the slices and take C and R. Needed for
+            layers on the meta device; by default the layers themselves.
+        max_workspace, progress: for that reading, see `tensor_cur`.
         name: of the stack, for messages.
 
     Attributes:
         core: Parameter ``[n3, r, r]``, fp32 (fp64 for fp64 weights), whatever dtype the model is
-            cast to. Of several cores (`add_core`) the active one; the others are frozen.
-        layers: the modules that hold the weights; of layers given as ``linears``, `TProductLinear`
-            layers that share their parameters.
-        places: where the weights are, in the order of their slices.
-        is_unsettled: whether a checkpoint brought what was not looked at yet.
-        base: C and R, and whether they are of the weights that are there now.
+            cast to. If there are several (`add_core`), the active one; the others are frozen.
+        layers: the modules that hold the weights. If ``linears`` were layers, these are
+            `TProductLinear` layers that share their parameters.
+        places: where the weights are stored, in the order of their slices.
+        is_unsettled: whether a checkpoint was loaded that `settle` has not processed yet.
+        base: C and R, and the check that they still agree with the present weights.
         rows, columns: the chosen indices I and J.
 
     Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came.
+        TypeError, ValueError: an argument is wrong; the message says what was expected.
     """
 
     def __init__(
@@ -151,21 +152,21 @@ class TProductStack(Routed):
 
     @property
     def rows(self) -> tuple[int, ...]:
-        """The indices I of the rows that R is made of."""
+        """The indices I of the rows that R consists of."""
         return self.base.rows
 
     @property
     def columns(self) -> tuple[int, ...]:
-        """The indices J of the columns that C is made of."""
+        """The indices J of the columns that C consists of."""
         return self.base.columns
 
     def certify(self) -> None:
-        """Refuses C and R that are not of the base, for code that vouches for them; see `Base`."""
+        """Checks that C and R are slices of the base weights; see `Base.certify`."""
         self._look()
         self.base.certify()
 
     def was_misused(self, place: Place) -> None:
-        """To be said when W_eff was written through a view of what a read of a weight gave."""
+        """Called when W_eff, as read from a weight, was written through a view."""
         self._kept.invalidate()
         self.base.misuse = (
             f"weight: expected a view of W_eff that is not written to, got a write in place to a "
@@ -175,13 +176,13 @@ class TProductStack(Routed):
         self.base.suspect()
 
     def loaded(self, place: Place) -> None:
-        """To be said when a checkpoint brought the base weight of a place."""
+        """Called when a checkpoint has loaded the base weight of a place."""
         self.base.suspect(place)
         self._kept.invalidate()
         self.is_unsettled = True
 
     def train(self, mode: bool = True) -> TProductStack:
-        """As of any module. Averages of the weights come and go with it, so W_eff is in doubt."""
+        """Like ``nn.Module.train``; averaged weights may be swapped in, so W_eff is in doubt."""
         self.doubt()
         return super().train(mode)
 
@@ -189,17 +190,17 @@ class TProductStack(Routed):
     def batch(
         self, cores: Tensor, adapter_ids: Tensor, repeat: Repeat | None = None
     ) -> Iterator[None]:
-        """Context in which row b of a batch goes by ``cores[adapter_ids[b]]``, in this thread.
+        """Context in which row b of a batch uses ``cores[adapter_ids[b]]``, in this thread.
 
         Args:
             cores: ``[A, n3, r, r]``, dtype and device of ``core``; the gradient reaches them.
-            adapter_ids: int64 ``[B]``. Batches come first among the axes of every input.
-            repeat: how rows repeat where a layer gets a multiple of B: "each" several times in a
-                row (beams, windows), or "all" of them one after the other (guidance). Without it
-                such a batch is refused.
+            adapter_ids: int64 ``[B]``. The batch must be the first axis of every input.
+            repeat: how rows repeat if a layer gets a multiple of B rows: "each" row several times
+                in a row (beams, windows), or "all" rows several times (guidance). If None, such an
+                input is refused.
 
         Raises:
-            TypeError, ValueError: cores or ids that do not fit.
+            TypeError, ValueError: the cores or ids do not fit.
         """
         check_cores(cores, self.factors, adapter_ids)
         check_repeat(repeat)
@@ -210,7 +211,7 @@ class TProductStack(Routed):
             self._projected.forget()
 
     def merge(self) -> None:
-        """Writes W_eff into the layers' weights, keeping a copy of the base."""
+        """Writes W_eff into the layers' weights and keeps a copy of the base weights."""
         if self.is_merged:
             raise ValueError("merge: expected an unmerged stack, got one that is merged already")
         for place in self.places:
@@ -225,7 +226,7 @@ class TProductStack(Routed):
         self._write_w_eff()
 
     def unmerge(self) -> None:
-        """Restores the base weights bit for bit from the copy that `merge` kept."""
+        """Restores the base weights, bit for bit, from the copies that `merge` kept."""
         if not self.is_merged:
             raise ValueError("unmerge: expected a merged stack, got one that is not merged")
         for place in self.places:
@@ -239,7 +240,7 @@ class TProductStack(Routed):
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        # W_eff is rebuilt on demand; a copy or a pickle of the stack does without it.
+        # A copy or pickle of the stack omits W_eff and other caches; they are rebuilt on demand.
         kept = ("_lock", "_kept", "_projected", "_gradient_sum", "_calls", "_forward_core")
         return {key: value for key, value in self.__dict__.items() if key not in kept}
 
