@@ -274,10 +274,18 @@ def check_weights(places: Sequence[Place]) -> None:
             )
 
 
-def places_of(linears: Sequence[nn.Linear], n1: int | None) -> list[Place]:
-    """Makes adapted layers that share the parameters of these, and returns their places in turn."""
-    if not linears:
+def as_places(weights: Sequence[nn.Linear] | Sequence[Place], n1: int | None) -> list[Place]:
+    """Places of weights: as they are given, or those of layers; see `twins_of`."""
+    places = [each for each in weights if isinstance(each, Place)]
+    if len(places) < len(weights):
+        places = twins_of(weights, n1)  # type: ignore[arg-type]
+    if not places:
         raise ValueError("linears: expected at least one nn.Linear, got none")
+    return places
+
+
+def twins_of(linears: Sequence[nn.Linear], n1: int | None) -> list[Place]:
+    """Makes adapted layers that share the parameters of these, and returns their places in turn."""
     for linear in linears:
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"linears: expected nn.Linear, got {type(linear).__name__}")

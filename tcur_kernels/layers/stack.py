@@ -20,7 +20,7 @@ from ..operators.functional import (
 )
 from ..processes import ReentrantGuard
 from .base import Base, is_here
-from .linear import check_weights, places_of
+from .linear import as_places, check_weights
 from .route import Routed
 from .rows import Repeat, Rows, check_repeat, using_rows
 from .weights import Place
@@ -88,40 +88,23 @@ class TProductStack(Routed):
         super().__init__()
         if mode not in cost.MODES:
             raise ValueError(f"mode: expected one of {', '.join(cost.MODES)}, got {mode!r}")
-        places: list[Place] = []
-        for each in linears:
-            if not isinstance(each, Place):
-                places = places_of(linears, n1)  # type: ignore[arg-type]
-                break
-            places.append(each)
-        if not places:
-            raise ValueError("linears: expected at least one nn.Linear, got none")
+        if not torch.isfinite(torch.tensor(float(alpha))):
+            raise ValueError(f"alpha: expected a finite number, got {alpha}")
+        places = as_places(linears, n1)
         check_weights(places)
         self.name, self.places = name, places
         self.n1, self.n2 = places[0].out_features // places[0].slices, places[0].in_features
         self.n3 = sum(place.slices for place in places)
         self.rank, self.alpha, self.mode = rank, float(alpha), mode
         check_rank("rank", rank, self.n1, self.n2)
-        if not torch.isfinite(torch.tensor(self.alpha)):
-            raise ValueError(f"alpha: expected a finite number, got {alpha}")
 
         if source is None:
             weights = [place.weight.detach() for place in places]
             source = as_slices("linears", weights, max_workspace, progress, self.n1)
         check_precision(precision, source.device)
-        chosen = select_slices(source, rank, selection, generator)
         self.precision = precision
-        source.check_finite()
-        is_own = factors is None
-        if factors is None:
-            factors = CURFactors(source.columns(chosen[1]), source.rows(chosen[0]))
-        sizes = (self.n3, self.n1, self.n2, rank)
-        if (factors.n3, factors.n1, factors.n2, factors.rank) != sizes:
-            raise ValueError(
-                f"factors: expected n3, n1, n2, rank {', '.join(map(str, sizes))}, got {factors}"
-            )
-        indices = (chosen[0].tolist(), chosen[1].tolist())
-        self.base = Base(name, places, indices, factors.to(source.device), is_own)
+        self.base = self._base_of(source, selection, generator, factors)
+        factors = self.base.factors
         core = torch.zeros(self.n3, rank, rank, dtype=factors.dtype, device=source.device)
         self.register_parameter("core", nn.Parameter(core))
 
@@ -132,6 +115,27 @@ class TProductStack(Routed):
         for place in places:
             place.stack = self
             place.remember()
+
+    def _base_of(
+        self,
+        source: Slices,
+        selection: Selection,
+        generator: torch.Generator | None,
+        factors: CURFactors | None,
+    ) -> Base:
+        """Chooses the slices, and takes C and R of them unless they are given."""
+        rows, columns = select_slices(source, self.rank, selection, generator)
+        source.check_finite()
+        is_own = factors is None
+        if factors is None:
+            factors = CURFactors(source.columns(columns), source.rows(rows))
+        sizes = (self.n3, self.n1, self.n2, self.rank)
+        if (factors.n3, factors.n1, factors.n2, factors.rank) != sizes:
+            raise ValueError(
+                f"factors: expected n3, n1, n2, rank {', '.join(map(str, sizes))}, got {factors}"
+            )
+        indices = (rows.tolist(), columns.tolist())
+        return Base(self.name, self.places, indices, factors.to(source.device), is_own)
 
     # -- C, R and the base
 
