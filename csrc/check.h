@@ -218,7 +218,6 @@ inline LinearSizes check_linear(
     const Tensor& core,
     int64_t slice_index,
     int64_t slices,
-    bool materialized,
     bool transposed,
     const std::optional<Tensor>& z,
     bool dense_grad,
@@ -227,8 +226,7 @@ inline LinearSizes check_linear(
       core.dim() == (many ? 4 : 3),
       "tcur: core must be [n3, rank, rank], and [adapters, n3, rank, rank] with adapter_ids");
   STD_TORCH_CHECK(
-      !many || !(materialized || dense_grad),
-      "tcur: adapter_ids goes by the factors, without W_eff or a dense gradient");
+      !many || !dense_grad, "tcur: adapter_ids goes by the factors, without a dense gradient");
   const Sizes sizes = check_token_factors(lateral_hat, horizontal_hat, core.size(core.dim() - 3));
   STD_TORCH_CHECK(
       core.size(core.dim() - 2) == sizes.rank && core.size(core.dim() - 1) == sizes.rank,
@@ -242,7 +240,6 @@ inline LinearSizes check_linear(
   STD_TORCH_CHECK(
       x.dim() >= 1 && x.size(x.dim() - 1) == in_features,
       "tcur: x has an unexpected last dimension");
-  STD_TORCH_CHECK(weight.has_value() || !materialized, "tcur: materialized needs a weight");
   STD_TORCH_CHECK(
       !bias.has_value() || (weight.has_value() && !transposed),
       "tcur: bias goes with a weight, forwards");

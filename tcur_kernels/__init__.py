@@ -11,8 +11,8 @@ from .decompose import modewise_cur as modewise_cur
 from .decompose import tensor_cur as tensor_cur
 from .layers.linear import TProductLinear as TProductLinear
 from .layers.stack import TProductStack as TProductStack
+from .operators.dispatch import build_info as build_info
 from .operators.factors import CURFactors as CURFactors
-from .operators.functional import build_info as build_info
 from .operators.functional import cur_linear as cur_linear
 from .operators.functional import cur_product as cur_product
 from .operators.functional import materialize as materialize

@@ -21,8 +21,9 @@ from .adapters.file import read_contents
 from .adapters.plan import STACKS_BY, make_plan
 from .decompose import RULES, model_files
 from .merge.directory import ModelDirectory, merge_directory
+from .operators.dispatch import build_info
 from .operators.factors import CURFactors
-from .operators.functional import build_info, cur_linear, materialize
+from .operators.functional import cur_linear, materialize
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -146,7 +146,6 @@ Tensor cur_linear(
     int64_t slice_index,
     int64_t slices,
     double scale,
-    bool materialized,
     bool transposed,
     std::optional<Tensor> z,
     bool dense_grad,  // for the derivative alone
@@ -161,7 +160,6 @@ Tensor cur_linear(
       core,
       slice_index,
       slices,
-      materialized,
       transposed,
       z,
       dense_grad,
@@ -174,9 +172,6 @@ Tensor cur_linear(
   std::optional<Tensor> y;
   if (weight.has_value()) {
     y = transposed ? torch::stable::matmul(x, *weight) : linear(x, *weight, bias);
-  }
-  if (materialized) {
-    return *y;
   }
   const int64_t tokens = sizes.tokens;
   const Tensor xs =

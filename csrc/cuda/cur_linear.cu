@@ -336,7 +336,6 @@ Tensor cur_linear(
     int64_t slice_index,
     int64_t slices,
     double scale,
-    bool materialized,
     bool transposed,
     std::optional<Tensor> z,
     bool dense_grad,  // for the derivative alone
@@ -350,7 +349,6 @@ Tensor cur_linear(
       core,
       slice_index,
       slices,
-      materialized,
       transposed,
       z,
       dense_grad,
@@ -368,9 +366,6 @@ Tensor cur_linear(
   if (weight.has_value()) {
     call.check("weight", *weight);
     y = transposed ? torch::stable::matmul(x, *weight) : linear(x, *weight, bias);
-    if (materialized) {
-      return *y;
-    }
     y = torch::stable::contiguous(*y);
   }
   const ScalarType precision = lateral_hat.scalar_type();

@@ -14,16 +14,20 @@ from torch.nn import functional as F
 from ..autocast import is_autocast
 from ..decompose import MAX_WORKSPACE, Selection, Stack, as_stack, check_rank, select_slices
 from ..operators import cost, streams
-from ..operators.eager import Call, LatestSum, Pending, is_traced, run_layer, without_autocast
-from ..operators.factors import CURFactors
-from ..operators.functional import (
-    check_cores,
-    check_precision,
-    cur_linear,
-    materialize,
-    prepare,
-    slice_update,
+from ..operators.checks import check_cores
+from ..operators.dispatch import check_precision
+from ..operators.eager import (
+    BY_FACTORS,
+    BY_W_EFF,
+    Call,
+    LatestSum,
+    Pending,
+    is_traced,
+    run_layer,
+    without_autocast,
 )
+from ..operators.factors import CURFactors, Precision
+from ..operators.functional import cur_linear, materialize, prepare, slice_update
 from ..processes import ReentrantGuard, whole
 from .base import Base, check_one_base, is_here
 from .cores import Cores
@@ -94,8 +98,7 @@ class TProductStack(Cores):
         name: str = "",
     ) -> None:
         super().__init__()
-        if mode not in cost.MODES:
-            raise ValueError(f"mode: expected one of {', '.join(cost.MODES)}, got {mode!r}")
+        self.mode = cost.check_mode(mode)
         places: list[Place] = []
         for each in linears:
             if not isinstance(each, Place):
@@ -108,7 +111,7 @@ class TProductStack(Cores):
         self.name, self.places = name, places
         self.n1, self.n2 = places[0].out_features // places[0].slices, places[0].in_features
         self.n3 = sum(place.slices for place in places)
-        self.rank, self.alpha, self.mode = rank, float(alpha), mode
+        self.rank, self.alpha = rank, float(alpha)
         check_rank("rank", rank, self.n1, self.n2)
         if not torch.isfinite(torch.tensor(self.alpha)):
             raise ValueError(f"alpha: expected a finite number, got {alpha}")
@@ -116,9 +119,8 @@ class TProductStack(Cores):
         if source is None:
             weights = [place.weight.detach() for place in places]
             source = as_stack("linears", weights, max_workspace, progress, self.n1)
-        check_precision(precision, source.device)
+        self.precision = check_precision(precision, source.device)
         chosen = select_slices(source, rank, selection, generator)
-        self.precision = precision
         source.check_finite()
         is_own = factors is None
         if factors is None:
@@ -446,13 +448,13 @@ class TProductStack(Cores):
                 z = self._projected.of(source, x, call.horizontal_hat, capture, hold)
         return run_layer(
             call,
+            BY_FACTORS if built is None else BY_W_EFF,
             x,
             weight,
             bias,
             core,
             self.alpha,
             z=z,
-            materialized=built is not None,
             dense_grad=gradient == "dense",
             adapter_ids=adapter_ids,
             gradient_sum=gradient_sum,
@@ -465,7 +467,7 @@ class TProductStack(Cores):
         bias: Tensor | None,
         place: Place,
         core: Tensor,
-        precision: str,
+        precision: Precision,
         adapter_ids: Tensor | None,
     ) -> Tensor:
         factors = self.base.factors
