@@ -97,7 +97,7 @@ def _kernels_of(stack: tcur.TProductStack, x: Tensor, times: int) -> Callable[[]
                         y = F.linear(y, w_eff[index], bias)
                         grad @ w_eff[index]
                     else:
-                        how = (*factors, index, 1, 1.0, False)
+                        how = (*factors, index, 1, 1.0)
                         y = linear(y, weight, bias, *how, False, z)
                         linear(grad, weight, None, *how, True)
                     where = (stack.n3, index, 1, None, 1, True)

@@ -4,8 +4,9 @@ from .adapters import Adapter, Plan, StackedCores, adapt, load_adapter
 from .decompose import TensorCUR, matrix_cur, modewise_cur, tensor_cur
 from .layers.linear import TProductLinear
 from .layers.stack import TProductStack
+from .operators.dispatch import build_info
 from .operators.factors import CURFactors
-from .operators.functional import build_info, cur_linear, cur_product, materialize
+from .operators.functional import cur_linear, cur_product, materialize
 from .t_product import multirank, t_identity, t_pinv, t_product, t_svd, t_transpose, tubal_rank
 
 __version__ = "0.1.0"

@@ -22,8 +22,9 @@ from .adapters.plan import STACKS_BY, make_plan
 from .decompose import RULES
 from .files.shards import model_files
 from .merge.directory import ModelDirectory, merge_directory
+from .operators.dispatch import build_info
 from .operators.factors import CURFactors
-from .operators.functional import build_info, cur_linear, materialize
+from .operators.functional import cur_linear, materialize
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

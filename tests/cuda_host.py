@@ -137,9 +137,7 @@ def run(command):
 def load(library=None):
     """Registers the operators of the host build; returns the library."""
     for language in (LANGUAGE, LANGUAGE_TF32):
-        for name, schema in {**contract._SCHEMAS, "materialize_out": contract._OUT_SCHEMA}.items():
-            torch.library.define(f"tcur::{name}_{language}", schema, lib=contract._library)
-        contract.complete(language)
+        contract.add_language(language)
     host = ctypes.CDLL(str(library or build()))
     host.tcur_host_order.argtypes = host.tcur_host_shared.argtypes = [ctypes.c_int64]
     return host
@@ -194,13 +192,13 @@ def on_tokens(case, adapters=20):
     found.append(operator("core_grad_tokens")(x, grad_y, *case.packed, *how))
     parts = torch.randn(7, *case.core.shape)
     found.append(operator("core_of_packed")(parts, 0.5))
-    args = (case.core, 0, slices, 0.5, False)
+    args = (case.core, 0, slices, 0.5)
     found.append(operator("cur_linear")(x, None, None, *case.packed, *args, False))
     found.append(operator("cur_linear")(grad_y, None, None, *case.packed, *args, True))
     ids, many = torch.randint(0, adapters, (40,)), (adapters, *case.core.shape)
     args = (n3, 0, slices, ids, adapters)
     found.append(operator("core_grad_tokens")(x, grad_y, *case.packed, *args))
-    args = (torch.randn(many), 0, slices, 0.5, False, False, None, False, ids)
+    args = (torch.randn(many), 0, slices, 0.5, False, None, False, ids)
     found.append(operator("cur_linear")(x, None, None, *case.packed, *args))
     return found
 

@@ -64,7 +64,7 @@ def test_every_variant_is_right(isa, n3, dtype):
     assert_close(torch.ops.tcur.core_of_packed(parts, 0.7), same, exact)
 
     args = (case.core, n3 - 1, 1, 0.5)
-    y = torch.ops.tcur.cur_linear(x, None, None, *case.packed, *args, False, False)
+    y = torch.ops.tcur.cur_linear(x, None, None, *case.packed, *args, False)
     exact_args = (case.double().core, n3 - 1, 1, 0.5)
     exact = reference.slice_update(x.double(), *case.double().spectra, *exact_args)
     assert_close(y, reference.slice_update(x, *case.spectra, *args), exact)

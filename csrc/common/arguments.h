@@ -1,4 +1,5 @@
-// The arguments of the operators, each list stated once, as in the schemas of tcur_kernels/operators/contract.py.
+// The arguments of the operators, each list stated once, as in the schemas of
+// tcur_kernels/operators/contract.py.
 //
 // A backend implements an operator as a function of its struct. For torch, which hands arguments
 // over one by one, the function of the same name in `positional` makes the struct of them:
@@ -55,7 +56,6 @@ struct CurLinearArguments {
   Tensor core;                   // [n3, rank, rank]; with adapter_ids one for each adapter
   int64_t slice_index, slices;
   double scale;
-  bool materialized;  // the weight is that of W_eff already
   bool transposed;
   std::optional<Tensor> z;            // [..., n3*rank]: x R̂ᵀ, if it is at hand
   bool dense_grad;                    // for the derivative alone
@@ -139,7 +139,6 @@ Tensor cur_linear(
     int64_t slice_index,
     int64_t slices,
     double scale,
-    bool materialized,
     bool transposed,
     std::optional<Tensor> z,
     bool dense_grad,
@@ -154,7 +153,6 @@ Tensor cur_linear(
        slice_index,
        slices,
        scale,
-       materialized,
        transposed,
        z,
        dense_grad,

@@ -127,8 +127,7 @@ inline LinearSizes check_cur_linear(const CurLinearArguments& a) {
       a.core.dim() == (many ? 4 : 3),
       "tcur: core must be [n3, rank, rank], and [adapters, n3, rank, rank] with adapter_ids");
   STD_TORCH_CHECK(
-      !many || !(a.materialized || a.dense_grad),
-      "tcur: adapter_ids goes by the factors, without W_eff or a dense gradient");
+      !many || !a.dense_grad, "tcur: adapter_ids goes by the factors, without a dense gradient");
   const int64_t n3 = a.core.size(a.core.dim() - 3);
   check_token_factors(a.lateral_hat);
   const Sizes sizes = check_packed(a.lateral_hat, a.horizontal_hat, n3);
@@ -144,7 +143,6 @@ inline LinearSizes check_cur_linear(const CurLinearArguments& a) {
   STD_TORCH_CHECK(
       a.x.dim() >= 1 && a.x.size(a.x.dim() - 1) == in_features,
       "tcur: x has an unexpected last dimension");
-  STD_TORCH_CHECK(a.weight.has_value() || !a.materialized, "tcur: materialized needs a weight");
   STD_TORCH_CHECK(
       !a.bias.has_value() || (a.weight.has_value() && !a.transposed),
       "tcur: bias goes with a weight, forwards");

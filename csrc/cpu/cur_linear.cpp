@@ -128,9 +128,6 @@ Tensor cur_linear(const CurLinearArguments& a) {
   if (a.weight.has_value()) {
     y = base_product(a);
   }
-  if (a.materialized) {
-    return *y;
-  }
   CurLinearArguments given = a;
   given.x = torch::stable::contiguous(a.x);
   given.lateral_hat = torch::stable::contiguous(a.lateral_hat);

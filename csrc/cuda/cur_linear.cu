@@ -347,9 +347,6 @@ Tensor cur_linear(const CurLinearArguments& a) {
     call.check("weight", *a.weight);
     y = base_product(a);
   }
-  if (a.materialized) {
-    return *y;
-  }
   const Tensor in = cast(project(a, sizes), a.lateral_hat.scalar_type());
   const Tensor mixed = apply_core(call, a, sizes, torch::stable::contiguous(in));
   const Tensor factor =

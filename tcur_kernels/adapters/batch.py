@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..layers.rows import Repeat
 from ..layers.stack import TProductStack
-from ..operators.functional import check_adapter_ids
+from ..operators.checks import check_adapter_ids
 
 #: Types of transformers models that turn their input, so that layers get time as first axis.
 _TIME_FIRST = ("xlnet",)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from ..operators.contract import CoreGradTokens
 from ..operators.eager import Pending, is_traced
 from ..operators.functional import prepare
 from ..processes import is_sharded
@@ -347,9 +348,18 @@ def _core_grad(grad: Tensor, place: Place) -> Tensor:
     stack = place.stack
     stack.gradient_came()
     call = prepare(place.weight, None, stack.factors, place.slice_index, "ieee")
-    hats = (call.lateral_hat, call.horizontal_hat)
     parts = [
-        call.core_grad_tokens(each, None, *hats, stack.n3, place.slice_index + s, 1, None, 1, False)
+        call.core_grad_tokens(
+            *CoreGradTokens(
+                x=each,
+                grad_y=None,
+                lateral_hat=call.lateral_hat,
+                horizontal_hat=call.horizontal_hat,
+                n3=stack.n3,
+                slice_index=place.slice_index + s,
+                slices=1,
+            )
+        )
         for s, each in enumerate(grad.unflatten(0, (place.slices, stack.n1)))
     ]
     return (stack.alpha * torch.stack(parts).sum(0)).to(stack.core.dtype)

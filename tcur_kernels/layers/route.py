@@ -16,8 +16,17 @@ from torch.nn import functional as F
 
 from ..autocast import is_autocast
 from ..operators import cost, streams
-from ..operators.eager import Call, LatestSum, Pending, is_traced, run_layer, without_autocast
-from ..operators.factors import CURFactors
+from ..operators.eager import (
+    BY_FACTORS,
+    BY_W_EFF,
+    Call,
+    LatestSum,
+    Pending,
+    is_traced,
+    run_layer,
+    without_autocast,
+)
+from ..operators.factors import CURFactors, Precision
 from ..operators.functional import cur_linear, materialize, prepare, slice_update
 from ..processes import ReentrantGuard
 from .base import Base, check_one_base, is_here
@@ -52,7 +61,7 @@ class Operands(NamedTuple):
     core: Tensor
     adapter_ids: Tensor | None
     dtype: torch.dtype
-    precision: str
+    precision: Precision
 
 
 class Routed(Cores):
@@ -69,8 +78,8 @@ class Routed(Cores):
     n3: int
     rank: int
     alpha: float
-    mode: str
-    precision: str
+    mode: cost.Mode
+    precision: Precision
     enabled: bool
     is_unsettled: bool
     _guard: ReentrantGuard
@@ -232,13 +241,13 @@ class Routed(Cores):
                 z = self._projected.of(given.source, x, call.horizontal_hat, capture, hold)
         return run_layer(
             call,
+            BY_FACTORS if built is None else BY_W_EFF,
             x,
             weight,
             given.bias,
             core,
             self.alpha,
             z=z,
-            materialized=built is not None,
             dense_grad=gradient == "dense",
             adapter_ids=adapter_ids,
             gradient_sum=gradient_sum,

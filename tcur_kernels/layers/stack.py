@@ -13,11 +13,9 @@ from ..decompose import Selection, Slices
 from ..decompose.slices import MAX_WORKSPACE, check_rank
 from ..decompose.tensor import as_slices, select_slices
 from ..operators import cost
+from ..operators.checks import check_cores
+from ..operators.dispatch import check_precision
 from ..operators.factors import CURFactors
-from ..operators.functional import (
-    check_cores,
-    check_precision,
-)
 from ..processes import ReentrantGuard
 from .base import Base, is_here
 from .linear import as_places, check_weights
@@ -86,8 +84,7 @@ class TProductStack(Routed):
         name: str = "",
     ) -> None:
         super().__init__()
-        if mode not in cost.MODES:
-            raise ValueError(f"mode: expected one of {', '.join(cost.MODES)}, got {mode!r}")
+        self.mode = cost.check_mode(mode)
         if not torch.isfinite(torch.tensor(float(alpha))):
             raise ValueError(f"alpha: expected a finite number, got {alpha}")
         places = as_places(linears, n1)
@@ -95,14 +92,13 @@ class TProductStack(Routed):
         self.name, self.places = name, places
         self.n1, self.n2 = places[0].out_features // places[0].slices, places[0].in_features
         self.n3 = sum(place.slices for place in places)
-        self.rank, self.alpha, self.mode = rank, float(alpha), mode
+        self.rank, self.alpha = rank, float(alpha)
         check_rank("rank", rank, self.n1, self.n2)
 
         if source is None:
             weights = [place.weight.detach() for place in places]
             source = as_slices("linears", weights, max_workspace, progress, self.n1)
-        check_precision(precision, source.device)
-        self.precision = precision
+        self.precision = check_precision(precision, source.device)
         self.base = self._base_of(source, selection, generator, factors)
         factors = self.base.factors
         core = torch.zeros(self.n3, rank, rank, dtype=factors.dtype, device=source.device)

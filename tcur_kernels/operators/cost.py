@@ -26,10 +26,12 @@ tokens have no transform; the CUDA ones took less time in every row (docs/perfor
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Literal, get_args
 
 import torch
 
-MODES = ("auto", "materialized", "factored")
+Mode = Literal["auto", "materialized", "factored"]
+MODES: tuple[Mode, ...] = get_args(Mode)
 
 #: Measured on a two-core AVX-512 machine, forward and backward.
 BALANCE = 15.0
@@ -41,13 +43,24 @@ CUDA_SLICES = 2048
 LONGEST_OUTER, LONGEST_INNER = 16, 9
 
 
+def check_mode(mode: str) -> Mode:
+    """The mode, if it is one.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if mode not in MODES:
+        raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {mode!r}")
+    return mode
+
+
 def tokens_worth_materializing(n1: int, n2: int, n3: int, rank: int) -> float:
     """Tokens per core version above which building W_eff is the cheaper way."""
     return BALANCE * n1 * n2 / (n3 * rank * (n1 + n2))
 
 
 def choose_mode(
-    mode: str,
+    mode: Mode,
     *,
     tokens: int,
     n1: int,
@@ -56,7 +69,7 @@ def choose_mode(
     rank: int,
     weight_dtype: torch.dtype,
     is_built: bool,
-) -> str:
+) -> Literal["materialized", "factored"]:
     """ "materialized" or "factored" for one call of one layer.
 
     Args:
@@ -77,7 +90,9 @@ def choose_mode(
     return "factored"
 
 
-def choose_gradient(tokens: int, n1: int, n2: int, n3: int, rank: int) -> str:
+def choose_gradient(
+    tokens: int, n1: int, n2: int, n3: int, rank: int
+) -> Literal["z", "x", "dense"]:
     """How the gradient of the core is formed: "z", "x" or "dense".
 
     "z": by tokens, z made and kept in the forward pass. "x": by tokens, x kept. "dense": by dyᵀx.
@@ -106,7 +121,7 @@ def cuda_takes(n3: int, dtype: torch.dtype) -> bool:
 
 def choose_gpu_backend(
     name: str, *, n3: int, dtype: torch.dtype, available: Collection[str]
-) -> str:
+) -> Literal["cuda", "triton", "reference"]:
     """ "cuda", "triton" or "reference" for an operator on a GPU.
 
     Args:
