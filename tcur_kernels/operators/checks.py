@@ -181,6 +181,44 @@ def check_layer(weight: Tensor, bias: Tensor | None, factors: CURFactors, slice_
     return slices
 
 
+def check_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    factors: CURFactors,
+    core: Tensor,
+    slice_index: int,
+    scale: float,
+    *,
+    effective: Tensor | None,
+    z: Tensor | None,
+    dense_grad: bool,
+    adapter_ids: Tensor | None,
+) -> int:
+    """Refuses what `functional.cur_linear` cannot work on; how many slices the layer has."""
+    if adapter_ids is None:
+        check_core(core, factors)
+    else:
+        check_cores(core, factors, adapter_ids)
+        check_rows(adapter_ids, x)
+    slices = check_layer(weight, bias, factors, slice_index)
+    check_scale(scale)
+    check_x(x, factors)
+    check_dtype("x", x, weight.dtype)
+    check_device("x", x, factors.device)
+    if effective is not None:
+        check_effective(effective, weight, x)
+    if z is not None:
+        check_z(z, x, factors)
+        if dense_grad:
+            raise ValueError("dense_grad: expected False where z is given, got True")
+    if adapter_ids is not None and (effective is not None or dense_grad):
+        raise ValueError(
+            "adapter_ids: expected None with effective or dense_grad, which have one core, got ids"
+        )
+    return slices
+
+
 def check_scale(scale: float) -> None:
     """Refuses a tensor, and what is not finite."""
     if isinstance(scale, Tensor):  # a gradient would not reach it

@@ -12,28 +12,18 @@ from ..autocast import outside_autocast
 from . import contract, dispatch, eager
 from .checks import (
     check_core,
-    check_cores,
-    check_effective,
     check_layer,
+    check_linear,
     check_nested,
     check_out,
-    check_rows,
     check_scale,
     check_slice,
     check_weights,
     check_x,
-    check_z,
 )
 from .contract import CurLinear, Materialize, MaterializeOut, WEffLinear
 from .dispatch import Backend
-from .factors import (
-    CURFactors,
-    Precision,
-    check_device,
-    check_dtype,
-    check_floating,
-    check_floating_dtype,
-)
+from .factors import CURFactors, Precision, check_floating, check_floating_dtype
 
 
 def cur_product(
@@ -173,26 +163,19 @@ def cur_linear(
             precision=precision,
         )
         return _nested_as(x, tokens)
-    if adapter_ids is None:
-        check_core(core, factors)
-    else:
-        check_cores(core, factors, adapter_ids)
-        check_rows(adapter_ids, x)
-    slices = check_layer(weight, bias, factors, slice_index)
-    check_scale(scale)
-    check_x(x, factors)
-    check_dtype("x", x, weight.dtype)
-    check_device("x", x, factors.device)
-    if effective is not None:
-        check_effective(effective, weight, x)
-    if z is not None:
-        check_z(z, x, factors)
-        if dense_grad:
-            raise ValueError("dense_grad: expected False where z is given, got True")
-    if adapter_ids is not None and (effective is not None or dense_grad):
-        raise ValueError(
-            "adapter_ids: expected None with effective or dense_grad, which have one core, got ids"
-        )
+    slices = check_linear(
+        x,
+        weight,
+        bias,
+        factors,
+        core,
+        slice_index,
+        scale,
+        effective=effective,
+        z=z,
+        dense_grad=dense_grad,
+        adapter_ids=adapter_ids,
+    )
     lateral_hat, horizontal_hat = factors.packed(precision)
     # W_eff has no derivative for transforms: none of the core would come through it.
     if effective is not None and not eager.is_transformed():
