@@ -88,8 +88,8 @@ class Caretaker:
         """Refuses a model whose attributes clash with the names that cores need.
 
         Raises:
-            ValueError: an attribute clashes; or the names of two stacks do, because one is the
-                other plus two underscores and more, as the cores of that other stack are named.
+            ValueError: an attribute clashes; or the name of one stack begins with that of another
+                and two underscores, as the names of the other's inactive cores do.
         """
         for stack in self.stacks:
             for other in self.stacks:

@@ -25,7 +25,7 @@ STACKS_BY = ("shape", "layer")
 #: layers, too, may have three times as many outputs as inputs.
 _FUSED_QKV = ("qkv", "qkv_proj", "Wqkv", "in_proj", "query_key_value", "c_attn")
 
-#: How many modules a printed plan lists per reason; if there are more, it counts the rest.
+#: A printed plan lists up to this many modules per reason; of more it names two and the number.
 _LISTED = 3
 
 _ALL_ZERO = "all weights of its stack are zero: C and R would be, and the core could never learn"

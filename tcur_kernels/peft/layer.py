@@ -174,7 +174,7 @@ class TCURLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         return read_weight(base, self._places(self.active_adapters))
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """The update by one adapter, in the layout of the weight, as the stack computes it."""
+        """The update by one adapter, in the layout of the weight and in at least fp32."""
         return self._stored(self._update([adapter]))
 
     def _update(self, names: list[str]) -> Tensor:
