@@ -1,4 +1,4 @@
-"""``python -m tcur_kernels``: what is built, plans of models, adapter files, merging, timing.
+"""``python -m tcur_kernels``: shows the build, plans models, inspects and merges adapters, times.
 
 Model directories are those of Hugging Face: config.json and safetensors shards.
 """
@@ -92,7 +92,7 @@ def show_info(args: argparse.Namespace) -> None:
 
 
 def show_plan(args: argparse.Namespace) -> None:
-    """Prints the plan of a model, and its curves if asked: only they need weights."""
+    """Prints the plan of a model and, if asked, its curves; only the curves need weights."""
     directory = ModelDirectory(args.model_dir)
     model = directory.skeleton()
     if args.curve is not None:
@@ -112,7 +112,7 @@ def show_plan(args: argparse.Namespace) -> None:
 
 
 def inspect(args: argparse.Namespace) -> None:
-    """Prints what a file holds."""
+    """Prints the contents of an adapter file."""
     contents = read_contents(args.adapter)
     size = args.adapter.stat().st_size
     print(f"{args.adapter}: {size:,} bytes, {len(contents.stacks)} stacks")

@@ -1,4 +1,4 @@
-"""Cores of many adapters side by side, one of which each row of a batch goes by."""
+"""Cores of many adapters side by side, so that each row of a batch can use its own."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from ..layers.rows import Repeat
 from ..layers.stack import TProductStack
 from ..operators.checks import check_adapter_ids
 
-#: Types of transformers models that turn their input, so that layers get time as first axis.
+#: Types of transformers models that transpose their input: their layers get time as first axis.
 _TIME_FIRST = ("xlnet",)
 
 
 class StackedCores(Mapping[str, Tensor]):
-    """Stack name -> cores ``[A, n3, r, r]`` of A adapters; made by `Adapter.stack_cores`.
+    """Maps stack names to the cores ``[A, n3, r, r]`` of A adapters; see `Adapter.stack_cores`.
 
     Attributes:
         adapters: A.
-        nbytes: memory of all cores together.
+        nbytes: bytes of all cores together.
     """
 
     def __init__(self, cores: Mapping[str, Tensor]) -> None:
@@ -31,16 +31,17 @@ class StackedCores(Mapping[str, Tensor]):
     def of(
         cls, stacks: Mapping[str, TProductStack], adapters: Sequence[Mapping[str, Tensor]]
     ) -> StackedCores:
-        """Puts the cores of adapters side by side, on the device of the stacks' own.
+        """Puts the cores of adapters side by side, on the device of the stacks' own cores.
 
         Raises:
-            TypeError, ValueError: no adapters, a stack that is missing, or a core of another shape.
+            TypeError, ValueError: there are no adapters, a stack is missing, or a core has another
+                shape.
         """
         if not adapters:
             raise ValueError("adapters: expected at least one, got none")
         stacked = {}
         for name, stack in stacks.items():
-            # Filled one by one: a thousand adapters are never held twice.
+            # Copy one core at a time, so that a thousand adapters are never in memory twice.
             shape, dtype = (len(adapters), *stack.core.shape), stack.factors.dtype
             cores = stack.core.new_empty(shape, dtype=dtype)
             for index, adapter in enumerate(adapters):
@@ -50,7 +51,7 @@ class StackedCores(Mapping[str, Tensor]):
 
     @property
     def adapters(self) -> int:
-        """How many."""
+        """The number of adapters, A."""
         return next(iter(self._cores.values())).shape[0]
 
     @property
@@ -65,10 +66,10 @@ class StackedCores(Mapping[str, Tensor]):
         adapter_ids: Tensor,
         repeat: Repeat | None = None,
     ) -> Iterator[None]:
-        """Context in which row b of a batch takes core ``adapter_ids[b]`` in each of the stacks.
+        """Context in which row b of a batch uses core ``adapter_ids[b]`` in each of the stacks.
 
         Args:
-            stacks: those that the cores are of, by name.
+            stacks: the stacks that the cores belong to, by name.
             adapter_ids: int64 ``[B]``, on the device of the cores.
             repeat: see `TProductStack.batch`.
         """
@@ -106,10 +107,10 @@ class StackedCores(Mapping[str, Tensor]):
 
 
 def check_batch_first(model: nn.Module) -> None:
-    """Refuses a model whose batch is the second axis within.
+    """Refuses a model in which some module expects the batch as second axis.
 
     Raises:
-        ValueError: naming the module.
+        ValueError: there is such a module, which the message names.
     """
     for name, module in model.named_modules():
         kind = getattr(getattr(module, "config", None), "model_type", None)
@@ -137,10 +138,10 @@ def _checked(adapter: Mapping[str, Tensor], name: str, stack: TProductStack, ind
 
 
 def check_finite(index: int, adapter: Mapping[str, Tensor]) -> None:
-    """Refuses cores of a caller's own making with NaN or infinity in them.
+    """Refuses cores with NaN or infinity, which a caller may have made.
 
     Raises:
-        ValueError: naming the adapter and the stack.
+        ValueError: a core is not finite; the message names the adapter and the stack.
     """
     for name, core in adapter.items():
         if isinstance(core, Tensor) and not torch.isfinite(core).all():

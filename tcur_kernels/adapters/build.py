@@ -1,4 +1,4 @@
-"""From an entry of a plan to its stack; the model is not changed."""
+"""Builds the stack for an entry of a plan, without changing the model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def places_of(plan: StackPlan, found: Mapping[str, Place]) -> list[Place]:
 
     Args:
         plan: the stack.
-        found: name of a layer -> where its weight is; see `linear_maps.find_weights`.
+        found: name of a layer -> the place of its weight; see `linear_maps.find_weights`.
     """
     places: list[Place] = []
     first = 0
@@ -31,10 +31,10 @@ def places_of(plan: StackPlan, found: Mapping[str, Place]) -> list[Place]:
 def build_stack(
     kind: type[_Stack], plan: StackPlan, found: Mapping[str, Place], **settings: Any
 ) -> _Stack:
-    """The stack of an entry, of one type or another, with settings as `TProductStack` takes them.
+    """The stack of an entry, of the class ``kind``; ``settings`` are those of `TProductStack`.
 
     Raises:
-        ValueError: settings or weights that do not fit, with the name of the stack.
+        ValueError: settings or weights do not fit; the message names the stack.
     """
     with errors_named(plan):
         return kind(places_of(plan, found), name=plan.name, **settings)
@@ -43,15 +43,15 @@ def build_stack(
 def check_layers(
     plan: StackPlan, found: Mapping[str, Place], kind_of: Callable[[str], str]
 ) -> None:
-    """Refuses a model without the layers of a stack that was saved.
+    """Refuses a model that lacks layers of a saved stack.
 
     Args:
         plan: the stack.
-        found: name of a layer -> where its weight is.
-        kind_of: what errors call a module that is not among these.
+        found: name of a layer -> the place of its weight.
+        kind_of: describes, for errors, a module that is not among these.
 
     Raises:
-        ValueError: naming the layer.
+        ValueError: a layer is missing or has another shape; the message names it.
     """
     for member in plan.members:
         if member.module not in found:
@@ -70,7 +70,7 @@ def check_layers(
 
 @contextmanager
 def errors_named(plan: StackPlan) -> Iterator[None]:
-    """Context in which errors about values say which stack they are about."""
+    """Context in which the message of a ``ValueError`` begins with the name of the stack."""
     try:
         yield
     except ValueError as error:

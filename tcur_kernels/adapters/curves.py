@@ -16,7 +16,7 @@ from .linear_maps import find_weights
 from .plan import Plan, StackPlan
 from .streaming import BaseFiles, on_meta
 
-#: Ranks of a curve if none are given.
+#: The default ranks of a curve.
 RANKS = (1, 2, 4, 8, 16, 32)
 
 
@@ -58,13 +58,13 @@ def model_curves(
     Args:
         model: the planned model.
         plan: its stacks.
-        ranks: those beyond min(n1, n2) of a stack are left out there.
+        ranks: ranks greater than min(n1, n2) of a stack are skipped for that stack.
         selections: names of rules.
         weights: for a model on the meta device, its safetensors files; see `adapt`.
         max_workspace, progress: see `tensor_cur`.
 
     Raises:
-        ValueError: an unknown rule, no rank that a stack can have, or weights that are not there.
+        ValueError: a rule is unknown, no rank fits a stack, or weights are missing.
     """
     unknown = [name for name in selections if name not in RULES]
     if unknown:
@@ -89,10 +89,10 @@ def model_curves(
 
 
 def plot_curves(curves: Sequence[Curve], path: str | Path) -> None:
-    """Writes a PNG with one panel per stack; one that was there stays until the new one is whole.
+    """Writes a PNG with one panel per stack; an existing file is replaced only by a complete one.
 
     Raises:
-        ModuleNotFoundError: without matplotlib, with the way to install it.
+        ModuleNotFoundError: matplotlib is missing; the message says how to install it.
     """
     try:
         from matplotlib.figure import Figure

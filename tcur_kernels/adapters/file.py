@@ -1,9 +1,10 @@
-"""The adapter file: safetensors with a JSON header, written whole or not at all.
+"""The adapter file: safetensors with a JSON header, written completely or not at all.
 
-Tensors are ``core.<stack>``, ``trained.<parameter>``, ``buffer.<buffer>``, and ``lateral.<stack>``
-and ``horizontal.<stack>`` where C and R are stored too. Without those, 2 r indices per stack stand
-for C and R, which are slices of the base weights, and a file fits exactly one base. The header
-holds the record of every stack (`record.StackRecord`), its settings, and the base's fingerprint.
+Tensors are ``core.<stack>``, ``trained.<parameter>`` and ``buffer.<buffer>``. If C and R are stored
+too, they are ``lateral.<stack>`` and ``horizontal.<stack>``. If not, the file only has 2 r indices
+per stack, which say which slices of the base weights C and R are; it then fits exactly one base.
+The header holds the record of every stack (`record.StackRecord`), its settings, and the base's
+fingerprint.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ class StoredStack(HoldsTensors):
 
     Attributes:
         record: its plan, the indices of C and R, and the base they were taken from.
-        stored: of each member the parameter that its weight is in, whether that is stored (in,
-            out), and from which of its rows on.
+        stored: for each member, the parameter that holds its weight, whether that is stored (in,
+            out), and the row of the parameter at which the weight begins.
         rank, alpha, mode, precision: settings, as `TProductStack` takes them.
         core: ``[n3, r, r]``.
         factors: C and R, if the file has them.
@@ -61,12 +62,12 @@ class StoredStack(HoldsTensors):
         return self.record.plan
 
     def as_json(self) -> dict[str, Any]:
-        """What the header of a file says of it."""
+        """The entry of the stack in the header of a file."""
         settings = {name: getattr(self, name) for name in ("rank", "alpha", "mode", "precision")}
         return {**self.record.as_json(), **settings, "stored": list(map(list, self.stored))}
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors of a file that are its."""
+        """The tensors of the stack, by their names in the file."""
         name = self.plan.name
         named = {f"core.{name}": self.core}
         if self.factors is not None:
@@ -76,7 +77,7 @@ class StoredStack(HoldsTensors):
 
     @classmethod
     def of_json(cls, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> StoredStack:
-        """The stack that an entry of a header and the tensors of a file hold."""
+        """Builds the record of a stack from its header entry and the tensors of the file."""
         record, rank = StackRecord.of_json(entry), entry["rank"]
         name, shape = record.plan.name, (record.plan.n3, rank, rank)
         core = tensors[f"core.{name}"]
@@ -96,7 +97,7 @@ class StoredStack(HoldsTensors):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Contents(HoldsTensors):
-    """All of a file.
+    """The contents of a file.
 
     Attributes:
         stacks: in the order of the plan.
@@ -123,14 +124,14 @@ class Contents(HoldsTensors):
         return named
 
     def write(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
-        """Writes a file atomically: one that was there stays as it was until the new one is whole.
+        """Writes a file atomically: an existing file stays until the new one is complete.
 
         Args:
             path: the file.
-            tensors: `tensors`, gathered where they were sharded.
+            tensors: the result of `tensors`, gathered if they were sharded.
 
         Raises:
-            ValueError: a tensor without elements (a shard that was not gathered).
+            ValueError: a tensor has no elements (a shard that was not gathered).
         """
         empty = [name for name, tensor in tensors.items() if tensor.numel() == 0]
         if empty:
@@ -150,10 +151,10 @@ class Contents(HoldsTensors):
             save_file(contiguous, temporary, metadata=metadata)
 
     def check_fits(self, stacks: Mapping[str, TProductStack], plan: Plan, path: Path) -> None:
-        """Refuses stacks of other layers, sizes, scale, or slices C and R.
+        """Refuses stacks with other layers, sizes, alpha, or indices of C and R.
 
         Raises:
-            ValueError: naming what differs.
+            ValueError: something differs; the message names it.
         """
         own_plans = {entry.name: entry for entry in plan.stacks}
         for stored in self.stacks:
@@ -188,8 +189,9 @@ def read_contents(path: Path) -> Contents:
     """Reads and checks a file.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: a torn or foreign file, another format version, or parts that do not fit.
+        FileNotFoundError: there is no such file.
+        ValueError: the file is truncated or not an adapter, has another format version, or has
+            parts that do not fit.
     """
     header, tensors = _read(path)
     try:
@@ -207,7 +209,7 @@ def read_contents(path: Path) -> Contents:
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Header and tensors of a file, refused unless it is whole, ours, and of this version."""
+    """Reads header and tensors of a file; refuses a truncated, foreign or other-version one."""
     if not path.is_file():
         raise FileNotFoundError(f"path: expected an adapter file, got none at {path}")
     try:
@@ -236,9 +238,9 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 @contextlib.contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
-    """A temporary file beside ``path`` that takes its place when the block ends well.
+    """Yields a temporary file beside ``path``, which replaces it if the block ends without error.
 
-    Links are followed, and the permissions are those that plain ``open`` would give or leave.
+    Links are followed. The permissions are those that a plain ``open`` would give or keep.
     """
     path = Path(os.path.realpath(path))
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")

@@ -1,4 +1,4 @@
-"""An adapter from a file, on the base it was made for."""
+"""Loads an adapter from a file, onto the base that it was made for."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from .train_also import matches_any, trained_names
 
 
 def load_adapter(model: nn.Module, path: str | Path, strict: bool = True) -> Adapter:
-    """Adapts ``model``, the base the adapter was made for, in place and loads the adapter.
+    """Adapts ``model``, the base that the adapter was made for, in place and loads the adapter.
 
     Args:
         model: a base model that is not adapted.
         path: file written by `Adapter.save`.
-        strict: True refuses a model that differs anywhere in its frozen parameters. False compares
-            the stacks' weights only, which C and R are made of (not even those if the file holds
-            C and R itself), and loads those trained parameters and buffers that the model has;
-            `Adapter.skipped` names what is in the file alone, `Adapter.missing` what the model
-            alone has of the parts that are trained.
+        strict: True refuses a model if any of its frozen parameters differs. False only compares C
+            and R with the stacks' weights; if the file holds C and R itself, not even that. It
+            loads the trained parameters and buffers that the model has. `Adapter.skipped` then
+            names those that only the file has, and `Adapter.missing` the trained ones that only the
+            model has.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: a file that is torn, foreign, of another format version, or made for another
-            base; or a model that is adapted already. The model is then as it was.
+        FileNotFoundError: there is no such file.
+        ValueError: the file is truncated or foreign, has another format version, or was made for
+            another base; or the model is adapted already. The model is then unchanged.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
@@ -76,9 +76,9 @@ def load_adapter(model: nn.Module, path: str | Path, strict: bool = True) -> Ada
 
 
 def _build(stored: StoredStack, places: Mapping[str, Place], strict: bool) -> TProductStack:
-    """A stack of a file, on weights that C and R are slices of.
+    """Builds a stack of a file on the weights that C and R are slices of.
 
-    Other weights will do where the file has C and R itself, and nobody insists.
+    If the file holds C and R itself and ``strict`` is False, other weights are accepted, too.
     """
 
     def build(factors: CURFactors | None) -> TProductStack:
@@ -114,7 +114,7 @@ def _build(stored: StoredStack, places: Mapping[str, Place], strict: bool) -> TP
 def _learned(
     contents: Contents, state: dict[str, Tensor], strict: bool
 ) -> tuple[dict[tuple[str, str], Tensor], tuple[str, ...]]:
-    """What the file has learned and the model can take; and the names of what it cannot."""
+    """The learned tensors of the file that fit the model, and the names of the others."""
     learned, skipped = {}, []
     for (kind, name), tensor in contents.learned.items():
         fits = name in state and state[name].shape == tensor.shape

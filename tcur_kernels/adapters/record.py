@@ -1,4 +1,4 @@
-"""What is stored of a stack: the same in an adapter file and in the config of a peft adapter."""
+"""The record of a stack, which adapter files and the configs of peft adapters both store."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from .plan import Member, StackPlan
 
 @dataclass(frozen=True)
 class StackRecord:
-    """A stack without its core: enough to build it again from the same base weights.
+    """A stack without its core: enough to rebuild the stack from the same base weights.
 
     Attributes:
         plan: its layers, in the order of their slices.
-        rows, columns: the indices I and J of the slices that R and C are made of.
-        base: which base R and C were taken from.
+        rows, columns: the indices I and J of the rows in R and of the columns in C.
+        base: identifies the base that R and C were taken from.
     """
 
     plan: StackPlan
@@ -33,11 +33,11 @@ class StackRecord:
 
     @property
     def selection(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The indices as a selection of `tensor_cur`."""
+        """The indices as the ``selection`` argument of `tensor_cur`."""
         return self.rows, self.columns
 
     def as_json(self) -> dict[str, Any]:
-        """The record as JSON can hold it."""
+        """The record as values that JSON can hold."""
         return {
             "name": self.plan.name,
             "n1": self.plan.n1,
@@ -51,10 +51,10 @@ class StackRecord:
 
     @classmethod
     def of_json(cls, entry: Mapping[str, Any]) -> StackRecord:
-        """The record that JSON holds.
+        """Reads a record back from JSON.
 
         Raises:
-            KeyError, TypeError, ValueError: something else than `as_json` gives.
+            KeyError, TypeError, ValueError: the entry does not have the form that `as_json` gives.
         """
         members = tuple(Member(str(module), int(slices)) for module, slices in entry["members"])
         plan = StackPlan(str(entry["name"]), int(entry["n1"]), int(entry["n2"]), members)

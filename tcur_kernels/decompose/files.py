@@ -1,4 +1,4 @@
-"""Slices in safetensors files, more than memory if need be."""
+"""Slices in safetensors files, which may be larger than memory."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class FileMatrix:
 
     Attributes:
         name: of the tensor.
-        transposed: the matrix is the transpose of what is stored (GPT-2's layers are).
-        first, rows: which rows of it; ``rows`` None for all.
+        transposed: whether the matrix is the transpose of the stored one, as in GPT-2.
+        first, rows: the first row and the number of rows of the matrix; None for all further ones.
     """
 
     name: str
@@ -36,14 +36,14 @@ class FileSlices(Slices):
 
     Args:
         shards: the checkpoint.
-        matrices: names or `FileMatrix`, in the order of their slices; one of a multiple m of n1
-            rows makes m slices.
-        n1: rows of a slice, default those of the smallest matrix.
+        matrices: names or `FileMatrix`, in the order of their slices. A matrix of m * n1 rows makes
+            m slices.
+        n1: rows of a slice, by default those of the smallest matrix.
         max_workspace, progress: see `tensor_cur`.
 
     Raises:
-        TypeError: a dtype that is not floating.
-        ValueError: a name that is not there, or matrices that disagree in shape or dtype.
+        TypeError: a dtype is not floating.
+        ValueError: a name is missing, or matrices disagree in shape or dtype.
     """
 
     def __init__(
@@ -95,8 +95,8 @@ class FileSlices(Slices):
 
     def _read(self, start: int, stop: int) -> Tensor:
         block = torch.empty(self.n3, stop - start, self.n2, dtype=self.dtype)
-        # Read, not mapped: pages of a mapping would count as memory of this process, the whole
-        # stack in the end.
+        # Read the files instead of mapping them: mapped pages would count as memory of this
+        # process, in the end for the whole stack.
         with ExitStack() as opened:
             files = {
                 file: opened.enter_context(open(file, "rb", buffering=0))
@@ -151,7 +151,7 @@ def _shape(shards: Shards, part: FileMatrix) -> tuple[int, int]:
 
 
 def _fill(numbers: Tensor, file: FileIO, place: int) -> None:
-    """Reads contiguous numbers from a place in a file, without a buffer in between."""
+    """Reads contiguous numbers at an offset of a file, without an intermediate buffer."""
     buffer = numbers.view(torch.uint8).numpy().data
     file.seek(place)
     if file.readinto(buffer) != buffer.nbytes:

@@ -53,8 +53,8 @@ def matrix_cur(
 ) -> MatrixCUR:
     """CUR of a matrix ``[n1, n2]`` with columns and rows by leverage scores and U = C⁺ A R⁺.
 
-    Mahoney & Drineas, PNAS 106 (2009). It is `tensor_cur` for n3 = 1, whose other arguments, rules,
-    cores and errors are the same.
+    Mahoney & Drineas, PNAS 106 (2009). This is `tensor_cur` for n3 = 1; arguments, rules, cores and
+    errors are the same.
 
     Raises:
         TypeError, ValueError: as `tensor_cur`.

@@ -1,7 +1,7 @@
-"""A stack of frontal slices as decompositions read it: block by block, in a bounded workspace.
+"""A stack of frontal slices that decompositions read block by block, in a bounded workspace.
 
-Whether the slices lie in memory, in files, or sharded over processes, a rule sees the same: blocks
-``[n3, b, c]`` of some rows and columns of all slices, sums of which are completed by `Slices.sum`.
+The slices may be in memory, in files, or sharded over processes. In each case a rule reads blocks
+``[n3, b, c]`` of some rows and columns of all slices, and `Slices.sum` completes sums over blocks.
 """
 
 from __future__ import annotations
@@ -15,26 +15,26 @@ from tqdm import tqdm
 
 from ..autocast import without_autocast
 
-#: Default of every ``max_workspace``: bytes.
+#: Default of every ``max_workspace``, in bytes.
 MAX_WORKSPACE = 1 << 30
 
-#: Elements of a block where the workspace would allow more: larger ones fall out of the cache.
+#: Most elements of a block, even if the workspace allows more; larger blocks do not fit the cache.
 _BLOCK_ELEMENTS = 1 << 22
 
-#: Bytes a rule holds per element of a block: what was read, its fp64 copy, the half spectrum (16
-#: bytes for every second element), what transforms and products copy, and as much again for what
-#: the allocator keeps of the block before.
+#: Bytes that a rule needs per element of a block: the element itself, its fp64 copy, the half
+#: spectrum (16 bytes for every second element), copies inside transforms and products, and as much
+#: again for memory of the previous block that the allocator keeps.
 BYTES_PER_ELEMENT = 80
 
 
 class Slices(ABC):
-    """Frontal slices of one shape, read in blocks of rows; what a selection rule is given.
+    """Frontal slices of one shape, read in blocks of rows; the input of a selection rule.
 
     Attributes:
         n3, n1, n2: number of slices, and rows and columns of a slice.
         dtype: of the slices.
-        device: where blocks and sums are made.
-        max_workspace: bytes that a rule may use beside the stack itself and its result.
+        device: of the blocks and sums.
+        max_workspace: bytes that a rule may use in addition to the stack itself and its result.
         progress: whether passes over the data show a bar.
     """
 
@@ -69,18 +69,18 @@ class Slices(ABC):
         return range(self.n1), range(self.n2)
 
     def sum(self, partial: Tensor) -> Tensor:
-        """Completes a sum over blocks: adds up what all processes have, in place."""
+        """Completes a sum over blocks: adds up the partial sums of all processes, in place."""
         return partial
 
     def agree(self, drawn: Tensor) -> Tensor:
-        """What the first process drew."""
+        """The indices that the first process drew."""
         return drawn
 
     def require(self, size: int, what: str) -> None:
-        """Refuses to hold ``size`` bytes beyond the workspace.
+        """Checks that ``size`` bytes fit into the workspace.
 
         Raises:
-            ValueError: naming ``max_workspace`` and what needs more.
+            ValueError: they do not; the message names ``max_workspace`` and ``what`` needs more.
         """
         if size > self.max_workspace:
             raise ValueError(
@@ -89,14 +89,15 @@ class Slices(ABC):
             )
 
     def blocks(self, label: str, reserved: int = 0) -> Iterator[tuple[slice, slice, Tensor]]:
-        """One pass over the data: (rows, columns, block ``[n3, b, c]`` of them), as stored.
+        """One pass over the data: yields rows, columns, and their block ``[n3, b, c]`` as stored.
 
         Args:
-            label: what the pass is for; shown by the progress bar.
-            reserved: bytes of the workspace that the caller holds meanwhile.
+            label: what the pass is for; the progress bar shows it.
+            reserved: bytes of the workspace that the caller uses during the pass.
 
         Raises:
-            ValueError: numbers that are not finite, found in the first pass; or no workspace left.
+            ValueError: the first pass found numbers that are not finite; or the workspace is too
+                small.
         """
         rows, columns = self.held
         row = self.n3 * max(1, len(columns))
@@ -118,10 +119,10 @@ class Slices(ABC):
             self._settle(culprit)
 
     def check_finite(self) -> None:
-        """Refuses NaN and Inf; reads the data only if no pass has looked at it yet.
+        """Refuses NaN and Inf; reads the data only if there was no complete pass yet.
 
         Raises:
-            ValueError: naming where the first one is.
+            ValueError: some number is not finite; the message says where.
         """
         if not self._is_finite:
             for _ in self.blocks("finite"):
@@ -137,7 +138,7 @@ class Slices(ABC):
         return self.sum(lateral)
 
     def rows(self, indices: Tensor) -> Tensor:
-        """R = stack[:, indices, :], ``[n3, r, n2]``; reads those rows only."""
+        """R = stack[:, indices, :], ``[n3, r, n2]``; reads only those rows."""
         horizontal = torch.zeros(
             self.n3, len(indices), self.n2, dtype=self.dtype, device=self.device
         )
@@ -150,14 +151,14 @@ class Slices(ABC):
 
     @abstractmethod
     def _read(self, start: int, stop: int) -> Tensor:
-        """Rows start … stop-1 of all slices, those columns that are held: ``[n3, b, c]``."""
+        """Reads rows start … stop-1 of all slices, in the columns held here: ``[n3, b, c]``."""
 
     def _slice_name(self, index: int) -> str:
-        """What an error calls a frontal slice."""
+        """The name of a frontal slice in errors."""
         return self.name
 
     def _settle(self, culprit: int) -> None:
-        """Ends the first pass: all processes learn of a slice that is not finite."""
+        """Ends the first pass: if a slice is not finite, all processes raise an error."""
         worst = self.largest(culprit)
         if worst >= 0:
             raise ValueError(f"{self._slice_name(worst)}: expected finite numbers, got NaN or Inf")
@@ -172,13 +173,13 @@ class HeldSlices(Slices):
     """Slices in memory: matrices in the order of their slices, or the slices of one tensor.
 
     Args:
-        name: what errors call the slices.
-        matrices: floating ``[m * n1, n2]``, each of them m slices.
-        n1: rows of a slice, default those of the smallest matrix.
+        name: the name of the slices in errors.
+        matrices: floating ``[m * n1, n2]``; each makes m slices.
+        n1: rows of a slice, by default those of the smallest matrix.
         max_workspace, progress: see `tensor_cur`.
 
     Raises:
-        TypeError, ValueError: matrices that disagree in shape, dtype or device.
+        TypeError, ValueError: matrices disagree in shape, dtype or device.
     """
 
     def __init__(
@@ -196,7 +197,7 @@ class HeldSlices(Slices):
         super().__init__(name, sizes, first.dtype, first.device, max_workspace, progress)
 
     def _read(self, start: int, stop: int) -> Tensor:
-        with without_autocast():  # which refuses to stack bf16 where it casts to fp16
+        with without_autocast():  # autocast to fp16 refuses to stack bf16
             return torch.stack([piece[start:stop] for piece in self._slices])
 
     def columns(self, indices: Tensor) -> Tensor:
@@ -207,7 +208,7 @@ class HeldSlices(Slices):
 
 
 def check_matrices(name: str, matrices: Sequence[Tensor], n1: int | None) -> int:
-    """Refuses anything but floating matrices of one width, dtype and device, each of some slices.
+    """Checks that the matrices are floating, with one width, dtype and device, and made of slices.
 
     Returns n1, the rows of a slice: as given, or those of the smallest matrix.
     """
@@ -240,7 +241,7 @@ def check_matrices(name: str, matrices: Sequence[Tensor], n1: int | None) -> int
 
 
 def check_rank(name: str, rank: int, n1: int, n2: int) -> None:
-    """Refuses a rank that is no integer in 1 … min(n1, n2)."""
+    """Checks that a rank is an integer in 1 … min(n1, n2)."""
     if isinstance(rank, bool) or not isinstance(rank, int):
         raise TypeError(f"{name}: expected an int, got {type(rank).__name__}")
     if not 1 <= rank <= min(n1, n2):
@@ -252,7 +253,7 @@ def check_rank(name: str, rank: int, n1: int, n2: int) -> None:
 def bin_weights(n3: int, device: torch.device | None = None) -> Tensor:
     """How often each bin of the half spectrum counts: 1, 2, …, 2, 1, fp64 ``[n3 // 2 + 1]``.
 
-    For odd n3 there is no Nyquist bin and the last bin is one of a pair: its weight is 2.
+    For odd n3 there is no Nyquist bin, so the last bin is one of a pair and has weight 2.
     """
     weights = torch.full((n3 // 2 + 1,), 2.0, dtype=torch.float64, device=device)
     weights[0] = 1.0
@@ -268,8 +269,8 @@ def half_spectrum(block: Tensor) -> Tensor:
 
 def _first_bad_slice(block: Tensor) -> int:
     """Index of the first slice with NaN or Inf, -1 if all is finite."""
-    # A sum of absolute values is finite only if every number is; in fp64 it cannot overflow for the
-    # narrower dtypes, and for fp64 itself the numbers decide.
+    # If the sum of absolute values is finite, so is every number. For narrower dtypes it cannot
+    # overflow in fp64. If it overflows for fp64 numbers, each number is checked below.
     if torch.isfinite(block.abs().sum(dtype=torch.float64)):
         return -1
     bad = ~torch.isfinite(block).flatten(1).all(1)

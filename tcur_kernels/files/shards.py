@@ -1,7 +1,7 @@
-"""Safetensors files and directories of them: which tensors there are, and where.
+"""Finds and reads tensors in safetensors files and in directories of them.
 
-A directory may hold one file, or shards and an index that says which tensor is in which of them.
-This is the only reader of either in the package.
+A directory may hold one file, or shards and an index that says which tensor is in which shard. No
+other code in the package reads weight files.
 """
 
 from __future__ import annotations
@@ -21,28 +21,27 @@ _DTYPES = {
     "BF16": torch.bfloat16,
 }
 
-#: Endings of weights in other formats, which nothing here reads.
+#: Endings of weight files in other formats, which are not supported.
 _OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf")
 
 
 class Shards:
-    """Names, shapes and dtypes of the tensors of a checkpoint; each is read when it is asked for.
+    """Names, shapes and dtypes of the tensors of a checkpoint; each tensor is read when needed.
 
     Args:
-        path: a ``.safetensors`` file, or a directory that holds some, see `model_files`. An index
-            decides which file a tensor is in.
-        argument: what errors call the path.
+        path: a ``.safetensors`` file, or a directory with such files, see `model_files`. If there
+            is an index, it decides which file a tensor is in.
+        argument: the name of the path in errors.
 
     Attributes:
         files: tensor name -> file.
         shapes: tensor name -> shape.
-        names: file -> names of all its tensors, in their order, with those that an index looks for
-            elsewhere.
+        names: file -> names of all its tensors, in their order. This includes tensors that an
+            index places in another file.
 
     Raises:
-        FileNotFoundError: no such file, or a directory without any.
-        ValueError: a file that is torn, a name that is in two files, or one of the index that is in
-            none.
+        FileNotFoundError: there is no such file, or none in the directory.
+        ValueError: a file is truncated, a name is in two files, or a name of the index is in none.
     """
 
     def __init__(self, path: str | Path, argument: str = "weights") -> None:
@@ -67,7 +66,7 @@ class Shards:
             )
 
     def _list(self, file: Path, indexed: Mapping[str, str] | None) -> None:
-        """Notes the tensors of one file, those alone that the index looks for there."""
+        """Lists the tensors of one file; with an index, only those that it places there."""
         with self._open(file) as opened:
             self.names[file] = list(opened.keys())
             for name in self.names[file]:
@@ -85,14 +84,14 @@ class Shards:
         self._offsets |= _offsets(file)
 
     def offset(self, name: str) -> int:
-        """Where in its file the numbers of a tensor begin, in bytes."""
+        """The offset in bytes at which the numbers of a tensor begin in its file."""
         return self._offsets[self.files[name], name]
 
     def dtype(self, name: str) -> torch.dtype:
-        """dtype of a tensor.
+        """The dtype of a tensor.
 
         Raises:
-            TypeError: not one of the floating dtypes that weights have.
+            TypeError: it is none of the supported floating dtypes.
         """
         if self._dtypes[name] not in _DTYPES:
             raise TypeError(
@@ -101,18 +100,18 @@ class Shards:
         return _DTYPES[self._dtypes[name]]
 
     def read(self, name: str) -> Tensor:
-        """A whole tensor."""
+        """Reads a whole tensor."""
         with self._open(self.files[name]) as opened:
             tensor: Tensor = opened.get_tensor(name)
         return tensor
 
     def read_all(self, file: Path) -> dict[str, Tensor]:
-        """All tensors of one file."""
+        """Reads all tensors of one file."""
         with self._open(file) as opened:
             return {name: opened.get_tensor(name) for name in self.names[file]}
 
     def metadata(self, file: Path) -> dict[str, str] | None:
-        """What a file says of itself."""
+        """The metadata in the header of a file, if any."""
         with self._open(file) as opened:
             found: dict[str, str] | None = opened.metadata()
         return found
@@ -131,14 +130,14 @@ class Shards:
 
 
 def model_files(argument: str, path: Path) -> tuple[list[Path], dict[str, str] | None]:
-    """The safetensors files that hold a directory's model, and its index if it is split by one.
+    """The safetensors files that hold a directory's model, and the index if there is one.
 
-    As transformers chooses: ``model.safetensors``, else the shards that an index lists,
-    ``model.safetensors.index.json`` or another. Without any, all safetensors files.
+    The choice is that of transformers: ``model.safetensors``, or else the shards that an index
+    lists (``model.safetensors.index.json`` or another). If neither exists, all safetensors files.
 
     Raises:
-        FileNotFoundError: none of them; or a shard of the index that is not there.
-        ValueError: an index that is none, or several.
+        FileNotFoundError: there are no such files, or a shard of the index is missing.
+        ValueError: the index is invalid, or there are several.
     """
     whole = path / "model.safetensors"
     if whole.is_file():
@@ -181,9 +180,9 @@ def model_files(argument: str, path: Path) -> tuple[list[Path], dict[str, str] |
 
 
 def _offsets(file: Path) -> dict[tuple[Path, str], int]:
-    """Offsets of all tensors of a file that the library has found whole.
+    """Offsets of all tensors of a file, which the safetensors library has checked before.
 
-    The format: the length of the header in 8 bytes, the header as JSON, and the numbers.
+    The format is: the length of the header in 8 bytes, the header as JSON, and then the numbers.
     """
     with open(file, "rb") as opened:
         length = int.from_bytes(opened.read(8), "little")

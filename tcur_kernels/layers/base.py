@@ -134,8 +134,8 @@ class Base:
             message, self.misuse = self.misuse, None
             raise RuntimeError(message)
         here = [place for place in self.places if is_here(place)]
-        # FSDP may gather the weights anew for every layer. On an accelerator each comparison would
-        # then wait for the device.
+        # If some weights are missing, FSDP gathers them again for every layer. On an accelerator
+        # each comparison would then wait for the device.
         gathered = len(here) < len(self.places)
         doubtful = []
         for place in here:

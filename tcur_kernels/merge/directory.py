@@ -1,7 +1,7 @@
-"""Model directories in the layout of Hugging Face, read tensor by tensor and merged shard by shard.
+"""Merges model directories in the layout of Hugging Face, shard by shard.
 
-A directory holds ``config.json`` and ``*.safetensors``: one file, or shards with an index. Nothing
-here builds a model of loaded weights; what is in memory is one shard, and C and R of the stacks.
+A directory holds ``config.json`` and ``*.safetensors``: one file, or shards with an index. The
+model is never loaded as a whole. Only one shard and C and R of the stacks are in memory.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from ..operators.factors import CURFactors
 from ..operators.functional import slice_update
 from .copying import copy_rest, new_directory
 
-#: Wraps what is worked through, as ``tqdm`` does.
+#: Wraps the files while they are processed, to show progress, like ``tqdm``.
 Progress = Callable[[Iterable[Path]], Iterable[Path]]
 
 
 class ModelDirectory:
-    """A directory with ``config.json``, ``*.safetensors``, or both; files are read when asked for.
+    """A directory with ``config.json``, ``*.safetensors``, or both; files are read when needed.
 
     Args:
         path: the directory.
 
     Raises:
-        FileNotFoundError: no such directory.
+        FileNotFoundError: there is no such directory.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -53,14 +53,14 @@ class ModelDirectory:
         return Shards(self.path, "model_dir")
 
     def origins(self, names: Iterable[str], is_checked: bool) -> Origins:
-        """Where the files have the tensors of an adapter's model.
+        """Finds the tensors of an adapter's model in the files.
 
-        transformers is asked where names are not those of the files, or where nothing else would
-        tell of another tensor under the same name.
+        This asks transformers if some names are not in the files. It also asks if no fingerprint
+        would reveal a different tensor with the same name.
 
         Args:
-            names: those that the adapter has.
-            is_checked: whether a fingerprint tells of another tensor.
+            names: the names that the adapter uses.
+            is_checked: whether a fingerprint covers all these tensors.
         """
         shapes = self.shards.shapes
         if is_checked and all(name in shapes for name in names):
@@ -72,12 +72,12 @@ class ModelDirectory:
         return Origins("model_dir", self.path, shapes, model, hint)
 
     def skeleton(self) -> nn.Module:
-        """The model that ``config.json`` describes, on the meta device, by transformers.
+        """The model that ``config.json`` describes, built by transformers on the meta device.
 
         Raises:
-            FileNotFoundError: no config.json.
+            FileNotFoundError: there is no config.json.
             ModuleNotFoundError: transformers is not installed.
-            ValueError: a model that transformers does not know.
+            ValueError: transformers does not know the model.
         """
         config_file = self.path / "config.json"
         if not config_file.is_file():
@@ -93,7 +93,7 @@ class ModelDirectory:
             kind = getattr(transformers, (config.architectures or [""])[0], None)
             with torch.device("meta"):
                 model = transformers.AutoModel.from_config(config) if kind is None else kind(config)
-        except Exception as error:  # of any kind: the code is that of every model there is
+        except Exception as error:  # may be any kind, since this runs the code of any model
             raise ValueError(
                 f"model_dir: expected a model that transformers knows, got {error}"
             ) from error
@@ -107,25 +107,25 @@ def merge_directory(
     out: str | Path,
     progress: Progress = iter,
 ) -> list[str]:
-    """Writes the model directory with an adapter folded in; the input stays as it is.
+    """Writes a copy of the model directory with the adapter merged; the input is unchanged.
 
-    Updates are formed and added in fp32 (fp64 for an fp64 base) and rounded once. In memory are one
-    shard and the factors. The output appears whole or not at all. What else is in the directory is
-    copied, folders too, links as what they lead to.
+    Updates are computed and added in fp32 (fp64 for an fp64 base) and rounded once. Only one shard
+    and the factors are in memory. The output appears completely or not at all. Other files and
+    folders are copied; links are followed.
 
     Args:
         directory: the base.
-        contents: the adapter, see `contents.read_contents`.
-        out: directory to make; an empty one may be there.
-        progress: wraps the files as they are worked through, ``tqdm`` for one.
+        contents: the adapter, see `adapters.file.read_contents`.
+        out: the directory to make; an empty one may exist.
+        progress: wraps the files while they are processed, for example ``tqdm``.
 
     Returns:
-        What is not copied: weights in other formats or further files, which would be those without
-        the adapter, and version control. Relative paths.
+        The relative paths that were not copied: other weight files, which do not contain the
+        adapter, caches, and version control.
 
     Raises:
-        FileExistsError: something is at ``out`` already.
-        ValueError: a base that is not the one the adapter was made for.
+        FileExistsError: ``out`` exists and is not an empty directory.
+        ValueError: the base is not the one that the adapter was made for.
     """
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -152,7 +152,7 @@ def merge_directory(
 
 
 def _write(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None) -> None:
-    """A safetensors file with the mode of any new file, which the library does not ask for."""
+    """Writes a safetensors file with default permissions, which the library does not use."""
     with open(path, "xb") as opened:
         mode = stat.S_IMODE(os.fstat(opened.fileno()).st_mode)
     save_file(tensors, path, metadata=metadata)
@@ -160,7 +160,7 @@ def _write(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | No
 
 
 class _Edit:
-    """A change of a tensor of the files, or of those that transformers regroups together."""
+    """A change of one tensor of the files, or of several that transformers regroups together."""
 
     def __init__(self, origin: Origin) -> None:
         self.stored = frozenset(origin.stored)
@@ -168,7 +168,7 @@ class _Edit:
         self._steps: dict[str, list[Callable[[Tensor], Tensor]]] = {}
 
     def add(self, name: str, step: Callable[[Tensor], Tensor]) -> None:
-        """A step on the tensor that has this name: in the files, or in the model if regrouped."""
+        """Adds a step for the tensor of this name in the files, or, if regrouped, in the model."""
         self._steps.setdefault(name, []).append(step)
 
     def __call__(self, read: Read) -> dict[str, Tensor]:
@@ -185,12 +185,12 @@ class _Edit:
 
 
 def _edits(directory: ModelDirectory, contents: Contents) -> list[_Edit]:
-    """What an adapter changes in the files of its base."""
+    """The changes that an adapter makes to the files of its base."""
     names = [parameter for stored in contents.stacks for parameter, _, _ in stored.stored]
     learned = {name: value for (_, name), value in contents.learned.items()}
     origins = directory.origins([*names, *learned], is_checked=not learned)
     parts = origins.parts_with([*names, *learned])
-    if len(parts) > 1:  # the adapter is of one of several parts: its fingerprint says of which
+    if len(parts) > 1:  # the fingerprint tells for which of the parts the adapter was made
         parts = [part for part in parts if _fits(directory, origins.below(part), contents)]
     if len(parts) == 1:
         origins = origins.below(parts[0])
@@ -210,17 +210,17 @@ def _edits(directory: ModelDirectory, contents: Contents) -> list[_Edit]:
 
 
 def _fits(directory: ModelDirectory, origins: Origins, contents: Contents) -> bool:
-    """Whether the first stack of an adapter was made of these weights."""
+    """Whether the first stack of an adapter was made from these weights."""
     stored = contents.stacks[0]
     try:
         found = _factors_here(directory, origins, stored)
-    except ValueError:  # of other sizes
+    except ValueError:  # the sizes differ
         return False
     return Fingerprint.of(found) == stored.record.base
 
 
 def _learned(tensor: Tensor, name: str, value: Tensor) -> Tensor:
-    """A value of its own in the place of a stored tensor."""
+    """The learned value that replaces a stored tensor, in the dtype of that tensor."""
     if tensor.shape != value.shape:
         raise ValueError(
             f"model_dir: expected {name} of shape {list(value.shape)}, got {list(tensor.shape)}"
@@ -245,7 +245,7 @@ def _slices(directory: ModelDirectory, origins: Origins, stored: StoredStack) ->
 
 
 def _factors_here(directory: ModelDirectory, origins: Origins, stored: StoredStack) -> CURFactors:
-    """C and R of a stack as slices of the weights that the files have."""
+    """C and R of a stack as slices of the weights in the files."""
     columns, rows = [], []
     for block in _slices(directory, origins, stored):
         columns.append(block[:, list(stored.record.columns)].clone())
@@ -254,7 +254,7 @@ def _factors_here(directory: ModelDirectory, origins: Origins, stored: StoredSta
 
 
 def _factors(directory: ModelDirectory, origins: Origins, stored: StoredStack) -> CURFactors:
-    """C and R of a stack, refused unless they are those that the adapter was made with."""
+    """C and R of a stack; refuses them unless the adapter was made with the same ones."""
     found, wanted = _factors_here(directory, origins, stored), stored.record.base
     if Fingerprint.of(found) == wanted:
         return found
@@ -274,7 +274,7 @@ def _factors(directory: ModelDirectory, origins: Origins, stored: StoredStack) -
 
 
 def _merged(weight: Tensor, factors: CURFactors, stored: StoredStack, index: int) -> Tensor:
-    """A stored weight plus the update of the rows that one member of a stack has."""
+    """A stored weight with the update of one member of a stack added to the member's rows."""
     merged = weight.clone()
     member, (_, transposed, first) = stored.plan.members[index], stored.stored[index]
     slice_index = sum(m.slices for m in stored.plan.members[:index])

@@ -1,4 +1,4 @@
-"""From the targeted layers to stacks, afresh or as a saved adapter recorded them."""
+"""Builds stacks of the targeted layers, from a new plan or from that of a saved adapter."""
 
 from __future__ import annotations
 
@@ -31,13 +31,14 @@ _WRAPPERS = (BaseTunerLayer, AuxiliaryTrainingWrapper)
 def plan_and_build(
     model: nn.Module, layers: Layers, config: TCURConfig, strict: bool
 ) -> tuple[Plan, dict[str, AdapterStack]]:
-    """Plan and stacks of an adapter; what the config has to hold of them is in its ``plan`` then.
+    """Plans an adapter and builds its stacks; records the plan in ``config.plan``.
 
     Args:
-        strict: refuse a layer that cannot be adapted rather than leave it out.
+        strict: whether to refuse a layer that cannot be adapted instead of leaving it out.
 
     Raises:
-        TypeError, ValueError: naming the layer, or what does not fit a saved adapter.
+        TypeError, ValueError: a layer cannot be adapted, or does not fit a saved adapter; the
+            message names it.
     """
     if config.plan is not None and getattr(config.plan, "made_by", None) is None:
         records = read_records(model, layers, config)
@@ -58,13 +59,13 @@ def plan_and_build(
 
 
 def make_plan(model: nn.Module, layers: Layers, config: TCURConfig, strict: bool) -> Plan:
-    """Stacks of the targeted layers.
+    """Groups the targeted layers into stacks.
 
     Args:
-        strict: refuse a layer that cannot be adapted rather than leave it out.
+        strict: whether to refuse a layer that cannot be adapted instead of leaving it out.
 
     Raises:
-        TypeError, ValueError: naming the layer.
+        TypeError, ValueError: a layer cannot be adapted; the message names it.
     """
     reasons, others = _reasons_to_leave_out(model, layers)
     if strict:
@@ -95,14 +96,14 @@ def make_plan(model: nn.Module, layers: Layers, config: TCURConfig, strict: bool
 
 
 def read_records(model: nn.Module, layers: Layers, config: TCURConfig) -> tuple[StackRecord, ...]:
-    """What a config holds of its stacks, refused unless the targeted layers fit it.
+    """Reads the recorded stacks of a config, and checks that the targeted layers fit them.
 
-    Where the modules have got other names, as from one version of transformers to the next, those
-    of the same shapes in the same order stand for them, if their weights are to be checked against
-    the fingerprints: these tell whether it was right.
+    Modules may have new names, for example in a new version of transformers. Then layers of the
+    same shapes in the same order take their place. This is done only if ``check_base`` is set,
+    because the fingerprints will show whether it was right.
 
     Raises:
-        ValueError: a plan that is damaged, or made for another architecture.
+        ValueError: the plan is damaged, or was made for another architecture.
     """
     assert config.plan is not None
     try:
@@ -125,7 +126,7 @@ def read_records(model: nn.Module, layers: Layers, config: TCURConfig) -> tuple[
 def _renamed(
     model: nn.Module, layers: Layers, config: TCURConfig, records: tuple[StackRecord, ...]
 ) -> tuple[StackRecord, ...]:
-    """The same stacks with the names that their layers have in this model, if it has the like."""
+    """The records with the names of this model's layers, if it has stacks of the same sizes."""
     here = make_plan(model, layers, config, strict=False).stacks
     there = [record.plan for record in records]
     sizes = [[(s.n1, s.n2, [m.slices for m in s.members]) for s in plan] for plan in (here, there)]
@@ -146,10 +147,10 @@ def build_stacks(
     """The stacks of a plan; no layer is changed.
 
     Args:
-        records: what was recorded of these stacks, None for new ones.
+        records: the records of these stacks; None for new ones.
 
     Raises:
-        ValueError: base weights that are not finite, or not those of the saved adapter.
+        ValueError: base weights are not finite, or are not those of the saved adapter.
     """
     found = {name: place_of(layer) for name, layer in layers.items() if is_supported(layer)}
     stacks = {}
@@ -178,13 +179,13 @@ def build_stacks(
 
 
 def _has_base_of(record: StackRecord, stack: AdapterStack) -> bool:
-    """Whether C and R are the same numbers; in another dtype, too, as peft casts models."""
+    """Whether C and R have the recorded numbers; the dtype may differ, since peft casts models."""
     return Fingerprint.of(stack.factors).sha256 == record.base.sha256
 
 
 @torch.no_grad()
 def _draw(stack: AdapterStack) -> None:
-    """Draws a core by which the update of the first slice has half the norm of its weight."""
+    """Draws a core such that the update of the first slice has half the norm of its weight."""
     stack.core.normal_()
     update = slice_update(stack.factors, stack.core, 0, scale=stack.alpha)
     norms = stack.places[0].weight[: stack.n1].to(update.dtype).norm(), update.norm()
@@ -193,14 +194,14 @@ def _draw(stack: AdapterStack) -> None:
 
 
 def records_of(plan: Plan, stacks: Mapping[str, AdapterStack]) -> list[dict[str, Any]]:
-    """What a saved adapter needs to rebuild its stacks, as JSON can hold it."""
+    """What a saved adapter needs to rebuild its stacks, as values that JSON can hold."""
     return [StackRecord.of(entry, stacks[entry.name]).as_json() for entry in plan.stacks]
 
 
 def _reasons_to_leave_out(
     model: nn.Module, layers: Layers
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """Why layers cannot be adapted, by their names: targeted ones, and all other modules."""
+    """Reasons why layers cannot be adapted, by name: targeted layers, and all other modules."""
     names = {id(module): name for name, module in model.named_modules()}
     targets = {names[id(layer)]: target for target, layer in layers.items()}
     weights, reasons = {}, {}
@@ -238,7 +239,7 @@ def _reasons_to_leave_out(
 
 
 class Record:
-    """What was recorded of stacks, kept true: C and R follow the base, which may be loaded anew."""
+    """The records of stacks, kept up to date: loading a new base also changes C and R."""
 
     def __init__(self, plan: list[dict[str, Any]] | None, stacks: Sequence[AdapterStack]) -> None:
         self._plan, self._stacks = plan, stacks
@@ -246,7 +247,7 @@ class Record:
 
     @property
     def plan(self) -> list[dict[str, Any]] | None:
-        """As `record` gives it."""
+        """The plan as `records_of` gives it, with the present fingerprints."""
         if self._plan is None or torch.compiler.is_compiling():
             return self._plan
         now = [stack.factors for stack in self._stacks]
