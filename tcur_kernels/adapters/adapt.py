@@ -15,13 +15,14 @@ from ..decompose import Selection
 from ..decompose.slices import MAX_WORKSPACE
 from ..layers.stack import TProductStack
 from ..operators import cost
+from ..operators.factors import Precision
 from .adapter import Adapter
 from .build import build_stack, errors_named
 from .fingerprint import persistent_buffers
 from .holding import PREFIXES
 from .install import is_adapted, put_in_place
 from .linear_maps import find_places
-from .plan import Plan, Targets, check_setting, make_plan, setting
+from .plan import Plan, StacksBy, Targets, check_setting, make_plan, setting
 from .streaming import BaseFiles, on_meta
 from .train_also import trained_names
 
@@ -32,10 +33,10 @@ def adapt(
     rank: int | Mapping[str, int] = 8,
     alpha: float | Mapping[str, float] = 1.0,
     selection: Selection | Mapping[str, Selection] = "norm",
-    mode: str = "auto",
+    mode: cost.Mode = "auto",
     train_also: str | Sequence[str] = (),
-    precision: str = "ieee",
-    stacks: str = "shape",
+    precision: Precision = "ieee",
+    stacks: StacksBy = "shape",
     generator: torch.Generator | None = None,
     weights: str | Path | None = None,
     max_workspace: int = MAX_WORKSPACE,

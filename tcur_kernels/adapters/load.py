@@ -27,10 +27,11 @@ def load_adapter(model: nn.Module, path: str | Path, strict: bool = True) -> Ada
     Args:
         model: a base model that is not adapted.
         path: file written by `Adapter.save`.
-        strict: True refuses a model if any of its frozen parameters differs. False only compares C
-            and R with the stacks' weights; if the file holds C and R itself, not even that. It
-            loads the trained parameters and buffers that the model has. `Adapter.skipped` then
-            names those that only the file has, and `Adapter.missing` the trained ones that only the
+        strict: True refuses a model unless C and R are slices of its weights, in the dtype in which
+            the adapter was made, and all frozen parameters outside of the stacks are the same.
+            False compares C and R alone; if the file holds C and R itself, not even that. It loads
+            the trained parameters and buffers that the model has. `Adapter.skipped` then names
+            those that only the file has, and `Adapter.missing` the trained ones that only the
             model has.
 
     Raises:

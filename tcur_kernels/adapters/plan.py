@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,8 @@ from .targets import Targets as Targets
 from .targets import choose
 
 #: How layers are grouped into stacks, unless the targets name the stacks.
-STACKS_BY = ("shape", "layer")
+StacksBy = Literal["shape", "layer"]
+STACKS_BY: tuple[StacksBy, ...] = get_args(StacksBy)
 
 #: Last components of the usual names of fused q, k, v projections. Only the name can tell: other
 #: layers, too, may have three times as many outputs as inputs.
@@ -119,7 +120,7 @@ def make_plan(
     targets: Targets,
     rank: int | Mapping[str, int],
     trained: Iterable[str] = (),
-    stacks: str = "shape",
+    stacks: StacksBy = "shape",
     loaded: bool = True,
 ) -> Plan:
     """Groups the linear layers of ``model`` into stacks.
@@ -193,7 +194,7 @@ def plan_groups(
     rank_of: Callable[[str], int],
     *,
     argument: str,
-    stacks: str,
+    stacks: StacksBy,
     insists: bool,
     is_loaded: bool,
 ) -> tuple[list[StackPlan], list[LeftOut]]:
@@ -269,7 +270,7 @@ def check_setting(argument: str, value: Any, stacks: Iterable[StackPlan]) -> Non
 _Group = tuple[str, tuple[int, int], list[Member]]
 
 
-def groups_of(weights: Mapping[str, Tensor], stacks: str) -> list[_Group]:
+def groups_of(weights: Mapping[str, Tensor], stacks: StacksBy) -> list[_Group]:
     """Groups weights [out, in] by one of `STACKS_BY`; returns names, slice sizes and members."""
     return _groups_by_shape(weights) if stacks == "shape" else _groups_by_layer(weights)
 

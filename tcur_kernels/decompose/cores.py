@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 import torch
 from torch import Tensor
 
 from ..t_product import t_pinv
 from .slices import Slices, half_spectrum
 
-CORES = ("intersection", "projection", "zero")
+Core = Literal["intersection", "projection", "zero"]
+CORES: tuple[Core, ...] = get_args(Core)
 
 
 def make_core(
@@ -16,7 +19,7 @@ def make_core(
     lateral: Tensor,
     horizontal: Tensor,
     rows: Tensor,
-    core: str,
+    core: Core,
     rcond: float | None = None,
 ) -> Tensor:
     """The core, computed in fp64 because pseudo-inverses amplify rounding errors of small slices.

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..autocast import without_autocast
 from ..values import HoldsTensors
+from .cores import Core
 from .rules import Selection
 from .slices import MAX_WORKSPACE
 from .tensor import TensorCUR, tensor_cur
@@ -46,7 +47,7 @@ def matrix_cur(
     a: Tensor,
     rank: int,
     selection: Selection = "leverage",
-    core: str = "projection",
+    core: Core = "projection",
     generator: torch.Generator | None = None,
     rcond: float | None = None,
     max_workspace: int = MAX_WORKSPACE,

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..processes import is_sharded
 from ..t_product import check_tensor, t_product
 from ..values import HoldsTensors
-from .cores import CORES, make_core
+from .cores import CORES, Core, make_core
 from .rules import Selection, select
 from .sharded import ShardedSlices
 from .slices import MAX_WORKSPACE, HeldSlices, Slices, check_rank, half_spectrum
@@ -66,7 +66,7 @@ def tensor_cur(
     a: Tensor | Slices,
     rank: int,
     selection: Selection = "norm",
-    core: str = "intersection",
+    core: Core = "intersection",
     generator: torch.Generator | None = None,
     rcond: float | None = None,
     max_workspace: int = MAX_WORKSPACE,

@@ -15,7 +15,7 @@ from ..decompose.tensor import as_slices, select_slices
 from ..operators import cost
 from ..operators.checks import check_cores
 from ..operators.dispatch import check_precision
-from ..operators.factors import CURFactors
+from ..operators.factors import CURFactors, Precision
 from ..processes import ReentrantGuard
 from .base import Base, is_here
 from .linear import as_places, check_weights
@@ -73,10 +73,10 @@ class TProductStack(Routed):
         rank: int = 8,
         alpha: float = 1.0,
         selection: Selection = "norm",
-        mode: str = "auto",
+        mode: cost.Mode = "auto",
         generator: torch.Generator | None = None,
         n1: int | None = None,
-        precision: str = "ieee",
+        precision: Precision = "ieee",
         factors: CURFactors | None = None,
         source: Slices | None = None,
         max_workspace: int = MAX_WORKSPACE,

@@ -10,9 +10,9 @@ from typing import Any
 from peft.config import PeftConfig
 from peft.utils import PeftType
 
-from ..adapters.plan import STACKS_BY
-from ..operators.cost import MODES
-from ..operators.factors import PRECISIONS
+from ..adapters.plan import STACKS_BY, StacksBy
+from ..operators.cost import MODES, Mode
+from ..operators.factors import PRECISIONS, Precision
 
 #: The name of the method among peft's types.
 NAME = "TCUR"
@@ -103,9 +103,9 @@ class TCURConfig(PeftConfig):  # type: ignore[misc]
     layers_pattern: list[str] | str | None = None
     alpha: float = 1.0
     selection: str = "norm"
-    stacks: str = "shape"
-    mode: str = "auto"
-    precision: str = "ieee"
+    stacks: StacksBy = "shape"
+    mode: Mode = "auto"
+    precision: Precision = "ieee"
     check_base: bool = True
     init_weights: bool = True
     plan: list[dict[str, Any]] | None = field(default=None, repr=False)
