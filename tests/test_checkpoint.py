@@ -11,6 +11,7 @@ import tcur_kernels as tcur
 from models import Tiny
 from tcur_kernels.adapters import file
 from tcur_kernels.adapters.file import FORMAT, FORMAT_VERSION
+from tcur_kernels.files import whole
 
 
 def base_model(seed=0):
@@ -192,7 +193,7 @@ def test_a_failed_save_leaves_the_old_file(adapter, path, monkeypatch, moment):
     if moment == "write":
         monkeypatch.setattr(file, "save_file", fail)
     else:
-        monkeypatch.setattr(file.os, "replace", fail)
+        monkeypatch.setattr(whole.os, "replace", fail)
     with pytest.raises(OSError, match="no space left"):
         adapter.save(path)
     assert path.read_bytes() == old

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from torch import nn
 from ..decompose import RULES, Slices, error_curve
 from ..decompose.slices import MAX_WORKSPACE
 from ..decompose.tensor import as_slices
+from ..files.whole import replacing
 from .linear_maps import find_weights
 from .plan import Plan, StackPlan
 from .streaming import BaseFiles, on_meta
@@ -111,9 +111,5 @@ def plot_curves(curves: Sequence[Curve], path: str | Path) -> None:
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("relative error")
     panels[0].legend()
-    temporary = Path(f"{path}.part")
-    try:
+    with replacing(Path(path)) as temporary:
         figure.savefig(temporary, format="png", dpi=150)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

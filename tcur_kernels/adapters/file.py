@@ -9,12 +9,8 @@ fingerprint.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import secrets
-import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..files.whole import replacing
 from ..layers.stack import TProductStack
 from ..operators.factors import CURFactors
 from ..values import HoldsTensors
@@ -147,7 +144,7 @@ class Contents(HoldsTensors):
             "adapter": json.dumps(header),
         }
         contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        with _replacing(path) as temporary:
+        with replacing(path) as temporary:
             save_file(contiguous, temporary, metadata=metadata)
 
     def check_fits(self, stacks: Mapping[str, TProductStack], plan: Plan, path: Path) -> None:
@@ -234,25 +231,3 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         )
     header: dict[str, Any] = json.loads(metadata["adapter"])
     return header, tensors
-
-
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """Yields a temporary file beside ``path``, which replaces it if the block ends without error.
-
-    Links are followed. The permissions are those that a plain ``open`` would give or keep.
-    """
-    path = Path(os.path.realpath(path))
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    mode = path.stat().st_mode if path.is_file() else None
-    try:
-        with open(temporary, "xb") as file:
-            opened = os.fstat(file.fileno()).st_mode
-        yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.chmod(temporary, stat.S_IMODE(opened if mode is None else mode))
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

@@ -159,13 +159,10 @@ def model_files(argument: str, path: Path) -> tuple[list[Path], dict[str, str] |
                 + (hint if found else "")
             )
         return files, None
-    try:
-        listed: dict[str, str] = json.loads(indices[0].read_text(encoding="utf-8"))["weight_map"]
-        names = sorted(set(listed.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{argument}: expected an index with a weight_map, got {indices[0]}"
-        ) from error
+    listed = read_index(indices[0])
+    if listed is None:
+        raise ValueError(f"{argument}: expected an index with a weight_map, got {indices[0]}")
+    names = sorted(set(listed.values()))
     for name in names:
         if Path(name).name != name:
             raise ValueError(f"{argument}: expected names of files in {indices[0]}, got {name}")
@@ -177,6 +174,15 @@ def model_files(argument: str, path: Path) -> tuple[list[Path], dict[str, str] |
             f"({len(lost)} of {len(names)} are missing, {tensors[0]} is in them)"
         )
     return [path / name for name in names], listed
+
+
+def read_index(path: Path) -> dict[str, str] | None:
+    """What an index says: name of a tensor -> name of its file. None if it says nothing."""
+    try:
+        listed = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        return {str(name): str(file) for name, file in listed.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
 
 
 def _offsets(file: Path) -> dict[tuple[Path, str], int]:

@@ -12,6 +12,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from ..files.shards import read_index
+
 #: Endings of weight files in formats that are not merged.
 _WEIGHTS = (
     ".bin",
@@ -112,8 +114,8 @@ def _listed(path: Path, read: Callable[[Any], set[str]]) -> set[str] | None:
 def _is_weights(source: Path, shards: set[Path], path: Path) -> bool:
     """Whether a file that is not a shard holds weights of the model, or lists such files."""
     if path.name.endswith(".safetensors.index.json") and path.parent == Path():
-        listed = _listed(source / path, lambda index: set(index["weight_map"].values()))
-        return listed is None or not listed <= {file.name for file in shards}
+        listed = read_index(source / path)
+        return listed is None or not set(listed.values()) <= {file.name for file in shards}
     if path.name.endswith(".safetensors"):  # in a subfolder they belong to another model
         return path.parent == Path()
     return path.name.removesuffix(".index.json").endswith(_WEIGHTS)

@@ -7,7 +7,6 @@ model is never loaded as a whole. Only one shard and C and R of the stacks are i
 from __future__ import annotations
 
 import os
-import stat
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property, partial
 from pathlib import Path
@@ -20,6 +19,7 @@ from ..adapters.file import Contents, StoredStack
 from ..adapters.fingerprint import Fingerprint
 from ..files.origins import Origin, Origins, Read
 from ..files.shards import Shards
+from ..files.whole import replacing
 from ..operators.factors import CURFactors
 from ..operators.functional import slice_update
 from .copying import copy_rest, new_directory
@@ -147,16 +147,9 @@ def merge_directory(
                 waiting.remove(edit)
             for name in own & done.keys():
                 tensors[name] = done.pop(name).contiguous()
-            _write(tensors, place / file.name, shards.metadata(file))
+            with replacing(place / file.name) as written:
+                save_file(tensors, written, metadata=shards.metadata(file))
     return left_out
-
-
-def _write(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None) -> None:
-    """Writes a safetensors file with default permissions, which the library does not use."""
-    with open(path, "xb") as opened:
-        mode = stat.S_IMODE(os.fstat(opened.fileno()).st_mode)
-    save_file(tensors, path, metadata=metadata)
-    path.chmod(mode)
 
 
 class _Edit:
