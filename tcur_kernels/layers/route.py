@@ -164,16 +164,16 @@ class Routed(Cores):
         The operators also handle two special cases: a single layer that was cast, and shapes on
         the meta device.
         """
-        x, weight, bias = given.x, given.weight, given.bias
+        x, _, weight, bias, _, core, _, dtype, _ = given
         return (
-            x.dtype == given.dtype
+            x.dtype == dtype
             and x.ndim > 0
             and x.shape[-1] == self.n2
-            and x.device == given.core.device
+            and x.device == core.device
             and not x.is_meta
             and not weight.requires_grad
             and (bias is None or not bias.requires_grad)
-            and (given.core.dtype != torch.float64 or given.dtype == torch.float64)
+            and (core.dtype != torch.float64 or dtype == torch.float64)
         )
 
     def _by_operators(self, given: Operands) -> Tensor:
@@ -211,7 +211,7 @@ class Routed(Cores):
 
     def _by_node(self, given: Operands) -> Tensor:
         """The call as one node of autograd, with W_eff or with the factors; see `eager`."""
-        x, core, adapter_ids = given.x, given.core, given.adapter_ids
+        x, source, weight, bias, place, core, adapter_ids, dtype, _ = given
         if core.requires_grad:
             batch = rows_of(self)
             self._check_checkpoints(0 if batch is None else id(batch.cores))
@@ -221,9 +221,10 @@ class Routed(Cores):
             built = None
             if adapter_ids is None:
                 built = self._effective_for(given, tokens, capture)
-            weight = given.weight if built is None else built.view_of(given.place)
-            if weight.dtype != given.dtype:
-                weight = weight.to(given.dtype)
+            if built is not None:
+                weight = built.view_of(place)
+            elif weight.dtype != dtype:
+                weight = weight.to(dtype)
             call = self._call_of(given, weight, capture)
         is_trained = core.requires_grad and torch.is_grad_enabled()
         gradient, z, gradient_sum = "x", None, None
@@ -238,13 +239,13 @@ class Routed(Cores):
                 # In training the graph keeps z alive for the next layer. A batch of many adapters
                 # is often served without a graph, so z is held here.
                 hold = adapter_ids is not None
-                z = self._projected.of(given.source, x, call.horizontal_hat, capture, hold)
+                z = self._projected.of(source, x, call.horizontal_hat, capture, hold)
         return run_layer(
             call,
             BY_FACTORS if built is None else BY_W_EFF,
             x,
             weight,
-            given.bias,
+            bias,
             core,
             self.alpha,
             z=z,
