@@ -1,12 +1,17 @@
 """Every test starts from one seed, and uninitialised memory is full of NaN."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
 
+#: Tests that place their tensors themselves, whatever the default device is.
+PLACED = (Path(__file__).parent / "conformance", Path(__file__).parent / "test_device.py")
+
 # Tests of Triton kernels on the CPU need its interpreter, which is chosen when Triton is imported:
 # they run in a session of their own (`test_triton.py` starts it), and there alone.
+# Those of `conformance` run in both.
 collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreted"]
 
 
@@ -36,9 +41,9 @@ def _reproducible(request):
 
 @pytest.fixture(autouse=True)
 def _default_device(request):
-    """On another device, tensors are made there; `test_device` places its own."""
+    """On another device, tensors are made there, but where tests place their own."""
     device = request.config.getoption("--device")
-    if device == "cpu" or request.path.name == "test_device.py":
+    if device == "cpu" or any(path in (request.path, request.path.parent) for path in PLACED):
         yield
         return
     with torch.device(device):
