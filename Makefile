@@ -5,7 +5,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-BUILD_INPUTS := pyproject.toml setup.py constraints.txt $(shell find csrc -name "*.cpp" -o -name "*.cu" -o -name "*.h")
+SOURCES := $(shell find csrc -name "*.cpp" -o -name "*.cu" -o -name "*.h")
+# In place, without pip: what did not change is not compiled again.
+BUILD := $(BIN)/python setup.py -q build_ext --inplace
 
 # The demo compiles for the GPUs that are here, and for none where none is. The tests look at compiled
 # CUDA kernels on every machine with nvcc: for those GPUs, else for one architecture, or for what
@@ -17,28 +19,39 @@ TEST_ARCHITECTURES := $(or $(TORCH_CUDA_ARCH_LIST),$(GPUS),9.0)
 # for; those that sleep at once are late on a quiet machine. So they spin for a short while.
 export GOMP_SPINCOUNT ?= 1000
 
-.PHONY: demo test test-families families-table test-cpus test-versions test-matrix test-peft lint format clean FORCE
+.PHONY: demo build quick test test-families families-table test-cpus test-versions test-matrix test-peft lint format clean FORCE
 
-demo: $(VENV)/.demo
+demo: $(VENV)/.built_demo
 	@echo "The demo starts."
 	$(BIN)/python examples/unetr_segmentation.py
 
+# The inner loop: compiles what changed. `make build ISA=avx2` compiles for that instruction set alone,
+# which the next build without it makes good, `ONLY=cpu` or `ONLY=cuda` leaves the other library as it is.
+build: $(VENV)/.demo
+	rm -f $(VENV)/.built_*
+	TCUR_ISA='$(ISA)' TCUR_ONLY='$(ONLY)' TORCH_CUDA_ARCH_LIST='$(TEST_ARCHITECTURES)' $(BUILD)
+
+# The kernels of the CPU library, without the emulator of CUDA and without a compiler of Python.
+quick: $(VENV)/.tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/test_isa.py tests/test_ops.py tests/test_token_cores.py \
+		-k 'test_isa or (compiled and not opcheck and not fullgraph and not derivatives)'
+
 # One process for each core, each with one thread.
-test: $(VENV)/.tests $(VENV)/.oldest_peft $(VENV)/.oldest_triton
+test: $(VENV)/.built_tests $(VENV)/.oldest_peft $(VENV)/.oldest_triton
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal --durations 15
 
 # Adapters on the models of everybody: all families, with libraries that no other test needs. These lie
 # beside the others, because torchvision from PyPI does not load with a torch for CPUs alone.
-test-families: $(VENV)/.tests $(VENV)/.families
+test-families: $(VENV)/.built_tests $(VENV)/.families
 	PYTHONPATH=$(VENV)/families OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 \
 		--dist worksteal -m 'families or not families' tests/test_families.py
 
 # Checks all families and writes their table in docs/adapters.md.
-families-table: $(VENV)/.tests $(VENV)/.families
+families-table: $(VENV)/.built_tests $(VENV)/.families
 	PYTHONPATH=$(VENV)/families:tests OMP_NUM_THREADS=1 $(BIN)/python -m families.table
 
 # What depends on roundings: under every instruction set that this machine has, with 1, 2 and 4 threads.
-test-cpus: $(VENV)/.tests
+test-cpus: $(VENV)/.built_tests
 	$(BIN)/python tests/cpus.py
 
 # Builds for the oldest and the newest torch and some between, each loaded and tested under every later one.
@@ -46,7 +59,7 @@ test-versions: $(VENV)/.torch
 	$(BIN)/python tests/versions.py
 
 # More lengths, ranks and precisions of the Triton kernels: interpreted, then compiled.
-test-matrix: $(VENV)/.tests
+test-matrix: $(VENV)/.built_tests
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m matrix tests/interpreted
 	$(BIN)/python -m pytest -m matrix tests/test_triton_compile.py
 
@@ -76,7 +89,7 @@ $(VENV)/.torch: constraints.txt
 	$(PIP) install -q -c constraints.txt torch numpy setuptools pybind11 ninja safetensors
 	touch $@
 
-$(VENV)/.demo: $(VENV)/.torch $(BUILD_INPUTS)
+$(VENV)/.demo: $(VENV)/.torch pyproject.toml setup.py constraints.txt
 	@echo "Set-up, 2 of 2: the kernels are compiled for this machine, a minute or two on two cores."
 	$(PIP) install -q -c constraints.txt --no-build-isolation -e '.[demo]'
 	touch $@
@@ -89,6 +102,15 @@ $(VENV)/.tests: $(VENV)/.demo $(VENV)/.architectures
 	@echo "Set-up of the tests: with nvcc, CUDA kernels for $(TEST_ARCHITECTURES)."
 	TORCH_CUDA_ARCH_LIST='$(TEST_ARCHITECTURES)' \
 		$(PIP) install -q -c constraints.txt --no-build-isolation -e '.[test]'
+	touch $@
+
+# After an edit below csrc, pip has nothing to do.
+$(VENV)/.built_demo: $(SOURCES) | $(VENV)/.demo
+	$(BUILD)
+	touch $@
+
+$(VENV)/.built_tests: $(SOURCES) $(VENV)/.architectures | $(VENV)/.tests
+	TORCH_CUDA_ARCH_LIST='$(TEST_ARCHITECTURES)' $(BUILD)
 	touch $@
 
 $(VENV)/.families: tests/families/requirements.txt $(VENV)/.torch

@@ -4,14 +4,15 @@ import functools
 import os
 import shutil
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
-from setuptools.modified import newer_group
 
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # one binary for torch 2.10 and later
 CUDA = "tcur_kernels._cuda"
+CUDA_FOLDER = Path("build", "cuda")
 #: What every release holds; PTX is compiled by the driver of later GPUs.
 ALL_ARCHITECTURES = "8.0;9.0;10.0+PTX"
 
@@ -28,10 +29,11 @@ def cpu_extension():
             f"tcur_kernels: no C++ compiler: '{compiler}' is not on the PATH; "
             "install g++ or clang (C++17), or name one by CXX."
         )
+    folders = ["csrc", "csrc/cpu", *(f"csrc/cpu/{name}" for name in instruction_sets())]
     return CppExtension(
         "tcur_kernels._cpu",
-        sources=["csrc/module.cpp", *sorted(map(str, Path("csrc/cpu").glob("*.cpp")))],
-        depends=sorted(map(str, Path("csrc").rglob("*.h"))),
+        sources=[str(path) for folder in folders for path in sorted(Path(folder).glob("*.cpp"))],
+        depends=headers("common", "cpu"),
         include_dirs=[pybind11.get_include()],
         extra_compile_args=[
             "-O3",
@@ -44,6 +46,20 @@ def cpu_extension():
             STABLE_ABI,
         ],
     )
+
+
+def instruction_sets():
+    """Names of those that the CPU kernels are compiled for: all, or what TCUR_ISA asks for."""
+    every = sorted(path.parent.name for path in Path("csrc/cpu").glob("*/isa.h"))
+    wanted = os.environ.get("TCUR_ISA", "").split() or every
+    if not set(wanted) <= set(every):
+        raise SystemExit(f"tcur_kernels: TCUR_ISA: expected some of {every}, got {wanted}.")
+    return wanted
+
+
+def headers(*folders):
+    """Headers under these folders of csrc, for source distributions."""
+    return [str(path) for name in folders for path in sorted(Path("csrc", name).rglob("*.h"))]
 
 
 def find_nvcc():
@@ -117,8 +133,7 @@ def cuda_extension():
         )
         return None
     sources = sorted(map(str, Path("csrc/cuda").glob("*.cu")))
-    depends = sorted(map(str, Path("csrc").rglob("*.h")))
-    return Extension(CUDA, sources=sources, depends=depends)
+    return Extension(CUDA, sources=sources, depends=headers("common", "cuda"))
 
 
 def build_ext(has_all=False):
@@ -135,8 +150,10 @@ def build_ext(has_all=False):
             return f"{name.replace('.', '/')}.so"
 
         def build_extensions(self):
-            # Objects are kept, also of an editable install, whose own folder is temporary.
-            self.build_temp = str(Path("build", "cpu").absolute())
+            # Objects are kept, also of an editable install, whose own folder is temporary; those of
+            # another Python or torch beside them. What has to be compiled is ninja's to say.
+            self.build_temp = str(cpu_folder().absolute())
+            self.force = True
             everything = self.extensions
             self.extensions = [e for e in everything if e.name != CUDA]
             super().build_extensions()
@@ -151,30 +168,71 @@ def build_ext(has_all=False):
         def build_cuda(self, extension):
             nvcc = find_nvcc()
             command = nvcc_command(nvcc)
-            folder = Path("build", "cuda")
-            folder.mkdir(parents=True, exist_ok=True)
-            mark = folder / "command.txt"  # other architectures are other objects
-            same = mark.exists() and mark.read_text() == " ".join(command)
-            objects = [folder / f"{Path(source).stem}.o" for source in extension.sources]
+            CUDA_FOLDER.mkdir(parents=True, exist_ok=True)
 
-            def compile_one(source, target):
-                if same and not newer_group([source, *extension.depends], str(target)):
-                    return
-                log = run([*command, "-c", source, "-o", str(target)])
-                target.with_suffix(".log").write_text(log)
+            def compile_one(source):
+                target = cuda_object(source)
+                if not is_up_to_date(source, command):
+                    notes = ["-MMD", "-MF", str(target.with_suffix(".d"))]
+                    log = run([*command, *notes, "-c", source, "-o", str(target)])
+                    target.with_suffix(".log").write_text(log)
+                    target.with_suffix(".command").write_text(text_of(command))
+                return target
 
             with ThreadPoolExecutor(os.cpu_count()) as pool:
-                list(pool.map(compile_one, extension.sources, objects))
+                objects = list(pool.map(compile_one, extension.sources))
             library = Path(self.get_ext_fullpath(extension.name))
+            if is_newer(library, objects):
+                return
             library.parent.mkdir(parents=True, exist_ok=True)
             # Bound lazily, so that torch without CUDA can load it, register and tell; and never
             # "as needed": libtorch.so brings the CUDA part of torch where there is one.
             link = [nvcc, "-shared", "-cudart=static", "-Xlinker=-z,lazy,--no-as-needed"]
             link += [f"-L{path}" for path in library_paths()]
             run([*link, *map(str, objects), "-ltorch", "-ltorch_cpu", "-lc10", "-o", str(library)])
-            mark.write_text(" ".join(command))
 
     return Build.with_options(use_ninja=True)
+
+
+def cpu_folder():
+    """Where the objects of the CPU library for this Python and this torch are kept."""
+    import torch
+
+    return Path("build", "cpu", f"{sys.implementation.cache_tag}-torch-{torch.__version__}")
+
+
+def cuda_object(source):
+    """Where what nvcc makes of a source is kept; what it said and read lies beside it."""
+    return CUDA_FOLDER / f"{Path(source).stem}.o"
+
+
+def text_of(command):
+    """A command and the torch whose headers it reads."""
+    import torch
+
+    return f"{torch.__version__}: {' '.join(command)}"
+
+
+def is_up_to_date(source, command):
+    """Whether its object was made by this command, of the source and the headers as they are."""
+    target = cuda_object(source)
+    mark, notes = target.with_suffix(".command"), target.with_suffix(".d")
+    if not (notes.exists() and mark.exists() and mark.read_text() == text_of(command)):
+        return False  # for other architectures, or with another torch
+    inputs = [Path(name) for name in dependencies(notes.read_text())]
+    return is_newer(target, inputs)
+
+
+def is_newer(target, inputs):
+    """Whether a file is there and not older than any of its inputs, which are all there."""
+    if not all(path.exists() for path in (target, *inputs)):
+        return False
+    return all(path.stat().st_mtime <= target.stat().st_mtime for path in inputs)
+
+
+def dependencies(notes):
+    """Files that a compilation read, as the compiler notes them for make."""
+    return notes.replace("\\\n", " ").partition(":")[2].split()
 
 
 def run(command):
@@ -188,9 +246,16 @@ def run(command):
     return result.stdout + result.stderr
 
 
+def extensions():
+    """Both libraries, or the one that TCUR_ONLY names: "cpu" or "cuda"."""
+    only = os.environ.get("TCUR_ONLY") or None
+    makers = {"cpu": cpu_extension, "cuda": cuda_extension}
+    if only is not None and only not in makers:
+        raise SystemExit(f"tcur_kernels: TCUR_ONLY: expected cpu or cuda, got {only}.")
+    made = [make() for name, make in makers.items() if only in (None, name)]
+    return [extension for extension in made if extension is not None], only is None
+
+
 if __name__ == "__main__":
-    extensions = [cpu_extension(), cuda_extension()]
-    setup(
-        ext_modules=[e for e in extensions if e is not None],
-        cmdclass={"build_ext": build_ext(has_all=True)},
-    )
+    found, has_all = extensions()
+    setup(ext_modules=found, cmdclass={"build_ext": build_ext(has_all=has_all)})

@@ -50,13 +50,9 @@ def resources():
 
 def log_of_build(source, command):
     """What ptxas said when the package was built, if by this command of sources as they are."""
-    inputs = [source, *SOURCES.parent.rglob("*.h")]
-    folder = ROOT / "build" / "cuda"
-    mark, log = folder / "command.txt", folder / f"{source.stem}.log"
-    if not (mark.exists() and log.exists() and mark.read_text() == " ".join(command)):
+    if not build.is_up_to_date(source, command):
         return None
-    is_newer = log.stat().st_mtime > max(path.stat().st_mtime for path in inputs)
-    return log.read_text() if is_newer else None
+    return build.cuda_object(source).with_suffix(".log").read_text()
 
 
 PLAN = re.compile(r"Planned: (\d+) threads, up to (\d+) registers, (\d+) blocks")
@@ -135,10 +131,9 @@ def sanitizers():
 
 def places():
     """Every barrier of the kernels: its source and where it stands in the text."""
-    for source in sorted(SOURCES.iterdir()):
-        if source.name != "fibers.h":  # where the host's barrier is made
-            for match in re.finditer(r"^ *__syncthreads\(\);$", source.read_text(), re.MULTILINE):
-                yield source, match.start()
+    for source in sorted(path for path in SOURCES.iterdir() if path.is_file()):
+        for match in re.finditer(r"^ *__syncthreads\(\);$", source.read_text(), re.MULTILINE):
+            yield source, match.start()
 
 
 def is_missed(source, place):

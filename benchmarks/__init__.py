@@ -1,1 +1,4 @@
-"""Benchmarks: checked before they are timed, interleaved, in ratios. ``python -m benchmarks``."""
+"""Benchmarks; run ``python -m benchmarks``.
+
+Results are checked before they are timed. Contenders take turns, and ratios are reported.
+"""

@@ -1,4 +1,4 @@
-"""``python -m benchmarks run``: measure named cases, append rows. ``report``: tables and plots."""
+"""``python -m benchmarks``: ``run`` measures named cases; ``report`` writes tables and plots."""
 
 from __future__ import annotations
 
@@ -59,9 +59,9 @@ def main() -> None:
 
 
 def measure(args: argparse.Namespace) -> None:
-    """Runs the chosen cases and prints a table each."""
+    """Runs the chosen cases and prints a table for each."""
     torch.set_num_threads(args.threads)
-    # From inside of torch.compile, which says so of the complex tensors of the baselines.
+    # torch.compile warns about the complex tensors of the baselines.
     warnings.filterwarnings("ignore", "Torchinductor does not support code generation for complex")
     for op in args.op or OPERATIONS:
         module = OPERATIONS[op]

@@ -1,4 +1,4 @@
-"""What a user would write without this package, and the strongest forms of it in plain torch."""
+"""Baselines in plain torch: what a user would write, and the fastest known forms of it."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from tcur_kernels.operators import reference
 
 
 def eager(weight: Tensor, lateral_hat: Tensor, horizontal_hat: Tensor, core: Tensor) -> Tensor:
-    """rfft, two batched products, irfft, add: the half spectrum, as one writes it."""
+    """The obvious form with the half spectrum: rfft, two batched products, irfft, add."""
     return weight + reference.cur_product(lateral_hat, core, horizontal_hat)
 
 
 class S1:
     """Real products of inner size 2r, then one product with the n3 x n3 inverse DFT matrix.
 
-    Everything is made once and reused: the DFT matrix, the buffers of the planes and of the result.
+    The DFT matrix and the buffers of the planes and of the result are made once and reused.
     """
 
     def __init__(self, weight: Tensor, lateral_hat: Tensor, horizontal_hat: Tensor) -> None:

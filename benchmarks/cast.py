@@ -1,4 +1,4 @@
-"""Autocast's cast of frozen fp32 weights to bf16, against W + C*U*R written as bf16."""
+"""Compares autocast's cast of frozen fp32 weights to bf16 with writing W + C*U*R as bf16."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ YARDSTICK = "autocast"
 
 
 def measure(case: str, rounds: int) -> dict[str, Timing]:
-    """``autocast`` makes new tensors, as autocast does; ``copy`` writes to kept ones.
+    """Times the cast and our kernel.
+
+    ``autocast`` makes new tensors, as autocast does; ``copy`` writes to existing ones.
 
     Raises:
         RuntimeError: our bf16 weights are wrong; nothing is timed then.

@@ -1,4 +1,4 @@
-"""The commit of the code, which every result row names."""
+"""The commit of the code, which every result row contains."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def commit() -> str:
-    """The commit, with "+dirty" where files differ from it; "unknown" without git."""
+    """The commit, with "+dirty" if files differ from it; "unknown" without git."""
     code = ("csrc", "tcur_kernels", "benchmarks/*.py", "setup.py")
     head = _git("rev-parse", "--short", "HEAD")
     if not head:

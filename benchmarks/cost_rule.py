@@ -1,4 +1,4 @@
-"""The rules of `operators.cost` against the truth: a step of one stack in every way there is."""
+"""Checks the rules of `operators.cost`: times a step of one stack in every possible way."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ YARDSTICK = "auto"
 
 
 def measure(case: str, rounds: int) -> dict[str, Timing]:
-    """Times "auto" and all forced ways; what is below 1 is a better choice than the rule's.
+    """Times "auto" and all forced ways; a way with a ratio below 1 beats the rule's choice.
 
     Raises:
-        RuntimeError: the ways disagree about the gradient; nothing is timed then.
+        RuntimeError: the ways give different gradients; nothing is timed then.
     """
     count, n1, n2, rank, tokens = CASES[case]
     torch.manual_seed(0)
@@ -74,7 +74,7 @@ def measure(case: str, rounds: int) -> dict[str, Timing]:
 
 @contextmanager
 def forced(gradient: str | None) -> Iterator[None]:
-    """The rule for the gradient, or one way whatever the rule says."""
+    """Context that forces one way to the gradient; for None the rule decides."""
     if gradient is None:
         yield
         return

@@ -1,12 +1,13 @@
-"""``python -m benchmarks.gpu --out DIR``: all that is to be known of the kernels on a GPU.
+"""``python -m benchmarks.gpu --out DIR``: measures and tests the kernels on a GPU.
 
-One command for a machine with a GPU, with nothing to install: builds the compiled libraries if they
-are missing, then goes through sections (``--section`` chooses them): ceilings of the device, every
-operator beside a copy or its floor, the kernels it consists of, training steps, serving, a whole
-UNETR, tests, sanitizers. A section is a process of its own; one that breaks is begun again behind
-the piece of work that broke it. Rows are in ``DIR/rows.csv`` as soon as they exist, logs beside
-them; the last thing printed is a short table and what failed. ``--device cpu --tiny`` is the same
-command as a dry run.
+One command for a machine with a GPU; nothing need be installed. It first builds the compiled
+libraries if they are missing. Then it runs sections (``--section`` chooses them): ceilings of the
+device, every operator beside a copy or its floor, the kernels of the operators, training steps,
+serving, a whole UNETR, tests, sanitizers.
+
+Every section runs in its own process. If a section breaks, it is restarted after the piece of work
+that broke it. Rows are appended to ``DIR/rows.csv`` as soon as they exist, with logs beside it. At
+the end a short table and the failures are printed. ``--device cpu --tiny`` makes a dry run.
 """
 
 from __future__ import annotations
@@ -33,11 +34,11 @@ from .gpu_clock import Clock, first_line
 from .gpu_progress import Progress
 from .gpu_rows import Row, Rows, facts, read, shortened, show, table
 
-SECONDS = 510.0  # of the ten minutes that a machine may be lent for; the rest is for its start
-GRACE = 15.0  # for what is running at a deadline
-STUCK = 90.0  # seconds of one piece of work, or of a start, after which a process hangs
-RESTARTS = 6  # of a section
-LOST = 77  # exit status of a process whose device takes no more calls
+SECONDS = 510.0  # of the ten minutes for which a machine is lent; the rest is for its start
+GRACE = 15.0  # seconds for work that still runs at a deadline
+STUCK = 90.0  # a process hangs if one piece of work, or its start, takes more seconds
+RESTARTS = 6  # of a section, at most
+LOST = 77  # exit status of a process whose device accepts no more calls
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Section:
     module: str
     function: str
     seconds: float
-    files: str | None = None  # what it takes beside a `Bench`, as a path in the folder for logs
+    files: str | None = None  # its second argument, as a path in the folder for logs
     stuck: float = STUCK
 
 
@@ -83,7 +84,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--seconds", type=float, default=SECONDS, help="for all of it")
     parser.add_argument("--commit", help="where there is no git: what rows are to name")
-    # A section in this very process: its name, module, function and perhaps files.
+    # Runs a section in this process: its name, module, function and perhaps files.
     parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
     parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
     parser.add_argument("--progress", type=Path, help=argparse.SUPPRESS)
@@ -93,34 +94,34 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def run_section(args: argparse.Namespace) -> None:
-    """A section in this process; what it raises is a row."""
+    """Runs a section in this process; an exception becomes a row."""
     device = torch.device(args.device)
     if args.tiny:
-        torch.set_num_threads(1)  # there is nothing to share
+        torch.set_num_threads(1)  # the work is too small to share
     name, module, function, *files = args.child
     rows = Rows(args.out / "rows.csv", facts(device, args.commit))
     bench = Bench(Clock(device, args.until, args.tiny), rows, Progress(args.progress))
     try:
-        # Only now: this imports the package, and with it the libraries.
+        # Imported late, because this imports the package and with it the libraries.
         run = getattr(importlib.import_module(module), function)
         run(bench, *(args.out / file for file in files))
     except DeviceLost as error:
         print(f"{name}: no more calls of the device: {error}", file=sys.stderr, flush=True)
         sys.stdout.flush()
-        os._exit(LOST)  # nothing can be tidied up
+        os._exit(LOST)  # without cleanup, which would need the device
     except Exception as error:
         rows.add(Row(name, "", "", note=f"FAILED: {first_line(error)}"))
         traceback.print_exc()
 
 
 class Driver:
-    """Runs sections as processes, and looks after them."""
+    """Runs sections as processes and watches them."""
 
     def __init__(self, args: argparse.Namespace, rows: Rows, until: float) -> None:
         self.args, self.rows, self.until = args, rows, until
 
     def run(self, name: str, section: Section, folder: Path) -> None:
-        """One section, begun again after what broke it, until it is through or its time is over."""
+        """Runs one section, restarting it after each break, until it ends or its time is over."""
         if self.until - time.time() < 5:
             self.rows.add(Row(name, "", "", note="left out: no time"))
             return
@@ -132,14 +133,14 @@ class Driver:
             if ended == "":
                 return
             progress = Progress(path)
-            if ended != "lost":  # of that the process itself has made a row
+            if ended != "lost":  # in that case the process has already added a row
                 where = progress.latest().removeprefix(f"{name} ")
                 self.rows.add(Row(name, where, "", note=f"FAILED: {ended}"))
             if progress.count() == before or until - time.time() < 15:
                 return
 
     def _process(self, name: str, section: Section, progress: Path, until: float) -> str:
-        """One process of a section: "", or how it ended."""
+        """Runs one process of a section; returns "" or how it failed."""
         command = [sys.executable, "-m", "benchmarks.gpu"]
         command += ["--child", name, section.module, section.function]
         command += [] if section.files is None else [section.files]
@@ -161,7 +162,7 @@ class Driver:
             elif now - latest > section.stuck:
                 stopped = f"stopped after {section.stuck:.0f} s without an end"
         with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # the process, or what it left behind
+            os.killpg(process.pid, signal.SIGKILL)  # the process, or children that it left
         process.wait()
         if stopped or process.returncode == 0:
             return stopped

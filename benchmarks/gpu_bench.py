@@ -1,4 +1,4 @@
-"""Pieces of work of a section: each guarded, none begun after the deadline, all of them rows."""
+"""Runs the pieces of work of a section: errors become rows, and none starts after the deadline."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ Medians = dict[tuple[str, str], float]
 
 
 class DeviceLost(BaseException):
-    """The device takes no more calls from this process, which has to end."""
+    """The device accepts no more calls from this process, so the process must end."""
 
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What a device does per millisecond; measured by `gpu_ceilings.ceilings`."""
+    """The peak rates of a device per millisecond, measured by `gpu_ceilings.ceilings`."""
 
     bytes_per_ms: float  # of a copy, read and written
     products: dict[str, float]  # operations, by precision
 
 
 class Bench:
-    """What every section gets: a clock, rows, and how far an earlier process of it came."""
+    """What every section gets: a clock, rows, and the progress of its earlier processes."""
 
     def __init__(self, clock: Clock, rows: Rows, progress: Progress) -> None:
         self.clock, self.rows, self.progress = clock, rows, progress
@@ -42,7 +42,7 @@ class Bench:
         self._piece = ""
 
     def piece(self, section: str, case: str, work: Callable[[], object]) -> None:
-        """One piece of work: not begun after the deadline, and a row if it fails."""
+        """Runs one piece of work, unless the deadline has passed; a failure becomes a row."""
         name = f"{section} {case}"
         if self.progress.has_ended(name) or self.progress.is_broken(name):
             return
@@ -55,10 +55,10 @@ class Bench:
             self._forget()
 
     def guarded(self, row: Row, work: Callable[[], object]) -> bool:
-        """Whether work went well; what it raises is the note of a row, and ends nothing else.
+        """Runs work and returns whether it succeeded; an exception becomes the note of a row.
 
         Raises:
-            DeviceLost: nothing more can be done in this process.
+            DeviceLost: this process can do nothing more.
         """
         try:
             work()
@@ -89,10 +89,10 @@ class Bench:
         """Prepares contenders one by one, times them in turn, and adds a row for each.
 
         Args:
-            section, case: the names of the piece that this is part of.
-            contenders: each is left out if it is absent, wrong or fails.
-            yardstick: the contender that others are a percentage of, if it is there.
-            ratios: contenders of the same backend that notes name the ratio to.
+            section, case: the names of the piece of work that contains this race.
+            contenders: a contender is left out if it is absent, wrong or fails.
+            yardstick: the contender to which percentages refer, if it is present.
+            ratios: contenders of the same backend; notes give the ratios to them.
         """
         ready: list[Ready] = []
         for contender in contenders:
@@ -118,7 +118,7 @@ class Bench:
         return medians
 
     def quick(self, run: Run) -> float:
-        """Median milliseconds of one long call, launched; no row."""
+        """Median milliseconds of one long call, launched without a graph; adds no row."""
         contender = Contender("", "", lambda: [run], "launched")
         ready = self.clock.prepare(contender, lambda block: None)
         return statistics.median(self.clock.time(ready) for _ in range(5))
@@ -129,7 +129,7 @@ class Bench:
             self.rows.add(replace(row, note=f"absent: {contender.absent}"))
             return
         if self.progress.is_broken(name):
-            return  # a row says so already
+            return  # the failure already has a row
         if self.clock.left < 0:
             self.rows.add(replace(row, note="left out: no time"))
             return
@@ -176,7 +176,7 @@ class Bench:
         return f"{self._piece}|{row.section} {row.contender} {row.backend}"
 
     def _check_device(self, why: str) -> None:
-        """After an error: whether the device still works."""
+        """Checks after an error that the device still works."""
         try:
             self._forget()
             if self.clock.on_gpu:

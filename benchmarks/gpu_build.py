@@ -1,4 +1,4 @@
-"""Commands with a log and a limit, and the build of the libraries where they are missing."""
+"""Runs commands with a log and a time limit, and builds the libraries if they are missing."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .gpu_bench import Bench
 from .gpu_rows import Row
 
 ROOT = Path(__file__).parent.parent
-#: Builds one library in place: by setup.py, with the other one left out of it.
+#: Builds one library in place, with setup.py from which the other one is left out.
 COMMAND = (
     "import setup; setup.setup(ext_modules=[setup.{}_extension()], "
     "cmdclass={{'build_ext': setup.build_ext()}}, script_args=['build_ext', '--inplace'])"
@@ -31,8 +31,8 @@ PROBE = (
 def start(
     command: list[str], log: Path, environment: dict[str, str] | None = None
 ) -> subprocess.Popen[bytes]:
-    """Starts a command, in a group of its own, whose output goes to the end of a file."""
-    # cuBLAS is deterministic, which the tests ask for, with this alone.
+    """Starts a command in its own process group; its output is appended to a file."""
+    # The tests need a deterministic cuBLAS, which needs this setting.
     environment = {**os.environ, "CUBLAS_WORKSPACE_CONFIG": ":4096:8", **(environment or {})}
     with open(log, "ab") as file:
         file.write(f"$ {' '.join(command)}\n".encode())
@@ -48,7 +48,7 @@ def start(
 
 
 def end(process: subprocess.Popen[bytes], grace: float = 8.0) -> None:
-    """Ends a process and all that it started: asked first, so that it can say how far it came."""
+    """Ends a process and its children; asks first, so that it can report its progress."""
     if process.poll() is None:
         process.send_signal(signal.SIGINT)
         with suppress(subprocess.TimeoutExpired):
@@ -59,20 +59,20 @@ def end(process: subprocess.Popen[bytes], grace: float = 8.0) -> None:
 
 
 def finish(process: subprocess.Popen[bytes], log: Path, seconds: float) -> str:
-    """Waits for a command; "passed", or how it ended."""
+    """Waits for a command; returns "passed" or how it ended."""
     try:
         process.wait(max(0.0, seconds))
     except subprocess.TimeoutExpired:
         end(process)
         return f"FAILED: not done after {max(0.0, seconds):.0f} s"
-    end(process)  # what it left running
+    end(process)  # ends children that it left running
     if process.returncode == 0:
         return "passed"
     return f"FAILED: {last_line(log) or f'exit status {process.returncode}'}"
 
 
 def last_line(log: Path) -> str:
-    """The last line of a log that says anything."""
+    """The last line of a log that is not empty."""
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
     return lines[-1].strip()[:300] if lines else ""
 
@@ -80,12 +80,12 @@ def last_line(log: Path) -> str:
 def logged(
     command: list[str], log: Path, seconds: float, environment: dict[str, str] | None = None
 ) -> str:
-    """Runs a command with its output in a file; "passed", or how it ended."""
+    """Runs a command with its output in a file; returns "passed" or how it ended."""
     return finish(start(command, log, environment), log, seconds)
 
 
 def built() -> list[str]:
-    """The libraries that load, as a fresh process finds them."""
+    """The libraries that a fresh process can load."""
     result = subprocess.run(
         [sys.executable, "-c", PROBE], cwd=ROOT, capture_output=True, text=True, check=False
     )
@@ -93,7 +93,7 @@ def built() -> list[str]:
 
 
 def run(bench: Bench, log: Path) -> None:
-    """Compiles in place, for this GPU alone, the libraries that are missing, side by side."""
+    """Compiles the missing libraries in place, in parallel, only for this GPU."""
     here = built()
     missing = [name for name in ("cuda", "cpu") if name not in here]
     for name in here:
@@ -112,13 +112,13 @@ def run(bench: Bench, log: Path) -> None:
         for name in missing
     }
     for name, process in processes.items():
-        # Without the CPU library only a few tests are lost: what is late does not hold up the rest.
+        # Without the CPU library only a few tests are lost, so do not wait longer for a late build.
         seconds = until - (time.monotonic() - started)
         ended = finish(process, logs[name], seconds if name == "cuda" else min(seconds, 20.0))
         with open(log, "a", encoding="utf-8") as file:
             file.write(logs[name].read_text(encoding="utf-8", errors="replace"))
             if name == "cuda":
-                for report in sorted((ROOT / "build").glob("temp*/cuda/*.log")):
+                for report in sorted((ROOT / "build" / "cuda").glob("*.log")):
                     file.write(f"\n{report.name}\n{report.read_text(encoding='utf-8')}")
         if ended != "passed" and name == "cuda":
             ended += "; Triton alone from here on"

@@ -1,4 +1,4 @@
-"""What a device can do at most: the rate of a copy, and of products in every precision used."""
+"""Measures the ceilings of a device: the rates of a copy and of products in every precision."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PRODUCTS = {
 
 
 def product(a: Tensor, tf32: bool) -> Tensor:
-    """A square matrix times itself, in a precision."""
+    """A square matrix times itself, with or without TF32."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
     try:
@@ -30,12 +30,12 @@ def product(a: Tensor, tf32: bool) -> Tensor:
 
 
 def _sizes(bench: Bench) -> tuple[int, int]:
-    """Numbers of the copy, and rows of the matrices."""
+    """The number of elements to copy, and the number of rows of the matrices."""
     return (2**16, 64) if bench.tiny else (2**29, 8192)
 
 
 def ceilings(bench: Bench) -> Ceilings:
-    """Measured once a process; a second in all."""
+    """The ceilings, measured once per process, which takes about a second."""
     if bench.ceilings is None:
         count, size = _sizes(bench)
         source = torch.randn(count, device=bench.device)
@@ -74,7 +74,7 @@ def _narrowing(bench: Bench, section: str, case: str, shape: tuple[int, ...]) ->
 
 
 def run(bench: Bench) -> None:
-    """The ceilings, and copies that narrow or only read."""
+    """Adds rows for the ceilings, and for copies that narrow or only read."""
     bench.piece("rates", "ceilings", partial(_rows, bench))
     shape = (6, 20, 24) if bench.tiny else (64, 2048, 4096)
     case = f"copies of {'x'.join(map(str, shape))} fp32"

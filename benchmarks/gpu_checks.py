@@ -1,4 +1,4 @@
-"""The tests on a device, and the CUDA kernels on small tensors under ``compute-sanitizer``."""
+"""Runs the tests on a device, and the CUDA kernels under ``compute-sanitizer``."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from .gpu_rows import Row
 
 WORKERS = 8
 SUITE = ("ops", "token_cores", "functional", "nn", "adapt", "tubal", "decompose")
-#: Seconds of each part, at most: a part that is stopped leaves what it found.
+#: Time limits of the parts in seconds; a part that is stopped keeps its results so far.
 DEVICE_SECONDS, SUITE_SECONDS, SANITIZER_SECONDS = 75.0, 75.0, 120.0
-SHOWN = 12  # failures of a part that are rows; all of them are in the log
+SHOWN = 12  # failures of a part that get a row, at most; the log has all of them
 
 
 def pytest(bench: Bench, workers: int, limit: int = 60) -> list[str]:
-    """pytest on the device, each test with a limit; newer versions of anything may warn there."""
+    """The pytest command for the device: each test has a time limit, and warnings are no errors."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "default"]
     if workers > 1 and find_spec("xdist") is not None:
         command += ["-n", str(workers)]
@@ -31,7 +31,7 @@ def pytest(bench: Bench, workers: int, limit: int = 60) -> list[str]:
 
 
 def summary(text: str) -> tuple[str, list[str]]:
-    """pytest's last words, "3 failed, 4 passed in 5 s", and its lines on failures."""
+    """pytest's summary, such as "3 failed, 4 passed in 5 s", and its lines about failures."""
     ends = re.findall(r"^=*\s*((?:\d+ \w+,? ?)+in [\d.]+ ?s.*?)\s*=*$", text, re.MULTILINE)
     failures = re.findall(r"^(?:FAILED|ERROR) (.+)$", text, re.MULTILINE)
     return (ends[-1] if ends else ""), failures
@@ -61,7 +61,7 @@ def _part(bench: Bench, name: str, selected: list[str], log: Path, limit: float)
 
 
 def tests(bench: Bench, out: Path) -> None:
-    """The tests on the device: those made for any device, then the suite's with that default."""
+    """Runs the tests for any device, then the whole suite with this device as the default."""
     log, ours = out / "tests.log", "tests/test_device.py"
     if bench.tiny:
         bench.piece(
@@ -79,7 +79,7 @@ def tests(bench: Bench, out: Path) -> None:
 
 
 def sanitizer(bench: Bench, out: Path) -> None:
-    """Both checks at once: for neither the caching allocator hides what is out of bounds."""
+    """Runs both checks in parallel, without the caching allocator, which would hide errors."""
     bench.piece("sanitizer", "both", lambda: _sanitize(bench, out))
 
 

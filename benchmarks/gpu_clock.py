@@ -1,10 +1,10 @@
-"""Times on a device that launching and caching cannot spoil, until a deadline.
+"""Times calls on a device, without the influence of launches and caches, until a deadline.
 
-What is known to be safe is captured in a CUDA graph; everything else is launched, several calls
-between two events, behind a kernel that keeps the device busy until all of them are in its queue.
-Either way the time of Python does not count; it is measured for itself. A call comes on several
-sets of buffers, so that none finds its data in the second-level cache. Contenders of a case take
-turns, round by round, and medians are what counts.
+Calls that are safe to capture run as a CUDA graph. All others are launched, several between two
+events, behind a kernel that keeps the device busy until all of them are in its queue. In both cases
+Python's time does not count; it is measured separately. Calls alternate between several sets of
+buffers, so that none finds its data in the second-level cache. The contenders of a case take turns,
+round by round, and medians are reported.
 """
 
 from __future__ import annotations
@@ -19,29 +19,29 @@ import torch
 
 Run = Callable[[], object]
 
-BLOCK_MS = 2.0  # of device time between two events
+BLOCK_MS = 2.0  # device time between two events
 ROUNDS = 15
-CASE_MS = 2000.0  # of all rounds of a case
-CACHES = 8  # data of all sets of buffers, in second-level caches
-SETS = 96  # of buffers, at most
-#: Launched calls between two events at most, and milliseconds that the host needs for them, so that
-#: the queue of the device holds them all.
+CASE_MS = 2000.0  # time of all rounds of a case
+CACHES = 8  # size of all sets of buffers, in units of the second-level cache
+SETS = 96  # most sets of buffers
+#: Most launched calls between two events, and most milliseconds of the host for them. Within these
+#: limits the queue of the device holds all calls.
 LAUNCHES, QUEUE_MS = 24, 4.0
-CYCLES_PER_MS = 2e6  # of a device's clock, about
+CYCLES_PER_MS = 2e6  # of a device's clock, roughly
 
 
 @dataclass(frozen=True)
 class Contender:
-    """A call to be timed, made when its turn comes: what it cannot allocate is a row then.
+    """A call to be timed. It is made when its turn comes, so a failed allocation becomes a row.
 
     Attributes:
-        make: returns the call on each set of buffers.
-        mode: "graph" for what is safe to capture; "launched"; or "wall", by the clock on the wall,
-            Python's time included.
-        share: bytes that it must move, as a part of those that the yardstick moves.
-        floor_ms: what it cannot be faster than, where that is not a copy.
-        check: what is wrong with its result, or None.
-        absent: why it is not here, or None.
+        make: returns the calls, one for each set of buffers.
+        mode: "graph" if the call is safe to capture; "launched" if not; or "wall" for wall-clock
+            time, which includes Python's time.
+        share: the bytes that the call must move, as a fraction of those of the yardstick.
+        floor_ms: a lower bound of its time, if that is not a copy.
+        check: returns what is wrong with the result, or None.
+        absent: why the contender is not available, or None.
     """
 
     name: str
@@ -56,12 +56,12 @@ class Contender:
 
 @dataclass(frozen=True)
 class Ready:
-    """A contender that ran already: what is between two events, and what was measured before."""
+    """A contender after warm-up: its block of calls between two events, and first measurements."""
 
     contender: Contender
     block: Run
     calls: int  # in a block
-    hidden_ms: float  # that the host needs to issue a block
+    hidden_ms: float  # host time to issue a block
     host_us: float | None = None
     peak_mb: float | None = None
     note: str = ""
@@ -82,7 +82,7 @@ class Clock:
         return self._until - time.time()
 
     def sets(self, size: int) -> int:
-        """Sets of buffers of so many bytes for the cache to be of no use."""
+        """How many sets of ``size`` bytes are needed to make the cache useless."""
         return max(1, min(SETS, math.ceil(CACHES * self.l2_bytes / max(1, size))))
 
     def wait(self) -> None:
@@ -91,7 +91,7 @@ class Clock:
             torch.cuda.synchronize(self.device)
 
     def time(self, ready: Ready) -> float:
-        """Milliseconds of one call, in a block of them."""
+        """Milliseconds per call, measured over one block."""
         if not self.on_gpu or ready.note == "wall":
             self.wait()
             start = time.perf_counter()
@@ -107,7 +107,7 @@ class Clock:
         return before.elapsed_time(after) / ready.calls
 
     def issue_ms(self, block: Run, rounds: int = 3) -> float:
-        """Milliseconds that the host needs to issue a block, nothing waited for."""
+        """Milliseconds that the host needs to issue a block, without waiting for the device."""
         found = []
         for _ in range(rounds):
             self.wait()
@@ -118,7 +118,7 @@ class Clock:
         return statistics.median(found)
 
     def prepare(self, contender: Contender, capture: Callable[[Run], Run | None]) -> Ready:
-        """Warms a contender up, and has it captured if it may be.
+        """Warms a contender up, and captures it if that is allowed.
 
         Raises:
             ArithmeticError: its result is wrong.
@@ -152,7 +152,7 @@ class Clock:
         return Ready(contender, _sequence(runs, loops), calls, calls * host_ms, *measured, note)
 
     def _peak_mb(self, run: Run, before: int) -> float:
-        """Peak of a call; what earlier ones keep, like W_eff, belongs to it."""
+        """Peak memory of a call, including what earlier calls keep, such as W_eff."""
         torch.cuda.reset_peak_memory_stats(self.device)
         run()
         self.wait()
@@ -169,7 +169,7 @@ def _sequence(runs: Sequence[Run], loops: int) -> Run:
 
 
 def captured(block: Run) -> Run:
-    """A block as a CUDA graph, replayed."""
+    """Captures a block as a CUDA graph; returns its replay."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -181,12 +181,12 @@ def captured(block: Run) -> Run:
         block()
 
     def replay(_kept: Run = block) -> None:
-        graph.replay()  # reads what the block refers to: models, inputs
+        graph.replay()  # reads models and inputs, which the block keeps alive
 
     return replay
 
 
 def first_line(error: BaseException) -> str:
-    """A name and a line for an error."""
+    """The type and the first line of an error."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0][:300] if lines else ''}"

@@ -1,7 +1,8 @@
-"""The operators of a training step beside their floors: gradients of the core, the factored layer.
+"""Times the operators of a training step beside their floors: core gradients, factored layers.
 
-The floor of ``core_grad_dense`` is reading G once at the copy's rate. That of an operator on tokens
-is the larger of its bytes at the copy's rate and its operations at the measured rate of a product.
+The floor of ``core_grad_dense`` is the time to read G once at the rate of a copy. The floor of an
+operator on tokens is the larger of two times: for its bytes at the rate of a copy, and for its
+operations at the measured rate of a product.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ NAMES = (*VIT_B, "llama_8b_k_v")
 
 
 def operator(name: str, backend: str) -> Callable[..., Tensor]:
-    """An operator of this package by backend."""
+    """An operator of this package for a backend."""
     language = backend if backend in ("triton", "reference") else ""
     if backend == "triton":
         pass
@@ -79,7 +80,7 @@ def dense(bench: Bench, section: str, case: str, shape: Shape) -> None:
 
 
 class Tokens:
-    """Inputs and gradients of one stack's layers, several sets of them, each at its own slice."""
+    """Several sets of inputs and gradients of a stack's layers, each for its own slice."""
 
     def __init__(self, bench: Bench, shape: Shape, tokens: int, dtype: torch.dtype) -> None:
         n3, n1, n2, _ = shape
@@ -103,13 +104,13 @@ class Tokens:
         self.bytes_ = size + q * (n1 + n2) * dtype.itemsize
 
     def floor(self, found: Ceilings, operations: int, extra_bytes: int = 0) -> float:
-        """Milliseconds."""
+        """The floor in milliseconds."""
         rate = found.products[name_of(self.dtype)]
         return max((self.bytes_ + extra_bytes) / found.bytes_per_ms, operations / rate)
 
 
 def by_tokens(bench: Bench, section: str, case: str, t: Tokens, floor_ms: float) -> None:
-    """``core_grad_tokens`` from x and dy."""
+    """Times ``core_grad_tokens`` on x and dy."""
     n3 = t.shape[0]
     contenders = []
     for backend in backends(bench.device):
@@ -165,7 +166,7 @@ def layer(bench: Bench, section: str, case: str, t: Tokens, floor_ms: float) -> 
 
 
 def choice(bench: Bench, section: str, case: str, t: Tokens) -> None:
-    """Both ways to the gradient of the core, and which of them `cost.choose_gradient` takes."""
+    """Times both ways to the gradient of the core, and notes which `cost.choose_gradient` takes."""
     n3, n1, n2, rank = t.shape
     lateral, horizontal = t.packed
     here = [b for b in backends(bench.device) if why_absent(b, bench.device) is None]
@@ -209,7 +210,7 @@ def _judged(medians: Medians, backend: str, chosen: str) -> str:
 
 
 def plain(bench: Bench, section: str, case: str, t: Tokens) -> None:
-    """The reference, eager and compiled."""
+    """Times the reference, eager and compiled."""
     n3 = t.shape[0]
     spectra, at = t.data.spectra, t.slices[0]
     x, grad_y, weight = t.x[0], t.grad_y[0], t.weights[0]
@@ -232,7 +233,7 @@ def plain(bench: Bench, section: str, case: str, t: Tokens) -> None:
 
 
 def run(bench: Bench) -> None:
-    """All of it at the shapes of a ViT-B and of a Llama's keys and values; plain torch last."""
+    """Runs everything at the shapes of a ViT-B and of a Llama's keys and values; torch last."""
     shapes = {name: SHAPES[name] for name in NAMES} if not bench.tiny else {"tiny": TINY}
     tokens = TOKENS if not bench.tiny else (30,)
     for name, shape in shapes.items():

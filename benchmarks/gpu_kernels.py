@@ -1,6 +1,6 @@
-"""What a call of an operator is made of: the time of every kernel, and counters of a few.
+"""Times every kernel of an operator's call, and reads hardware counters of some kernels.
 
-``python -m benchmarks.gpu_kernels`` is the program that ``ncu`` looks into.
+``python -m benchmarks.gpu_kernels`` is the program that ``ncu`` profiles.
 """
 
 from __future__ import annotations
@@ -58,15 +58,15 @@ METRICS = {
 }
 STALLS = ("long_scoreboard", "short_scoreboard", "barrier", "mio_throttle", "lg_throttle")
 STALLS += ("math_pipe_throttle", "wait", "not_selected", "membar", "drain")
-BRIEF = [*METRICS.values()]  # where a name above is unknown
+BRIEF = [*METRICS.values()]  # used if ncu does not know one of the names below
 METRICS |= {
     f"stall {name}": f"smsp__average_warps_issue_stalled_{name}_per_issue_active.ratio"
     for name in STALLS
 }
-MARK = "spin_kernel"  # of torch.cuda._sleep, between the calls that ncu looks into
-#: Shapes that are timed with a part of the work left out.
+MARK = "spin_kernel"  # the kernel of torch.cuda._sleep, which separates the calls for ncu
+#: Shapes that are also timed with some of the work left out.
 VARIED = ("vit_b_attention", "vit_b_mlp_up")
-#: What ncu looks into: operator, backend, shape.
+#: What ncu profiles: operator, backend, shape.
 READINGS = [
     ("materialize", "cuda", "vit_b_attention"),
     ("materialize", "cuda", "vit_b_mlp_up"),
@@ -76,7 +76,7 @@ READINGS = [
 
 
 def calls(shape: Shape, device: torch.device, tokens: int) -> dict[str, Callable[[str], object]]:
-    """Operators by name, each a function of the backend; fp32 throughout, and bf16 tokens too."""
+    """Operators by name, each a function of the backend; all in fp32, some also in bf16."""
     n3, n1, n2, _ = shape
     data = Data.make(shape, device)
     factors, at = data.factors, n3 // 2
@@ -112,7 +112,7 @@ def calls(shape: Shape, device: torch.device, tokens: int) -> dict[str, Callable
 
 
 def short(name: str) -> str:
-    """A kernel's name without namespaces, types of arguments and most of a template's arguments."""
+    """A kernel's name without namespaces, argument types and most template arguments."""
     name = name.replace("(anonymous namespace)::", "").removeprefix("void ")
     head, bracket, rest = name.partition("<")
     own = head.partition("(")[0].split("::")[-1]
@@ -123,7 +123,7 @@ def short(name: str) -> str:
 
 
 def measured(run: Callable[[], object], count: int = CALLS) -> dict[str, tuple[float, float]]:
-    """Device kernels of a call: microseconds of a launch (mean), and launches per call."""
+    """The kernels of a call, each with mean microseconds per launch and launches per call."""
     from torch.profiler import ProfilerActivity, profile
 
     run()
@@ -157,10 +157,10 @@ def _kernels(bench: Bench, row: Row, shape: Shape, op: str) -> None:
 
 
 def variants(bench: Bench, section: str, case: str, shape: Shape, backend: str) -> None:
-    """What binds: the same bytes with a part of the work left out, fp32 to fp32, beside a copy.
+    """Finds the bottleneck: leaves some of the work out, fp32 to fp32, and compares with a copy.
 
     "no base" only writes. "fewer planes" has half the rank, so half the multiplications that form
-    the planes. "no transform" has the same numbers as one slice, whose tubes have length one.
+    the planes. "no transform" has the same numbers in a single slice, so tubes have length one.
     """
     n3, n1, n2, rank = shape
     forms = {
@@ -200,7 +200,7 @@ def variants(bench: Bench, section: str, case: str, shape: Shape, backend: str) 
 
 
 def run(bench: Bench, out: Path) -> None:
-    """Kernels of every operator at the shapes of a ViT-B; what binds; then counters."""
+    """Times the kernels of every operator at the shapes of a ViT-B, the variants, the counters."""
     shapes = {name: SHAPES[name] for name in VIT_B} if not bench.tiny else {"tiny": TINY}
     here = [b for b in backends(bench.device) if why_absent(b, bench.device) is None]
     for (name, shape), op, backend in itertools.product(shapes.items(), OPERATORS, here):
@@ -240,7 +240,7 @@ def _counters(bench: Bench, out: Path) -> None:
 
 
 def _read(bench: Bench, text: str) -> bool:
-    """Adds a row for each kernel in ncu's table; whether there was any."""
+    """Adds a row for each kernel in ncu's table; returns whether there was any."""
     lines = text.splitlines()
     start = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), len(lines))
     kernels: dict[str, dict[str, str]] = {}
@@ -269,7 +269,7 @@ def _milliseconds(value: str) -> float | None:
 
 
 def main() -> None:
-    """Every reading once, with a mark before it; what cannot run leaves its mark alone."""
+    """Runs every reading once, after a mark; a reading that cannot run leaves only its mark."""
     device = torch.device("cuda")
     for op, backend, shape in READINGS:
         call = None

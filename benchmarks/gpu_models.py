@@ -1,4 +1,4 @@
-"""Training steps through the linear layers of an encoder, and many adapters in one batch."""
+"""Times training steps through an encoder's linear layers, and many adapters in one batch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .gpu_operators import TINY, Data, Shape, text
 from .gpu_rows import Row
 
 TOKENS = 4 * 512
-#: Ways to train. Under autocast "tcur" has projections in bf16 already.
+#: Ways to train. Under autocast the projections of "tcur" are in bf16 already.
 WAYS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "frozen": methods.METHODS["frozen"],
     "lora_8": lambda model: methods.lora(model, 8),
@@ -35,7 +35,7 @@ RATIOS = ("frozen", "lora_8")
 
 
 def training(bench: Bench) -> None:
-    """A step by the clock on the wall, by its kernels, and as a CUDA graph; peak memory."""
+    """Times a step by wall clock, by its kernels, and as a CUDA graph; measures peak memory."""
     with mock.patch.object(methods, "WIDTH", 16 if bench.tiny else methods.WIDTH):
         for autocast in (True, False):
             tokens = 20 if bench.tiny else TOKENS
@@ -45,7 +45,7 @@ def training(bench: Bench) -> None:
 
 def _steps(bench: Bench, case: str, tokens: int, autocast: bool) -> None:
     base = methods.build().to(bench.device)
-    methods.step_of(base, tokens, autocast)()  # workspaces of libraries are nobody's memory
+    methods.step_of(base, tokens, autocast)()  # allocate library workspaces before measuring
     launched: dict[str, Run] = {}
 
     def make(name: str) -> list[Run]:
@@ -53,7 +53,7 @@ def _steps(bench: Bench, case: str, tokens: int, autocast: bool) -> None:
         return [launched[name]]
 
     def make_graph(name: str) -> list[Run]:
-        # A model of its own: what a graph writes to must not be exchanged by a step beside it.
+        # Use a separate model, because another step must not replace tensors that a graph writes.
         return [methods.step_of(WAYS[name](copy.deepcopy(base)), tokens, autocast)]
 
     names = [name for name in WAYS if not (autocast and name == "tcur_bf16")]
@@ -82,7 +82,7 @@ def kernels(bench: Bench, row: Row, step: Run) -> None:
 
 
 def _replayed(base: nn.Module, tokens: int, autocast: bool) -> None:
-    """Whether the gradients of a captured step are those of the eager one."""
+    """Checks that a captured step gives the same gradients as the eager one."""
     model = methods.tcur_ieee(copy.deepcopy(base))
     run = methods.step_of(model, tokens, autocast)
     run()
@@ -98,7 +98,7 @@ def _replayed(base: nn.Module, tokens: int, autocast: bool) -> None:
 
 
 def serving(bench: Bench) -> None:
-    """A core per row of the batch, for several numbers of adapters; a loop over one of them."""
+    """Times batches with a core per row, for several numbers of adapters, and once a loop."""
     shape, rows, counts = (TINY, 8, (1, 4, 8)) if bench.tiny else (
         (48, 768, 768, 8), 4096, (1, 64, 4096)
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""`materialize` beside a copy of the same shape and dtypes, checked first; plain torch last."""
+"""Checks `materialize` and times it beside a copy of the same shape and dtypes, and plain torch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .gpu_clock import Contender, Run
 
 Shape = tuple[int, int, int, int]
 
-#: name -> (n3, n1, n2, rank); the large ones stand for a whole language model's projections.
+#: name -> (n3, n1, n2, rank); the large ones represent projections of a whole language model.
 SHAPES: dict[str, Shape] = {
     "vit_b_attention": (48, 768, 768, 8),
     "vit_b_mlp_up": (12, 3072, 768, 8),
@@ -32,24 +32,24 @@ TINY: Shape = (6, 20, 24, 2)
 VIT_B = ("vit_b_attention", "vit_b_mlp_up", "vit_b_mlp_down")
 SWEEP: list[Shape] = [(n3, 768, 768, 8) for n3 in (1, 2, 4, 47, 96, 127)]
 SWEEP += [(n3, 2048, 2048, rank) for n3 in (12, 48, 64, 128) for rank in (4, 8, 16, 32)]
-#: Relative error of an update that tells a wrong kernel, in fp32 and where 16 bits are involved.
+#: Relative error of an update above which a kernel is wrong, in fp32 and with 16-bit dtypes.
 LIMIT, NARROW_LIMIT = 1e-5, 2e-2
 FP32, BF16 = torch.float32, torch.bfloat16
 #: dtypes of the base and of the result.
 DTYPES = ((FP32, FP32), (FP32, BF16), (BF16, BF16))
-#: Bytes of a stack beyond which its layers are views of it, to save memory.
+#: If a stack has more bytes, its layers are views of it, to save memory.
 SEPARATE = 2**31
 
 
 def backends(device: torch.device) -> list[str]:
-    """The backends of this package to be compared on a device."""
+    """The backends of this package to compare on a device."""
     if device.type == "cuda":
         return ["cuda", "triton"]
     return ["cpu" if "cpu" in tcur.build_info()["backends"] else "reference", "triton"]
 
 
 def why_absent(backend: str, device: torch.device) -> str | None:
-    """None where a backend is here, or else why not; nothing runs for it."""
+    """Why a backend is not available, or None if it is; runs nothing."""
     info = tcur.build_info()
     if backend in info["backends"]:
         return None
@@ -62,7 +62,7 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 def text(shape: Sequence[int]) -> str:
-    """Sizes as they stand in a row."""
+    """Sizes as they are written in a row."""
     return "x".join(map(str, shape))
 
 
@@ -77,7 +77,7 @@ class Data:
 
     @staticmethod
     def make(shape: Shape, device: torch.device) -> Data:
-        """Normal numbers, scaled so that the update is about as large as the weight."""
+        """Makes normal numbers, scaled so that the update is about as large as the weight."""
         n3, n1, n2, rank = shape
         generator = torch.Generator(device).manual_seed(0)
 
@@ -105,7 +105,7 @@ class Data:
 
 
 class Checked:
-    """A check of W_eff: some rows against float64, all of it finite."""
+    """A check of W_eff: some rows are compared with float64, and all numbers must be finite."""
 
     def __init__(self, data: Data, limit: float) -> None:
         n1 = data.weight.shape[1]
@@ -126,7 +126,7 @@ class Checked:
 def materialize(
     bench: Bench, section: str, case: str, shape: Shape, dtypes: tuple[torch.dtype, torch.dtype]
 ) -> None:
-    """W_eff of a stack and of its layers by every backend, beside a copy."""
+    """Times W_eff of a stack and of its layers with every backend, beside a copy."""
     base, narrow = dtypes
     data = Data.make(shape, bench.device)
     factors, core = data.factors, data.core
@@ -167,7 +167,7 @@ Update = Callable[[Tensor], Tensor]
 
 
 def baselines(bench: Bench, section: str, case: str, shape: Shape, narrow: torch.dtype) -> None:
-    """Plain torch, launched, beside the same copy: what it allocates may not fit."""
+    """Times plain torch, launched, beside the same copy; its allocations may not fit."""
     data = Data.make(shape, bench.device)
     out = torch.empty_like(data.weight, dtype=narrow)
     checked = Checked(data, 1e-4 if narrow == FP32 else NARROW_LIMIT)
@@ -200,13 +200,13 @@ def baselines(bench: Bench, section: str, case: str, shape: Shape, narrow: torch
 
 
 def compiled(bench: Bench, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """By ``torch.compile``; a dry run needs no code, tracing is what could break."""
+    """Compiles with ``torch.compile``; a dry run only traces, since only that could break."""
     torch._dynamo.reset()
     return torch.compile(function, backend="aot_eager" if bench.tiny else "inductor")
 
 
 def run(bench: Bench) -> None:
-    """W_eff at the shapes of whole models, ours first; then the baselines."""
+    """Times W_eff at the shapes of whole models: our kernels first, then the baselines."""
     shapes = {"tiny": TINY} if bench.tiny else SHAPES
     section = "materialize"
     for name, shape in shapes.items():
@@ -221,7 +221,7 @@ def run(bench: Bench) -> None:
 
 
 def sweep(bench: Bench) -> None:
-    """W_eff over lengths and ranks."""
+    """Times W_eff for many lengths n3 and ranks."""
     section = "sweep"
     for shape in [(1, 8, 8, 4), (12, 8, 8, 8)] if bench.tiny else SWEEP:
         case = f"{text(shape)} fp32->fp32"

@@ -1,4 +1,4 @@
-"""What a section has begun and ended, kept in a file: who comes after a crash goes on behind it."""
+"""Records in a file what a section has begun and ended, so that it can continue after a crash."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from pathlib import Path
 
 
 class Progress:
-    """Pieces of work by name. Those of earlier processes of the same section are known.
+    """Pieces of work by name, including those of earlier processes of the same section.
 
-    A piece that was begun and not ended broke its process. Parts of a piece are pieces named
-    ``whole|part``: where only a part broke, the whole is tried again without it.
+    A piece that was begun but not ended broke its process. Parts of a piece are pieces named
+    ``whole|part``. If only a part broke, the whole is tried again without it.
     """
 
     def __init__(self, path: Path | None) -> None:
         self._path = path
-        self._order: list[str] = []  # of beginnings
+        self._order: list[str] = []  # in the order in which they began
         self._open: Counter[str] = Counter()
         self._ended: set[str] = set()
         if path is not None and path.exists():
@@ -32,7 +32,7 @@ class Progress:
 
     @contextmanager
     def during(self, name: str) -> Iterator[None]:
-        """A piece: begun here and ended after the block, unless the process ends in it."""
+        """Context of a piece: records its beginning and, unless the process dies, its end."""
         self._write(f"begin {name}")
         try:
             yield
@@ -42,16 +42,16 @@ class Progress:
         self._write(f"end {name}")
 
     def has_ended(self, name: str) -> bool:
-        """Whether an earlier process came to the end of a piece."""
+        """Whether an earlier process completed a piece."""
         return name in self._ended
 
     def is_broken(self, name: str) -> bool:
-        """Whether a piece itself, not only a part of it, broke an earlier process."""
+        """Whether a piece, and not only a part of it, broke an earlier process."""
         parts = sum(n for part, n in self._open.items() if part.startswith(f"{name}|"))
         return self._open[name] > parts
 
     def latest(self) -> str:
-        """The piece that is open, the innermost; "" if there is none."""
+        """The innermost open piece; "" if there is none."""
         return next((name for name in reversed(self._order) if self._open[name] > 0), "")
 
     def count(self) -> int:

@@ -1,4 +1,4 @@
-"""Tables and a plot of the rows that ``python -m benchmarks.gpu`` took, newest row of each case."""
+"""Tables and a plot of the newest rows from ``python -m benchmarks.gpu``."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def devices(recorded: Sequence[Row]) -> list[str]:
 
 
 def cases(found: Found) -> list[str]:
-    """In the order in which they were measured."""
+    """The cases, in the order in which they were measured."""
     return list(dict.fromkeys(case for case, _, _ in found))
 
 
@@ -58,7 +58,7 @@ def _ratio(top: Row | None, bottom: Row | None) -> str:
 
 
 def materialize(recorded: Sequence[Row]) -> str:
-    """W_eff: its time, its part of a copy's speed, and plain torch over it."""
+    """Table of W_eff: its time, its speed relative to a copy, and ratios of plain torch to it."""
     heads = ["device", "case", "cuda, ms", "% of copy", "layers", "triton", "before"]
     heads += [f"{name} / cuda" for name in BASELINES]
     lines = []
@@ -85,7 +85,7 @@ def materialize(recorded: Sequence[Row]) -> str:
 
 
 def gradients(recorded: Sequence[Row]) -> str:
-    """Gradients of the core: time, and per cent of the floor."""
+    """Table of core gradients: time, and per cent of the floor."""
     heads = ["device", "operator", "case", "cuda, ms", "% of floor", "triton, ms"]
     lines = []
     for device in devices(recorded):
@@ -95,7 +95,7 @@ def gradients(recorded: Sequence[Row]) -> str:
                 if backend != "cuda":
                     continue
                 said = re.search(r"(\d+) % of floor", row["note"])
-                # A dense gradient only reads: half a copy.
+                # A dense gradient only reads, which is half of a copy.
                 share = said[1] if said else _number(row, "percent_of_copy", ".0f")
                 triton = found.get((case, contender, "triton"))
                 times = [_number(row, "ms"), share, _number(triton, "ms")]
@@ -104,7 +104,7 @@ def gradients(recorded: Sequence[Row]) -> str:
 
 
 def step(recorded: Sequence[Row]) -> str:
-    """A training step, launched and as a CUDA graph, beside the frozen model and LoRA."""
+    """Table of training steps, launched and as CUDA graphs, beside the frozen model and LoRA."""
     heads = ["device", "case", "method", "launched, ms", "graph, ms", "graph / frozen"]
     heads += ["graph / lora_8", "launched / lora_8", "peak, MB"]
     lines = []
@@ -128,7 +128,7 @@ def step(recorded: Sequence[Row]) -> str:
 
 
 def serving(recorded: Sequence[Row]) -> str:
-    """Many adapters in one batch."""
+    """Table of many adapters in one batch."""
     heads = ["device", "case", "one adapter, ms", "64 / one", "4096 / one", "loop of 64 / one"]
     lines = []
     for device in devices(recorded):
@@ -142,7 +142,7 @@ def serving(recorded: Sequence[Row]) -> str:
 
 
 def counters(recorded: Sequence[Row]) -> str:
-    """What Nsight Compute read of the main kernels."""
+    """Table of Nsight Compute's counters for the main kernels."""
     names = ("dram %", "L2 %", "issue %", "instructions")
     lines = []
     for device in devices(recorded):
@@ -156,7 +156,7 @@ def counters(recorded: Sequence[Row]) -> str:
     return _markdown(["device", "case", "kernel", "µs", *names], lines)
 
 
-#: Name of the marks in the documents -> what stands between them.
+#: Name of the marks in the documents -> the table to put between them.
 TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
     "gpu_materialize": materialize,
     "gpu_gradients": gradients,
@@ -167,7 +167,7 @@ TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
 
 
 def draw(recorded: Sequence[Row]) -> dict[str, Figure]:
-    """Per cent of copy bandwidth over n3, a line for each rank: file name -> figure."""
+    """Plots per cent of copy bandwidth over n3, with a line for each rank: file name -> figure."""
     figures = {}
     for device in devices(recorded):
         lines: dict[tuple[str, str], dict[int, float]] = {}

@@ -1,4 +1,4 @@
-"""Rows of measurements on a device: on disk as soon as they exist, and a short table of them."""
+"""Rows of measurements on a device, written to disk at once, and a short table of them."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from pathlib import Path
 
 import torch
 
-#: Begins the note of a row that tells of something gone wrong.
+#: The note of a row begins with one of these if something went wrong.
 BAD = ("FAILED", "WRONG")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One contender of one case; milliseconds are medians."""
+    """The result of one contender in one case; milliseconds are medians."""
 
     section: str
     case: str
@@ -26,20 +26,20 @@ class Row:
     ms: float | None = None
     p20: float | None = None
     p80: float | None = None
-    percent_of_copy: float | None = None  # of the bytes that must be moved, at the copy's rate
+    percent_of_copy: float | None = None  # time to copy the bytes it must move, over its time
     copy_ms: float | None = None  # a copy of the same shape and dtypes, timed in the same rounds
     peak_mb: float | None = None  # of device memory, above what was allocated before the call
-    host_us: float | None = None  # of the Python call alone, nothing waited for
+    host_us: float | None = None  # of the Python call alone, without waiting for the device
     note: str = ""  # "graph" or "launched"; or why there is no time
 
     @property
     def is_bad(self) -> bool:
-        """Whether it tells of something gone wrong."""
+        """Whether something went wrong."""
         return self.note.startswith(BAD)
 
 
 def facts(device: torch.device, commit: str) -> dict[str, str | int]:
-    """What all rows of a run have in common; nothing is allocated on the device."""
+    """The columns that all rows of a run share; allocates nothing on the device."""
     on_gpu = device.type == "cuda"
     properties = torch.cuda.get_device_properties(device) if on_gpu else None
     return {
@@ -88,7 +88,7 @@ class Rows:
 
 
 def read(path: Path, start: int = 0) -> list[Row]:
-    """The rows of a file from the given one on."""
+    """The rows of a file, beginning with number ``start``."""
     texts = {"section", "case", "contender", "backend", "note"}
     rows = []
     with open(path, newline="", encoding="utf-8") as file:
@@ -114,7 +114,7 @@ def show(row: Row) -> str:
 
 
 def table(rows: list[Row]) -> list[str]:
-    """A line per case: its contenders side by side in ms and, in brackets, per cent of a copy."""
+    """A line per case with the milliseconds of its contenders and, in brackets, % of a copy."""
     cases: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         cases.setdefault((row.section, row.case), []).append(row)
@@ -131,7 +131,7 @@ def _entry(row: Row) -> str:
 
 
 def shortened(lines: list[str], most: int, width: int) -> list[str]:
-    """At most so many lines of a table: every section keeps the first of its own."""
+    """Shortens a table to ``most`` lines; every section keeps its first lines."""
     sections: dict[str, list[str]] = {}
     for line in lines:
         own = sections.setdefault(line.partition(" ")[0], [])

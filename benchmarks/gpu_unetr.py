@@ -1,7 +1,6 @@
-"""A training step of a whole UNETR: forward, Dice loss, backward, optimizer; MONAI has to be here.
+"""Times a training step of a whole UNETR: forward, Dice loss, backward, optimizer. Needs MONAI.
 
-The decoder trains in every method, as in the paper; the methods differ in what they do to the
-transformer.
+All methods train the decoder, as in the paper. They differ in how they train the transformer.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from .gpu_models import kernels
 from .gpu_rows import Row
 
 BATCH, CLASSES = 4, 14
-#: Voxels of an edge, and whether the step is under autocast to bf16.
+#: Voxels per edge of the volume, and whether the step runs under autocast to bf16.
 CASES = ((96, True), (96, False), (128, True))
 SIZES = {"feature_size": 16, "hidden_size": 768, "mlp_dim": 3072, "num_heads": 12}
 TINY_SIZES = {"feature_size": 4, "hidden_size": 48, "mlp_dim": 96, "num_heads": 4}
@@ -31,7 +30,7 @@ RATIOS = ("full", "lora_32")
 
 
 def lora(model: nn.Module) -> nn.Module:
-    """LoRA of peft, rank 32, on every linear layer of the transformer's blocks."""
+    """peft's LoRA of rank 32 on every linear layer of the transformer's blocks."""
     import peft
 
     targets = ["linear1", "linear2", "qkv", "out_proj"]
@@ -43,7 +42,7 @@ def lora(model: nn.Module) -> nn.Module:
 
 
 def adapted(model: nn.Module, rank: int, how: dict[str, str]) -> nn.Module:
-    """Cores at some rank, with the settings of `tcur.adapt`."""
+    """tCURLoRA at a rank, with further settings of `tcur.adapt`."""
     adapter = tcur.adapt(model, rank=rank, train_also=(f"{DECODER}*",), **how)  # type: ignore[arg-type]
     with torch.no_grad():
         for stack in adapter.stacks.values():
@@ -60,7 +59,7 @@ METHODS: dict[str, Callable[[nn.Module], nn.Module]] = {
 
 
 def run(bench: Bench) -> None:
-    """Time and peak memory above the model, for two sizes of volumes."""
+    """Measures time, and peak memory above the model, for two sizes of volumes."""
     if find_spec("monai") is None:
         bench.rows.add(Row("unetr", "", "", note="absent: no MONAI"))
         return
@@ -100,7 +99,7 @@ def _steps(bench: Bench, case: str, batch: int, edge: int, autocast: bool) -> No
         return [step]
 
     with torch.no_grad():
-        base(image)  # workspaces of libraries are nobody's memory
+        base(image)  # allocate library workspaces before measuring
     contenders = [Contender(name, "wall", partial(make, name), "wall") for name in METHODS]
     bench.race("unetr", case, contenders, ratios=RATIOS)
     for name, step in launched.items() if bench.clock.on_gpu else ():

@@ -1,4 +1,4 @@
-"""``materialize`` into a kept buffer against the copy of the same bytes and against plain torch."""
+"""Times ``materialize`` into a reused buffer beside a copy of the same bytes and plain torch."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from tcur_kernels.operators import reference
 from .baselines import S1, S2, eager
 from .timing import Timing, interleave
 
-#: name -> (n3, n1, n2, rank): the stacks of a ViT-B (MONAI's UNETR), a small one,
-#: lengths without and with many factors, a high rank.
+#: name -> (n3, n1, n2, rank): the stacks of a ViT-B (MONAI's UNETR), a small one, lengths n3 with
+#: few and with many prime factors, a high rank.
 CASES = {
     "vit_b_attention": (48, 768, 768, 8),
     "vit_b_mlp_up": (12, 3072, 768, 8),
@@ -68,7 +68,7 @@ def _check(
     core: torch.Tensor,
     horizontal: torch.Tensor,
 ) -> None:
-    """Compares a few rows with float64: enough to tell a wrong kernel, and cheap."""
+    """Compares a few rows with float64, which is cheap and enough to detect a wrong kernel."""
     rows = torch.arange(0, weight.shape[1], max(1, weight.shape[1] // 7))
     update = tcur.t_product(
         tcur.t_product(lateral[:, rows].double(), core.double()), horizontal.double()

@@ -1,4 +1,4 @@
-"""Peak memory of a training step above that of the model, each method in a process of its own.
+"""Peak memory of a training step above that of the model, each method in its own process.
 
 ``python -m benchmarks.memory METHOD TOKENS`` is such a process; it prints bytes.
 """
@@ -19,17 +19,17 @@ CONTENDERS = ("lora", "tcur", "fourierft", "full", "frozen")
 
 @dataclass(frozen=True)
 class Peak:
-    """Peak of one contender, and its ratio to that of the yardstick."""
+    """Peak memory of one contender, and its ratio to that of the yardstick."""
 
     peak_mb: float
     ratio: float
 
 
 def measure(case: str, rounds: int) -> dict[str, Peak]:
-    """One child process per method; memory repeats well, so ``rounds`` is not asked for.
+    """Runs one child process per method; ignores ``rounds``, since memory hardly varies.
 
     Raises:
-        RuntimeError: a child failed, with what it printed.
+        RuntimeError: a child failed; the message contains its output.
     """
     (tokens,) = CASES[case]
     peaks = {method: _measure_in_child(method, tokens) / 1e6 for method in CONTENDERS}
@@ -46,7 +46,7 @@ def _measure_in_child(method: str, tokens: int) -> int:
 
 
 def status(field: str) -> int:
-    """Bytes, from the kernel's account of this process."""
+    """A field of /proc/self/status, in bytes."""
     for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024
@@ -54,12 +54,12 @@ def status(field: str) -> int:
 
 
 def peak_of_step(method: str, tokens: int) -> int:
-    """Bytes that a step needs above the prepared model; W_eff counts, being made by a step."""
+    """Bytes that a step needs above the prepared model; W_eff counts, since a step makes it."""
     from .methods import MLP, build, prepared, step_of
 
     model = prepared(method, build(MLP))
     before = status("VmRSS")
-    step_of(model, 16)()  # threads, libraries, kept buffers
+    step_of(model, 16)()  # starts threads, loads libraries, allocates kept buffers
     step = step_of(model, tokens)
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak counts from here
     step()

@@ -1,4 +1,4 @@
-"""The linear layers of a ViT-B and the ways to train them that a step is timed for."""
+"""The linear layers of a ViT-B, and the ways to train them whose steps are timed."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ class Block(nn.Module):
         self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[tokens, WIDTH] -> the same."""
+        """Maps [tokens, WIDTH] to the same shape."""
         x = x + self.out(self.query(x) + self.key(x) + self.value(x))
         return x + self.down(self.up(x))
 
 
 class MLP(nn.Module):
-    """The MLP of such a block alone."""
+    """Only the MLP of such a block."""
 
     def __init__(self) -> None:
         super().__init__()
         self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[tokens, WIDTH] -> the same."""
+        """Maps [tokens, WIDTH] to the same shape."""
         return x + self.down(self.up(x))
 
 
 def build(block: type[nn.Module] = Block) -> nn.Module:
-    """Frozen linear layers: 72 with whole blocks, 24 with MLPs; the same at every call."""
+    """Frozen linear layers: 72 for whole blocks, 24 for MLPs; the same weights at every call."""
     torch.manual_seed(0)
     return nn.Sequential(*(block() for _ in range(BLOCKS))).requires_grad_(False)
 
@@ -64,24 +64,24 @@ def tcur_ieee(model: nn.Module) -> nn.Module:
 
 
 def tcur_bf16(model: nn.Module) -> nn.Module:
-    """The same with projections in bf16."""
+    """The same, with projections in bf16."""
     return _tcur(model, "bf16")
 
 
 def lora(model: nn.Module, rank: int = RANK) -> nn.Module:
-    """LoRA of peft on every linear layer, at the same rank if no other is given."""
+    """peft's LoRA on every linear layer, by default at the same rank."""
     config = peft.LoraConfig(r=rank, target_modules=_targets(model))
     return peft.inject_adapter_in_model(config, model)
 
 
 def fourierft(model: nn.Module) -> nn.Module:
-    """FourierFT of peft with its default of 1000 frequencies on every linear layer."""
+    """peft's FourierFT, with its default of 1000 frequencies, on every linear layer."""
     config = peft.FourierFTConfig(n_frequency=1000, target_modules=_targets(model))
     return peft.inject_adapter_in_model(config, model)
 
 
 def full(model: nn.Module) -> nn.Module:
-    """Every weight and bias trained."""
+    """Full fine-tuning: trains every weight and bias."""
     return model.requires_grad_(True)
 
 
@@ -96,15 +96,15 @@ METHODS: dict[str, Callable[[nn.Module], nn.Module]] = {
 
 
 def prepared(method: str, base: nn.Module) -> nn.Module:
-    """A copy of ``base`` made ready for a method; ``base`` stays as it is."""
+    """A copy of ``base``, prepared for a method."""
     return METHODS[method](copy.deepcopy(base))
 
 
 def step_of(model: nn.Module, tokens: int, autocast: bool = False) -> Callable[[], object]:
-    """Forward and backward to the input and to what is trained.
+    """A step: forward, and backward to the input and the trained parameters.
 
-    The trained parameters are written to first, as an optimizer does: what is derived from them
-    must be derived again.
+    The step first writes to the trained parameters, as an optimizer does. Anything derived from
+    them must therefore be recomputed.
     """
     generator = torch.Generator().manual_seed(1)
     like = next(model.parameters())

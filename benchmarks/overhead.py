@@ -1,10 +1,10 @@
-"""What a layer costs the host beside its arithmetic: forward and backward in sizes next to nothing.
+"""Host time of a layer besides its arithmetic: forward and backward at tiny sizes.
 
-On a GPU the host runs ahead of the device as long as a layer's Python takes less than its kernels.
-Here sizes are so small that nearly nothing but the host's work is left, and a frozen ``nn.Linear``
-of the same size is the yardstick. One call goes through 1000 layers, so that milliseconds read as
-microseconds of one layer, forward and backward. "kernels" are the operators of such a layer alone,
-with no module and no autograd around them: what of it is not Python, and is other code on a GPU.
+On a GPU the host stays ahead of the device as long as the Python code of a layer takes less time
+than its kernels. Here sizes are so small that almost only the host's work remains. The yardstick is
+a frozen ``nn.Linear`` of the same size. One call runs 1000 layers, so milliseconds can be read as
+microseconds per layer, forward and backward. "kernels" runs only the operators of such layers,
+without modules and autograd. That part is not Python, and on a GPU other code does it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ LIMIT = 1e-4
 
 
 def measure(case: str, rounds: int) -> dict[str, Timing]:
-    """Checks the gradients of the cores against each other, then times.
+    """Compares the gradients of the cores with each other, then times the layers.
 
     Raises:
         RuntimeError: a gradient is wrong; nothing is timed then.
@@ -75,7 +75,7 @@ def _step_of(model: nn.Module, x: Tensor, times: int) -> Callable[[], object]:
 
 
 def _kernels_of(stack: tcur.TProductStack, x: Tensor, times: int) -> Callable[[], object]:
-    """The operators of all layers, forward and backward; in inference mode they are no more."""
+    """Only the operators of all layers, forward and backward, in inference mode."""
     linear, gradient = torch.ops.tcur.cur_linear.default, torch.ops.tcur.core_grad_tokens.default
     core_of_packed = torch.ops.tcur.core_of_packed.default
     with torch.inference_mode():
@@ -97,7 +97,7 @@ def _kernels_of(stack: tcur.TProductStack, x: Tensor, times: int) -> Callable[[]
                         y = F.linear(y, w_eff[index], bias)
                         grad @ w_eff[index]
                     else:
-                        how = (*factors, index, 1, 1.0, False)
+                        how = (*factors, index, 1, 1.0)
                         y = linear(y, weight, bias, *how, False, z)
                         linear(grad, weight, None, *how, True)
                     where = (stack.n3, index, 1, None, 1, True)

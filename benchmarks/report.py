@@ -1,4 +1,4 @@
-"""Tables and plots of the documents, from the newest row of every device, case and contender."""
+"""Tables and plots for the documents, from the newest row of every device, case and contender."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ LAYOUT = {
 
 
 def table(op: str, recorded: Sequence[dict[str, str]]) -> str:
-    """Markdown of one operator: ratios and differences of medians of the newest rows."""
+    """Markdown table of one operator: ratios and differences of medians of the newest rows."""
     columns = LAYOUT[op]
     ours = columns[0][0]
     unit = "MB" if op.endswith("memory") else "ms"
@@ -96,7 +96,7 @@ def table(op: str, recorded: Sequence[dict[str, str]]) -> str:
 
 
 def newest(op: str, recorded: Sequence[dict[str, str]]) -> dict[tuple[str, str], dict[str, float]]:
-    """(device, case) -> contender -> value, of the newest rows of one operation."""
+    """The newest rows of one operation: (device, case) -> contender -> value."""
     found: dict[tuple[str, str], dict[str, float]] = {}
     for row in recorded:
         if row["op"] == op:
@@ -118,10 +118,10 @@ def _difference(minuend: float | None, subtrahend: float | None) -> str:
 
 
 def write() -> list[Path]:
-    """Puts the tables between their marks in the documents that have them, and draws the plots.
+    """Writes the tables between their marks in the documents, and draws the plots.
 
     Returns:
-        What was written.
+        The written files.
 
     Raises:
         ValueError: no document has marks for an operator.
@@ -146,7 +146,7 @@ def write() -> list[Path]:
 
 
 def plot(recorded: Sequence[dict[str, str]]) -> list[Path]:
-    """Per cent of streaming over n3 and over the rank; step time and memory over tokens."""
+    """Plots per cent of streaming over n3 and rank, and step time and memory over tokens."""
     PLOTS.mkdir(exist_ok=True)
     scaling, step, memory = (newest(op, recorded) for op in ("scaling", "step", "memory"))
     paths = []
@@ -183,7 +183,7 @@ def plot(recorded: Sequence[dict[str, str]]) -> list[Path]:
 def _over(
     found: dict[tuple[str, str], dict[str, float]], device: str, pattern: str
 ) -> list[tuple[int, dict[str, float]]]:
-    """The cases of a device whose names match, by the number in the name."""
+    """The cases of a device whose names match, sorted by the number in the name."""
     matches = [(re.fullmatch(pattern, case), where, case) for where, case in found]
     return sorted(
         ((int(m[1]), found[where, case]) for m, where, case in matches if m and where == device),
@@ -193,6 +193,6 @@ def _over(
 
 def _save(figure: Figure, name: str) -> Path:
     path = PLOTS / name
-    figure.savefig(path, dpi=100, metadata={"Software": None})  # no version: the same bytes again
+    figure.savefig(path, dpi=100, metadata={"Software": None})  # no version: reproducible bytes
     pyplot.close(figure)
     return path

@@ -1,4 +1,4 @@
-"""Result rows: appended, never rewritten, each with what is needed to read it later."""
+"""Result rows, which are appended and never rewritten; each records its circumstances."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from .memory import Peak
 from .timing import Timing
 
 RESULTS = Path(__file__).parent / "results"
-MEMORY = "-memory"  # ends the names of files whose rows are of memory
+MEMORY = "-memory"  # suffix of the names of files with rows about memory
 
 
 def device_name() -> str:
-    """A name for the processor, fit for a file name."""
+    """A name for the processor that can be part of a file name."""
     model = platform.processor() or platform.machine()
     with open("/proc/cpuinfo", encoding="utf-8") as file:
         for line in file:
@@ -40,7 +40,7 @@ def append(
     shape: tuple[int | bool, ...],
     measured: Mapping[str, Timing | Peak],
 ) -> Path:
-    """Appends one row per contender and returns the file: one for times, one for memory."""
+    """Appends one row per contender and returns the file; times and memory have separate files."""
     common = {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": commit(),
@@ -68,7 +68,7 @@ def append(
 def read() -> list[dict[str, str]]:
     """All rows of all devices, oldest first.
 
-    Beside what was written: ``device``, and ``value``, milliseconds or megabytes.
+    Adds the columns ``device`` and ``value``, which is milliseconds or megabytes.
     """
     found = []
     for path in sorted(RESULTS.glob("*.csv")):

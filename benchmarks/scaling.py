@@ -1,4 +1,4 @@
-"""``materialize`` over n3 at a fixed number of weights, over the rank, and over threads."""
+"""Times ``materialize`` over n3 at a fixed number of weights, over the rank, and over threads."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ YARDSTICK = "stream"
 
 
 def measure(case: str, rounds: int) -> dict[str, Timing]:
-    """With the threads asked for, and with one (``_1``), each beside the copy of the same bytes."""
+    """Times it with the given threads and with one (``_1``), each beside a copy of its bytes."""
     n3, n1, n2, rank = CASES[case]
     threads = torch.get_num_threads()
     generator = torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""Choosing slices and cores: time per rule on the stacks of a ViT-B."""
+"""Times the choice of slices and cores by each rule, on the stacks of a ViT-B."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 import tcur_kernels as tcur
-from tcur_kernels.decompose import Deim, Leverage, SliceStack
+from tcur_kernels.decompose import Deim, HeldSlices, Leverage
 
 from .timing import Timing, interleave
 
@@ -19,8 +19,8 @@ CASES = {
 }
 YARDSTICK = "read"
 
-#: Contender -> rule and core. Exact singular vectors are the slowest by far; of the larger stacks
-#: the range finder is what the names "leverage" and "deim" mean.
+#: Contender -> rule and core. Exact singular vectors are by far the slowest. For the larger stacks
+#: the rules "leverage" and "deim" use the range finder.
 RULES = {
     "norm": ("norm", "zero"),
     "norm2": ("norm2", "zero"),
@@ -38,11 +38,12 @@ RULES = {
 def measure(case: str, rounds: int) -> dict[str, Timing]:
     """Checks every contender's slices against those of the stack, then times ``tensor_cur``.
 
-    ``read`` is one sum over the stack: every rule but "uniform" reads it at least once. The exact
-    singular vectors, by far the slowest, are timed in at most three rounds, and apart.
+    ``read`` is one sum over the stack, since every rule but "uniform" reads it at least once. The
+    exact singular vectors are by far the slowest, so they are timed separately, in at most three
+    rounds.
 
     Raises:
-        RuntimeError: C or R are not the slices that the indices say.
+        RuntimeError: C or R are not the slices at the chosen indices.
     """
     n3, n1, n2, rank = CASES[case]
     weight = torch.randn(n3, n1, n2, generator=torch.Generator().manual_seed(0)) / n2**0.5
@@ -50,7 +51,7 @@ def measure(case: str, rounds: int) -> dict[str, Timing]:
 
     def run(name: str) -> tcur.TensorCUR:
         rule, core = RULES[name]
-        return tcur.tensor_cur(SliceStack("weight", slices), rank, rule, core)
+        return tcur.tensor_cur(HeldSlices("weight", slices), rank, rule, core)
 
     def check(name: str) -> None:
         d = run(name)

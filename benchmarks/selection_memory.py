@@ -1,4 +1,4 @@
-"""Peak memory of choosing slices above that of the weights, each rule in a process of its own.
+"""Peak memory of choosing slices above that of the weights, each rule in its own process.
 
 ``python -m benchmarks.selection_memory CASE RULE FILE`` is such a process; it prints bytes.
 """
@@ -14,14 +14,14 @@ from pathlib import Path
 import torch
 
 import tcur_kernels as tcur
-from tcur_kernels.decompose import Leverage, SliceStack, open_stack
+from tcur_kernels.decompose import HeldSlices, Leverage, open_stack
 
 from .memory import Peak, status
 
 MIB = 1 << 20
-#: name -> (n3, n1, n2, rank, MiB of workspace, in files). In memory: the stacks of a ViT-B. In
-#: files, with holes that are read as zeros at the same cost: how the peak grows with each size, and
-#: gate and up of an 8B Llama, 14 GiB.
+#: name -> (n3, n1, n2, rank, MiB of workspace, in files). The stacks of a ViT-B are in memory. The
+#: others are in sparse files, whose holes read as zeros at the same cost. They show how the peak
+#: grows with each size; the largest are gate and up projections of an 8B Llama, 14 GiB.
 CASES = {
     "vit_b_attention_slices": (48, 768, 768, 8, 1024, False),
     "vit_b_mlp_up_slices": (12, 3072, 768, 8, 1024, False),
@@ -36,12 +36,12 @@ RULES = {"norm": "norm", "norm2": "norm2", "leverage": Leverage("randomized")}
 
 
 def measure(case: str, rounds: int) -> dict[str, Peak]:
-    """One child process per rule; memory repeats well, so ``rounds`` is not asked for.
+    """Runs one child process per rule; ignores ``rounds``, since memory hardly varies.
 
     ``weights`` is the size of the stack itself, in fp32.
 
     Raises:
-        RuntimeError: a child failed, with what it printed.
+        RuntimeError: a child failed; the message contains its output.
     """
     n3, n1, n2, _, _, in_files = CASES[case]
     size = 4 * n3 * n1 * n2 / 1e6
@@ -57,7 +57,7 @@ def measure(case: str, rounds: int) -> dict[str, Peak]:
 
 
 def write_sparse(path: Path, n3: int, n1: int, n2: int) -> None:
-    """A safetensors file of n3 fp32 matrices: some rows of numbers, and holes for the rest."""
+    """Writes a safetensors file of n3 fp32 matrices: some rows of numbers, holes for the rest."""
     size = 4 * n1 * n2
     header = {
         f"layer{i}": {"dtype": "F32", "shape": [n1, n2], "data_offsets": [i * size, (i + 1) * size]}
@@ -76,15 +76,15 @@ def write_sparse(path: Path, n3: int, n1: int, n2: int) -> None:
 
 
 def peak_of_choice(case: str, rule: str, path: str) -> int:
-    """Bytes that ``tensor_cur`` needs above the process before it, C and R with them."""
+    """Bytes that ``tensor_cur`` adds to the peak memory of the process, including C and R."""
     n3, n1, n2, rank, workspace, in_files = CASES[case]
-    tcur.tensor_cur(torch.randn(4, 32, 32), 2, RULES[rule], "zero")  # threads and libraries
+    tcur.tensor_cur(torch.randn(4, 32, 32), 2, RULES[rule], "zero")  # starts threads, libraries
     if in_files:
         names = [f"layer{i}" for i in range(n3)]
         stack = open_stack(path, names, max_workspace=workspace * MIB, progress=True)
     else:
         slices = list(torch.randn(n3, n1, n2))
-        stack = SliceStack("weights", slices, max_workspace=workspace * MIB)
+        stack = HeldSlices("weights", slices, max_workspace=workspace * MIB)
     before = status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak counts from here
     tcur.tensor_cur(stack, rank, RULES[rule], "zero")
@@ -94,7 +94,7 @@ def peak_of_choice(case: str, rule: str, path: str) -> int:
 def _measure_in_child(case: str, rule: str, path: Path) -> int:
     command = [sys.executable, "-m", "benchmarks.selection_memory", case, rule, str(path)]
     root = Path(__file__).parent.parent
-    # Its progress bars go where ours would.
+    # Its progress bars go to our stderr.
     result = subprocess.run(command, cwd=root, stdout=subprocess.PIPE, text=True, check=False)
     if result.returncode != 0:
         raise RuntimeError(f"{rule}: the child process failed")

@@ -1,4 +1,4 @@
-"""A thousand adapters in one batch, through all linear layers of a ViT-B, forward."""
+"""Times the forward of a thousand adapters in one batch through all linear layers of a ViT-B."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LIMIT = 1e-5
 
 
 def measure(case: str, rounds: int) -> dict[str, Timing]:
-    """Checks some rows against their adapter alone in float64, then times the batch.
+    """Compares some rows with their adapter alone in float64, then times the batch.
 
     Raises:
         RuntimeError: a row is wrong, or the cores take more than 20 kB per adapter.
@@ -81,7 +81,7 @@ def _cores(adapter: tcur.Adapter, generator: torch.Generator) -> dict[str, Tenso
 def _check(
     adapter: tcur.Adapter, cores: Mapping[str, Tensor], ids: Tensor, x: Tensor, y: object
 ) -> None:
-    """Compares some rows with those of the same model in float64 with that adapter alone."""
+    """Compares some rows with the same model in float64 that has only their adapter."""
     assert isinstance(y, Tensor)
     exact = copy.deepcopy(adapter.model).double()
     stacks = stacks_of(exact)

@@ -1,4 +1,4 @@
-"""A training step through all linear layers of a ViT-B: forward, gradients of input and adapter."""
+"""Times a training step through all linear layers of a ViT-B: forward and all gradients."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ CASES = {
     "vit_b_864_tokens_autocast": (864, True),
 }
 YARDSTICK = "frozen"
-LIMIT = 5e-2  # tells a wrong gradient; bf16 through 72 layers in a row is off by 1e-2
+LIMIT = 5e-2  # detects a wrong gradient; bf16 through 72 layers has an error of 1e-2
 
 
 def measure(case: str, rounds: int) -> dict[str, Timing]:
-    """Checks the gradients of the core against float64, then times steps.
+    """Compares the gradients of the cores with float64, then times steps.
 
     Raises:
         RuntimeError: a gradient is wrong; nothing is timed then.
     """
     tokens, autocast = CASES[case]
     base = build()
-    # tcur follows autocast: with bf16 projections of its own it would be timed twice.
+    # Under autocast tcur uses bf16 projections anyway, so tcur_bf16 would be the same.
     methods = [name for name in METHODS if not (autocast and name == "tcur_bf16")]
     models = {name: prepared(name, base) for name in methods}
     steps = {name: step_of(model, tokens, autocast) for name, model in models.items()}

@@ -1,4 +1,4 @@
-"""Times that a shared machine cannot spoil too much: interleaved rounds, medians, paired ratios."""
+"""Robust timing on a shared machine: interleaved rounds, medians, paired ratios."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def interleave(
 ) -> dict[str, Timing]:
     """Runs all contenders in turn, ``rounds`` times, after one warm-up each.
 
-    The ratio is the median over the rounds of (time / time of the yardstick in that round): what
-    disturbs a round disturbs both.
+    The ratio is the median over the rounds of (time / time of the yardstick in that round). A
+    disturbance of a round usually affects both.
     """
     for run in contenders.values():
         run()

@@ -1,10 +1,10 @@
 """``python -m benchmarks.tune``: times launch parameters on this GPU, rewrites the launch table.
 
-For each kernel whose time matters, candidates around its row, the nearest first, are checked
-against plain torch and timed as CUDA graphs; the best of them take turns, and the fastest takes the
-row's place, with the measurement as its reason. Every row has its part of ``--seconds``, and the
-table is written after each. Rows are written for this device's architecture; those of other
-architectures stay as they are. ``--list`` shows the candidates, and needs no GPU.
+For each kernel whose time matters, it tries candidates around the present row, the nearest first.
+Candidates are compared with plain torch and timed as CUDA graphs. The best ones then take turns,
+and the fastest replaces the row, with the measurement as its reason. Every row gets an equal share
+of ``--seconds``, and the table is written after each row. Rows are written for this device's
+architecture; those for other architectures stay. ``--list`` shows the candidates without a GPU.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ SHAPES = {
 LONG = {"materialize": (128, 4096, 4096, 8)}
 OTHERWISE = (48, 768, 768, 8)
 TOKENS = 4096
-LIMIT = 1e-5  # of the relative error
-KEPT = 4  # candidates that are timed in turn at the end, beside the row itself
-WORTH = 0.98  # of the time of a row, for another one to take its place
+LIMIT = 1e-5  # largest relative error
+KEPT = 4  # candidates that take turns at the end, together with the row itself
+WORTH = 0.98  # a candidate must take less than this fraction of the row's time to replace it
 
 
 def candidates(row: launch.Row) -> Iterator[launch.Row]:
-    """The row itself first, then its neighbours, the nearest first: tiles, warps and stages."""
+    """The row itself, then its neighbours in tiles, warps and stages, the nearest first."""
     yield row
     found = []
     choices: dict[str, set[int]] = {"warps": {4, 8, 16}, "stages": {1, 2, 3}}
@@ -63,7 +63,7 @@ def candidates(row: launch.Row) -> Iterator[launch.Row]:
 
 
 def shape_of(row: launch.Row) -> tuple[int, int, int, int]:
-    """The case to tune a row on."""
+    """The shape on which to tune a row."""
     long = LONG.get(row.kernel, OTHERWISE)
     return SHAPES[row.kernel].get(row.n3_max, long)
 
@@ -71,7 +71,7 @@ def shape_of(row: launch.Row) -> tuple[int, int, int, int]:
 def workload(
     row: launch.Row, device: torch.device
 ) -> tuple[Callable[[], torch.Tensor], torch.Tensor]:
-    """What runs the kernel of a row, and its result in plain torch."""
+    """A function that runs the kernel of a row, and the result of plain torch."""
     n3, n1, n2, rank = shape_of(row)
     generator = torch.Generator(device).manual_seed(0)
 
@@ -101,13 +101,13 @@ def workload(
 
 
 class Tuner:
-    """Times candidates on one device: each captured in a CUDA graph, the best ones in turn."""
+    """Times candidates on one device as CUDA graphs; the best ones take turns."""
 
     def __init__(self, clock: Clock, arch: str) -> None:
         self.clock, self.arch = clock, arch
 
     def tune(self, row: launch.Row, until: float) -> launch.Row:
-        """The fastest of the candidates that are right and were reached until then."""
+        """The fastest correct candidate among those that were tried in time."""
         run, exact = workload(row, self.clock.device)
         ready: dict[launch.Row, Ready] = {}
         ms: dict[launch.Row, float] = {}
@@ -120,7 +120,7 @@ class Tuner:
                 ms[candidate] = min(self.clock.time(one) for _ in range(3))
                 for slow in sorted(ms, key=ms.__getitem__)[KEPT:]:
                     if slow != row:
-                        ready.pop(slow, None)  # and with it its graph
+                        ready.pop(slow, None)  # frees its graph, too
         if row not in ready:
             return replace(row, reason=f"{row.reason}; it failed on this device")
         found: dict[launch.Row, list[float]] = {candidate: [] for candidate in ready}
@@ -130,7 +130,7 @@ class Tuner:
         medians = {candidate: statistics.median(times) for candidate, times in found.items()}
         best = min(medians, key=medians.__getitem__)
         if medians[best] > WORTH * medians[row]:
-            best = row  # not worth another row
+            best = row  # the gain is too small
         name = torch.cuda.get_device_name() if self.clock.on_gpu else "cpu"
         reason = (
             f"{len(ms)} candidates on {name}: {medians[best]:.3g} ms against {medians[row]:.3g}"
@@ -160,7 +160,7 @@ class Tuner:
 
 
 def write(rows: list[launch.Row], path: Path = TABLE) -> None:
-    """Writes a table, beside its place first."""
+    """Writes a table to a temporary file, which then replaces the old table."""
     part = path.with_suffix(".part")
     with open(part, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [f.name for f in fields(launch.Row)], lineterminator="\n")
@@ -198,7 +198,7 @@ def main() -> None:
 
 
 def write_tuned(tuner: Tuner, chosen: list[launch.Row], path: Path) -> None:
-    """Tunes rows one after the other, each for its part of the time; every one is written."""
+    """Tunes rows one after another, each for its share of the time; writes after each."""
     tuned: dict[launch.Row, launch.Row] = {}
     for place, row in enumerate(chosen):
         left = tuner.clock.left

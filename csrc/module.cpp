@@ -1,6 +1,6 @@
 // The Python face of the compiled library: facts about the build, and the choice of the instruction
 // set. No tensor passes here; operators are registered with torch by the files in cpu/.
-#include "cpu/kernels.h"
+#include "cpu/isa.h"
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>

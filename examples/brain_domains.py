@@ -1,13 +1,13 @@
 """Two small segmentation domains made from one real brain, as 3D NIfTI files on disk.
 
-nilearn carries the MNI152 T1 template with its grey- and white-matter maps, so nothing is
-downloaded. Every subject is an axial slab of that brain after its own random pose, size and smooth
-deformation. A domain says how a scanner shows it (contrast, bias field, noise, voxel size) and what
-structure its readers drew. Structures are cut from the tissue maps by MNI coordinates before the
-deformation, so they follow the anatomy, not the voxel grid. Tissue alone does not tell them: left
-and right, front and back look alike close up.
+nilearn contains the MNI152 T1 template with its grey- and white-matter maps, so nothing is
+downloaded. Every subject is an axial slab of that brain with its own random pose, size and smooth
+deformation. A domain defines how a scanner shows the brain (contrast, bias field, noise, voxel
+size) and which structure its readers drew. Structures are cut from the tissue maps by MNI
+coordinates before the deformation, so they follow the anatomy, not the voxel grid. The tissue alone
+does not identify them, since left and right, or front and back, look alike close up.
 
-Run by itself to write both domains, each with a Decathlon-style ``dataset.json``::
+This file alone writes both domains, each with a Decathlon-style ``dataset.json``::
 
     python examples/brain_domains.py --output runs/brains --seed 0
 """
@@ -37,14 +37,14 @@ from nilearn import datasets
 from torch import Tensor
 from tqdm import tqdm
 
-GRID = (2.0, 2.0, 4.0)  # mm, the grid that subjects are made on
-SLAB = (96, 96, 16)  # voxels of it that the scanner covers: 192 x 192 x 64 mm
+GRID = (2.0, 2.0, 4.0)  # mm, the grid on which subjects are made
+SLAB = (96, 96, 16)  # voxels that the scanner covers: 192 x 192 x 64 mm
 LOWEST = -20.0  # mm, MNI z of the first slice of the slab
 
 
 @dataclass(frozen=True)
 class Domain:
-    """What the scanner shows and what the readers drew."""
+    """What the scanner shows and which structure the readers drew."""
 
     name: str
     contrast: Literal["T1", "T2"]
@@ -66,12 +66,12 @@ class Anatomy(NamedTuple):
 
 
 Subject = tuple[str, int]  # section, number in it
-#: Wraps the subjects as they are made; gets what they are called, and how many they are.
+#: Wraps the subjects while they are made; gets a label, the subjects, and their number.
 Track = Callable[[str, Sequence[Subject], int], Iterable[Subject]]
 
 
 def with_bar(label: str, subjects: Sequence[Subject], count: int) -> Iterable[Subject]:
-    """A line of progress."""
+    """Shows the progress as a bar."""
     return tqdm(subjects, desc=label, total=count, ncols=100)
 
 
@@ -137,7 +137,7 @@ def write_domain(
 ) -> Path:
     """Writes ``counts[section]`` subjects per section and the datalist.
 
-    Subjects of different seeds, domains and sections are different. ``track`` shows the progress.
+    Different seeds, domains and sections give different subjects. ``track`` shows the progress.
 
     Returns:
         The path of the datalist JSON.

@@ -1,8 +1,9 @@
 """Tubal CUR, mode-wise CUR and Tucker of the same trained weights, at equal numbers of parameters.
 
-A small vision transformer learns scikit-learn's handwritten digits (they come with it, nothing is
-downloaded); its linear layers of one shape are stacked, and every stack is decomposed. Fewer
-numbers than the stack has are kept in each way; the table says how far off the stack is then.
+A small vision transformer learns scikit-learn's handwritten digits; they come with scikit-learn, so
+nothing is downloaded. Its linear layers of one shape are stacked, and every stack is decomposed.
+All decompositions keep the same number of parameters, fewer than the stack has. The table shows
+their relative errors.
 
     python examples/decompositions.py [--steps 400] [--ranks 2 4 8]
 """
@@ -24,7 +25,7 @@ WIDTH, DEPTH, HEADS = 48, 6, 4
 
 
 class Block(nn.Module):
-    """Attention and a perceptron, both behind a norm."""
+    """Attention and a perceptron, each after a norm."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -33,7 +34,7 @@ class Block(nn.Module):
         self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Tokens to tokens."""
+        """Maps tokens to tokens."""
         q, k, v = (
             part.unflatten(-1, (HEADS, -1)).transpose(1, 2)
             for part in self.qkv(self.norms[0](x)).chunk(3, dim=-1)
@@ -44,7 +45,7 @@ class Block(nn.Module):
 
 
 class Reader(nn.Module):
-    """Digits of 8 x 8 pixels as 16 tokens."""
+    """A small vision transformer that reads digits of 8 x 8 pixels as 16 tokens."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,13 +55,13 @@ class Reader(nn.Module):
         self.head = nn.Linear(WIDTH, 10)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images ``[batch, 8, 8]`` to scores of the ten digits."""
+        """Maps images ``[batch, 8, 8]`` to scores of the ten digits."""
         patches = images.unfold(1, 2, 2).unfold(2, 2, 2).flatten(3).flatten(1, 2)
         return self.head(self.blocks(self.embed(patches) + self.places).mean(1))
 
 
 def trained(steps: int) -> tuple[Reader, float]:
-    """The model and its accuracy on the fifth of the digits that it has not seen."""
+    """The trained model, and its accuracy on the fifth of the digits kept for testing."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -93,7 +94,7 @@ def multilinear_rank(shape: tuple[int, int, int], budget: int) -> tuple[int, int
 
 
 def errors(stack: Tensor, rank: int) -> dict[str, float]:
-    """Relative errors of every decomposition that keeps as many numbers as C, U and R of a rank."""
+    """Relative errors of decompositions that keep as many numbers as C, U and R of this rank."""
     import tensorly
     from tensorly.decomposition import tucker
 

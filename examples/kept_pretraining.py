@@ -1,7 +1,7 @@
-"""UNETRs that the demo pretrained, kept from run to run: the longest part of it is done once.
+"""Keeps the pretrained UNETRs of the demo between runs, since pretraining takes longest.
 
-A kept one is taken only if nothing has changed that it depends on: the settings of the run, the
-code of the example, the libraries, and the processor, for another one rounds otherwise.
+A kept UNETR is used only if nothing changed that it depends on: the settings of the run, the code
+of the example, the libraries, and the processor, since another one rounds differently.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ import torch
 
 from segmentation_training import Report
 
-#: What the data, the model and the training are made with.
+#: The libraries on which data, model and training depend.
 LIBRARIES = ("torch", "monai", "numpy", "scipy", "nibabel", "nilearn", "einops")
 CODE = ("unetr_segmentation.py", "brain_domains.py", "segmentation_data.py")
 CODE += ("segmentation_training.py",)
-#: What of the command line comes after the pretraining, or says where things go.
+#: Options that only matter after the pretraining, or only name paths.
 NO_MATTER = {"output", "keep", "seeds", "data", "pretrained", "volumes", "methods", "steps"}
 NO_MATTER |= {"decoder_lr", "core_lr", "vit_lr", "rank", "selection", "alpha"}
 
 
 def key(args: argparse.Namespace, seed: int) -> str:
-    """A name that another pretraining would not have."""
+    """A name that is different for every other pretraining."""
     device = torch.device(args.device)
     on_gpu = device.type == "cuda"
     processor = (
@@ -50,7 +50,7 @@ def key(args: argparse.Namespace, seed: int) -> str:
 
 
 def find(args: argparse.Namespace, seed: int) -> tuple[Path, Report] | None:
-    """Weights and report of the pretraining that is asked for, if they are kept."""
+    """Weights and report of this pretraining, if they were kept."""
     weights, told = _files(args, seed)
     if not (weights.is_file() and told.is_file()):
         return None
@@ -62,7 +62,7 @@ def find(args: argparse.Namespace, seed: int) -> tuple[Path, Report] | None:
 def keep(
     args: argparse.Namespace, seed: int, pretrain: Callable[[Path], Report]
 ) -> tuple[Path, Report]:
-    """Pretrains into a file of its own; only a whole one gets the name that `find` looks for."""
+    """Pretrains into a temporary file, which gets the name that `find` uses once it is complete."""
     weights, told = _files(args, seed)
     weights.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=weights.parent) as folder:

@@ -1,20 +1,20 @@
-"""A language model learns one author and is adapted to another: what is learned, what forgotten.
+"""Adapts a language model from one author to another: how much it learns, how much it forgets.
 
-A GPT-2 of characters is pretrained on four adventures of Sherlock Holmes and then adapted to Romeo
-and Juliet in several ways, each with the same steps and batches:
+A character-level GPT-2 is pretrained on four adventures of Sherlock Holmes. It is then adapted to
+Romeo and Juliet in several ways, all with the same steps and batches:
 
-* tCURLoRA (`tcur_kernels.peft`): only the cores U of W + alpha * (C * U * R) train;
-* matrix CUR ("curlora"): the same with a stack for each matrix, C and R drawn with CURLoRA's
+* tCURLoRA (`tcur_kernels.peft`): only the cores U of W + alpha * (C * U * R) are trained;
+* matrix CUR ("curlora"): the same with a stack for each matrix, and C and R drawn with CURLoRA's
   inverted probabilities;
-* LoRA (`peft`), and full fine-tuning, for comparison.
+* LoRA (`peft`) and full fine-tuning, for comparison.
 
-Each method tries the learning rates of a small grid and keeps the one with the lowest perplexity
-on a validation part of the new text. Reported are perplexities on held-out parts of both texts: on
-the new one, what was learned; on the old one, what was forgotten. The adapter is then saved, loaded
+Each method tries a small grid of learning rates and keeps the one with the lowest perplexity on a
+validation part of the new text. The table shows perplexities on held-out parts of both texts: the
+new text shows what was learned, the old text what was forgotten. The adapter is then saved, loaded
 onto a fresh base and merged, and the logits are compared.
 
-Both texts come with the repository, and nothing is downloaded. With a model of your own, in a
-directory as ``save_pretrained`` writes it with its tokenizer, there is no pretraining::
+Both texts are in the repository, so nothing is downloaded. You can use your own model instead, in a
+directory that ``save_pretrained`` wrote with its tokenizer; then there is no pretraining::
 
     python examples/language_model.py --model DIR --new-text mine.txt --old-text general.txt \\
         --context 512 --batch 4
@@ -52,7 +52,7 @@ METHODS: dict[str, Callable[[int], Any]] = {
 }
 
 #: Learning rates that a method tries at a rank. An entry of C * U * R is a sum of n3 r^2 products,
-#: so those of a core go down with r^2.
+#: so the learning rates of a core decrease with r^2.
 RATES: dict[str, Callable[[int], tuple[float, ...]]] = {
     "tcurlora": lambda rank: (0.6 / rank**2, 1.2 / rank**2),
     "curlora": lambda rank: (0.6 / rank, 2.4 / rank),
@@ -97,7 +97,7 @@ def main() -> None:
 def adapt(
     args: argparse.Namespace, name: str, base: nn.Module, old: Text, new: Text
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """Adapts a copy of the base by one method at its best learning rate; model and results."""
+    """Adapts a copy of the base with one method; returns the best model and the results."""
     tried: dict[float, float] = {}
     best: nn.Module | None = None
     seconds = 0.0
@@ -129,7 +129,7 @@ def adapt(
 def optimise(
     args: argparse.Namespace, model: nn.Module, numbers: Tensor, rate: float, steps: int, label: str
 ) -> float:
-    """AdamW with a short warm-up and a cosine decay; returns the seconds it took."""
+    """Trains with AdamW, a short warm-up and a cosine decay; returns the seconds it took."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.01)
     warm_up = max(1, steps // 20)
@@ -165,7 +165,7 @@ def perplexity(args: argparse.Namespace, model: nn.Module, numbers: Tensor) -> f
 def perplexities(
     args: argparse.Namespace, model: nn.Module, old: Text, new: Text
 ) -> dict[str, float]:
-    """On the held-out parts of both texts."""
+    """The perplexities on the held-out parts of both texts."""
     return {
         f"{kind} text": perplexity(args, model, text.test)
         for kind, text in (("new", new), ("old", old))
@@ -188,7 +188,7 @@ def sample(
 
 
 def new_base(args: argparse.Namespace) -> tuple[nn.Module, Any, Any]:
-    """An untrained GPT-2 of characters, and how to turn text into its numbers and back."""
+    """An untrained character-level GPT-2, and functions that encode and decode text."""
     encode, decode = characters(args.old_text, args.new_text)
     size = max(encode("".join(sorted(set(args.old_text.read_text() + args.new_text.read_text())))))
     config = GPT2Config(
@@ -207,7 +207,7 @@ def new_base(args: argparse.Namespace) -> tuple[nn.Module, Any, Any]:
 
 
 def load_base(args: argparse.Namespace) -> tuple[nn.Module, Any, Any]:
-    """A model and its tokenizer from a directory."""
+    """Loads a model and its tokenizer from a directory."""
     if not (args.model / "config.json").is_file():
         raise SystemExit(f"--model: expected a directory with config.json, got {args.model}")
     tokenizer = AutoTokenizer.from_pretrained(args.model, local_files_only=True)
@@ -216,7 +216,7 @@ def load_base(args: argparse.Namespace) -> tuple[nn.Module, Any, Any]:
 
 
 def report(summary: dict[str, Any]) -> str:
-    """The table, and how far loading and merging moved the logits."""
+    """The table, and how much loading and merging changed the logits."""
     old, new = summary["texts"]
     rows = [("", f"ppl {new}", f"ppl {old}", "trained", "file KB", "rate", "s/step")]
     notes = []
@@ -235,7 +235,7 @@ def report(summary: dict[str, Any]) -> str:
 
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Arguments of the command line, checked."""
+    """Parses and checks the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -20,10 +20,10 @@ class Text:
     """One text in three consecutive parts, as token numbers.
 
     Attributes:
-        name: what tables call it.
-        training: most of it.
-        validation: what learning rates are chosen by.
-        test: what is reported.
+        name: its name in tables.
+        training: most of the text.
+        validation: the part that chooses learning rates.
+        test: the part for the reported results.
     """
 
     name: str
@@ -33,10 +33,10 @@ class Text:
 
 
 def read_text(path: Path, encode: Encode, context: int) -> Text:
-    """A text file as numbers: 85 % to train on, 5 % to choose by, 10 % to report.
+    """Reads a text file as numbers: 85 % for training, 5 % for validation, 10 % for testing.
 
     Raises:
-        SystemExit: no such file, not UTF-8, or too short for the context.
+        SystemExit: the file is missing, not UTF-8, or too short for the context.
     """
     try:
         numbers = torch.tensor(encode(path.read_text(encoding="utf-8")))
@@ -53,7 +53,7 @@ def read_text(path: Path, encode: Encode, context: int) -> Text:
 
 
 def characters(*paths: Path) -> tuple[Encode, Callable[[list[int]], str]]:
-    """A vocabulary of the characters of some files; encoding and decoding by it."""
+    """Encoding and decoding functions for the vocabulary of all characters in some files."""
     alphabet = sorted({c for path in paths for c in path.read_text(encoding="utf-8")})
     numbers = {character: number for number, character in enumerate(alphabet)}
     return lambda text: [numbers[c] for c in text], lambda ids: "".join(alphabet[i] for i in ids)
@@ -66,5 +66,5 @@ def batches(numbers: Tensor, context: int, batch: int, generator: torch.Generato
 
 
 def windows(numbers: Tensor, context: int) -> Tensor:
-    """All of it in consecutive windows ``[n, context]``, a rest shorter than that left out."""
+    """Consecutive windows ``[n, context]``; a shorter rest at the end is left out."""
     return numbers[: len(numbers) // context * context].view(-1, context)

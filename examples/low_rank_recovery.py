@@ -1,10 +1,10 @@
 """A brain, recovered exactly from a few of its rows and columns.
 
-The MNI152 template (it comes with nilearn, nothing is downloaded) is a tensor of axial slices
-``[n3, n1, n2]``. Cut down to tubal rank r by the truncated t-SVD, it is C * U * R of r lateral and
-r horizontal slices *exactly*, up to rounding: everything else of it need never be measured. The
-template itself has full rank; of it, r slices each way give an approximation, which is shown beside
-the best one of that rank.
+The MNI152 template is a tensor of axial slices ``[n3, n1, n2]``; it comes with nilearn, so nothing
+is downloaded. The truncated t-SVD reduces it to tubal rank r. It then equals C * U * R with r
+lateral and r horizontal slices *exactly*, up to rounding, so the rest of it need never be measured.
+The template itself has full rank. For it, r lateral and r horizontal slices give an approximation,
+which is shown beside the best one of that rank.
 
     python examples/low_rank_recovery.py [--rank 12] [--selection deim] [--output runs/low_rank]
 """
@@ -23,7 +23,7 @@ from tcur_kernels.decompose import RULES
 
 
 def brain(resolution: int) -> Tensor:
-    """The template at some millimetres, fp64 ``[slices, rows, columns]`` in 0 … 1, cut to a box."""
+    """The template at a resolution in mm, fp64 ``[slices, rows, columns]`` in 0 … 1, cropped."""
     from nilearn.datasets import load_mni152_template
 
     volume = np.asarray(load_mni152_template(resolution=resolution).dataobj, dtype=np.float64)
@@ -40,7 +40,7 @@ def truncated(a: Tensor, rank: int) -> Tensor:
 
 
 def recover(measured: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """C * U * R from nothing but the given rows and columns of ``measured``."""
+    """C * U * R, computed only from the given rows and columns of ``measured``."""
     lateral, horizontal = measured[:, :, columns], measured[:, rows]
     core = tcur.t_pinv(lateral[:, rows])
     return tcur.t_product(tcur.t_product(lateral, core), horizontal)
@@ -85,7 +85,7 @@ def main() -> None:
 
 
 def masked(a: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Only the chosen rows and columns; the rest is not a number, and drawn in blue."""
+    """Only the chosen rows and columns; the rest is NaN, which is drawn in blue."""
     seen = torch.full_like(a, torch.nan)
     seen[:, rows] = a[:, rows]
     seen[:, :, columns] = a[:, :, columns]
@@ -93,7 +93,7 @@ def masked(a: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 
 
 def draw(panels: dict[str, Tensor], path: Path) -> None:
-    """One axial slice of every tensor."""
+    """Draws one axial slice of every tensor."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 

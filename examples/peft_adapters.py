@@ -1,4 +1,4 @@
-"""What the peft examples share: adapting a copy of a base, and the way of an adapter to disk."""
+"""What the peft examples share: adapting a copy of a base, saving and loading an adapter."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 
 def adaptable(base: nn.Module, config: PeftConfig | None) -> nn.Module:
-    """A copy of the base in which what the method trains requires grad; no config: everything."""
+    """A copy of the base with an adapter; without a config, all its parameters are trained."""
     model = copy.deepcopy(base)
     if config is None:
         return model.requires_grad_(True)
@@ -26,11 +26,11 @@ def adaptable(base: nn.Module, config: PeftConfig | None) -> nn.Module:
 def round_trip(
     model: PeftModel, base: nn.Module, folder: Path, inputs: Mapping[str, Tensor]
 ) -> dict[str, float]:
-    """Saves the adapter, loads it onto a fresh base, merges it.
+    """Saves the adapter, loads it onto a fresh base, and merges it.
 
     Returns:
-        "loaded" and "merged", the largest differences of logits to those of ``model``, and
-        "kilobytes", the size of the file.
+        "loaded" and "merged": the largest differences from the logits of ``model``; "kilobytes":
+        the size of the file.
     """
     with _calm():
         model.save_pretrained(folder)
@@ -54,8 +54,11 @@ def round_trip_note(result: Mapping[str, Any]) -> str:
 
 @contextmanager
 def _calm() -> Iterator[None]:
-    """Without what peft says of transformers' renamed property, of Conv1D, which it handles well,
-    and of a base without a directory, whose vocabulary nobody changed."""
+    """Suppresses warnings of peft that do not matter here.
+
+    They are about a renamed property of transformers; about Conv1D, which peft handles well; and
+    about a base without a directory, whose vocabulary has not changed.
+    """
     with warnings.catch_warnings():
         for message in (
             ".is_gradient_checkpointing",

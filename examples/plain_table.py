@@ -1,4 +1,4 @@
-"""Rows of text as a table for the terminal."""
+"""Formats rows of text as a table for the terminal."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 def lay_out(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a table: a header, a rule, the rows; the first column flush left, others right."""
+    """Lines of a table: header, rule, rows; the first column is left-aligned, others right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         row[0].ljust(widths[0])

@@ -1,4 +1,4 @@
-"""Progress of a program of several stages: a line for each, which tells of the whole, too."""
+"""Shows the progress of a program with several stages: of each stage and of the whole."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ Item = TypeVar("Item")
 
 @dataclass
 class Whole:
-    """How far a program is. It may travel to the process that runs the next stage.
+    """The progress of a program. It may be passed to the process that runs the next stage.
 
-    Work is counted in seconds, as they were measured once: only their ratios matter, and what is
-    left is told by the time that the work so far has taken.
+    Work is counted in seconds that were measured once, of which only the ratios matter. The
+    remaining time is estimated from the time that the work so far has taken.
     """
 
     work: float
@@ -32,7 +32,7 @@ class Whole:
         work: float,
         note: Callable[[], str] = str,
     ) -> Iterator[Item]:
-        """The ``count`` items of a stage that is ``work``; ``note`` adds to the line."""
+        """Yields the ``count`` items of a stage with this ``work``; ``note`` adds to the line."""
         before = self.done
         with tqdm(desc=f"{stage:<21}", total=count, ncols=100, mininterval=0.5) as bar:
             for item in items:

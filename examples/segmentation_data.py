@@ -1,4 +1,4 @@
-"""Volumes and model of the segmentation example: files in, tensors and a UNETR out."""
+"""Loads the volumes and builds the UNETR of the segmentation example."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from torch import nn
 
 
 def fail(argument: str, expected: str, came: object) -> NoReturn:
-    """Ends the program with what an argument should have been and what it was."""
+    """Ends the program with a message about what an argument should be and what it was."""
     raise SystemExit(f"{argument}: expected {expected}, got {came}")
 
 
@@ -53,7 +53,7 @@ def read_section(datalist: Path, section: str) -> list[dict[str, str]]:
 
 
 def preparation(args: argparse.Namespace) -> list[Callable[[Any], Any]]:
-    """What every volume goes through once: one orientation, one spacing, one intensity scale."""
+    """Transforms applied once to every volume: same orientation, spacing and intensity scale."""
     keys = ["image", "label"]
     return [
         LoadImaged(keys, ensure_channel_first=True),
@@ -65,7 +65,7 @@ def preparation(args: argparse.Namespace) -> list[Callable[[Any], Any]]:
 
 
 def augmentation(args: argparse.Namespace) -> list[Callable[[Any], Any]]:
-    """What training volumes go through at every step."""
+    """Random transforms applied to training volumes at every step."""
     keys = ["image", "label"]
     return [
         *(RandFlipd(keys, prob=0.5, spatial_axis=axis) for axis in args.mirror),
@@ -87,7 +87,7 @@ def augmentation(args: argparse.Namespace) -> list[Callable[[Any], Any]]:
 def load_volumes(
     args: argparse.Namespace, entries: list[dict[str, str]], augment: bool
 ) -> CacheDataset:
-    """The volumes, prepared once and kept in memory."""
+    """Loads and prepares the volumes, and keeps them in memory."""
     transform = Compose(preparation(args) + (augmentation(args) if augment else []))
     volumes = CacheDataset(entries, transform, num_workers=2, progress=False)
     for entry, volume in zip(entries, volumes._cache, strict=True):
@@ -101,7 +101,7 @@ def load_volumes(
 
 
 def build_unetr(args: argparse.Namespace, weights: Path | None) -> nn.Module:
-    """A UNETR of the asked size, with ``weights`` loaded."""
+    """A UNETR of the given size, with ``weights`` loaded."""
     model = UNETR(
         in_channels=args.in_channels,
         out_channels=args.out_channels,

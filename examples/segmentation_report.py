@@ -23,7 +23,7 @@ from segmentation_training import Report, mean, predict
 
 
 def table(runs: Sequence[Mapping[str, Any]]) -> str:
-    """The final table; mean ± sd over the seeds where there are several."""
+    """The final table; with several seeds, mean ± standard deviation over them."""
 
     def cell(values: Sequence[float], form: str) -> str:
         finite = [value for value in values if math.isfinite(value)]
@@ -63,7 +63,7 @@ def table(runs: Sequence[Mapping[str, Any]]) -> str:
 
 
 def draw_curves(reports: Mapping[str, Report], file: Path) -> None:
-    """Loss, Dice, and per stack the norms of the core and of its gradient, along training."""
+    """Plots loss, Dice, and for each stack the norms of core and gradient, over the training."""
     figure, axes = plt.subplots(2, 2, figsize=(10, 6.5), layout="constrained")
     for name, report in reports.items():
         window = max(1, len(report.loss) // 15)
@@ -92,7 +92,7 @@ def draw_curves(reports: Mapping[str, Report], file: Path) -> None:
 def draw_slices(
     args: argparse.Namespace, models: Mapping[str, nn.Module], volumes: CacheDataset, file: Path
 ) -> None:
-    """The fullest slice of up to three volumes: image, truth, and what every model says."""
+    """Draws the fullest slice of up to three volumes: image, truth, and every prediction."""
     count = min(3, len(volumes))
     titles = ["image", "truth", *models]
     figure, axes = plt.subplots(

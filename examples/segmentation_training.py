@@ -1,4 +1,4 @@
-"""Training and evaluation of the segmentation example, one method in one process."""
+"""Training and evaluation of the segmentation example; each method has its own process."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ from segmentation_data import build_unetr, load_volumes
 
 @dataclass(frozen=True)
 class Method:
-    """What trains: the parameters whose names begin so, and if asked the cores of an adapter."""
+    """What a method trains: parameters by prefixes of their names, and cores if it has any."""
 
     label: str
     trains: tuple[str, ...]
     cores: bool = False
-    seconds: float = 0.2  # a step of the demo on two cores, for its progress
+    seconds: float = 0.2  # per step of the demo on two cores, for the progress
 
 
 DECODER = ("decoder", "out")
-#: The first two are compared. The others say why they come out as they do: how far one gets without
-#: the decoder, and with all of the transformer, which is what no adapter of it can be better than.
+#: The first two are compared. The others help to explain the comparison: they show what can be
+#: reached without the decoder, and with the whole transformer, which bounds every adapter of it.
 METHODS = {
     "decoder": Method("decoder-only", DECODER, seconds=0.19),
     "tcurlora": Method("tCURLoRA", DECODER, cores=True, seconds=0.24),
@@ -52,25 +52,25 @@ METHODS = {
     "full": Method("full fine-tuning", ("",)),
 }
 PRETRAINING = Method("pretraining", ("",), seconds=0.27)
-PROBE = "probe.safetensors"  # logits of the trained model for one volume, to compare with
+PROBE = "probe.safetensors"  # logits of the trained model for one volume, for comparison
 
 
 @dataclass(frozen=True)
 class Job:
-    """One training, as it travels to its process."""
+    """One training, as it is passed to its process."""
 
-    method: str  # a key of METHODS; else it is the pretraining
+    method: str  # a key of METHODS; any other value means the pretraining
     seed: int
     entries: list[dict[str, str]]
     held_out: list[dict[str, str]]
     weights: Path | None
     output: Path  # what was trained
-    whole: Whole  # the program that this is a stage of
+    whole: Whole  # the program of which this is a stage
 
 
 @dataclass
 class Report:
-    """What a training tells."""
+    """What a training reports."""
 
     parameters: int = 0
     seconds_per_step: float = 0.0
@@ -82,17 +82,17 @@ class Report:
 
 
 def settle(args: argparse.Namespace) -> None:
-    """What every process of a run begins with."""
+    """Settings with which every process of a run begins."""
     if args.smoke:
-        torch.set_num_threads(1)  # threads that wait for each other cost more than tiny work
-    # From inside of MONAI: its HD95 passes an argument that it deprecated itself, and it tells of
-    # empty predictions, which `evaluate` reports as nan.
+        torch.set_num_threads(1)  # for tiny work, synchronising threads costs more than it saves
+    # MONAI's HD95 passes an argument that MONAI itself deprecated. It also warns of empty
+    # predictions, which `evaluate` reports as nan.
     warnings.filterwarnings("ignore", ".*always_return_as_numpy", FutureWarning)
     warnings.filterwarnings("ignore", "the (prediction|ground truth) of class", UserWarning)
 
 
 def in_own_process(args: argparse.Namespace, job: Job) -> Report:
-    """Trains in a fresh process, so that the peak memory is that of this training alone."""
+    """Trains in a fresh process, so that the peak memory is only that of this training."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
         report, job.whole.done = pool.submit(run_job, args, job).result()
@@ -100,7 +100,7 @@ def in_own_process(args: argparse.Namespace, job: Job) -> Report:
 
 
 def run_job(args: argparse.Namespace, job: Job) -> tuple[Report, float]:
-    """Trains what the method trains and saves it; tells how far the whole is, too."""
+    """Trains with a method and saves the result; returns its report and the progress so far."""
     settle(args)
     torch.manual_seed(job.seed)
     model = build_unetr(args, job.weights)
@@ -126,10 +126,10 @@ def run_job(args: argparse.Namespace, job: Job) -> tuple[Report, float]:
 def trained_groups(
     args: argparse.Namespace, model: nn.Module, method: str
 ) -> tuple[list[dict[str, Any]], tcur.Adapter | None]:
-    """Freezes what the method freezes; optimizer groups of the rest, and the adapter if any.
+    """Freezes what the method freezes; returns optimizer groups for the rest, and the adapter.
 
-    The decoder has the same learning rate in every method. The cores need one of their own: C and R
-    are slices of the weights, of entries about 0.05, so an entry of U moves W by little.
+    The decoder has the same learning rate in every method. The cores need another one: C and R are
+    slices of the weights, with entries of about 0.05, so an entry of U changes W only a little.
     """
     chosen = METHODS[method]
     if chosen.cores:
@@ -166,7 +166,7 @@ def fit(
     groups: list[dict[str, Any]],
     adapter: tcur.Adapter | None = None,
 ) -> Report:
-    """Trains by Adam, batch 1, learning rates warmed up and annealed."""
+    """Trains with Adam and batch size 1; learning rates are warmed up and annealed."""
     method = METHODS.get(job.method, PRETRAINING)
     steps = args.pretrain_steps if method is PRETRAINING else args.steps
     volumes = load_volumes(args, job.entries, augment=True)
@@ -218,11 +218,11 @@ def fit(
 
 
 def peak_megabytes(device: str) -> float:
-    """Peak memory of this process: of the GPU where there is one, else resident."""
+    """Peak memory of this process: on the GPU if it uses one, else resident memory."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated() / 2**20
     status = Path("/proc/self/status")
-    if status.is_file():  # ru_maxrss of Linux begins at the parent's peak, VmHWM does not
+    if status.is_file():  # on Linux ru_maxrss starts at the parent's peak, but VmHWM does not
         fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
         return int(fields["VmHWM"].split()[0]) / 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # bytes on macOS
@@ -239,9 +239,9 @@ def predict(args: argparse.Namespace, model: nn.Module, image: Tensor) -> Tensor
 def evaluate(
     args: argparse.Namespace, model: nn.Module, volumes: CacheDataset, distances: bool = True
 ) -> dict[str, list[float]]:
-    """Dice, and if asked HD95 in mm, of every volume, averaged over the foreground classes.
+    """Dice and, if asked, HD95 in mm of every volume, averaged over the foreground classes.
 
-    HD95 of an empty prediction is not a number, and stands as nan.
+    The HD95 of an empty prediction is nan.
     """
     metrics: dict[str, DiceMetric | HausdorffDistanceMetric] = {
         "dice": DiceMetric(include_background=False)
@@ -260,5 +260,5 @@ def evaluate(
 
 
 def mean(values: Sequence[float]) -> float:
-    """Mean of the values that are numbers."""
+    """Mean of the values that are not nan."""
     return torch.tensor(values).nanmean().item()

@@ -1,26 +1,26 @@
 """Adapts a 3D segmentation transformer to a new scanner and a new structure from five volumes.
 
-A UNETR is trained on a source domain and then adapted to a target domain in several ways, with the
-same volumes, steps, order and decoder learning rate:
+A UNETR is trained on a source domain. It is then adapted to a target domain in several ways, with
+the same volumes, steps, order and decoder learning rate:
 
-* decoder-only: the transformer is frozen, the convolutional decoder trains;
-* tCURLoRA: the decoder trains, and so do the small cores U of W + alpha * (C * U * R);
-* output layer only, core + output layer: the same pair with all of the decoder but its last layer
-  frozen, so that what the cores can do shows by itself.
+* decoder-only: the transformer is frozen, and the convolutional decoder is trained;
+* tCURLoRA: the decoder is trained, and so are the small cores U of W + alpha * (C * U * R);
+* output layer only, core + output layer: the same pair, but only the last layer of the decoder is
+  trained. This shows the effect of the cores by itself.
 
-Reported on held-out target volumes: Dice, HD95, trained parameters, seconds per step, peak memory,
-and the norms of the cores and of their gradients along training. Then the adapter is loaded into a
-fresh base model and merged, and the predictions are compared.
+The report has Dice and HD95 on held-out target volumes, trained parameters, seconds per step, peak
+memory, and the norms of the cores and of their gradients over the training. Then the adapter is
+loaded into a fresh base model and merged, and the predictions are compared.
 
 Without arguments the data come from `brain_domains` (real anatomy, nothing is downloaded) and the
-UNETR is pretrained here, all in a few minutes of CPU. What was pretrained is kept for the next run.
-With your own data and your own UNETR::
+UNETR is pretrained here, all within a few minutes on a CPU. The pretrained UNETR is kept for the
+next run. With your own data and your own UNETR::
 
     python examples/unetr_segmentation.py --data dataset.json --pretrained unetr.pt \\
         --img-size 96 96 96 --feature-size 16 --hidden-size 768 --mlp-dim 3072 --num-heads 12 \\
         --in-channels 1 --out-channels 14 --spacing 1.5 1.5 2.0
 
-``dataset.json`` is a Decathlon-style list; "training" is adapted on, "validation" is reported on.
+``dataset.json`` is a Decathlon-style list: "training" is for adapting, "validation" for the report.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ from segmentation_training import (
     settle,
 )
 
-VOLUME_SECONDS, EVALUATION_SECONDS = 0.2, 0.1  # of a volume on two cores, for the progress
+VOLUME_SECONDS, EVALUATION_SECONDS = 0.2, 0.1  # per volume on two cores, for the progress
 
 
 def main() -> None:
@@ -81,7 +81,7 @@ def main() -> None:
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parses and checks the command line; what does not fit ends the program with a message."""
+    """Parses and checks the command line; an error ends the program with a message."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--output", type=Path, default=Path("runs/unetr_demo"))
     parser.add_argument(
@@ -172,7 +172,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def work(args: argparse.Namespace, seed: int) -> float:
-    """Seconds that `run_seed` takes about, stage by stage; their ratios are what is shown."""
+    """The approximate seconds of `run_seed`, summed over its stages; only ratios matter."""
     seconds = args.steps * sum(METHODS[method].seconds for method in args.methods)
     if args.data is not None:
         volumes = len(read_section(args.data, "validation"))
@@ -187,7 +187,7 @@ def work(args: argparse.Namespace, seed: int) -> float:
 
 
 def run_seed(args: argparse.Namespace, seed: int, whole: Whole) -> dict[str, Any]:
-    """Data, base model, every method, evaluation, round trip and pictures of one seed."""
+    """Runs one seed: data, base model, every method, evaluation, round trip and pictures."""
     folder = args.output / f"seed{seed}" if len(args.seeds) > 1 else args.output
     folder.mkdir(parents=True, exist_ok=True)
     if args.data is None:
@@ -240,7 +240,7 @@ def demo_counts(args: argparse.Namespace) -> tuple[dict[str, int], dict[str, int
 def make_demo(
     args: argparse.Namespace, seed: int, folder: Path, whole: Whole
 ) -> tuple[Path, Path, Report]:
-    """Writes the two domains and pretrains a UNETR on the source; target datalist and weights."""
+    """Writes both domains and pretrains a UNETR; returns the target datalist and the weights."""
     in_source, in_target = demo_counts(args)
 
     def write(domain: brain_domains.Domain, counts: dict[str, int]) -> Path:
@@ -267,7 +267,7 @@ def make_demo(
 def round_trip(
     args: argparse.Namespace, adapter: tcur.Adapter, image: Tensor, trained: Tensor
 ) -> dict[str, float]:
-    """Largest difference of logits to the trained model's, after loading, merging, unmerging."""
+    """Largest differences from the trained model's logits after loading, merging, unmerging."""
     model, differences = adapter.model, {}
     for name, change in (
         ("loaded", None),

@@ -1,16 +1,16 @@
-"""A vision transformer learns one set of digits and is adapted to another through peft.
+"""Adapts a vision transformer from one set of digits to another through peft.
 
-A small ViT is pretrained to tell the handwritten digits 0 to 4 apart and then adapted, from a few
-images of each, to the digits 5 to 9 in inverted contrast:
+A small ViT is pretrained to classify the handwritten digits 0 to 4. It is then adapted, with a few
+images of each class, to the digits 5 to 9 in inverted contrast:
 
 * head only: a new classifier on the frozen transformer;
-* tCURLoRA (`tcur_kernels.peft`) and LoRA (`peft`): the same, and the adapter trains beside it
+* tCURLoRA (`tcur_kernels.peft`) and LoRA (`peft`): a new classifier and the adapter
   (``modules_to_save=["classifier"]``);
 * full fine-tuning: everything.
 
-The images are the 1,797 of the UCI digits that come with scikit-learn; nothing is downloaded. With
-a model of your own, a directory with a ``ViTForImageClassification``, and a folder with ``train``
-and ``test``, a folder of images for each class in both, there is no pretraining::
+The images are the 1,797 UCI digits that come with scikit-learn, so nothing is downloaded. You can
+use your own model, a directory with a ``ViTForImageClassification``, and your own images, a folder
+with ``train`` and ``test``, each with a folder of images per class. Then there is no pretraining::
 
     python examples/vit_classifier.py --model DIR --data IMAGES --rank 8 --rates 1e-3
 """
@@ -41,7 +41,7 @@ from tcur_kernels.peft import TCURConfig
 
 HEAD = ["classifier"]
 
-#: Name -> peft config, or None to train every parameter. "head" trains the classifier alone.
+#: Name -> peft config, or None to train every parameter. "head" trains only the classifier.
 METHODS: dict[str, Callable[[argparse.Namespace], Any] | None] = {
     "head": None,
     "tcurlora": lambda args: TCURConfig(rank=args.rank, modules_to_save=HEAD),
@@ -51,7 +51,7 @@ METHODS: dict[str, Callable[[argparse.Namespace], Any] | None] = {
     "full": None,
 }
 
-#: Learning rates that a method tries; the best on images set aside is kept.
+#: Learning rates that a method tries; it keeps the best one on images set aside.
 RATES = {
     "head": (1e-2, 3e-2, 1e-1),
     "tcurlora": (1e-2, 3e-2, 1e-1),
@@ -112,7 +112,7 @@ def adapt(
     validation: Images,
     test: Images,
 ) -> dict[str, Any]:
-    """Adapts a copy of the base by one method, at its best learning rate."""
+    """Adapts a copy of the base with one method, at its best learning rate."""
     tried: dict[float, float] = {}
     best: nn.Module | None = None
     seconds = chosen = 0.0
@@ -144,7 +144,7 @@ def adapt(
 def optimise(
     args: argparse.Namespace, model: nn.Module, images: Images, rate: float, steps: int, label: str
 ) -> float:
-    """AdamW with a cosine decay; returns the seconds it took."""
+    """Trains with AdamW and a cosine decay; returns the seconds it took."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -166,7 +166,7 @@ def optimise(
 
 @torch.no_grad()
 def accuracy(model: nn.Module, images: Images) -> float:
-    """Part of the images whose class is found."""
+    """The fraction of images that are classified correctly."""
     parts = images.pixels.split(256)
     guesses = torch.cat([model(pixel_values=part).logits.argmax(-1) for part in parts])
     return (guesses == images.labels).float().mean().item()
@@ -192,7 +192,7 @@ def new_base(args: argparse.Namespace) -> ViTForImageClassification:
 
 
 def new_digits(args: argparse.Namespace) -> tuple[Images, Images, Images]:
-    """5 to 9 in inverted contrast: some of each to train on, as many to choose by, the rest."""
+    """5 to 9 in inverted contrast: some of each for training, as many for validation, the rest."""
     pixels, digits = _digits()
     new = Images(-pixels[digits >= 5], digits[digits >= 5] - 5)
     order = torch.randperm(len(new), generator=torch.Generator().manual_seed(args.seed))
@@ -214,14 +214,14 @@ def _digits() -> tuple[Tensor, Tensor]:
 
 
 def load_base(folder: Path) -> ViTForImageClassification:
-    """The model of a directory."""
+    """Loads the model of a directory."""
     if not (folder / "config.json").is_file():
         raise SystemExit(f"--model: expected a directory with config.json, got {folder}")
     return ViTForImageClassification.from_pretrained(folder, local_files_only=True)
 
 
 def read_folders(folder: Path, model: ViTForImageClassification) -> tuple[Images, Images, Images]:
-    """Images by class; every fifth one of ``train`` is set aside to choose learning rates by."""
+    """Images by class; every fifth one of ``train`` is set aside to choose learning rates."""
     classes = sorted(p.name for p in (folder / "train").glob("*") if p.is_dir())
     if len(classes) < 2:
         raise SystemExit(f"--data: expected a folder for each class in {folder}/train, got none")
@@ -245,7 +245,7 @@ def read_folders(folder: Path, model: ViTForImageClassification) -> tuple[Images
 
 
 def report(summary: dict[str, Any]) -> str:
-    """The table, and how far loading and merging moved the logits."""
+    """The table, and how much loading and merging changed the logits."""
     rows = [("", "accuracy", "trained", "file KB", "rate", "s/step")]
     for result in summary["results"]:
         size = f"{result['kilobytes']:.1f}" if "kilobytes" in result else "-"
@@ -258,7 +258,7 @@ def report(summary: dict[str, Any]) -> str:
 
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Arguments of the command line, checked."""
+    """Parses and checks the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

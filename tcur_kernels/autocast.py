@@ -1,4 +1,4 @@
-"""What autocast must not reach: mathematics that decides its own precision."""
+"""Keeps autocast away from computations that choose their own precision."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ AUTOCAST = keys("AutocastCPU", "AutocastCUDA", "AutocastMPS", "AutocastXPU")
 
 
 def without_autocast() -> Any:
-    """Context in which autocast reaches no product; a tenth of what ``torch.autocast`` costs."""
+    """Context without autocast, at a tenth of the cost of ``torch.autocast(enabled=False)``."""
     return torch._C._ExcludeDispatchKeyGuard(AUTOCAST)
 
 
 def outside_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """The same, where it may be traced."""
+    """Context without autocast that can be traced."""
     if torch.amp.is_autocast_available(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
@@ -36,5 +36,5 @@ def outside_autocast(device: torch.device) -> AbstractContextManager[Any]:
 def is_autocast(x: Tensor) -> bool:
     """Whether autocast is on for the device of ``x``; the meta device has none."""
     if not torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled():
-        return False  # nearly always, and quickly told
+        return False  # the usual case, checked quickly
     return not x.is_meta and torch.is_autocast_enabled(x.device.type)

@@ -1,4 +1,4 @@
-"""``python -m tcur_kernels``: what is built, plans of models, adapter files, merging, timing.
+"""``python -m tcur_kernels``: shows the build, plans models, inspects and merges adapters, times.
 
 Model directories are those of Hugging Face: config.json and safetensors shards.
 """
@@ -19,10 +19,12 @@ from tqdm import tqdm
 from .adapters.curves import RANKS, model_curves, plot_curves
 from .adapters.file import read_contents
 from .adapters.plan import STACKS_BY, make_plan
-from .decompose import RULES, model_files
+from .decompose import RULES
+from .files.shards import model_files
 from .merge.directory import ModelDirectory, merge_directory
+from .operators.dispatch import build_info
 from .operators.factors import CURFactors
-from .operators.functional import build_info, cur_linear, materialize
+from .operators.functional import cur_linear, materialize
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -90,7 +92,7 @@ def show_info(args: argparse.Namespace) -> None:
 
 
 def show_plan(args: argparse.Namespace) -> None:
-    """Prints the plan of a model, and its curves if asked: only they need weights."""
+    """Prints the plan of a model and, if asked, its curves; only the curves need weights."""
     directory = ModelDirectory(args.model_dir)
     model = directory.skeleton()
     if args.curve is not None:
@@ -110,7 +112,7 @@ def show_plan(args: argparse.Namespace) -> None:
 
 
 def inspect(args: argparse.Namespace) -> None:
-    """Prints what a file holds."""
+    """Prints the contents of an adapter file."""
     contents = read_contents(args.adapter)
     size = args.adapter.stat().st_size
     print(f"{args.adapter}: {size:,} bytes, {len(contents.stacks)} stacks")
@@ -123,9 +125,10 @@ def inspect(args: argparse.Namespace) -> None:
         )
         print(f"  core: norm {stored.core.norm():.4g}, largest {stored.core.abs().max():.4g}")
         print(f"  layers: {names[0]}" + (f" … {names[-1]} ({len(names)})" if names[1:] else ""))
-        print(f"  rows {stored.rows.tolist()}, columns {stored.columns.tolist()}")
+        print(f"  rows {list(stored.record.rows)}, columns {list(stored.record.columns)}")
         print(f"  C and R: {'in the file' if stored.factors else 'slices of the base'}")
-        print(f"  base: sha256 {stored.base_sha256}")
+        base = stored.record.base
+        print(f"  base: {base.dtype}, sha256 of C and R {base.sha256}")
     for kind, title in (("trained", "trained beside the cores"), ("buffer", "buffers")):
         held = {name: value for (k, name), value in contents.learned.items() if k == kind}
         if held:

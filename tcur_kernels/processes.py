@@ -1,4 +1,4 @@
-"""What several processes ask of a stack: sharded weights, and checkpointing under DDP."""
+"""Support for several processes: sharded weights, and checkpointing under DDP."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 
 def is_sharded(tensor: object) -> bool:
-    """Whether a process holds a part of the tensor only (FSDP2 outside of the module's forward)."""
-    return hasattr(tensor, "full_tensor")  # a DTensor, whose module costs an import of its own
+    """Whether a process holds only a part of the tensor (FSDP2 outside of the module's forward)."""
+    return hasattr(tensor, "full_tensor")  # a DTensor; isinstance would need an expensive import
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The tensor, gathered if it is sharded: then all processes must call this."""
+    """The whole tensor; if it is sharded, all processes must call this to gather it."""
     if not is_sharded(tensor):
         return tensor
     gathered: Tensor = tensor.full_tensor()  # type: ignore[attr-defined]
@@ -29,24 +29,25 @@ def is_first_process() -> bool:
 
 
 class ReentrantGuard:
-    """Refuses reentrant checkpointing under DDP, where it would be wrong without a word.
+    """Refuses reentrant checkpointing under DDP, which would silently give wrong gradients.
 
-    A core belongs to many layers. Reentrant checkpointing runs a backward of its own in every
-    checkpointed block, so the gradient of the core arrives in pieces; DDP takes the first piece for
-    the whole, averages it, and the processes part ways. With ``static_graph=True`` DDP waits.
+    Many layers share a core. Reentrant checkpointing runs a separate backward in every checkpointed
+    block, so the gradient of the core arrives in pieces. DDP takes the first piece for the whole
+    gradient and averages only that; the processes then diverge. With ``static_graph=True`` DDP
+    waits for all pieces.
 
-    The first pass of a reentrant checkpoint is known by gradients that are off in the forward of
-    DDP, its second by running inside of a backward.
+    The guard recognises the first pass of a reentrant checkpoint because gradients are off in the
+    forward of DDP, and the second pass because it runs within a backward.
     """
 
     def __init__(self) -> None:
         self._suspect = False
 
     def check(self) -> None:
-        """To be called in every forward of a trained stack.
+        """Must be called in every forward of a trained stack.
 
         Raises:
-            RuntimeError: the second pass of a reentrant checkpoint under DDP.
+            RuntimeError: this is the second pass of a reentrant checkpoint under DDP.
         """
         if torch._C._current_graph_task_id() == -1:
             ddp = DistributedDataParallel._active_ddp_module

@@ -2,8 +2,8 @@
 
 Kilmer & Martin, "Factorization strategies for third-order tensors", Linear Algebra and its
 Applications 435 (2011). Storage is slice-first: the literature's n1 x n2 x n3 is ``[n3, n1, n2]``.
-All functions take any device and floating dtype; half precisions are computed in fp32 and returned
-in the dtype that came.
+All functions accept any device and any floating dtype of 16 bits or more. For half precisions they
+compute in fp32 and return the dtype of the input.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def t_product(a: Tensor, b: Tensor) -> Tensor:
         )
     x, y = _computable(a), _computable(b)
     if a.shape[0] == 1:  # the matrix product, without a transform of length one
-        with outside_autocast(a.device):  # which reaches no complex product either
+        with outside_autocast(a.device):  # like the complex product below, which autocast ignores
             return (x @ y).to(a.dtype)
     product = _spectrum(x) @ _spectrum(y)
     return _from_spectrum(product, a.shape[0]).to(a.dtype)
@@ -52,10 +52,11 @@ def t_product(a: Tensor, b: Tensor) -> Tensor:
 def t_transpose(a: Tensor) -> Tensor:
     """t-transpose: every frontal slice transposed, slices 1 … n3-1 in reverse order.
 
-    ``[n3, n1, n2]`` -> ``[n3, n2, n1]``; the conjugate transpose of each slice of the spectrum.
+    ``[n3, n1, n2]`` -> ``[n3, n2, n1]``. In the spectrum it is the conjugate transpose of each
+    slice.
     """
     check_tensor("a", a)
-    with outside_autocast(a.device):  # which refuses bf16 where it casts to fp16
+    with outside_autocast(a.device):  # autocast to fp16 refuses bf16
         return torch.cat([a[:1], a[1:].flip(0)]).mT.contiguous()
 
 
@@ -81,18 +82,19 @@ def t_pinv(a: Tensor, rtol: float | None = None) -> Tensor:
 
     Args:
         a: floating tensor.
-        rtol: singular values of a slice of the spectrum below ``rtol`` times the largest singular
-            value of the whole spectrum count as zero; default ``max(n1, n2) * eps`` of the dtype
-            of ``a``, which must be given where that is 1 or more.
+        rtol: singular values below ``rtol`` times the largest singular value of the whole spectrum
+            count as zero. The default is ``max(n1, n2) * eps`` for the dtype of ``a``. If that is 1
+            or more, ``rtol`` must be given.
     """
     check_tensor("a", a)
     x = _computable(a)
     if rtol is None:
         rtol = _default_rtol(a)
-    # One threshold for all slices: a slice that is zero up to rounding must not be inverted.
+    # All slices share one threshold, because a slice that is zero up to rounding must not be
+    # inverted.
     spectrum = _spectrum(x)
     largest = torch.linalg.matrix_norm(spectrum.detach(), ord=2).max()
-    zero = torch.zeros_like(largest)  # both tensors: a number would wait for the device
+    zero = torch.zeros_like(largest)  # tensors, because a Python number would wait for the device
     inverse = torch.linalg.pinv(spectrum, atol=rtol * largest, rtol=zero)
     return _from_spectrum(inverse, a.shape[0]).to(a.dtype)
 
@@ -112,8 +114,8 @@ def t_svd(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     spectrum = _spectrum(_computable(a))
     pairs = (n3 - 1) // 2
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
-    # The real bins are decomposed as real matrices: a complex SVD of them may return any phase, and
-    # then u, s and v would not be the spectra of real tensors.
+    # Decompose the real bins as real matrices. A complex SVD may return any phase; then u and v
+    # would not be spectra of real tensors.
     real_bins = [spectrum[:1].real] + ([spectrum[-1:].real] if n3 % 2 == 0 else [])
     for part in (real_bins[0], spectrum[1 : pairs + 1], *real_bins[1:]):
         u, s, vh = torch.linalg.svd(part, full_matrices=False)
@@ -127,9 +129,9 @@ def multirank(a: Tensor, rtol: float | None = None) -> Tensor:
 
     Args:
         a: ``[n3, n1, n2]``, floating.
-        rtol: singular values up to ``rtol`` times the largest of the whole spectrum count as zero;
-            default ``max(n1, n2) * eps`` of the dtype, which must be given where that is 1 or
-            more.
+        rtol: singular values up to ``rtol`` times the largest one of the whole spectrum count as
+            zero. The default is ``max(n1, n2) * eps`` for the dtype. If that is 1 or more, ``rtol``
+            must be given.
     """
     check_tensor("a", a)
     values = torch.linalg.svdvals(_spectrum(_computable(a)))
@@ -141,7 +143,7 @@ def multirank(a: Tensor, rtol: float | None = None) -> Tensor:
 
 
 def tubal_rank(a: Tensor, rtol: float | None = None) -> int:
-    """The largest rank of any frequency, the maximum of `multirank`: r of the smallest exact C*U*R.
+    """The maximum of `multirank`, which is the smallest r for which C * U * R can be exact.
 
     Kilmer, Braman, Hao & Hoover, SIAM J. Matrix Anal. Appl. 34 (2013), definition 4.1.
     """
@@ -160,12 +162,12 @@ def _from_spectrum(a_hat: Tensor, n3: int) -> Tensor:
 
 
 def _computable(a: Tensor) -> Tensor:
-    """fp32 for the half precisions, which neither the FFT nor LAPACK knows for every size."""
+    """Casts half precisions to fp32, because FFT and LAPACK do not support them for every size."""
     return a.float() if a.dtype in (torch.float16, torch.bfloat16) else a
 
 
 def _default_rtol(a: Tensor) -> float:
-    """max(n1, n2) * eps, which for a long axis in 16 bits leaves nothing of any tensor."""
+    """max(n1, n2) * eps; refused if it is 1 or more, which happens for long axes in 16 bits."""
     rtol = max(a.shape[1], a.shape[2]) * torch.finfo(a.dtype).eps
     if rtol >= 1:
         raise ValueError(
@@ -176,7 +178,7 @@ def _default_rtol(a: Tensor) -> float:
 
 
 def check_tensor(name: str, a: Tensor) -> None:
-    """Refuses anything but a floating tensor [n3, n1, n2]."""
+    """Checks that ``a`` is a floating tensor [n3, n1, n2] of 16 bits or more."""
     if not isinstance(a, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(a).__name__}")
     if not a.dtype.is_floating_point:

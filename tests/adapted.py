@@ -1,4 +1,4 @@
-"""Small adapted models whose cores are not zero, and what every one of them must be."""
+"""Small adapted models whose cores are not zero, and a check that holds for all of them."""
 
 import torch
 from torch import nn
@@ -30,7 +30,7 @@ def adapted(model=None, **kwargs):
 
 
 def assert_is_the_merged_model(model, adapter, *args):
-    """Adapted and merged are one model, up to one rounding."""
+    """Asserts that the adapted and the merged model agree, up to one rounding."""
     plain, exact = Plain(adapter, torch.float32), Plain(adapter, torch.float64)
     wide = [each.double() if each.is_floating_point() else each for each in args]
     assert_composition_close(model(*args), lambda: plain(*args), exact(*wide))
@@ -39,7 +39,7 @@ def assert_is_the_merged_model(model, adapter, *args):
 
 
 class Reads(nn.Module):
-    """Multiplies by weights itself, by half of its layers; the others it calls."""
+    """Multiplies by the weights of half of its layers itself, and calls the other layers."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Every test starts from one seed, and uninitialised memory is full of NaN."""
+"""Starts every test with the same seed, and fills uninitialised memory with NaN."""
 
 import os
 from pathlib import Path
@@ -9,9 +9,9 @@ import torch
 #: Tests that place their tensors themselves, whatever the default device is.
 PLACED = (Path(__file__).parent / "conformance", Path(__file__).parent / "test_device.py")
 
-# Tests of Triton kernels on the CPU need its interpreter, which is chosen when Triton is imported:
-# they run in a session of their own (`test_triton.py` starts it), and there alone.
-# Those of `conformance` run in both.
+# Tests of Triton kernels on the CPU need Triton's interpreter, which is chosen when Triton is
+# imported. They only run in a separate session, which `test_triton.py` starts. Those of
+# `conformance` run in both.
 collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreted"]
 
 
@@ -31,9 +31,9 @@ def pytest_configure(config):
 @pytest.fixture(autouse=True)
 def _reproducible(request):
     torch.manual_seed(0)
-    # Fills torch.empty, new_empty of the compiled library included, with NaN: an element that a
-    # kernel forgets to write cannot pass for a zero.
-    on_cpu = request.config.getoption("--device") == "cpu"  # CUDA has sums without such a form
+    # This fills torch.empty with NaN, also new_empty in the compiled library. If a kernel forgets
+    # to write an element, it cannot pass for a zero.
+    on_cpu = request.config.getoption("--device") == "cpu"  # some CUDA sums are not deterministic
     torch.use_deterministic_algorithms(True, warn_only=not on_cpu)
     yield
     torch.use_deterministic_algorithms(False)
@@ -41,7 +41,7 @@ def _reproducible(request):
 
 @pytest.fixture(autouse=True)
 def _default_device(request):
-    """On another device, tensors are made there, but where tests place their own."""
+    """Makes tensors on the tested device by default, unless a test places its own."""
     device = request.config.getoption("--device")
     if device == "cpu" or any(path in (request.path, request.path.parent) for path in PLACED):
         yield
@@ -52,7 +52,7 @@ def _default_device(request):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item):
-    """CUDA kernels take no fp64, and say so: such a test has nothing to run on a GPU."""
+    """Skips a test on a GPU if a CUDA kernel refuses fp64, since it has nothing to run there."""
     try:
         return (yield)
     except RuntimeError as error:

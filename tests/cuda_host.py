@@ -1,7 +1,8 @@
 """The CUDA kernels, built for the host and registered as a language of their own.
 
-g++ compiles the very sources that nvcc compiles; `csrc/cuda/launch.h` makes fibers of the CUDA
-threads. The library is made once per state of the sources, in `build/`, and never shipped.
+g++ compiles the very sources that nvcc compiles; `csrc/cuda/emulator` makes fibers of the CUDA
+threads. Objects are kept in `build/`, by what they were made of: after a change only what reads the
+changed file is compiled. Nothing of it is ever shipped.
 
 As a program, ``python tests/cuda_host.py LIBRARY``, it runs every kernel under several orders of
 the threads and tells whether they agree to the bit; ``--build SOURCES FOLDER FLAG…`` builds.
@@ -11,6 +12,7 @@ import ctypes
 import functools
 import hashlib
 import os
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -37,7 +39,7 @@ ORDERS = (-1, -2, 7, 8)
 
 def build(folder=KEPT, sources=SOURCES, flags=("-O1",)):
     """Compiles ``sources``/cuda for the host, all files at once; returns the library."""
-    folder, sources = Path(folder), Path(sources)
+    folder, sources = Path(folder).absolute(), Path(sources).absolute()
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / "lock"):  # other processes wait, and take what is made here
         return _build(folder, sources, flags)
@@ -57,44 +59,73 @@ def _build(folder, sources, flags):
         *(f"-isystem{path}" for path in include_paths()),
         *flags,
     ]
-    headers = b"".join(path.read_bytes() for path in sorted(sources.rglob("*.h")))
-    common = headers + str(command).encode() + torch.__version__.encode()
-
-    def name_of(*files):
-        contents = b"".join(file.read_bytes() for file in files)
-        return f"{files[-1].stem}-{hashlib.sha256(common + contents).hexdigest()[:16]}"
-
     order = folder / "order.cpp"
     order.write_text(
-        f'#include "{sources}/cuda/fibers.h"\n'
+        f'#include "{sources}/cuda/emulator/fibers.h"\n'
         'extern "C" __attribute__((visibility("default"))) void tcur_host_order(int64_t order) {\n'
         "  tcur::fibers::order = order;\n}\n"
         'extern "C" __attribute__((visibility("default"))) void tcur_host_shared(int64_t bytes) {\n'
         "  tcur::fibers::shared_limit = bytes;\n}\n"
     )
-    files = [*sorted((sources / "cuda").glob("*.cu")), order]
-    library = folder / f"cuda_{name_of(*files)}.so"
-    if library.exists():
-        return library
 
     def compile_one(source):
-        # What a build of the same text left is taken: one changed source is one compilation.
-        target = f"{name_of(source)}.o"
-        if (KEPT / target).exists():
-            return str(KEPT / target)
-        part = folder / f"{target}.part"
-        run([*command, "-x", "c++", "-c", str(source), "-o", str(part)])
-        part.rename(folder / target)
-        return str(folder / target)
+        # What a build of the same text left is taken: of the source, and of the headers that the
+        # compiler read for it. Other headers would not have been named by the same text.
+        for place in (folder, KEPT):
+            kept = place / object_of(source, sources, command, place)
+            if kept.exists():
+                return kept
+        part, notes = folder / f"{source.stem}.part", notes_of(source, folder)
+        read = ["-MMD", "-MF", str(notes)]
+        run([*command, *read, "-x", "c++", "-c", str(source), "-o", str(part)])
+        target = folder / object_of(source, sources, command, folder)
+        part.rename(target)  # whole, or not there
+        return target
 
+    files = [*sorted((sources / "cuda").glob("*.cu")), order]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(compile_one, files))
+    name = hashlib.sha256(" ".join(path.name for path in objects).encode()).hexdigest()[:16]
+    library = folder / f"cuda_{name}.so"
+    if library.exists():
+        return library
     paths = [f"-L{path}" for path in library_paths()]
     part = library.with_suffix(".part")
-    link = [command[0], "-shared", *flags, *objects, *paths, "-ltorch", "-ltorch_cpu", "-lc10"]
+    link = [
+        command[0],
+        "-shared",
+        *flags,
+        *map(str, objects),
+        *paths,
+        "-ltorch",
+        "-ltorch_cpu",
+        "-lc10",
+    ]
     run([*link, "-o", str(part)])
     part.rename(library)  # whole, or not there
     return library
+
+
+def notes_of(source, folder):
+    """Where the compiler notes which headers it read."""
+    return folder / f"{source.stem}.d"
+
+
+def object_of(source, sources, command, folder):
+    """Name of the object that a command makes of a source, where headers are as noted in a folder.
+
+    The notes may be of a copy of ``sources``; the headers are those of the same name below it.
+    """
+    notes, headers = notes_of(source, folder), set()
+    if notes.exists():
+        names = notes.read_text().replace("\\\n", " ").partition(":")[2].split()
+        parts = {re.sub(r"^.*/(common|cuda)/", r"\1/", os.path.normpath(name)) for name in names}
+        headers = {part for part in parts if part.endswith(".h")}
+    made = hashlib.sha256(f"{command} {torch.__version__}".encode() + source.read_bytes())
+    for part in sorted(headers):
+        path = sources / part
+        made.update(part.encode() + (path.read_bytes() if path.exists() else b""))
+    return f"{source.stem}-{made.hexdigest()[:16]}.o"
 
 
 def run(command):
@@ -106,9 +137,7 @@ def run(command):
 def load(library=None):
     """Registers the operators of the host build; returns the library."""
     for language in (LANGUAGE, LANGUAGE_TF32):
-        for name, schema in {**contract._SCHEMAS, "materialize_out": contract._OUT_SCHEMA}.items():
-            torch.library.define(f"tcur::{name}_{language}", schema, lib=contract._library)
-        contract.complete(language)
+        contract.add_language(language)
     host = ctypes.CDLL(str(library or build()))
     host.tcur_host_order.argtypes = host.tcur_host_shared.argtypes = [ctypes.c_int64]
     return host
@@ -163,13 +192,13 @@ def on_tokens(case, adapters=20):
     found.append(operator("core_grad_tokens")(x, grad_y, *case.packed, *how))
     parts = torch.randn(7, *case.core.shape)
     found.append(operator("core_of_packed")(parts, 0.5))
-    args = (case.core, 0, slices, 0.5, False)
+    args = (case.core, 0, slices, 0.5)
     found.append(operator("cur_linear")(x, None, None, *case.packed, *args, False))
     found.append(operator("cur_linear")(grad_y, None, None, *case.packed, *args, True))
     ids, many = torch.randint(0, adapters, (40,)), (adapters, *case.core.shape)
     args = (n3, 0, slices, ids, adapters)
     found.append(operator("core_grad_tokens")(x, grad_y, *case.packed, *args))
-    args = (torch.randn(many), 0, slices, 0.5, False, False, None, False, ids)
+    args = (torch.randn(many), 0, slices, 0.5, False, None, False, ids)
     found.append(operator("cur_linear")(x, None, None, *case.packed, *args))
     return found
 

@@ -1,4 +1,4 @@
-"""Small models with the layers that adapters meet."""
+"""Small models with the kinds of layers that are adapted."""
 
 from torch import nn
 
@@ -33,7 +33,7 @@ class Block(nn.Module):
 
 
 class Tiny(nn.Module):
-    """Three blocks between an embedding and a head, as the models this package is for."""
+    """Three blocks between an embedding and a head, like the models for this package."""
 
     def __init__(self, width=8, blocks=3, classes=5):
         super().__init__()

@@ -1,14 +1,14 @@
 """The t-product by its definition, in float64 and without any Fourier transform.
 
 bcirc(A) is the block-circulant matrix of the slices, unfold(B) stacks the slices of B, and
-A * B = fold(bcirc(A) unfold(B)) (Kilmer & Martin 2011). Independent of the package on purpose.
+A * B = fold(bcirc(A) unfold(B)) (Kilmer & Martin 2011). On purpose this does not use the package.
 """
 
 import torch
 
 
 def bcirc(a):
-    """[n3, n1, n2] -> [n3*n1, n3*n2], block (i, j) is slice i - j modulo n3."""
+    """Maps [n3, n1, n2] to [n3*n1, n3*n2]; block (i, j) is slice i - j modulo n3."""
     n3, n1, n2 = a.shape
     index = (torch.arange(n3)[:, None] - torch.arange(n3)[None, :]) % n3
     return a[index].permute(0, 2, 1, 3).reshape(n3 * n1, n3 * n2)

@@ -1,7 +1,8 @@
-"""Adapted models as plain torch computes them: what `assert_composition_close` compares with.
+"""Adapted models in plain torch, for comparison in `assert_composition_close`.
 
-Every adapted weight is W + alpha * C * U * R, by `torch.fft` from the base weight, the indices and
-a core that is a leaf, so there are gradients of the cores too. In float64 that is ``exact``.
+Every adapted weight is W + alpha * C * U * R. It is computed with `torch.fft` from the base weight,
+the indices and a core that is a leaf, so the cores get gradients, too. In float64 the result is
+``exact``.
 """
 
 import copy
@@ -10,15 +11,21 @@ import torch
 from torch.func import functional_call
 
 
+def base_slices(stack):
+    """The n3 present base weights ``[n1, n2]`` of a stack."""
+    weights = [place.weight.detach() for place in stack.places]
+    return [part for weight in weights for part in weight.split(stack.n1)]
+
+
 class Plain:
-    """A copy of an adapter's model at one dtype, in which nothing of the package computes.
+    """A copy of an adapter's model in one dtype, computed without this package.
 
     Args:
-        base: the model before it was adapted; default the adapter's with its layers put back.
+        base: the model before it was adapted; by default the adapter's model with plain layers.
 
     Attributes:
-        cores: the cores by the names of their stacks, leaves that ask for gradients.
-        trained: all that the adapter trains, in its order: the cores, and what is trained beside.
+        cores: the cores by the names of their stacks, as leaves that require grad.
+        trained: all that the adapter trains, in its order: the cores, then the rest.
     """
 
     def __init__(self, adapter, dtype=torch.float32, base=None):
@@ -29,7 +36,7 @@ class Plain:
         self._stacks, self.cores = [], {}
         for entry in adapter.plan.stacks:
             stack = adapter.stacks[entry.name]
-            slices = torch.stack(list(stack.each_base_slice())).detach().to(wide)
+            slices = torch.stack(base_slices(stack)).to(wide)
             core = stack.core.detach().to(wide, copy=True).requires_grad_()
             self.cores[entry.name] = core
             self._stacks.append((entry, stack, slices, core))
@@ -41,7 +48,7 @@ class Plain:
         return functional_call(self._model, self.parameters(), args, kwargs)
 
     def parameters(self):
-        """Those of the model by their names, adapted weights as W_eff."""
+        """The model's parameters by name, where adapted weights are W_eff."""
         parameters = dict(self._model.named_parameters())
         for entry, stack, slices, core in self._stacks:
             update = product(slices[:, :, list(stack.columns)], core, slices[:, list(stack.rows)])
@@ -54,7 +61,7 @@ class Plain:
         return parameters
 
     def with_gradients(self, loss, *args):
-        """The output, and the gradients of its ``loss`` in all that the adapter trains."""
+        """The output, and the gradients of its ``loss`` for all that the adapter trains."""
         y = self(*args)
         return (y, *torch.autograd.grad(loss(y), self.trained))
 
@@ -67,9 +74,9 @@ def by_plain_torch(adapter, x):
 
 @torch.no_grad()
 def with_updates(base, model, adapters=None, change=lambda update: update):
-    """A copy of ``base`` with updates of a peft ``model``, default all, added to its weights.
+    """A copy of ``base`` whose weights include the updates of a peft ``model``, by default all.
 
-    ``change`` is what becomes of an update, oriented as its weight, before it is added.
+    ``change`` is applied to each update, in the layout of its weight, before it is added.
     """
     twin = copy.deepcopy(base)
     for name, layer in model.base_model.model.named_modules():
@@ -86,18 +93,18 @@ def with_updates(base, model, adapters=None, change=lambda update: update):
 
 
 def product(lateral, core, horizontal):
-    """C * U * R by the half spectra."""
+    """C * U * R, computed with half spectra."""
     spectra = [torch.fft.rfft(t, dim=0) for t in (lateral, core, horizontal)]
     return torch.fft.irfft(spectra[0] @ spectra[1] @ spectra[2], n=core.shape[0], dim=0)
 
 
 def write_weight(parameters, name, weight):
-    """Sets the weight [n_out, n_in] of the layer ``name``, wherever its model keeps it."""
+    """Sets the weight [n_out, n_in] of the layer ``name``, wherever its model stores it."""
     owner, _, projection = name.rpartition(".")
     fused = f"{owner}.in_proj_weight"
     if f"{name}.weight" in parameters:
         stored = parameters[f"{name}.weight"]
-        # A square Conv1D would not tell; those of the tests are told by name.
+        # The shape of a square Conv1D says nothing, so the tests' Conv1D are recognised by name.
         parameters[f"{name}.weight"] = weight.T if ".c_" in name else weight
         assert parameters[f"{name}.weight"].shape == stored.shape
     elif fused in parameters:

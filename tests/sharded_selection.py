@@ -76,14 +76,14 @@ def layers(mesh):
     fused, plain = a[:3].reshape(18, 8), list(a[3:])
     for dim in (0, 1):
         placed = [distribute_tensor(w, mesh, [Shard(dim)]) for w in (fused, *plain)]
-        stack = decompose.ShardedStack("weights", placed)
+        stack = decompose.ShardedSlices("weights", placed)
         assert (stack.n3, stack.n1, stack.n2) == (5, 6, 8)
         same(tcur.tensor_cur(stack, 3), tcur.tensor_cur(a, 3))
     mixed = [
         distribute_tensor(w, mesh, [p]) for w, p in zip(plain, (Shard(0), Replicate()), strict=True)
     ]
     same(
-        tcur.tensor_cur(decompose.ShardedStack("weights", mixed), 3, "norm2"),
+        tcur.tensor_cur(decompose.ShardedSlices("weights", mixed), 3, "norm2"),
         tcur.tensor_cur(a[3:], 3, "norm2"),
     )
 
@@ -94,7 +94,7 @@ def models(mesh):
     plain = nn.Sequential(*(nn.Linear(8, 9) for _ in range(4)))
     expected = tcur.tensor_cur(torch.stack([layer.weight.detach() for layer in plain]), 3)
     fully_shard(plain, mesh=mesh)
-    stack = decompose.ShardedStack("weights", [layer.weight for layer in plain])
+    stack = decompose.ShardedSlices("weights", [layer.weight for layer in plain])
     same(tcur.tensor_cur(stack, 3), expected)
 
 
@@ -113,7 +113,7 @@ def bad_input(mesh):
     ]
     for broken in (weights, [weights[0], a[1]]):
         with pytest.raises(ValueError, match="weights: expected DTensors on one device mesh"):
-            decompose.ShardedStack("weights", broken)
+            decompose.ShardedSlices("weights", broken)
     hybrid = distribute_tensor(whole(4, 6, 8), other, [Replicate(), Shard(1)])
     same(tcur.tensor_cur(hybrid, 2), tcur.tensor_cur(whole(4, 6, 8), 2))
 

@@ -96,7 +96,7 @@ def test_counts_and_train_also():
     assert model.head.weight.requires_grad
     assert not model.embed.weight.requires_grad
     assert "head: trained directly (train_also)" in str(adapter.plan)
-    assert repr(adapter).startswith("Adapter(133 parameters)\nstack 8x8")
+    assert repr(adapter).startswith("Adapter(133 parameters, Plan(")
 
 
 def test_train_also_matches_whole_names():

@@ -8,11 +8,13 @@ import runpy
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import setuptools
+import torch
 from torch.utils.cpp_extension import include_paths
 
 ROOT = Path(__file__).parent.parent
@@ -76,6 +78,68 @@ def test_gpus_are_compiled_for_where_they_are_or_asked_for(setup, monkeypatch, t
     assert command.endswith("arch=compute_100,code=compute_100")
 
 
+def test_instruction_sets_are_all_or_those_that_are_asked_for(setup, monkeypatch):
+    monkeypatch.delenv("TCUR_ISA", raising=False)
+    assert setup.instruction_sets() == ["avx2", "avx512", "baseline"]
+    monkeypatch.setenv("TCUR_ISA", "")
+    assert setup.instruction_sets() == ["avx2", "avx512", "baseline"]
+    monkeypatch.setenv("TCUR_ISA", "avx2")
+    assert setup.instruction_sets() == ["avx2"]
+    monkeypatch.setenv("TCUR_ISA", "avx2 mmx")
+    with pytest.raises(SystemExit, match=r"TCUR_ISA: expected some of .*baseline.*got .*mmx"):
+        setup.instruction_sets()
+
+
+def test_a_library_that_is_asked_for_is_built_alone(setup, monkeypatch):
+    made = {"cpu_extension": "cpu", "cuda_extension": None}
+    for name, extension in made.items():
+        monkeypatch.setitem(
+            setup.extensions.__globals__, name, lambda extension=extension: extension
+        )
+    monkeypatch.delenv("TCUR_ONLY", raising=False)
+    assert setup.extensions() == (["cpu"], True)
+    for only, wanted in (("cpu", ["cpu"]), ("cuda", [])):
+        monkeypatch.setenv("TCUR_ONLY", only)
+        assert setup.extensions() == (wanted, False)
+    monkeypatch.setenv("TCUR_ONLY", "rocm")
+    with pytest.raises(SystemExit, match="TCUR_ONLY: expected cpu or cuda, got rocm"):
+        setup.extensions()
+
+
+def test_nvcc_compiles_what_changed(setup, monkeypatch, tmp_path):
+    """By the command, by the torch, and by the files that the compiler read."""
+    monkeypatch.chdir(tmp_path)
+    source, header = tmp_path / "a.cu", tmp_path / "a.h"
+    target = setup.cuda_object(source)
+    target.parent.mkdir(parents=True)
+
+    def compile_it(command="nvcc -O3"):
+        now = time.time()
+        for path in (source, header):
+            path.touch()
+            os.utime(path, (now - 60, now - 60))
+        target.write_text("")
+        target.with_suffix(".command").write_text(setup.text_of(command.split()))
+        target.with_suffix(".d").write_text(f"{target} : {source} \\\n    {header}\n")
+
+    command = ["nvcc", "-O3"]
+    assert not setup.is_up_to_date(source, command)
+    compile_it()
+    assert setup.is_up_to_date(source, command)
+    assert not setup.is_up_to_date(source, ["nvcc", "-O2"])
+    compile_it("nvcc -O3 -arch=other")
+    assert not setup.is_up_to_date(source, command)
+    compile_it()
+    os.utime(header, (time.time() + 60,) * 2)
+    assert not setup.is_up_to_date(source, command)
+    compile_it()
+    header.unlink()
+    assert not setup.is_up_to_date(source, command)
+    compile_it()
+    monkeypatch.setattr(torch, "__version__", "2.99")
+    assert not setup.is_up_to_date(source, command)
+
+
 def test_without_nvcc_or_architectures_there_is_no_cuda_backend(
     setup, monkeypatch, tmp_path, capsys
 ):
@@ -110,15 +174,20 @@ def test_a_library_of_an_earlier_build_does_not_stay(monkeypatch, tmp_path, has_
 def test_other_processors_get_plain_cpp(tmp_path):
     """Off x86-64 the baseline is the one variant, and nothing of x86 is left in it."""
     program = tmp_path / "elsewhere.cpp"
+    cpu = ROOT / "csrc" / "cpu"
+    units = [cpu / "isa.cpp", *sorted(cpu.glob("avx*/*.cpp")), *sorted(cpu.glob("baseline/*.cpp"))]
+    assert len(units) > 10
+    includes = "\n".join(f'#include "{unit}"' for unit in units)
     program.write_text(f"""
-        #include "{ROOT}/csrc/cpu/kernels.h"
+        #include "{cpu}/kernels.h"
+        #include "{cpu}/isa.h"
+        #include <algorithm>
         #include <atomic>
         #include <cstring>
+        #include <stdexcept>
+        #include <utility>
         #undef __x86_64__  // the system's headers are this machine's, ours are another's
-        #include "{ROOT}/csrc/cpu/isa.cpp"
-        #include "{ROOT}/csrc/cpu/isa_avx2.cpp"
-        #include "{ROOT}/csrc/cpu/isa_avx512.cpp"
-        #include "{ROOT}/csrc/cpu/isa_baseline.cpp"
+        {includes}
         int main() {{
           const bool alone = tcur::compiled_isas().size() == 1;
           return alone && std::strcmp(tcur::kernels<float>().isa, "baseline") == 0 ? 0 : 1;

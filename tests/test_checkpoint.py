@@ -9,8 +9,9 @@ from safetensors.torch import load_file, save_file
 
 import tcur_kernels as tcur
 from models import Tiny
-from tcur_kernels.adapters import container
-from tcur_kernels.adapters.container import FORMAT, FORMAT_VERSION
+from tcur_kernels.adapters import file
+from tcur_kernels.adapters.file import FORMAT, FORMAT_VERSION
+from tcur_kernels.files import whole
 
 
 def base_model(seed=0):
@@ -73,8 +74,7 @@ def test_what_a_file_holds(adapter, path):
     adapter.save(str(path))
     tensors = load_file(path)
     kinds = {name.partition(".")[0] for name in tensors}
-    assert kinds == {"core", "rows", "columns", "trained", "buffer"}
-    assert tensors["rows.8x8"].tolist() == list(adapter.stacks["8x8"].rows)
+    assert kinds == {"core", "trained", "buffer"}
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
     assert metadata["format"] == FORMAT
@@ -84,7 +84,9 @@ def test_what_a_file_holds(adapter, path):
         ["blocks.0.attn.out_proj", 1],
         ["blocks.0.attn.qkv", 3],
     ]
-    assert len(header["stacks"][0]["base_sha256"]) == 64
+    assert header["stacks"][0]["rows"] == list(adapter.stacks["8x8"].rows)
+    assert header["stacks"][0]["dtype"] == "torch.float32"
+    assert len(header["stacks"][0]["sha256"]) == 64
 
 
 def test_saving_while_merged_saves_the_adapter(adapter, path):
@@ -144,7 +146,11 @@ def test_strictness(adapter, path):
 def test_other_architectures_are_refused(adapter, path):
     adapter.save(path)
     refuses(path, r"linear layer blocks.2.attn.out_proj .* got no such module", Tiny(blocks=2))
-    refuses(path, r"out_proj of shape \[8, 8\] \(out, in\), got \[4, 4\]", Tiny(width=4))
+    refuses(
+        path,
+        r"out_proj of shape \[8, 8\] \(out, in\) as in the adapter, got \[4, 4\]",
+        Tiny(width=4),
+    )
     model = base_model()
     model.blocks[0].mlp[0] = torch.nn.Identity()
     refuses(path, "expected a linear layer blocks.0.mlp.0 .* got Identity", model)
@@ -164,8 +170,8 @@ def test_torn_foreign_and_newer_files_are_refused(adapter, path, tmp_path):
     foreign = tmp_path / "foreign.safetensors"
     save_file({"weight": torch.ones(2)}, foreign)
     refuses(foreign, "path: expected an adapter of tcur_kernels, got .* format None")
-    rewrite(path, lambda metadata: metadata.update(format_version="2"))
-    refuses(path, "path: expected format version 1, got '2'")
+    rewrite(path, lambda metadata: metadata.update(format_version="3"))
+    refuses(path, "path: expected format version 2, got '3'")
 
 
 def test_wrong_models_are_refused(adapter, path):
@@ -185,9 +191,9 @@ def test_a_failed_save_leaves_the_old_file(adapter, path, monkeypatch, moment):
         raise OSError("no space left on device")
 
     if moment == "write":
-        monkeypatch.setattr(container, "save_file", fail)
+        monkeypatch.setattr(file, "save_file", fail)
     else:
-        monkeypatch.setattr(container.os, "replace", fail)
+        monkeypatch.setattr(whole.os, "replace", fail)
     with pytest.raises(OSError, match="no space left"):
         adapter.save(path)
     assert path.read_bytes() == old

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 import oracle
 import tcur_kernels as tcur
-from tcur_kernels.decompose.stack import bin_weights, half_spectrum
+from tcur_kernels.decompose.slices import bin_weights, half_spectrum
 from tcur_kernels.operators.reference import from_half_spectrum
 from tolerance import relative_error
 

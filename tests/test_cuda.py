@@ -9,7 +9,7 @@ import torch
 
 import tcur_kernels as tcur
 from cases import make_case
-from tcur_kernels.operators import cost, functional, native
+from tcur_kernels.operators import contract, cost, dispatch, native
 
 NAMES = (
     "materialize", "materialize_out", "core_grad_dense", "core_grad_tokens", "core_of_packed",
@@ -50,7 +50,7 @@ def on_gpu(n3=48, dtype=torch.float32):
 
 
 def language(backend, factors):
-    return functional._language(backend, "materialize", factors, "ieee")
+    return dispatch.language_of("materialize", backend, factors, "ieee")
 
 
 class Library:
@@ -66,6 +66,7 @@ def machine(monkeypatch):
 
     def set_up(architectures, *capabilities):
         monkeypatch.setattr(native, "_cuda", lambda: (Library(architectures), None))
+        monkeypatch.setattr(contract, "has_kernel", lambda *args: True)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
         monkeypatch.setattr(
             torch.cuda, "get_device_capability", lambda device: capabilities[device.index or 0]
@@ -104,9 +105,8 @@ def test_a_gpu_that_nothing_was_compiled_for(machine, monkeypatch, architectures
         f"{capability[0]}.{capability[1]} of cuda:0"
     )
     assert info["cuda"]["error"] == reason
-    monkeypatch.setattr(functional, "_check_triton", lambda factors: None)
     assert language("auto", on_gpu()) == "triton"
-    monkeypatch.setattr(functional, "_TRITON_INSTALLED", False)
+    monkeypatch.setattr(dispatch, "_TRITON_INSTALLED", False)
     assert language("auto", on_gpu()) == "reference"
     with pytest.raises(RuntimeError, match=r"'cuda' is not built here \(compiled for .* of cuda"):
         language("cuda", on_gpu())

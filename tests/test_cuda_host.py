@@ -251,7 +251,7 @@ def test_derivatives_agree_with_the_reference():
     x = torch.randn(7, 9, requires_grad=True)
     core = case.core.requires_grad_()
 
-    y = operator("cur_linear")(x, case.weight[1], None, *case.packed, core, 1, 1, 0.5, False, False)
+    y = operator("cur_linear")(x, case.weight[1], None, *case.packed, core, 1, 1, 0.5, False)
     w = operator("materialize")([case.weight], *case.packed, core, 0.5, torch.float32)
     actual = torch.autograd.grad(y.square().sum() + w.square().sum(), (x, core))
 
@@ -291,9 +291,9 @@ def test_opcheck(permuted):
     check("core_grad_tokens", *tokens, *factors, 5, 2, 2, None, 1, True)
     check("core_of_packed", lay_out(torch.randn(3, 5, 2, 2)), 0.7)
     weight = torch.cat(weights[2:4])
-    check("cur_linear", x, weight, torch.randn(12), *factors, core, 2, 2, 0.5, False, False)
-    check("cur_linear", grad_y, weight, None, *factors, core, 2, 2, 0.5, False, True)
-    check("cur_linear", x, weight, None, *factors, core, 2, 2, 0.5, True, False)
+    check("cur_linear", x, weight, torch.randn(12), *factors, core, 2, 2, 0.5, False)
+    check("cur_linear", grad_y, weight, None, *factors, core, 2, 2, 0.5, True)
+    check("w_eff_linear", x, weight, None, *factors, core, 2, 2, 0.5, False)
 
 
 def test_what_the_kernels_cannot_do_is_refused():

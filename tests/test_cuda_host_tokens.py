@@ -78,7 +78,7 @@ def test_cur_linear(n3, transposed, slices):
     weight = case.weight[n3 - slices :].reshape(slices * 10, 9)
     x = torch.randn(2, 35, slices * 10 if transposed else 9)
     bias = None if transposed else torch.randn(slices * 10)
-    how = (n3 - slices, slices, 0.5, False, transposed)
+    how = (n3 - slices, slices, 0.5, transposed)
     for w, b in ((weight, bias), (None, None)):
         y = operator("cur_linear")(x, w, b, *case.packed, case.core, *how)
         same = plain("cur_linear")(x, w, b, *case.packed, case.core, *how)
@@ -95,7 +95,7 @@ def test_cur_linear_dtypes_and_precisions(n3, dtype, precision):
     case = make_case(n3, 40, 50, 8, torch.float32, dtype)
     x, grad_y = torch.randn(70, 50).to(dtype), torch.randn(70, 40).to(dtype)
     packed, double = case.factors.packed(precision), case.double()
-    weight, how = case.weight[-1], (n3 - 1, 1, 0.5, False, False)
+    weight, how = case.weight[-1], (n3 - 1, 1, 0.5, False)
     y = operator("cur_linear")(x, weight, None, *packed, case.core, *how)
     same = plain("cur_linear")(x, weight, None, *packed, case.core, *how)
     exact = plain("cur_linear")(
@@ -124,7 +124,7 @@ def test_a_core_per_row_of_tokens(cores, ids, transposed):
     core, ids = torch.randn(cores, 12, 3, 3), torch.tensor(ids)
     x, grad_y = torch.randn(4, 5, 9), torch.randn(4, 5, 20)
     tokens = grad_y if transposed else x
-    how = (4, 2, 0.5, False, transposed, None, False, ids)
+    how = (4, 2, 0.5, transposed, None, False, ids)
     y = operator("cur_linear")(tokens, None, None, *case.packed, core, *how)
     same = plain("cur_linear")(tokens, None, None, *case.packed, core, *how)
     wide = [t.double() for t in case.packed]
@@ -166,7 +166,7 @@ def test_cur_linear_of_every_rank_and_alignment(n3, rank, transposed):
     slices, rank = min(n3, 2), min(rank, 400 // n3)
     z, p, one = projected(n3, rank, slices, torch.float32)
     core = torch.randn(n3, rank, rank)
-    x, how = p if transposed else z, (n3 - slices, slices, 0.5, False, transposed)
+    x, how = p if transposed else z, (n3 - slices, slices, 0.5, transposed)
     y = operator("cur_linear")(x, None, None, one, one, core, *how)
     exact = plain("cur_linear")(x.double(), None, None, *2 * [one.double()], core.double(), *how)
     assert_close(y, plain("cur_linear")(x, None, None, one, one, core, *how), exact)
@@ -190,7 +190,7 @@ def test_projected_tokens_of_another_dtype(dtype, factors):
     exact = plain("core_grad_tokens")(z.double(), p.double(), one.double(), *args)
     same = plain("core_grad_tokens")(z.float(), p.float(), one.float(), *args)
     assert_close(operator("core_grad_tokens")(z, p, one, *args), same, exact)
-    core, how = torch.randn(12, 8, 8), (3, 1, 0.5, False, False)
+    core, how = torch.randn(12, 8, 8), (3, 1, 0.5, False)
     y = operator("cur_linear")(torch.zeros(333, 96), None, None, one, one, core, *how, z)
     exact = plain("cur_linear")(z.double(), None, None, *2 * [one.double()], core.double(), *how)
     if factors == torch.float32:
@@ -204,7 +204,7 @@ def test_the_update_is_added_to_any_number_of_outputs(dtype, precision):
     """Outputs of no multiple of four numbers, of another dtype than the factors or the same."""
     case = make_case(4, 37, 40, 3, torch.float32, dtype)
     packed, x = case.factors.packed(precision), torch.randn(71, 40).to(dtype)
-    how = (2, 1, 0.5, False, False)
+    how = (2, 1, 0.5, False)
     y = operator("cur_linear")(x, case.weight[2], None, *packed, case.core, *how)
     wide = [t.double() for t in (x, case.weight[2], *case.packed, case.core)]
     exact = plain("cur_linear")(*wide[:2], None, *wide[2:], *how)
@@ -247,7 +247,7 @@ def test_many_cores(n3, rank, cores, rows, length):
     same = plain("core_grad_tokens")(x, grad_y, *case.packed, *args)
     exact = plain("core_grad_tokens")(x.double(), grad_y.double(), *wide, *args)
     assert_close(actual, same, exact)
-    how = (n3 - 1, 1, 0.5, False, False, None, False, ids)
+    how = (n3 - 1, 1, 0.5, False, None, False, ids)
     y = operator("cur_linear")(x, None, None, *case.packed, core, *how)
     same = plain("cur_linear")(x, None, None, *case.packed, core, *how)
     exact = plain("cur_linear")(x.double(), None, None, *wide, core.double(), *how)
@@ -282,7 +282,7 @@ def test_rows_of_no_core_count_for_none():
 def test_an_id_out_of_range_gives_nan_and_reads_nothing(cores):
     case = make_case(4, 6, 7, 2)
     core, ids = torch.randn(cores, 4, 2, 2), torch.tensor([0, cores, -1])
-    how = (1, 1, 1.0, False, False, None, False, ids)
+    how = (1, 1, 1.0, False, None, False, ids)
     y = operator("cur_linear")(torch.randn(3, 2, 7), None, None, *case.packed, core, *how)
     assert torch.isfinite(y[0]).all()
     assert torch.isnan(y[1:]).all()

@@ -7,7 +7,7 @@ from torch import nn
 import oracle
 import tcur_kernels as tcur
 from plain import product
-from tcur_kernels.layers import stack as stack_module
+from tcur_kernels.layers import route
 from tcur_kernels.operators import eager
 from tolerance import assert_composition_close, assert_equal_in_float64
 
@@ -137,8 +137,8 @@ def test_layers_refuse_what_does_not_fit(mode, x, error, message):
 def test_layers_are_looked_at_once(mode, monkeypatch):
     stack = make_stack(mode)
     looked = []
-    prepare = stack_module.prepare
-    monkeypatch.setattr(stack_module, "prepare", lambda *args: looked.append(0) or prepare(*args))
+    prepare = route.prepare
+    monkeypatch.setattr(route, "prepare", lambda *args: looked.append(0) or prepare(*args))
     for _ in range(3):
         for layer in stack.layers:
             layer(torch.randn(5, 40)).sum().backward()

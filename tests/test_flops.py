@@ -116,7 +116,7 @@ def test_every_operator_of_every_language_has_a_formula(n3):
     case = make_case(n3, 6, 9, 2)
     lateral_hat, horizontal_hat = case.packed
     for language in contract.LANGUAGES:
-        for name in contract._SCHEMAS:
+        for name in contract.OPERATORS:
             packet = contract.operator(name, language).overloadpacket
             assert packet in FlopCounterMode(display=False).flop_registry
         dense = contract.operator("core_grad_dense", language)

@@ -9,7 +9,8 @@ import oracle
 import tcur_kernels as tcur
 from cases import make_case, side_by_side, slices_of
 from plain import product
-from tcur_kernels.operators import contract, functional, native, reference
+from tcur_kernels.operators import dispatch, functional, native, reference
+from tcur_kernels.operators.core_gradient import _sum_over_tokens
 from tolerance import assert_close, assert_composition_close
 
 BACKENDS = pytest.mark.parametrize("backend", ["auto", "reference", "cpu"])
@@ -133,7 +134,7 @@ def test_without_the_compiled_library(monkeypatch, case):
 
 
 def test_absent_backends_are_refused(monkeypatch, case):
-    monkeypatch.setattr(functional, "_TRITON_INSTALLED", False)
+    monkeypatch.setattr(dispatch, "_TRITON_INSTALLED", False)
     with pytest.raises(RuntimeError, match=r"backend: 'triton' is not installed .*pip install"):
         tcur.cur_product(case.factors, case.core, "triton")
     assert "triton" not in tcur.build_info()["backends"]
@@ -154,22 +155,22 @@ def test_precisions_of_devices(monkeypatch):
     cpu, meta, cuda = map(torch.device, ("cpu", "meta", "cuda:0"))
     for precision in ("ieee", "bf16"):
         for device in (cpu, meta, cuda):
-            functional.check_precision(precision, device)
-    functional.check_precision("tf32", meta)  # layers without values may go anywhere
+            dispatch.check_precision(precision, device)
+    dispatch.check_precision("tf32", meta)  # layers without values may go anywhere
     with pytest.raises(
         ValueError, match="precision: expected ieee or bf16 for tensors on cpu, got 'tf32'"
     ):
-        functional.check_precision("tf32", cpu)
+        dispatch.check_precision("tf32", cpu)
     with pytest.raises(ValueError, match="precision: expected one of ieee, tf32, bf16, got 'fp8'"):
-        functional.check_precision("fp8", cpu)
+        dispatch.check_precision("fp8", cpu)
     for triton, absence in ((True, "not built"), (False, None), (False, "not built")):
-        monkeypatch.setattr(functional, "_TRITON_INSTALLED", triton)
+        monkeypatch.setattr(dispatch, "_TRITON_INSTALLED", triton)
         monkeypatch.setattr(native, "cuda_absence", lambda device, absence=absence: absence)
         if triton or absence is None:
-            functional.check_precision("tf32", cuda)
+            dispatch.check_precision("tf32", cuda)
             continue
         with pytest.raises(ValueError, match="on cuda:0 without Triton or compiled CUDA kernels"):
-            functional.check_precision("tf32", cuda)
+            dispatch.check_precision("tf32", cuda)
 
 
 def test_fp64_factors_have_one_precision():
@@ -232,7 +233,7 @@ def test_dense_gradients_on_a_gpu_are_one_product():
     with FakeTensorMode():
         grads, tokens = (torch.empty(50, n, dtype=torch.bfloat16, device="cuda") for n in (6, 9))
         with Called():
-            total = contract._sum_over_tokens(grads, tokens)
+            total = _sum_over_tokens(grads, tokens)
     assert (total.shape, total.dtype) == ((6, 9), torch.float32)
     assert "aten.mm.dtype" in called
     assert "aten._to_copy.default" not in called
@@ -240,9 +241,9 @@ def test_dense_gradients_on_a_gpu_are_one_product():
 
 def test_other_devices_take_the_reference(case):
     meta = case.factors.to("meta")
-    assert functional._language("auto", "materialize", meta, "ieee") == "reference"
+    assert dispatch.language_of("materialize", "auto", meta, "ieee") == "reference"
     with pytest.raises(ValueError, match="backend: expected one for tensors on meta, got 'cpu'"):
-        functional._language("cpu", "materialize", meta, "ieee")
+        dispatch.language_of("materialize", "cpu", meta, "ieee")
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import tcur_kernels as tcur
 from fake_cuda import FakeStreams
-from plain import product
+from plain import base_slices, product
 from tcur_kernels.operators import eager
 from tolerance import assert_composition_close, assert_equal_in_float64
 
@@ -44,7 +44,7 @@ def loss_of(stack, x):
 def by_torch(stack, x, dtype, times=1):
     """Gradients of ``times`` losses by x and by the core, in plain torch."""
     x, core = (t.detach().to(dtype).requires_grad_() for t in (x, stack.core))
-    base = torch.stack(list(stack.each_base_slice())).to(dtype)
+    base = torch.stack(base_slices(stack)).to(dtype)
     w_eff = base + stack.alpha * product(stack.lateral.to(dtype), core, stack.horizontal.to(dtype))
     loss = 0.0
     for layer in stack.layers:
@@ -240,7 +240,7 @@ def test_gradients_that_are_differentiated_again(mode, way):
     length = sum(grad.square().sum() for grad in found)
     assert counted(stack, lambda: length.backward(retain_graph=True))[0] == [layers]
     x64, core = (t.detach().requires_grad_() for t in (x, stack.core))
-    w_eff = torch.stack(list(stack.each_base_slice()))
+    w_eff = torch.stack(base_slices(stack))
     w_eff = w_eff + stack.alpha * product(stack.lateral, core, stack.horizontal)
     bias = torch.stack([layer.bias for layer in stack.layers])[:, None]
     plain = (x64 @ w_eff.mT + bias).sin().sum()

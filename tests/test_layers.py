@@ -12,8 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import oracle
 import tcur_kernels as tcur
 from plain import product
-from tcur_kernels.layers import stack as stack_module
-from tcur_kernels.layers import w_eff
+from tcur_kernels.layers import route, w_eff
 from tcur_kernels.operators import cost
 from tolerance import PROMISE, assert_composition_close, assert_equal_in_float64, relative_error
 
@@ -49,8 +48,8 @@ def builds(monkeypatch):
         calls.append(kwargs["out"].data_ptr())
         return materialize(*args, **kwargs)
 
-    materialize = stack_module.materialize
-    monkeypatch.setattr(stack_module, "materialize", counted)
+    materialize = route.materialize
+    monkeypatch.setattr(route, "materialize", counted)
     return calls
 
 

@@ -13,6 +13,7 @@ from torch import nn
 import tcur_kernels as tcur
 from models import Tiny
 from plain import Plain, by_plain_torch
+from tcur_kernels.adapters import fingerprint
 from tolerance import assert_composition_close
 
 ALSO = ("head", "blocks.?.norm")
@@ -336,13 +337,13 @@ import os, signal, sys
 sys.path.insert(0, {str(tmp_path.parent)!r})
 import torch, tcur_kernels as tcur
 from torch import nn
-from tcur_kernels.adapters import container
-whole = container.save_file
+from tcur_kernels.adapters import file
+whole = file.save_file
 def half(tensors, path, metadata):
     whole(tensors, path, metadata)
     os.truncate(path, os.path.getsize(path) // 2)
     os.kill(os.getpid(), signal.SIGKILL)
-container.save_file = half
+file.save_file = half
 adapter = tcur.adapt(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), rank=2)
 adapter.save({str(path)!r})
 """
@@ -367,3 +368,22 @@ def test_a_stack_counts_its_own_cores_alone():
     adapter = tcur.adapt(model, rank=2, targets={"a": "0", "ab": "1"})
     adapter.add("second")
     assert [len(stack.storages()) for stack in adapter.stacks.values()] == [2, 2]
+
+
+def test_a_base_is_hashed_once_however_many_files_are_loaded(tmp_path, monkeypatch):
+    adapter = tcur.adapt(base_model(), rank=2)
+    paths = [tmp_path / f"{number}.safetensors" for number in range(5)]
+    for path in paths:
+        adapter.save(path)
+    hashed = []
+    digest = fingerprint.digest
+    monkeypatch.setattr(fingerprint, "digest", lambda parts: hashed.append(0) or digest(parts))
+    for path in paths:
+        adapter.load(path)
+    adapter.stack_cores(paths)
+    assert not hashed  # what `save` has hashed still holds
+    with torch.no_grad():
+        adapter.model.blocks[0].mlp[0].base_weight.add_(1)  # another base: other C and R
+    with pytest.raises(ValueError, match="expected an adapter of this base"):
+        adapter.load(paths[0])
+    assert 0 < len(hashed) <= len(adapter.stacks)

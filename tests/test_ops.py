@@ -288,12 +288,12 @@ def test_core_grad_tokens_of_projected_tokens_and_of_a_dense_gradient(language, 
 
 @LANGUAGES
 @pytest.mark.parametrize("way", ["z", "dense"])
-@pytest.mark.parametrize("materialized", [False, True])
+@pytest.mark.parametrize("name", ["cur_linear", "w_eff_linear"])
 @pytest.mark.parametrize("slices", [1, 3])
-def test_every_way_to_the_gradient_of_the_core(language, way, materialized, slices):
+def test_every_way_to_the_gradient_of_the_core(language, way, name, slices):
     """Values, first and second derivatives agree with those by way of x, in float64."""
     case = make_case(5, 4, 6, 2, torch.float64)
-    op = contract.operator("cur_linear", language)
+    op = contract.operator(name, language)
     packed, horizontal_hat = case.packed, case.packed[1]
     x = torch.randn(2, 7, 6, dtype=torch.float64, requires_grad=True)
     core = case.core.requires_grad_()
@@ -301,7 +301,7 @@ def test_every_way_to_the_gradient_of_the_core(language, way, materialized, slic
     seed = torch.randn(2, 7, 4 * slices, dtype=torch.float64)
 
     def results(z, dense):
-        args = (core, 1, slices, 0.5, materialized, False, z, dense)
+        args = (core, 1, slices, 0.5, False, z, dense)
         y = op(x, weight, None, *packed, *args)
         first = torch.autograd.grad(y.sin(), (x, core), seed, create_graph=True)
         second = torch.autograd.grad(first[1].square().sum(), (x, core), materialize_grads=True)
@@ -319,7 +319,7 @@ def test_bf16_projections_keep_their_promise(language, n3):
     packed = case.factors.packed("bf16")
     double = case.double()
     op = contract.operator("cur_linear", language)
-    y = op(x, None, None, *packed, case.core, n3 - 1, 1, 0.5, False, False)
+    y = op(x, None, None, *packed, case.core, n3 - 1, 1, 0.5, False)
     exact = reference.slice_update(x.double(), *double.spectra, double.core, n3 - 1, 1, 0.5)
     assert y.dtype == torch.float32
     assert relative_error(y, exact) <= PROMISE["bf16"]
@@ -345,7 +345,7 @@ def test_cur_linear(language, n3, rank, transposed, slices):
     x = torch.randn(2, 70, slices * 10 if transposed else 9)
     bias = None if transposed else torch.randn(slices * 10)
     op = contract.operator("cur_linear", language)
-    y = op(x, weight, bias, *case.packed, case.core, first, slices, 0.5, False, transposed)
+    y = op(x, weight, bias, *case.packed, case.core, first, slices, 0.5, transposed)
     if transposed:
         exact = x.double() @ w_eff
         update = reference.slice_update_transposed(x, *case.spectra, case.core, first, slices, 0.5)
@@ -357,7 +357,7 @@ def test_cur_linear(language, n3, rank, transposed, slices):
         )
     assert y.is_contiguous()
     assert_close(y, torch_same, exact)
-    alone = op(x, None, None, *case.packed, case.core, first, slices, 0.5, False, transposed)
+    alone = op(x, None, None, *case.packed, case.core, first, slices, 0.5, transposed)
     update_exact = exact - (
         x.double() @ weight.double()
         if transposed
@@ -376,7 +376,7 @@ def test_cur_linear_of_one_token_and_of_none(language, transposed, leading):
     core = case.core.requires_grad_()
     x = torch.randn(*leading, 6 if transposed else 9, requires_grad=True)
     op = contract.operator("cur_linear", language)
-    y = op(x, case.weight[1], None, *case.packed, core, 1, 1, 0.5, False, transposed)
+    y = op(x, case.weight[1], None, *case.packed, core, 1, 1, 0.5, transposed)
     assert y.shape == (*leading, 9 if transposed else 6)
     grad_x, grad_core = torch.autograd.grad(y.sum(), (x, core))
     assert grad_x.shape == x.shape
@@ -393,18 +393,18 @@ def test_cur_linear_dtypes(language, dtype):
     w_eff = oracle.w_eff(double.weight, double.lateral, double.core, double.horizontal, 0.5)
     exact = F.linear(x.double(), w_eff[3])
     op = contract.operator("cur_linear", language)
-    y = op(x, case.weight[3], None, *case.packed, case.core, 3, 1, 0.5, False, False)
+    y = op(x, case.weight[3], None, *case.packed, case.core, 3, 1, 0.5, False)
     assert y.dtype == dtype
     torch_same = reference.cur_linear(x, case.weight[3], None, *case.spectra, case.core, 3, 1, 0.5)
     assert_close(y, torch_same, exact)
 
 
 @LANGUAGES
-def test_materialized_linear_is_the_plain_one(language):
+def test_a_linear_map_by_w_eff_is_the_plain_one(language):
     case = make_case(4, 6, 9, 2)
     x, bias = torch.randn(5, 9), torch.randn(6)
-    op = contract.operator("cur_linear", language)
-    y = op(x, case.weight[1], bias, *case.packed, case.core, 1, 1, 0.5, True, False)
+    op = contract.operator("w_eff_linear", language)
+    y = op(x, case.weight[1], bias, *case.packed, case.core, 1, 1, 0.5, False)
     assert torch.equal(y, F.linear(x, case.weight[1], bias))
 
 
@@ -424,11 +424,11 @@ def test_derivatives(language, n3):
 
     def linear(x, core):
         op = contract.operator("cur_linear", language)
-        return op(x, weight, None, *case.packed, core, first, slices, 0.5, False, False)
+        return op(x, weight, None, *case.packed, core, first, slices, 0.5, False)
 
     def transposed(x, core):
         op = contract.operator("cur_linear", language)
-        return op(x, None, None, *case.packed, core, first, slices, 0.5, False, True)
+        return op(x, None, None, *case.packed, core, first, slices, 0.5, True)
 
     grad_y = torch.randn(3, slices * 3, dtype=torch.float64, requires_grad=True)
     for function, inputs in ((w_eff, (core,)), (linear, (x, core)), (transposed, (grad_y, core))):
@@ -464,12 +464,12 @@ def test_opcheck(language, dense):
     check("core_grad_dense", grad, *factors)
     check("core_grad_tokens", x.requires_grad_(), grad_y.requires_grad_(), *factors, 5, 2, 2)
     weight = torch.cat(weights[2:4])
-    for materialized in (False, True):
-        check("cur_linear", x, weight, None, *factors, core, 2, 2, 0.5, materialized, False)
-    check("cur_linear", x, weight, torch.randn(12), *factors, core, 2, 2, 0.5, False, False)
-    check("cur_linear", grad_y, weight, None, *factors, core, 2, 2, 0.5, False, True)
+    for name in ("cur_linear", "w_eff_linear"):
+        check(name, x, weight, None, *factors, core, 2, 2, 0.5, False)
+    check("cur_linear", x, weight, torch.randn(12), *factors, core, 2, 2, 0.5, False)
+    check("cur_linear", grad_y, weight, None, *factors, core, 2, 2, 0.5, True)
     z = torch.randn(7, factors[0].shape[1])
-    check("cur_linear", x, weight, None, *factors, core, 2, 2, 0.5, True, False, z)
+    check("w_eff_linear", x, weight, None, *factors, core, 2, 2, 0.5, False, z)
     check("core_grad_tokens", z, grad_y, factors[0], None, 5, 2, 2)
     check("core_grad_tokens", torch.randn(6, 9), None, *factors, 5, 2, 1)
     tokens = (x.detach(), grad_y.detach())  # packed there is no derivative
@@ -503,7 +503,7 @@ def test_inputs_may_be_strided(language):
     )
     same = reference.cur_linear(x, case.weight[1], None, *case.spectra, *args)
     op = contract.operator("cur_linear", language)
-    assert_close(op(x, case.weight[1], None, *case.packed, *args, False, False), same, exact)
+    assert_close(op(x, case.weight[1], None, *case.packed, *args, False), same, exact)
 
 
 @LANGUAGES
@@ -513,7 +513,7 @@ def test_fullgraph_with_two_shapes_and_one_compilation(language):
 
     def step(x, core):
         linear = contract.operator("cur_linear", language)
-        y = linear(x, case.weight[1], None, *packed, core, 1, 1, 0.5, False, False)
+        y = linear(x, case.weight[1], None, *packed, core, 1, 1, 0.5, False)
         w = contract.operator("materialize", language)(
             [case.weight], *packed, core, 0.5, torch.float32
         )
@@ -542,7 +542,7 @@ def test_autocast_does_not_reach_inside(language):
     core = case.core.requires_grad_()
     x = torch.randn(7, 9)
     op = contract.operator("cur_linear", language)
-    args = (case.weight[1], None, *case.packed, core, 1, 1, 0.5, False, False)
+    args = (case.weight[1], None, *case.packed, core, 1, 1, 0.5, False)
     expected = op(x, *args)
     (expected_grad,) = torch.autograd.grad(expected.sum(), core)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -582,7 +582,7 @@ def test_compiled_operators_check_their_shapes():
         ),
         "x has": lambda: torch.ops.tcur.cur_linear(
             torch.ones(2, 8), None, None, lateral_hat, horizontal_hat, case.core,
-            0, 1, 1.0, False, False,
+            0, 1, 1.0, False,
         ),
     }  # fmt: skip
     for message, call in calls.items():

@@ -14,7 +14,7 @@ import tcur_kernels as tcur
 from models import Tiny
 from tcur_kernels.adapters.curves import model_curves, plot_curves
 from tcur_kernels.adapters.plan import make_plan
-from tcur_kernels.decompose import SliceStack, error_curve
+from tcur_kernels.decompose import HeldSlices, error_curve
 from tolerance import relative_error
 
 SEEDS = st.integers(0, 2**32 - 1)
@@ -147,7 +147,7 @@ def test_modewise_cur_of_zero_and_equal_numbers():
 def test_error_curve():
     a = tcur.t_product(normal(5, 12, 6), normal(5, 6, 10, seed=1))
     ranks = (1, 3, 6, 8)
-    curve = error_curve(SliceStack("a", list(a)), ranks, ("norm", "deim"))
+    curve = error_curve(HeldSlices("a", list(a)), ranks, ("norm", "deim"))
     assert list(curve) == ["best", "norm", "deim"]
     u, s, v = tcur.t_svd(a)
     for index, rank in enumerate(ranks):
@@ -158,9 +158,9 @@ def test_error_curve():
         d = tcur.tensor_cur(a, rank, "deim", "projection")
         assert curve["deim"][index] == d.relative_error(a)
         assert curve["best"][index] <= curve["norm"][index] + 1e-7
-    assert error_curve(SliceStack("a", [torch.zeros(3, 4)]), (1, 2))["best"] == [0, 0]
+    assert error_curve(HeldSlices("a", [torch.zeros(3, 4)]), (1, 2))["best"] == [0, 0]
     with pytest.raises(ValueError, match="ranks: expected 1 to min"):
-        error_curve(SliceStack("a", list(a)), (11,))
+        error_curve(HeldSlices("a", list(a)), (11,))
 
 
 def test_curves_of_a_model(tmp_path, monkeypatch):

@@ -492,7 +492,7 @@ def test_plans_are_json(tmp_path):
     model, _ = adapted()
     model.save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert saved["format_version"] == 1
+    assert saved["format_version"] == 2
     assert [(s["name"], len(s["members"])) for s in saved["plan"]] == [
         ("8x8", 6),
         ("32x8", 3),

@@ -54,7 +54,7 @@ def saved(base, tmp_path):
             ValueError,
             "precision: expected one of ieee, tf32, bf16, got 'fp8'",
         ),
-        ({"format_version": 2}, ValueError, "format_version: expected 1, got 2; the adapter was"),
+        ({"format_version": 3}, ValueError, "format_version: expected 2, got 3; the adapter was"),
         ({"rank": 2, "r": 3}, ValueError, "r: expected the same as rank, 2, or no rank, got 3"),
         ({"init_weights": "svd"}, TypeError, "init_weights: expected a bool, got str"),
         ({"layers_pattern": "h"}, ValueError, "`layers_to_transform` must also be specified"),

@@ -11,7 +11,7 @@ from torch import nn
 import tcur_kernels as tcur
 from models import Tiny
 from tcur_kernels import decompose
-from tcur_kernels.adapters.container import read_adapter_file
+from tcur_kernels.adapters.file import read_contents
 
 
 @pytest.fixture
@@ -70,12 +70,12 @@ def test_files_give_the_adapter_that_memory_gives(selection, base, folder, tmp_p
     assert torch.equal(model(x), base(x))
     adapter.save(tmp_path / "adapter.safetensors")
     expected.save(tmp_path / "expected.safetensors")
-    headers, tensors = zip(
-        *(read_adapter_file(tmp_path / f"{name}.safetensors") for name in ("adapter", "expected")),
-        strict=True,
-    )
-    assert headers[0] == headers[1]
-    assert all(torch.equal(tensors[0][name], tensor) for name, tensor in tensors[1].items())
+    own, other = (read_contents(tmp_path / f"{n}.safetensors") for n in ("adapter", "expected"))
+    assert [s.as_json() for s in own.stacks] == [s.as_json() for s in other.stacks]
+    assert own.frozen_sha256 == other.frozen_sha256
+    tensors = own.tensors()
+    assert tensors.keys() == other.tensors().keys()
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in other.tensors().items())
 
 
 class Mixed(nn.Module):

@@ -45,7 +45,7 @@ def test_values_are_those_of_each_adapter_alone(language, n3, transposed, slices
     weight = case.weight[first:].reshape(slices * 10, 9)
     bias = None if transposed else torch.randn(slices * 10)
     op = contract.operator("cur_linear", language)
-    how = (first, slices, 0.5, False, transposed, None, False)
+    how = (first, slices, 0.5, transposed, None, False)
     y = op(x, weight, bias, *case.packed, cores, *how, ids)
     assert y.is_contiguous()
 
@@ -116,7 +116,7 @@ def test_derivatives(language, n3):
     x = torch.randn(3, 2, 4, dtype=torch.float64, requires_grad=True)
     grad_y = torch.randn(3, 2, slices * 3, dtype=torch.float64, requires_grad=True)
     op = contract.operator("cur_linear", language)
-    how = (first, slices, 0.5, False)
+    how = (first, slices, 0.5)
 
     def linear(x, cores):
         return op(x, weight, None, *case.packed, cores, *how, False, None, False, ids)
@@ -141,7 +141,7 @@ def test_opcheck(language):
 
     x, grad_y = x.requires_grad_(), grad_y.requires_grad_()
     check("core_grad_tokens", x, grad_y, *case.packed, 5, 2, 2, ids, ADAPTERS)
-    how = (2, 2, 0.5, False)
+    how = (2, 2, 0.5)
     z = (x.detach() @ case.packed[1].T).detach()
     for y_z in (None, z):
         check("cur_linear", x, weight, None, *case.packed, cores, *how, False, y_z, False, ids)
@@ -204,7 +204,7 @@ def test_every_instruction_set(isa):
     case = make_case(12, 11, 40, 5)
     cores, ids = make_cores(case, 40), torch.randint(40, (64,))
     x, grad_y = torch.randn(64, 9, 40), torch.randn(64, 9, 11)
-    how = (7, 1, 0.5, False, False, None, False)
+    how = (7, 1, 0.5, False, None, False)
 
     def results(language):
         linear, grad = (contract.operator(n, language) for n in ("cur_linear", "core_grad_tokens"))
@@ -247,14 +247,8 @@ def test_operators_refuse_what_has_one_core(language):
     cores, ids = make_cores(case), torch.tensor([0, 1])
     linear, grad = (contract.operator(n, language) for n in ("cur_linear", "core_grad_tokens"))
     x = torch.randn(2, 9)
-    with pytest.raises(RuntimeError, match="adapter_ids goes by the factors, without W_eff"):
-        linear(
-            x, case.weight[0], None, *case.packed, cores, 0, 1, 1.0, True, False, None, False, ids
-        )
-    with pytest.raises(RuntimeError, match="adapter_ids goes by the factors, without W_eff"):
-        linear(
-            x, case.weight[0], None, *case.packed, cores, 0, 1, 1.0, False, False, None, True, ids
-        )
+    with pytest.raises(RuntimeError, match="adapter_ids goes by the factors, without a dense"):
+        linear(x, case.weight[0], None, *case.packed, cores, 0, 1, 1.0, False, None, True, ids)
     with pytest.raises(RuntimeError, match=r"adapter_ids goes .*without a dense gradient"):
         grad(torch.randn(6, 9), None, *case.packed, 4, 0, 1, ids, 5)
     with pytest.raises(RuntimeError, match="adapter_ids goes without packed gradients"):
@@ -267,7 +261,7 @@ def test_compiled_operators_check_their_ids():
     cores, x = make_cores(case), torch.ones(4, 9)
 
     def linear(cores, ids):
-        how = (0, 1, 1.0, False, False, None, False)
+        how = (0, 1, 1.0, False, None, False)
         torch.ops.tcur.cur_linear(x, None, None, *case.packed, cores, *how, ids)
 
     def grad(ids, adapters):

@@ -82,7 +82,7 @@ def test_compiled_graphs_hold_the_launches(monkeypatch):
 
     def step(x, core):
         linear = contract.operator("cur_linear", "triton")
-        y = linear(x, weights[1], None, *packed, core, 1, 1, 0.5, False, False)
+        y = linear(x, weights[1], None, *packed, core, 1, 1, 0.5, False)
         op = contract.operator("materialize", "triton")
         whole = op([stacked], *packed, core, 0.5, torch.float32)
         layers = op(weights, *packed, core, 0.5, torch.float32)

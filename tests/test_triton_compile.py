@@ -19,6 +19,13 @@ from triton.compiler import ASTSource
 
 from cases import counts_of, make_case
 from tcur_kernels.operators import contract
+from tcur_kernels.operators.contract import (
+    CoreGradDense,
+    CoreGradTokens,
+    CoreOfPacked,
+    CurLinear,
+    MaterializeOut,
+)
 from tcur_kernels.operators.triton import (
     INTERPRETED,
     blocks,
@@ -100,21 +107,22 @@ def launches_of(arch, precision, n3, rank, dtype, n1=768, n2=1024):
 
     def calls():
         for weights in ([], [w_eff], list(w_eff)):
-            materialize.run(weights, *packed, core, 0.5, w_eff, precision)
+            materialize.run(MaterializeOut(weights, *packed, core, 0.5, w_eff), precision)
         if n3 > 1:
             matrices = [empty(n1, count * n2, dtype=dtype) for count in counts_of(n3)]
-            materialize.run(matrices, *packed, core, 0.5, w_eff.flatten(), precision)
-        core_grad_dense.run(w_eff, *packed, precision)
-        args = (x, y, *packed, n3, 0, 1)
-        core_grad_tokens.run(*args, None, 1, False, precision)
-        core_grad_tokens.run(*args, None, 1, True, precision)
-        core_grad_tokens.run(*args, ids, 4, False, precision)
-        core_of_packed.run(cores, 0.5)
+            out = w_eff.flatten()
+            materialize.run(MaterializeOut(matrices, *packed, core, 0.5, out), precision)
+        core_grad_dense.run(CoreGradDense(w_eff, *packed), precision)
+        tokens = CoreGradTokens(x, y, *packed, n3, 0, 1)
+        core_grad_tokens.run(tokens, precision)
+        core_grad_tokens.run(tokens._replace(packed=True), precision)
+        core_grad_tokens.run(tokens._replace(adapter_ids=ids, adapters=4), precision)
+        core_of_packed.run(CoreOfPacked(cores, 0.5), precision)
         for transposed in (False, True):
-            args = (y if transposed else x, weight, None, *packed)
-            how = (0, 1, 0.5, False, transposed, None)
-            cur_linear.run(*args, core, *how, None, precision)
-            cur_linear.run(*args, cores, *how, ids, precision)
+            given = y if transposed else x
+            linear = CurLinear(given, weight, None, *packed, core, 0, 1, 0.5, transposed)
+            cur_linear.run(linear, precision)
+            cur_linear.run(linear._replace(core=cores, adapter_ids=ids), precision)
 
     return record(arch, calls)
 
@@ -304,7 +312,7 @@ def test_every_launch_is_made_on_the_device_of_its_tensors(monkeypatch):
                 x, y, *packed, 5, 0, 1, None, 1, is_packed
             )
         contract.operator("core_of_packed", "triton")(core[None], 0.5)
-        args = (x, weights[0], None, *packed, core, 0, 1, 0.5, False, False)
+        args = (x, weights[0], None, *packed, core, 0, 1, 0.5, False)
         contract.operator("cur_linear", "triton")(*args)
 
     assert len(record("sm_90", calls, Guarded())) == 2 + 2 + 3 + 4 + 4 + 1 + 4

@@ -15,8 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 import tcur_kernels as tcur
 from fake_cuda import FakeStreams
-from plain import product
-from tcur_kernels.layers import stack as stack_module
+from plain import base_slices, product
+from tcur_kernels.layers import route
 from tcur_kernels.layers import w_eff as kept_module
 from tcur_kernels.operators import streams
 from tolerance import assert_equal_in_float64
@@ -45,8 +45,8 @@ def builds(monkeypatch):
         calls.append(kwargs["out"].data_ptr())
         return materialize(*args, **kwargs)
 
-    materialize = stack_module.materialize
-    monkeypatch.setattr(stack_module, "materialize", counted)
+    materialize = route.materialize
+    monkeypatch.setattr(route, "materialize", counted)
     return calls
 
 
@@ -70,7 +70,7 @@ def silently(stack, by=1.5):
 
 def exact(stack, x):
     """By plain torch, which keeps nothing."""
-    base = torch.stack(list(stack.each_base_slice()))
+    base = torch.stack(base_slices(stack))
     factors = base[:, :, list(stack.columns)], stack.core.detach(), base[:, list(stack.rows)]
     w_eff = base + stack.alpha * product(*factors)
     return torch.stack([F.linear(x, w_eff[i], stack.layers[i].bias) for i in range(stack.n3)])
@@ -247,7 +247,7 @@ def test_replays_are_not_heard_of_and_not_believed(cuda, float64, builds, mode):
         for _ in range(2):
             silently(stack)
             w_eff = stack.effective(x.dtype)
-            exact_w_eff = tcur.materialize(list(stack.each_base_slice()), stack.factors, stack.core)
+            exact_w_eff = tcur.materialize(base_slices(stack), stack.factors, stack.core)
             assert_equal_in_float64(w_eff, exact_w_eff)
 
 

@@ -1,5 +1,8 @@
 // Element types in memory against the type of the arithmetic. The 16-bit conversions are written on
 // integers so that every compiler vectorises them; rounding is to nearest even, and NaN stays NaN.
+#pragma once
+
+#include "simd.h"
 
 namespace tcur::TCUR_ISA {
 
@@ -127,23 +130,6 @@ TCUR_TARGET inline void put(O* target, Vec<T> v) {
     stream(target, narrow);
   } else {
     __builtin_memcpy(target, &narrow, sizeof(narrow));
-  }
-}
-
-// target[0 … n) = values[0 … n) + base[0 … n), or values alone if base is null; one rounding.
-template <class T, class S, class O>
-TCUR_TARGET inline void add_row(const S* base, const T* values, O* target, int64_t n) {
-  constexpr int lanes = Simd<T>::lanes;
-  int64_t j = 0;
-  for (; j + lanes <= n; j += lanes) {
-    Vec<T> v = load(values + j);
-    if (base != nullptr) {
-      v += load_widened<T>(base + j);
-    }
-    put<false, O, T>(target + j, v);
-  }
-  for (; j < n; ++j) {
-    target[j] = Narrow<O, T>::from(base == nullptr ? values[j] : widen<T>(base[j]) + values[j]);
   }
 }
 

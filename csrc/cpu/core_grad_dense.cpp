@@ -17,13 +17,13 @@ void run(
     const Tensor& out) {
   const TubeDft<T> dft(sizes.n3);
   const PackedFactors<T> factors(sizes, lateral_hat, horizontal_hat, dft);
-  const int64_t row_blocks = (sizes.n1 + kRowBlock - 1) / kRowBlock;
-  const int64_t per_task = (row_blocks + kMaxTasks - 1) / kMaxTasks;
-  const int64_t tasks = (row_blocks + per_task - 1) / per_task;
+  const int64_t row_blocks = ceil_div(sizes.n1, kRowBlock);
+  const int64_t per_task = ceil_div(row_blocks, kMaxTasks);
+  const int64_t tasks = ceil_div(row_blocks, per_task);
   const CoreGradDenseArgs<T> args{
       factors.view(),
       grad.const_data_ptr(),
-      element_of(grad.scalar_type()),
+      element_of(grad),
       tile_blocks<T>(sizes.n2, sizes.n3),
       per_task};
   const Kernels<T>& k = kernels<T>();
@@ -45,27 +45,23 @@ void run(
   core_from_spectrum(dft, partial.data(), sizes.rank, out.mutable_data_ptr<T>());
 }
 
-Tensor core_grad_dense(Tensor grad, Tensor lateral_hat, Tensor horizontal_hat) {
-  STD_TORCH_CHECK(grad.dim() == 3, "tcur: grad must be [n3, n1, n2]");
-  const Sizes sizes = check_factors(lateral_hat, horizontal_hat, grad.size(0));
-  check_shape("grad", grad, {sizes.n3, sizes.n1, sizes.n2});
-  STD_TORCH_CHECK(element_of(grad.scalar_type()) != Element::none, "tcur: grad has no known dtype");
-  const Tensor g = torch::stable::contiguous(grad);
-  const Tensor l = torch::stable::contiguous(lateral_hat);
-  const Tensor h = torch::stable::contiguous(horizontal_hat);
+Tensor core_grad_dense(const CoreGradDenseArguments& a) {
+  const Sizes sizes = check_core_grad_dense(a);
+  check_factors(a.lateral_hat);
+  check_element("grad", a.grad);
+  const Tensor g = torch::stable::contiguous(a.grad);
+  const Tensor l = torch::stable::contiguous(a.lateral_hat);
+  const Tensor h = torch::stable::contiguous(a.horizontal_hat);
   Tensor out = torch::stable::new_empty(l, {sizes.n3, sizes.rank, sizes.rank});
-  if (l.scalar_type() == ScalarType::Double) {
-    run<double>(sizes, g, l, h, out);
-  } else {
-    run<float>(sizes, g, l, h, out);
-  }
+  with_compute_type(
+      l.scalar_type(), [&](auto number) { run<decltype(number)>(sizes, g, l, h, out); });
   return out;
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(tcur, CPU, m) {
-  m.impl("core_grad_dense", TORCH_BOX(&core_grad_dense));
+  m.impl("core_grad_dense", TORCH_BOX(&positional::core_grad_dense<&core_grad_dense>));
 }
 
 }  // namespace tcur

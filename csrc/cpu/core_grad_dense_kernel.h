@@ -3,6 +3,10 @@
 // One task takes some row blocks. Per tile: forward DFT of the tile of all slices, then
 // Q_k += Ĝ_k R̂_kᴴ over the columns; per row block: ∂Û_k += Ĉ_kᴴ Q_k. The tasks' partial sums are
 // added in a fixed order, so the result does not depend on the number of threads.
+#pragma once
+
+#include "compiled_kernels.h"
+#include "convert_kernel.h"
 
 namespace tcur::TCUR_ISA {
 
@@ -41,19 +45,9 @@ using Gather = void (*)(
 
 template <class T>
 Gather<T> gather_for(Element grad) {
-  switch (grad) {
-    case Element::f32:
-      return &gather_block<T, float>;
-    case Element::f64:
-      return &gather_block<T, double>;
-    case Element::bf16:
-      return &gather_block<T, BFloat16>;
-    case Element::f16:
-      return &gather_block<T, Half>;
-    case Element::none:
-      break;
-  }
-  return nullptr;
+  return with_any_element(grad, [](auto element) -> Gather<T> {
+    return &gather_block<T, NumberOfConstant<decltype(element)>>;
+  });
 }
 
 // products[plane][b][row] += Σ_j Ĝ[plane][row][j] conj(R̂)[plane][b][j] over the blocks of a tile.
@@ -110,17 +104,16 @@ TCUR_TARGET void adjoint_planes(
     int64_t blocks,
     T* products) {
   const int64_t panel_size = f.q() * kColumnBlock;
-  for (int64_t plane = 0; plane < f.n3;) {
-    const bool pair = plane > 0 && plane <= 2 * pairs(f.n3);
+  for (Bin bin(f.n3); bin.is_there(); bin.next()) {
+    const int64_t plane = bin.plane;
     const T* g = planes + plane * plane_stride;
     const T* x = r_hat + plane * f.rank * kColumnBlock;
     T* p = products + plane * f.rank * kRowBlock;
-    if (pair) {
+    if (bin.is_pair) {
       adjoint_bin<T, true>(g, plane_stride, x, panel_size, f.rank, blocks, p);
     } else {
       adjoint_bin<T, false>(g, plane_stride, x, panel_size, f.rank, blocks, p);
     }
-    plane += pair ? 2 : 1;
   }
 }
 
@@ -129,8 +122,9 @@ template <class T>
 TCUR_TARGET void add_core_block(
     const Factors<T>& f, int64_t row, int64_t rows, const T* products, T* core_hat) {
   const int64_t r = f.rank, square = r * r;
-  for (int64_t plane = 0; plane < f.n3;) {
-    const bool pair = plane > 0 && plane <= 2 * pairs(f.n3);
+  for (Bin bin(f.n3); bin.is_there(); bin.next()) {
+    const int64_t plane = bin.plane;
+    const bool pair = bin.is_pair;
     const T* q_re = products + plane * r * kRowBlock;
     const T* q_im = q_re + r * kRowBlock;
     T* u_re = core_hat + plane * square;
@@ -150,7 +144,6 @@ TCUR_TARGET void add_core_block(
         }
       }
     }
-    plane += pair ? 2 : 1;
   }
 }
 
@@ -187,11 +180,16 @@ TCUR_TARGET void core_grad_dense(
         gather(m, row, rows, col + at, width, tubes, tube_stride);
         forward_dft(*f.dft, tubes, tube_stride, planes + block * kBlock, plane_stride, kBlock);
       }
-      const int64_t blocks = (n + kColumnBlock - 1) / kColumnBlock;
+      const int64_t blocks = ceil_div(n, kColumnBlock);
       adjoint_planes(f, planes, plane_stride, f.panel(col), blocks, products);
     }
     add_core_block(f, row, rows, products, core_hat);
   }
 }
+
+template int64_t core_grad_dense_scratch(const CoreGradDenseArgs<float>&);
+template int64_t core_grad_dense_scratch(const CoreGradDenseArgs<double>&);
+template void core_grad_dense(const CoreGradDenseArgs<float>&, int64_t, float*, float*);
+template void core_grad_dense(const CoreGradDenseArgs<double>&, int64_t, double*, double*);
 
 }  // namespace tcur::TCUR_ISA

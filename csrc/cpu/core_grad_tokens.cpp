@@ -5,6 +5,8 @@
 // For a pair of planes the block is [[rr, ri], [ir, ii]], and slice l adds
 // e^{-2πikl/n3} ((rr - ii) - i (ri + ir)) to ∂Û_k. With adapter_ids the tokens of each core are
 // summed for themselves. Packed: ∂Û itself, which is not transformed back.
+#include "../common/token_products.h"
+#include "host.h"
 #include "token_cores.h"
 
 namespace tcur {
@@ -34,7 +36,7 @@ void add_block(
     return;
   }
   T* im = re + square;
-  const int64_t k = (plane + 1) / 2;
+  const int64_t k = bin_of(plane);
   const T c = static_cast<T>(roots.cos(k * slice)), s = static_cast<T>(roots.sin(k * slice));
   for (int64_t a = 0; a < rank; ++a) {
     for (int64_t b = 0; b < rank; ++b) {
@@ -50,18 +52,16 @@ void add_block(
 
 template <class T>
 void run(
+    const CoreGradTokensArguments& a,
     const Sizes& sizes,
     const Tensor& p,  // [tokens, slices * q]
     const Tensor& z,  // [tokens, q]
-    const TokenCores& cores,
-    int64_t slice_index,
-    int64_t slices,
-    bool packed,
+    const TokensByCore& cores,
     const Tensor& out) {  // [..., n3, rank, rank]
-  const int64_t q = sizes.n3 * sizes.rank, core_size = q * sizes.rank;
+  const int64_t q = sizes.q(), core_size = q * sizes.rank, slices = a.slices;
   const Kernels<T>& k = kernels<T>();
   const CoreBlocks blocks = core_blocks(sizes.n3, sizes.rank, k.lanes);
-  const std::vector<TokenCores::Chunk> chunks = cores.chunks(kTokenChunk);
+  const std::vector<TokensByCore::Chunk> chunks = cores.chunks(kTokenChunk);
   const int64_t count = static_cast<int64_t>(chunks.size());
   const TokenRows z_rows = token_rows(z, 0, q);
   std::vector<T> partial(count * slices * blocks.size);
@@ -69,7 +69,7 @@ void run(
     Scratch<T> scratch(2 * kTokenGroup * blocks.widest);
     for (int64_t task = begin; task < end; ++task) {
       const TokenRows p_rows = token_rows(p, task % slices * q, slices * q);
-      const TokenCores::Chunk& chunk = chunks[task / slices];
+      const TokensByCore::Chunk& chunk = chunks[task / slices];
       T* products = partial.data() + task * blocks.size;
       cores.visit(chunk.begin, chunk.end, [&](int64_t, int64_t first, int64_t last) {
         k.core_products(blocks, p_rows, z_rows, first, last, products, scratch.data());
@@ -103,12 +103,12 @@ void run(
         }
         for (const CoreBlock& block : blocks.all) {
           const T* products = total + block.start;
-          const int64_t at = slice_index + slice;
+          const int64_t at = a.slice_index + slice;
           add_block(block, roots, sizes.n3, sizes.rank, at, products, core_hat.data());
         }
       }
       T* grad = grads + chunks[starts[i]].core * core_size;
-      if (packed) {
+      if (a.packed) {
         std::copy(core_hat.begin(), core_hat.end(), grad);
       } else {
         core_from_spectrum(dft, core_hat.data(), sizes.rank, grad);
@@ -117,62 +117,22 @@ void run(
   });
 }
 
-Tensor core_grad_tokens(
-    Tensor x,
-    std::optional<Tensor> grad_y,
-    Tensor lateral_hat,
-    std::optional<Tensor> horizontal_hat,
-    int64_t n3,
-    int64_t slice_index,
-    int64_t slices,
-    std::optional<Tensor> adapter_ids,
-    int64_t adapters,
-    bool packed) {
-  const TokenSizes sizes = check_gradient_tokens(
-      x,
-      grad_y,
-      lateral_hat,
-      horizontal_hat,
-      n3,
-      slice_index,
-      slices,
-      adapter_ids,
-      adapters,
-      packed);
-  const int64_t tokens = sizes.tokens;
-  const ScalarType precision = lateral_hat.scalar_type();
-  Tensor z = torch::stable::reshape(x, {tokens, sizes.n2});
-  if (horizontal_hat.has_value()) {
-    z = torch::stable::matmul(cast(z, precision), torch::stable::transpose(*horizontal_hat, 0, 1));
-  }
-  z = torch::stable::contiguous(z);
-  Tensor p = torch::stable::contiguous(lateral_hat);
-  if (grad_y.has_value()) {
-    p = torch::stable::contiguous(
-        torch::stable::matmul(
-            cast(torch::stable::reshape(*grad_y, {tokens * slices, sizes.n1}), precision),
-            lateral_hat));
-  }
-  const bool many = adapter_ids.has_value();
-  const TokenCores cores(tokens, adapter_ids, many ? adapters : 1);
-  const ScalarType compute = compute_dtype(precision);
-  std::vector<int64_t> shape{n3, sizes.rank, sizes.rank};
-  if (many) {
-    shape.insert(shape.begin(), adapters);
-  }
-  Tensor out = torch::stable::new_empty(lateral_hat, shape, compute);
-  if (compute == ScalarType::Double) {
-    run<double>(sizes, p, z, cores, slice_index, slices, packed, out);
-  } else {
-    run<float>(sizes, p, z, cores, slice_index, slices, packed, out);
-  }
+Tensor core_grad_tokens(const CoreGradTokensArguments& a) {
+  const TokenSizes sizes = check_core_grad_tokens(a);
+  const Tensor z = torch::stable::contiguous(project_tokens(a, sizes));
+  check_element("x", z);
+  const Tensor p = project_gradient(a, sizes);
+  const TokensByCore cores(TokenCores(sizes.tokens, a.adapter_ids, a.adapters));
+  Tensor out = empty_gradient(a, sizes);
+  with_compute_type(
+      out.scalar_type(), [&](auto number) { run<decltype(number)>(a, sizes, p, z, cores, out); });
   return out;
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(tcur, CPU, m) {
-  m.impl("core_grad_tokens", TORCH_BOX(&core_grad_tokens));
+  m.impl("core_grad_tokens", TORCH_BOX(&positional::core_grad_tokens<&core_grad_tokens>));
 }
 
 }  // namespace tcur

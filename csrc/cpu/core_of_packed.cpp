@@ -27,24 +27,20 @@ void run(
   core_from_spectrum(TubeDft<T>(sizes.n3), core_hat.data(), sizes.rank, out.mutable_data_ptr<T>());
 }
 
-Tensor core_of_packed(Tensor packed, double scale) {
-  const PackedSizes sizes = check_packed_gradients(packed);
-  const ScalarType dtype = packed.scalar_type();
+Tensor core_of_packed(const CoreOfPackedArguments& a) {
+  const PackedSizes sizes = check_core_of_packed(a);
+  const ScalarType dtype = a.packed.scalar_type();
   STD_TORCH_CHECK(is_compute_dtype(dtype), "tcur: packed must be fp32 or fp64");
-  const Tensor parts = torch::stable::contiguous(packed);
-  Tensor out = torch::stable::new_empty(packed, {sizes.n3, sizes.rank, sizes.rank});
-  if (dtype == ScalarType::Double) {
-    run<double>(sizes, parts, scale, out);
-  } else {
-    run<float>(sizes, parts, scale, out);
-  }
+  const Tensor parts = torch::stable::contiguous(a.packed);
+  Tensor out = torch::stable::new_empty(parts, {sizes.n3, sizes.rank, sizes.rank});
+  with_compute_type(dtype, [&](auto number) { run<decltype(number)>(sizes, parts, a.scale, out); });
   return out;
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(tcur, CPU, m) {
-  m.impl("core_of_packed", TORCH_BOX(&core_of_packed));
+  m.impl("core_of_packed", TORCH_BOX(&positional::core_of_packed<&core_of_packed>));
 }
 
 }  // namespace tcur

@@ -7,6 +7,8 @@
 // A + iB = scale * weight_k * e^{2πikl/n3} Û_k, the block [[A, -B], [-B, -A]]. The base product is
 // the very call that nn.Linear makes, so a core of zeros leaves every bit of the output as it was.
 // With adapter_ids every row of tokens has the M_l of its own core between the two products.
+#include "../common/token_products.h"
+#include "host.h"
 #include "token_cores.h"
 
 namespace tcur {
@@ -41,7 +43,7 @@ void slice_blocks(
       continue;
     }
     const T* im = re + square;
-    const int64_t k = (plane + 1) / 2;
+    const int64_t k = bin_of(plane);
     const T c = static_cast<T>(roots.cos(k * slice)), s = static_cast<T>(roots.sin(k * slice));
     for (int64_t a = 0; a < rank; ++a) {
       for (int64_t b = 0; b < rank; ++b) {
@@ -58,35 +60,18 @@ void slice_blocks(
 
 template <class T>
 Tensor update(
-    const Sizes& sizes,
-    const Tensor& x,  // [tokens, n2] or [tokens, slices*n1], in the dtype of the factors
-    const std::optional<Tensor>& z,  // [..., q]: x R̂ᵀ, if it is at hand
-    const Tensor& lateral_hat,
-    const Tensor& horizontal_hat,
-    const Tensor& core,  // [..., n3, rank, rank]
-    const TokenCores& cores,
-    int64_t slice_index,
-    int64_t slices,
-    double scale,
-    bool transposed) {
-  const int64_t tokens = x.size(0), q = sizes.n3 * sizes.rank;
+    const CurLinearArguments& a,
+    const LinearSizes& sizes,
+    const Tensor& in,  // [tokens, q] or transposed [tokens*slices, q], contiguous
+    const TokensByCore& cores) {
+  const bool transposed = a.transposed;
+  const int64_t tokens = sizes.tokens, slices = a.slices, q = sizes.q();
   const int64_t core_size = q * sizes.rank;
-  const ScalarType precision = lateral_hat.scalar_type();
   const TubeDft<T> dft(sizes.n3);
   const UnitRoots roots(sizes.n3);
-  const T* core_values = core.const_data_ptr<T>();
+  const T* core_values = a.core.const_data_ptr<T>();  // [..., n3, rank, rank]
   const Kernels<T>& k = kernels<T>();
   const CoreBlocks blocks = core_blocks(sizes.n3, sizes.rank, k.lanes);
-  Tensor in = x;
-  if (z.has_value()) {
-    in = torch::stable::reshape(*z, {tokens, q});
-  } else if (transposed) {
-    in = torch::stable::matmul(
-        torch::stable::reshape(cast(x, precision), {tokens * slices, sizes.n1}), lateral_hat);
-  } else {
-    in = torch::stable::matmul(cast(x, precision), torch::stable::transpose(horizontal_hat, 0, 1));
-  }
-  in = torch::stable::contiguous(in);
   const int64_t out_slices = transposed ? 1 : slices;
   const Tensor out_tensor = torch::stable::new_empty(in, {tokens * out_slices, q}, scalar_type<T>);
   T* out = out_tensor.mutable_data_ptr<T>();
@@ -99,10 +84,10 @@ Tensor update(
     cores.visit(begin, end, [&](int64_t index, int64_t first, int64_t last) {
       if (index != ready) {
         const std::vector<T> core_hat = weighted_core_spectrum(
-            dft, core_values + index * core_size, sizes.rank, scale, sizes.rank);
+            dft, core_values + index * core_size, sizes.rank, a.scale, sizes.rank);
         for (int64_t s = 0; s < slices; ++s) {
           T* target = values.data() + s * blocks.size;
-          slice_blocks(blocks, roots, core_hat, sizes.rank, slice_index + s, transposed, target);
+          slice_blocks(blocks, roots, core_hat, sizes.rank, a.slice_index + s, transposed, target);
         }
         ready = index;
       }
@@ -120,15 +105,15 @@ Tensor update(
       }
     });
   });
-  const Tensor mixed = cast(out_tensor, precision);
-  return transposed ? torch::stable::matmul(mixed, horizontal_hat)
-                    : torch::stable::matmul(mixed, torch::stable::transpose(lateral_hat, 0, 1));
+  const Tensor mixed = cast(out_tensor, a.lateral_hat.scalar_type());
+  return transposed ? torch::stable::matmul(mixed, a.horizontal_hat)
+                    : matmul_transposed(mixed, a.lateral_hat);
 }
 
 template <class T>
 void add_to(const Tensor& y, const Tensor& delta) {
   const Kernels<T>& k = kernels<T>();
-  const Element element = element_of(y.scalar_type());
+  const Element element = element_of(y);
   const T* values = delta.const_data_ptr<T>();  // in the compute dtype
   void* target = y.mutable_data_ptr();
   torch::stable::parallel_for(0, y.numel(), 32768, [&](int64_t begin, int64_t end) {
@@ -136,76 +121,37 @@ void add_to(const Tensor& y, const Tensor& delta) {
   });
 }
 
-Tensor cur_linear(
-    Tensor x,
-    std::optional<Tensor> weight,
-    std::optional<Tensor> bias,
-    Tensor lateral_hat,
-    Tensor horizontal_hat,
-    Tensor core,
-    int64_t slice_index,
-    int64_t slices,
-    double scale,
-    bool materialized,
-    bool transposed,
-    std::optional<Tensor> z,
-    bool dense_grad,  // for the derivative alone
-    std::optional<Tensor> adapter_ids) {
-  const bool many = adapter_ids.has_value();
-  const LinearSizes sizes = check_linear(
-      x,
-      weight,
-      bias,
-      lateral_hat,
-      horizontal_hat,
-      core,
-      slice_index,
-      slices,
-      materialized,
-      transposed,
-      z,
-      dense_grad,
-      many);
-  STD_TORCH_CHECK(element_of(x.scalar_type()) != Element::none, "tcur: x has no known dtype");
-  const ScalarType compute = compute_dtype(lateral_hat.scalar_type());
-  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
-  shape.back() = sizes.out_features;
-
+Tensor cur_linear(const CurLinearArguments& a) {
+  const LinearSizes sizes = check_cur_linear(a);
+  check_element("x", a.x);
   std::optional<Tensor> y;
-  if (weight.has_value()) {
-    y = transposed ? torch::stable::matmul(x, *weight) : linear(x, *weight, bias);
+  if (a.weight.has_value()) {
+    y = base_product(a);
   }
-  if (materialized) {
-    return *y;
-  }
-  const int64_t tokens = sizes.tokens;
-  const Tensor xs =
-      torch::stable::contiguous(torch::stable::reshape(x, {tokens, sizes.in_features}));
-  const Tensor l = torch::stable::contiguous(lateral_hat);
-  const Tensor h = torch::stable::contiguous(horizontal_hat);
-  const Tensor c = torch::stable::contiguous(core);
-  const TokenCores cores(tokens, adapter_ids, many ? core.size(0) : 1);
-  const Tensor delta =
-      compute == ScalarType::Double
-          ? update<double>(sizes, xs, z, l, h, c, cores, slice_index, slices, scale, transposed)
-          : update<float>(sizes, xs, z, l, h, c, cores, slice_index, slices, scale, transposed);
-  if (!y.has_value()) {
-    return torch::stable::reshape(cast(delta, x.scalar_type()), shape);
-  }
-  const Tensor result = torch::stable::contiguous(*y);
-  const Tensor added = torch::stable::contiguous(cast(delta, compute));
-  if (compute == ScalarType::Double) {
-    add_to<double>(result, added);
-  } else {
-    add_to<float>(result, added);
-  }
-  return result;
+  CurLinearArguments given = a;
+  given.x = torch::stable::contiguous(a.x);
+  given.lateral_hat = torch::stable::contiguous(a.lateral_hat);
+  given.horizontal_hat = torch::stable::contiguous(a.horizontal_hat);
+  given.core = torch::stable::contiguous(a.core);
+  const Tensor in = torch::stable::contiguous(project(given, sizes));
+  check_element("z", in);
+  const TokensByCore cores(TokenCores(sizes.tokens, a.adapter_ids, a.core.size(0)));
+  return with_compute_type(a.lateral_hat.scalar_type(), [&](auto number) {
+    using T = decltype(number);
+    const Tensor delta = update<T>(given, sizes, in, cores);
+    if (!y.has_value()) {
+      return as_output(a, sizes, delta);
+    }
+    const Tensor result = torch::stable::contiguous(*y);
+    add_to<T>(result, torch::stable::contiguous(cast(delta, scalar_type<T>)));
+    return result;
+  });
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(tcur, CPU, m) {
-  m.impl("cur_linear", TORCH_BOX(&cur_linear));
+  m.impl("cur_linear", TORCH_BOX(&positional::cur_linear<&cur_linear>));
 }
 
 }  // namespace tcur

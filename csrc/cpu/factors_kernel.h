@@ -2,6 +2,10 @@
 // codelets of codelets.h, and of primes by two such transforms. One vector of tubes at a time;
 // between the steps they are n3 vectors in the first-level cache, [inner, outer]: for every l0 the
 // packed half spectrum over k1.
+#pragma once
+
+#include "../common/codelets.h"
+#include "simd.h"
 
 namespace tcur::TCUR_ISA {
 

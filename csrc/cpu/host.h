@@ -1,7 +1,7 @@
 // What the operators do before and after their kernels, on the CPU side.
 #pragma once
 
-#include "../check.h"
+#include "../common/check.h"
 #include "kernels.h"
 
 #include <algorithm>
@@ -11,38 +11,36 @@
 
 namespace tcur {
 
-inline Element element_of(ScalarType dtype) {
-  switch (dtype) {
-    case ScalarType::Float:
-      return Element::f32;
-    case ScalarType::Double:
-      return Element::f64;
-    case ScalarType::BFloat16:
-      return Element::bf16;
-    case ScalarType::Half:
-      return Element::f16;
-    default:
-      return Element::none;
-  }
+// Factors that these kernels multiply: both fp32, or both fp64.
+inline void check_factors(const Tensor& lateral_hat) {
+  STD_TORCH_CHECK(
+      is_compute_dtype(lateral_hat.scalar_type()), "tcur: lateral_hat must be fp32 or fp64");
+}
+
+// A tensor that kernels read or write.
+inline void check_element(const char* name, const Tensor& tensor) {
+  STD_TORCH_CHECK(element_of(tensor) != Element::none, "tcur: ", name, " has no known dtype");
+}
+
+// f of a number of the type that the arithmetic is done in: fp64, or fp32 for all others.
+template <class F>
+auto with_compute_type(ScalarType dtype, F&& f) {
+  return compute_dtype(dtype) == ScalarType::Double ? f(double()) : f(float());
 }
 
 template <class T>
 constexpr ScalarType scalar_type =
     std::is_same_v<T, double> ? ScalarType::Double : ScalarType::Float;
 
-inline int64_t round_up(int64_t value, int64_t multiple) {
-  return (value + multiple - 1) / multiple * multiple;
-}
-
 // Blocks of a tile: with all slices and as much of the base it should leave half of a 512 KiB
 // second-level cache to the panels, and tiles should be alike.
 template <class T>
 int64_t tile_blocks(int64_t n2, int64_t n3) {
   constexpr int64_t budget = 160 * 1024 / (kBlock * sizeof(T)), widest = 32;
-  const int64_t needed = (n2 + kColumnBlock - 1) / kColumnBlock;
+  const int64_t needed = ceil_div(n2, kColumnBlock);
   const int64_t most = std::max<int64_t>(1, std::min(budget / n3, widest));
-  const int64_t tiles = (needed + most - 1) / most;
-  return (needed + tiles - 1) / tiles;
+  const int64_t tiles = ceil_div(needed, most);
+  return ceil_div(needed, tiles);
 }
 
 // 64-byte aligned memory, not initialised, that lives as long as the operator call.
@@ -77,8 +75,8 @@ class PackedFactors {
       const Tensor& lateral_hat,
       const Tensor& horizontal_hat,
       const TubeDft<T>& dft)
-      : panels_(round_up(sizes.n2, kColumnBlock) * sizes.n3 * sizes.rank) {
-    const int64_t q = sizes.n3 * sizes.rank, n2 = sizes.n2;
+      : panels_(round_up(sizes.n2, kColumnBlock) * sizes.q()) {
+    const int64_t q = sizes.q(), n2 = sizes.n2;
     const T* rows = horizontal_hat.const_data_ptr<T>();
     T* panels = panels_.data();
     torch::stable::parallel_for(0, q, 16, [&](int64_t begin, int64_t end) {
@@ -148,20 +146,13 @@ void core_from_spectrum(const TubeDft<T>& dft, const T* core_hat, int64_t rank, 
 // The diagonal blocks of the core in the packed basis: one per bin.
 inline CoreBlocks core_blocks(int64_t n3, int64_t rank, int64_t lanes) {
   CoreBlocks blocks;
-  for (int64_t plane = 0; plane < n3;) {
-    const bool pair = plane > 0 && plane <= 2 * pairs(n3);
-    const int64_t width = pair ? 2 * rank : rank, stride = round_up(width, lanes);
-    blocks.all.push_back({plane * rank, width, stride, blocks.size});
+  for (Bin bin(n3); bin.is_there(); bin.next()) {
+    const int64_t width = bin.planes() * rank, stride = round_up(width, lanes);
+    blocks.all.push_back({bin.plane * rank, width, stride, blocks.size});
     blocks.size += width * stride;
     blocks.widest = std::max(blocks.widest, stride);
-    plane += pair ? 2 : 1;
   }
   return blocks;
-}
-
-inline TokenRows token_rows(const Tensor& tokens, int64_t first_column, int64_t stride) {
-  const char* data = static_cast<const char*>(tokens.const_data_ptr());
-  return {data + first_column * tokens.element_size(), element_of(tokens.scalar_type()), stride};
 }
 
 }  // namespace tcur

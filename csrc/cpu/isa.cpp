@@ -1,27 +1,29 @@
 // Choice of the instruction set: the best one this processor has, decided when it is first needed.
 #include "isa.h"
 
+#include "kernels.h"
+
+#include <algorithm>
 #include <atomic>
 #include <cstring>
+#include <stdexcept>
 
 namespace tcur {
 namespace {
 
-std::vector<const IsaVariant*> variants() {  // best first
-#if defined(__x86_64__)
-  return {&kAvx512Variant, &kAvx2Variant, &kBaselineVariant};
-#else
-  return {&kBaselineVariant};
-#endif
+// Those that were linked: each registers itself when the library is loaded, in any order.
+std::vector<IsaVariant>& variants() {
+  static std::vector<IsaVariant> all;  // best first
+  return all;
 }
 
 const IsaVariant* best_variant() {
-  for (const IsaVariant* variant : variants()) {
-    if (variant->runs_here()) {
-      return variant;
+  for (const IsaVariant& variant : variants()) {
+    if (variant.runs_here()) {
+      return &variant;
     }
   }
-  return &kBaselineVariant;
+  return nullptr;
 }
 
 std::atomic<const IsaVariant*>& current() {
@@ -29,43 +31,62 @@ std::atomic<const IsaVariant*>& current() {
   return chosen;
 }
 
+const IsaVariant& chosen() {
+  const IsaVariant* variant = current().load();
+  if (variant == nullptr) {
+    throw std::runtime_error(
+        "tcur: this processor runs none of the instruction sets that the CPU library was built "
+        "for; build it for all of them");
+  }
+  return *variant;
+}
+
 }  // namespace
+
+bool register_variant(const IsaVariant& variant) {
+  const auto is_wider = [](const IsaVariant& a, const IsaVariant& b) {
+    return a.vector_bytes > b.vector_bytes;
+  };
+  variants().insert(
+      std::upper_bound(variants().begin(), variants().end(), variant, is_wider), variant);
+  return true;
+}
 
 template <>
 const Kernels<float>& kernels<float>() {
-  return *current().load()->f32;
+  return *chosen().f32;
 }
 template <>
 const Kernels<double>& kernels<double>() {
-  return *current().load()->f64;
+  return *chosen().f64;
 }
 
 std::vector<const char*> compiled_isas() {
   std::vector<const char*> names;
-  for (const IsaVariant* variant : variants()) {
-    names.push_back(variant->name);
+  for (const IsaVariant& variant : variants()) {
+    names.push_back(variant.name);
   }
   return names;
 }
 
 std::vector<const char*> runnable_isas() {
   std::vector<const char*> names;
-  for (const IsaVariant* variant : variants()) {
-    if (variant->runs_here()) {
-      names.push_back(variant->name);
+  for (const IsaVariant& variant : variants()) {
+    if (variant.runs_here()) {
+      names.push_back(variant.name);
     }
   }
   return names;
 }
 
 const char* chosen_isa() {
-  return current().load()->name;
+  return chosen().name;
 }
 
 bool use_isa(const char* name) {
-  for (const IsaVariant* variant : variants()) {
-    if (std::strcmp(variant->name, name) == 0 && variant->runs_here()) {
-      current().store(variant);
+  for (const IsaVariant& variant : variants()) {
+    if (std::strcmp(variant.name, name) == 0 && variant.runs_here()) {
+      current().store(&variant);
       return true;
     }
   }

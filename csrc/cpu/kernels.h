@@ -1,10 +1,12 @@
-// What the host side of an operator and its compiled variants share: argument structs and the table
-// of entry points of one instruction set. Pointers only, no tensors: the variants stay free of
-// torch.
+// What the host side of an operator and its kernels share: argument structs, and the table of the
+// kernels of one instruction set. Pointers only, no tensors: kernels take nothing from torch but
+// its number types, so that they compile quickly.
 #pragma once
 
-#include "../codelets.h"
-#include "../tubes.h"
+#include "../common/elements.h"
+#include "../common/integers.h"
+#include "../common/token_rows.h"
+#include "../common/tubes.h"
 
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
@@ -17,15 +19,34 @@ namespace tcur {
 using BFloat16 = c10::BFloat16;
 using Half = c10::Half;
 
-// Element type of a tensor in memory.
-enum class Element { none, f32, f64, bf16, f16 };
+// The numbers of an element type.
+template <Element E>
+struct NumberOf;
+template <>
+struct NumberOf<Element::f32> {
+  using Type = float;
+};
+template <>
+struct NumberOf<Element::f64> {
+  using Type = double;
+};
+template <>
+struct NumberOf<Element::bf16> {
+  using Type = BFloat16;
+};
+template <>
+struct NumberOf<Element::f16> {
+  using Type = Half;
+};
 
-constexpr int64_t bytes_of(Element element) {
-  return element == Element::none  ? 0
-         : element == Element::f64 ? 8
-         : element == Element::f32 ? 4
-                                   : 2;
+// f of the constant of any element type; none counts as f32, for kernels that then read nothing.
+template <class F>
+constexpr auto with_any_element(Element element, F&& f) {
+  return with_element<Element::f64, Element::bf16, Element::f16, Element::f32>(element, f);
 }
+// The numbers of such a constant.
+template <class Constant>
+using NumberOfConstant = typename NumberOf<Constant::value>::Type;
 
 // A block of all slices: as many rows as keep the rank-r products in registers, and as many columns
 // as keep its spectrum in the first-level cache. A tile is some blocks side by side.
@@ -35,6 +56,12 @@ constexpr int kBlock = kRowBlock * kColumnBlock;
 // Rows of blocks lie this much further apart than they are long: powers of two would share a few
 // sets of the first-level cache.
 constexpr int kPad = 16;
+
+// In a tile a row of a slice, or of a plane, is [tile_blocks, kRowBlock, kColumnBlock], and rows
+// are so far apart.
+inline int64_t tile_stride(int64_t tile_blocks) {
+  return tile_blocks * kBlock + kPad;
+}
 
 // Sizes and tables of one call. Spectra are packed as tubes.h says.
 template <class T>
@@ -55,22 +82,29 @@ struct Factors {
 };
 
 // One slice [n1, n2], its rows `stride` numbers apart in the base and in W_eff alike.
-struct MaterializeSlice {
-  const void* base;  // null without a base
-  void* out;
+struct BaseSlice {
+  const void* data;  // null without a base
   int64_t stride;
+};
+
+// What tiles of W_eff = W + scale * C*U*R are made of, whoever takes them.
+template <class T>
+struct WEffArgs {
+  Factors<T> f;
+  const T* core_hat;      // [n3, rank, core_stride], weighted by scale * inverse_weight
+  int64_t core_stride;    // of rows, padded with zeros to whole vectors
+  const BaseSlice* base;  // n3
+  Element base_element;   // none: no base
+  int64_t tile_blocks;    // blocks of a tile
+  int64_t column_chunks;  // tasks per row block
 };
 
 template <class T>
 struct MaterializeArgs {
-  Factors<T> f;
-  const T* core_hat;                  // [n3, rank, core_stride], weighted by scale * inverse_weight
-  int64_t core_stride;                // of rows, padded with zeros to whole vectors
-  const MaterializeSlice* slices;     // n3
-  Element base_element, out_element;  // base_element none: no base
-  int64_t tile_blocks;                // blocks of a tile
-  int64_t column_chunks;              // tasks per row block
-  bool stream;                        // write past the caches
+  WEffArgs<T> w_eff;
+  void* const* out;  // n3 slices
+  Element out_element;
+  bool stream;  // write past the caches
 };
 
 template <class T>
@@ -95,13 +129,6 @@ struct CoreBlocks {
 };
 
 constexpr int64_t kTokenGroup = 32;  // tokens whose part of a block is worked on together
-
-// Tokens as rows of some element type.
-struct TokenRows {
-  const void* data;
-  Element element;
-  int64_t stride;
-};
 
 template <class T>
 struct Kernels {
@@ -164,11 +191,16 @@ const Kernels<float>& kernels<float>();
 template <>
 const Kernels<double>& kernels<double>();
 
-// Names of the variants compiled into the library, best first, and of those this processor runs.
-std::vector<const char*> compiled_isas();
-std::vector<const char*> runnable_isas();
-const char* chosen_isa();
-// Selects a variant by name; false if it was not compiled or this processor lacks it.
-bool use_isa(const char* name);
+// A variant of all kernels, for one instruction set.
+struct IsaVariant {
+  const char* name;
+  int vector_bytes;  // more are better
+  bool (*runs_here)();
+  const Kernels<float>* f32;
+  const Kernels<double>* f64;
+};
+
+// Adds one to those that isa.h chooses among.
+bool register_variant(const IsaVariant& variant);
 
 }  // namespace tcur

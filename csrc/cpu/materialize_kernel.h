@@ -1,350 +1,82 @@
-// W_eff = W + scale * C*U*R, all slices at once.
-//
-// One task makes kRowBlock rows of every slice. P_k = Ĉ_k Û_k is formed once per row block; then,
-// block by block of columns, S_k = P_k R̂_k in registers and the inverse DFT of the packed planes,
-// both in the first-level cache, until a tile is full; then a sweep of the tile, slice by slice,
-// adds the base, rounds, and writes. A tile of all slices and its base stay in the second-level
-// cache; nothing the size of W is written but the result.
+// W_eff in memory: the consumer of its tiles (w_eff_tiles_kernel.h) that rounds and writes them.
+// Nothing the size of W is written but the result.
+#pragma once
+
+#include "w_eff_tiles_kernel.h"
 
 namespace tcur::TCUR_ISA {
 
-// P = Ĉ Û for the rows of one block, packed: products[plane][b][row]; zeros past the last row.
-template <class T>
-TCUR_TARGET void lateral_core_products(
-    const MaterializeArgs<T>& m,
-    int64_t row,
-    int64_t rows,
-    T* products,  // [n3, rank, kRowBlock]
-    T* lines) {   // scratch: 2 * kRowBlock vectors
-  constexpr int lanes = Simd<T>::lanes;
-  const int64_t r = m.f.rank, size = r * m.core_stride;
-  const T* c[kRowBlock];
-  for (int64_t i = 0; i < kRowBlock; ++i) {
-    c[i] = m.f.lateral_hat + (i < rows ? row + i : row) * m.f.q();
-  }
-  for (int64_t plane = 0; plane < m.f.n3;) {
-    const bool pair = plane > 0 && plane <= 2 * pairs(m.f.n3);
-    for (int64_t first = 0; first < r; first += lanes) {
-      const T* u = m.core_hat + plane * size + first;
-      Vec<T> re[kRowBlock], im[kRowBlock];
-      for (int i = 0; i < kRowBlock; ++i) {
-        re[i] = im[i] = Vec<T>{};
-      }
-      for (int64_t a = 0; a < r; ++a, u += m.core_stride) {
-        const Vec<T> u_re = load(u), u_im = pair ? load(u + size) : Vec<T>{};
-        for (int i = 0; i < kRowBlock; ++i) {
-          const T c_re = c[i][plane * r + a], c_im = pair ? c[i][(plane + 1) * r + a] : T(0);
-          re[i] += c_re * u_re;
-          re[i] -= c_im * u_im;
-          im[i] += c_re * u_im;
-          im[i] += c_im * u_re;
-        }
-      }
-      for (int i = 0; i < kRowBlock; ++i) {
-        const T keep = i < rows ? T(1) : T(0);
-        store(lines + i * lanes, Vec<T>(keep * re[i]));
-        store(lines + (kRowBlock + i) * lanes, Vec<T>(keep * im[i]));
-      }
-      const int64_t last = r - first < lanes ? r - first : lanes;
-      for (int64_t part = 0; part < (pair ? 2 : 1); ++part) {
-        T* target = products + ((plane + part) * r + first) * kRowBlock;
-        for (int64_t b = 0; b < last; ++b) {
-          for (int i = 0; i < kRowBlock; ++i) {
-            target[b * kRowBlock + i] = lines[(part * kRowBlock + i) * lanes + b];
-          }
-        }
-      }
-    }
-    plane += pair ? 2 : 1;
-  }
-}
+// Numbers O from an address on.
+template <class T, class O>
+struct StoreNumbers {
+  O* to;
 
-// S = P R̂ of one real bin at COLUMNS vectors.
-template <class T, int COLUMNS>
-TCUR_TARGET inline void real_bin(
-    const T* p,      // [rank, kRowBlock]
-    const T* r_hat,  // [rank, kColumnBlock]
-    int64_t rank,
-    T* s) {  // [kRowBlock, kColumnBlock]
-  constexpr int lanes = Simd<T>::lanes;
-  Vec<T> acc[kRowBlock][COLUMNS];
-  for (int i = 0; i < kRowBlock; ++i) {
-    for (int v = 0; v < COLUMNS; ++v) {
-      acc[i][v] = Vec<T>{};
-    }
+  TCUR_TARGET void put(int64_t at, Vec<T> v) const {
+    tcur::TCUR_ISA::put<false, O, T>(to + at, v);
   }
-  for (int64_t b = 0; b < rank; ++b) {
-    for (int v = 0; v < COLUMNS; ++v) {
-      const Vec<T> x = load(r_hat + b * kColumnBlock + v * lanes);
-      for (int i = 0; i < kRowBlock; ++i) {
-        acc[i][v] += p[b * kRowBlock + i] * x;
-      }
-    }
+  TCUR_TARGET void put(int64_t at, T value) const {
+    to[at] = Narrow<O, T>::from(value);
   }
-  for (int i = 0; i < kRowBlock; ++i) {
-    for (int v = 0; v < COLUMNS; ++v) {
-      store(s + i * kColumnBlock + v * lanes, acc[i][v]);
-    }
-  }
-}
-
-// S = P R̂ of one complex bin; its two planes follow each other in every array.
-template <class T, int COLUMNS>
-TCUR_TARGET inline void complex_bin(
-    const T* p,      // [2, rank, kRowBlock]
-    const T* r_hat,  // [2, rank, kColumnBlock]
-    int64_t rank,
-    T* s,
-    int64_t plane_stride) {
-  constexpr int lanes = Simd<T>::lanes;
-  const T* p_im = p + rank * kRowBlock;
-  const T* r_im = r_hat + rank * kColumnBlock;
-  Vec<T> re[kRowBlock][COLUMNS], im[kRowBlock][COLUMNS];
-  for (int i = 0; i < kRowBlock; ++i) {
-    for (int v = 0; v < COLUMNS; ++v) {
-      re[i][v] = im[i][v] = Vec<T>{};
-    }
-  }
-  for (int64_t b = 0; b < rank; ++b) {
-    for (int v = 0; v < COLUMNS; ++v) {
-      const Vec<T> x = load(r_hat + b * kColumnBlock + v * lanes);
-      const Vec<T> y = load(r_im + b * kColumnBlock + v * lanes);
-      for (int i = 0; i < kRowBlock; ++i) {
-        const T pr = p[b * kRowBlock + i], pi = p_im[b * kRowBlock + i];
-        re[i][v] += pr * x;
-        re[i][v] -= pi * y;
-        im[i][v] += pr * y;
-        im[i][v] += pi * x;
-      }
-    }
-  }
-  for (int i = 0; i < kRowBlock; ++i) {
-    for (int v = 0; v < COLUMNS; ++v) {
-      store(s + i * kColumnBlock + v * lanes, re[i][v]);
-      store(s + plane_stride + i * kColumnBlock + v * lanes, im[i][v]);
-    }
-  }
-}
-
-// Bytes of the base that come from the second-level cache while others are added: a fraction of the
-// first level.
-constexpr int64_t kBytesAhead = 12 * 1024;
-
-// One whole block of a slice, kRowBlock rows row_stride apart; rows must be aligned if STREAM. The
-// same block of a later slice's base is fetched line by line as this one is used: the pieces are
-// too short for the processor to see them coming.
-template <bool STREAM, bool BASE, class T, class S, class O>
-TCUR_TARGET inline void sweep_block(
-    const S* base,
-    const S* later,
-    int64_t later_stride,
-    const T* tubes,
-    O* out,
-    int64_t row_stride) {
-  constexpr int lanes = Simd<T>::lanes, line = 64 / sizeof(S);
-#pragma GCC unroll 4
-  for (int i = 0; i < kRowBlock; ++i) {
-#pragma GCC unroll 4
-    for (int j = 0; BASE && j < kColumnBlock; j += line) {
-      fetch<Cache::first>(later + i * later_stride + j);
-    }
-#pragma GCC unroll 4
-    for (int j = 0; j < kColumnBlock; j += lanes) {
-      Vec<T> v = load(tubes + i * kColumnBlock + j);
-      if (BASE) {
-        v += load_widened<T>(base + i * row_stride + j);
-      }
-      put<STREAM, O, T>(out + i * row_stride + j, v);
-    }
-  }
-}
-
-// A computed tile on its way to memory: rows x n values of every slice from (row, col) on.
-template <class T>
-struct Finished {
-  const T* tubes;
-  int64_t row, rows, col, n;
 };
 
-template <bool STREAM, class T, class S, class O>
-TCUR_TARGET void sweep(const MaterializeArgs<T>& m, const Finished<T>& tile) {
-  const int64_t n3 = m.f.n3;
-  const int64_t slice_bytes = tile.rows * tile.n * static_cast<int64_t>(sizeof(S));
-  const int64_t ahead = (kBytesAhead + slice_bytes - 1) / slice_bytes;
-  const bool based = m.base_element != Element::none;
-  for (int64_t slice = 0; slice < n3; ++slice) {
-    const T* values = tile.tubes + slice * tile_stride(m.tile_blocks);
-    const MaterializeSlice own = m.slices[slice];
-    const MaterializeSlice then = m.slices[slice + ahead < n3 ? slice + ahead : n3 - 1];
-    const int64_t stride = own.stride, here = tile.row * stride + tile.col;
-    const int64_t there = tile.row * then.stride + tile.col;
-    const S* base = based ? static_cast<const S*>(own.base) + here : nullptr;
-    const S* later = based ? static_cast<const S*>(then.base) + there : nullptr;
-    O* out = static_cast<O*>(own.out) + here;
-    // Rows of a block are aligned alike where their distance allows it; col is a multiple of the
-    // block anyway.
-    const bool aligned = reinterpret_cast<uintptr_t>(out) % 64 == 0 && stride * sizeof(O) % 64 == 0;
-    for (int64_t at = 0; at < tile.n; at += kColumnBlock, values += kBlock) {
-      const int64_t width = tile.n - at < kColumnBlock ? tile.n - at : kColumnBlock;
-      if (tile.rows == kRowBlock && width == kColumnBlock && (aligned || !STREAM)) {
-        if (based) {
-          sweep_block<STREAM, true>(base + at, later + at, then.stride, values, out + at, stride);
-        } else {
-          sweep_block<STREAM, false, T, S>(nullptr, nullptr, 0, values, out + at, stride);
-        }
-        continue;
-      }
-      for (int64_t i = 0; i < tile.rows; ++i) {
-        const S* from = based ? base + i * stride + at : nullptr;
-        add_row(from, values + i * kColumnBlock, out + i * stride + at, width);
-      }
+// STREAM: past the caches, where rows of whole blocks begin at lines.
+template <class T, class O, bool STREAM>
+struct StoreTile {
+  void* const* out;
+
+  struct Sink {
+    O* to;
+    bool is_aligned;
+
+    TCUR_TARGET bool takes_whole_blocks() const {
+      return is_aligned || !STREAM;
+    }
+    TCUR_TARGET void put_whole(int64_t at, Vec<T> v) const {
+      tcur::TCUR_ISA::put<STREAM, O, T>(to + at, v);
+    }
+    TCUR_TARGET StoreNumbers<T, O> row(int64_t at) const {
+      return {to + at};
+    }
+  };
+
+  TCUR_TARGET Sink sink(int64_t slice, int64_t first, int64_t stride) const {
+    O* to = static_cast<O*>(out[slice]) + first;
+    // Rows of a block are aligned alike where their distance allows it; a tile begins at a multiple
+    // of the block anyway.
+    return {to, is_aligned(to, 64) && stride * sizeof(O) % 64 == 0};
+  }
+  TCUR_TARGET void finish() const {
+    if (STREAM) {
+      stream_fence();
     }
   }
-}
-
-template <class T>
-using Sweep = void (*)(const MaterializeArgs<T>&, const Finished<T>&);
-
-template <class T, class O>
-Sweep<T> sweep_from(Element base, bool stream) {
-  switch (base) {
-    case Element::none:
-    case Element::f32:
-      return stream ? &sweep<true, T, float, O> : &sweep<false, T, float, O>;
-    case Element::f64:
-      return stream ? &sweep<true, T, double, O> : &sweep<false, T, double, O>;
-    case Element::bf16:
-      return stream ? &sweep<true, T, BFloat16, O> : &sweep<false, T, BFloat16, O>;
-    case Element::f16:
-      return stream ? &sweep<true, T, Half, O> : &sweep<false, T, Half, O>;
-  }
-  return nullptr;
-}
-
-template <class T>
-Sweep<T> sweep_for(Element base, Element out, bool stream) {
-  switch (out) {
-    case Element::f32:
-      return sweep_from<T, float>(base, stream);
-    case Element::f64:
-      return sweep_from<T, double>(base, stream);
-    case Element::bf16:
-      return sweep_from<T, BFloat16>(base, stream);
-    case Element::f16:
-      return sweep_from<T, Half>(base, stream);
-    case Element::none:
-      break;
-  }
-  return nullptr;
-}
-
-// Asks for the base weights of one block of a slice, elements of BYTES: they travel behind the
-// arithmetic and wait in the second-level cache for the sweep.
-template <int BYTES, class T>
-TCUR_TARGET inline void fetch_base(
-    const MaterializeArgs<T>& m, int64_t slice, int64_t row, int64_t col) {
-  const int64_t stride = m.slices[slice].stride;
-  const char* base = static_cast<const char*>(m.slices[slice].base) + (row * stride + col) * BYTES;
-#pragma GCC unroll 4
-  for (int i = 0; i < kRowBlock; ++i) {
-#pragma GCC unroll 4
-    for (int at = 0; at < kColumnBlock * BYTES; at += 64) {
-      fetch<Cache::second>(base + i * stride * BYTES + at);
-    }
-  }
-}
-
-// planes: [n3, kRowBlock, kColumnBlock], plane_stride apart, = P R̂ of the block at (row, col).
-template <class T, int BASE_BYTES>
-TCUR_TARGET void product_planes(
-    const MaterializeArgs<T>& m,
-    const T* products,
-    int64_t row,
-    int64_t col,
-    T* planes,
-    int64_t plane_stride) {
-  constexpr int columns = TCUR_REGISTERS == 32 ? 2 : 1;  // 8 accumulators per column vector
-  constexpr int step = columns * Simd<T>::lanes;
-  static_assert(kColumnBlock % step == 0);
-  const int64_t n3 = m.f.n3, rank = m.f.rank;
-  for (int64_t plane = 0; plane < n3;) {
-    const bool pair = plane > 0 && plane <= 2 * pairs(n3);
-    const T* p = products + plane * rank * kRowBlock;
-    const T* x = m.f.panel(col) + plane * rank * kColumnBlock;
-    T* s = planes + plane * plane_stride;
-    if constexpr (BASE_BYTES > 0) {
-      fetch_base<BASE_BYTES>(m, plane, row, col);
-      if (pair) {
-        fetch_base<BASE_BYTES>(m, plane + 1, row, col);
-      }
-    }
-    for (int64_t c = 0; c < kColumnBlock; c += step) {
-      if (pair) {
-        complex_bin<T, columns>(p, x + c, rank, s + c, plane_stride);
-      } else {
-        real_bin<T, columns>(p, x + c, rank, s + c);
-      }
-    }
-    plane += pair ? 2 : 1;
-  }
-}
-
-template <class T>
-using ProductPlanes =
-    void (*)(const MaterializeArgs<T>&, const T*, int64_t row, int64_t col, T*, int64_t);
-
-template <class T>
-ProductPlanes<T> product_planes_for(Element base) {
-  switch (bytes_of(base)) {
-    case 2:
-      return &product_planes<T, 2>;
-    case 4:
-      return &product_planes<T, 4>;
-    case 8:
-      return &product_planes<T, 8>;
-    default:
-      return &product_planes<T, 0>;
-  }
-}
+};
 
 template <class T>
 TCUR_TARGET int64_t materialize_scratch(const MaterializeArgs<T>& m) {
-  const int64_t planes = m.f.n3 * (kBlock + kPad), tubes = m.f.n3 * tile_stride(m.tile_blocks);
-  return planes + tubes + m.f.q() * kRowBlock + 2 * kRowBlock * Simd<T>::lanes;
+  return w_eff_scratch(m.w_eff);
+}
+
+template <class T, class O, bool STREAM>
+TCUR_TARGET void store_tiles(const MaterializeArgs<T>& m, int64_t task, T* scratch) {
+  w_eff_tiles(m.w_eff, task, scratch, StoreTile<T, O, STREAM>{m.out});
 }
 
 template <class T>
+using StoreTiles = void (*)(const MaterializeArgs<T>&, int64_t, T*);
+
+template <class T>
 TCUR_TARGET void materialize(const MaterializeArgs<T>& m, int64_t task, T* scratch) {
-  const Factors<T>& f = m.f;
-  constexpr int64_t plane_stride = kBlock + kPad;
-  const int64_t tube_stride = tile_stride(m.tile_blocks), tile = m.tile_blocks * kColumnBlock;
-  T* planes = scratch;  // of one block
-  T* tubes = planes + f.n3 * plane_stride;
-  T* products = tubes + f.n3 * tube_stride;
-  T* lines = products + f.q() * kRowBlock;
-
-  const int64_t row = task / m.column_chunks * kRowBlock;
-  const int64_t rows = f.n1 - row < kRowBlock ? f.n1 - row : kRowBlock;
-  const int64_t tiles = (f.n2 + tile - 1) / tile;
-  const int64_t chunk = task % m.column_chunks;
-  const int64_t first = tiles * chunk / m.column_chunks;
-  const int64_t last = tiles * (chunk + 1) / m.column_chunks;
-  const ProductPlanes<T> product_planes = product_planes_for<T>(m.base_element);
-  const Sweep<T> sweep = sweep_for<T>(m.base_element, m.out_element, m.stream);
-
-  lateral_core_products(m, row, rows, products, lines);
-  for (int64_t t = first; t < last; ++t) {
-    const int64_t col = t * tile;
-    const int64_t n = f.n2 - col < tile ? f.n2 - col : tile;
-    for (int64_t at = 0; at < n; at += kColumnBlock) {
-      product_planes(m, products, row, col + at, planes, plane_stride);
-      inverse_dft(*f.dft, planes, plane_stride, tubes + at * kRowBlock, tube_stride, kBlock);
-    }
-    sweep(m, {tubes, row, rows, col, n});
-  }
-  if (m.stream) {
-    stream_fence();
-  }
+  const auto store = with_any_element(m.out_element, [&m](auto element) -> StoreTiles<T> {
+    using O = NumberOfConstant<decltype(element)>;
+    return m.stream ? &store_tiles<T, O, true> : &store_tiles<T, O, false>;
+  });
+  store(m, task, scratch);
 }
+
+template int64_t materialize_scratch(const MaterializeArgs<float>&);
+template int64_t materialize_scratch(const MaterializeArgs<double>&);
+template void materialize(const MaterializeArgs<float>&, int64_t, float*);
+template void materialize(const MaterializeArgs<double>&, int64_t, double*);
 
 }  // namespace tcur::TCUR_ISA

@@ -1,8 +1,11 @@
-// Portable vectors of one instruction set. Included once per instruction set, by isa_*.cpp, which
-// define TCUR_ISA (a namespace), TCUR_TARGET (a function attribute), TCUR_VECTOR_BYTES and
-// TCUR_REGISTERS; so this header and the *_kernel.h beside it have no include guard. Everything in
-// them lives in that namespace: the same inline function compiled for two instruction sets under
-// one name would let the linker keep the wrong one.
+// Portable vectors of one instruction set. Its isa.h comes first and defines TCUR_ISA (a
+// namespace), TCUR_TARGET (a function attribute), TCUR_VECTOR_BYTES and TCUR_REGISTERS. Everything
+// in this header and in the *_kernel.h beside it lives in that namespace: the same inline function
+// compiled for two instruction sets under one name would let the linker keep the wrong one.
+#pragma once
+
+#include "kernels.h"
+
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif

@@ -1,29 +1,28 @@
-// Which core each token goes by: one for all, or those that adapter_ids names, row by row.
+// The tokens of each core, found on the host.
 #pragma once
 
-#include "host.h"
+#include "../common/token_cores.h"
 
+#include <algorithm>
 #include <numeric>
+#include <vector>
 
 namespace tcur {
 
 // Positions count the tokens with those of one core side by side, so that whoever works along them
 // makes a core ready once. Their order, and with it every sum over them, depends on the ids alone.
-class TokenCores {
+class TokensByCore {
  public:
-  // adapter_ids: int64 [rows], or none for one core
-  TokenCores(int64_t tokens, const std::optional<Tensor>& adapter_ids, int64_t cores)
-      : ids_(1, 0), row_length_(tokens) {
-    if (adapter_ids.has_value()) {
-      row_length_ = check_adapter_ids(*adapter_ids, tokens);
-      const Tensor contiguous = torch::stable::contiguous(*adapter_ids);
-      const int64_t* ids = contiguous.const_data_ptr<int64_t>();
-      ids_.assign(ids, ids + contiguous.numel());
-      for (const int64_t id : ids_) {
-        STD_TORCH_CHECK(id >= 0 && id < cores, "tcur: adapter_ids out of range");
-      }
+  explicit TokensByCore(const TokenCores& cores)
+      : ids_(cores.rows(), 0), order_(cores.rows()), row_length_(cores.row_length()) {
+    if (cores.ids() != nullptr) {
+      std::copy_n(cores.ids(), cores.rows(), ids_.begin());
     }
-    order_.resize(ids_.size());
+    for (const int64_t id : ids_) {
+      STD_TORCH_CHECK(
+          cores.ids() == nullptr || (id >= 0 && id < cores.cores()),
+          "tcur: adapter_ids out of range");
+    }
     std::iota(order_.begin(), order_.end(), int64_t(0));
     std::stable_sort(
         order_.begin(), order_.end(), [&](int64_t a, int64_t b) { return ids_[a] < ids_[b]; });

@@ -15,6 +15,8 @@
 // Planned: 256 threads, up to 128 registers, 2 blocks per multiprocessor, each with a tile in
 // shared memory: 96 KiB for 48 slices of 8 x 64.
 #include "core_grad_dense.h"
+
+#include "../common/token_products.h"
 #include "dft.h"
 #include "operators.h"
 #include "prepare.h"
@@ -86,12 +88,12 @@ TCUR_DEVICE void project(
   const Tile& tile = args.tile;
   const int rank = args.rank, columns = tile.columns();
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  const int fragments = (rank + 7) / 8;
+  const int fragments = ceil_div(rank, 8);
   for (int item = warp; item < bins * fragments; item += kThreads / 32) {
     const int index = item / fragments, b0 = (item - index * fragments) * 8;
     const int bin = planes.first + index;
-    const bool is_pair = bin > 0 && bin <= pairs(args.n3);
-    const int plane = bin == 0 ? 0 : 2 * bin - 1, depth = is_pair ? 2 * columns : columns;
+    const bool is_pair = tcur::is_pair(bin, args.n3);
+    const int plane = plane_of(bin), depth = is_pair ? 2 * columns : columns;
     const float* re = planes.real_row(bin);
     const float* im = re + planes.stride;
     float sums[4] = {};
@@ -157,11 +159,9 @@ project_kernel(const TCUR_PARAMETER ProjectArgs args) {
   const int positions = args.tile.positions();
   for_tiles(
       args, [&](const Corner& corner, float* z, bool is_first) __attribute__((always_inline)) {
-        if (args.element == Element::f32) {
-          read_transformed<4, OUTER>(args, corner, rows);
-        } else {
-          read_transformed<2, OUTER>(args, corner, rows);
-        }
+        with_bytes(args.element, [&](auto bytes) __attribute__((always_inline)) {
+          read_transformed<bytes, OUTER>(args, corner, rows);
+        });
         __syncthreads();
         if (args.n3 > OUTER) {
           inner_steps<false, OUTER>(rows, positions, args.tables);
@@ -182,11 +182,9 @@ project_matrix_kernel(const TCUR_PARAMETER ProjectArgs args) {
         LineSums sums(lines);
         for (int l = 0; l <= args.n3 / 2; l += lines.count) {
           const int count = chunk_bins(args.n3, lines, l);
-          if (args.element == Element::f32) {
-            read_folded<4>(args, corner, l, count, rows);
-          } else {
-            read_folded<2>(args, corner, l, count, rows);
-          }
+          with_bytes(args.element, [&](auto bytes) __attribute__((always_inline)) {
+            read_folded<bytes>(args, corner, l, count, rows);
+          });
           __syncthreads();
           sums.add(rows, stride, l, count, lines, args.tables);
           __syncthreads();
@@ -227,11 +225,11 @@ struct Walk {
   int64_t per_split, row_tiles;
 
   Walk(const Sizes& sizes, int rows, int columns, int64_t wanted)
-      : row_tiles(tiles_of(sizes.n1, rows)) {
-    const int64_t tiles = std::max<int64_t>(1, tiles_of(sizes.n2, columns));
+      : row_tiles(ceil_div(sizes.n1, rows)) {
+    const int64_t tiles = std::max<int64_t>(1, ceil_div(sizes.n2, columns));
     const int64_t at_most = std::max<int64_t>(1, wanted / std::max<int64_t>(1, row_tiles));
-    per_split = tiles_of(tiles, std::min(tiles, at_most));
-    splits = static_cast<int>(tiles_of(tiles, per_split));
+    per_split = ceil_div(tiles, std::min(tiles, at_most));
+    splits = static_cast<int>(ceil_div(tiles, per_split));
   }
 };
 
@@ -244,8 +242,8 @@ ProjectTubesKernel tubes_kernel_for(int64_t n3) {
 // z by the kernels for tubes: [splits, n1, n3*rank].
 Tensor project_by_tubes(const Call& call, const Sizes& sizes, const Tensor& h, ProjectArgs args) {
   const ProjectTubesKernel tubes = tubes_kernel_for(sizes.n3);
-  const int quads = static_cast<int>(tiles_of(sizes.rank, 4));
-  const int64_t width = tiles_of(sizes.n2, tubes.columns) * tubes.columns;
+  const int quads = static_cast<int>(ceil_div(sizes.rank, 4));
+  const int64_t width = ceil_div(sizes.n2, tubes.columns) * tubes.columns;
   const Tensor tiles = call.floats({width, quads * 4 * sizes.n3});
   PrepareArgs lay_out{};
   lay_out.horizontal_hat = h.const_data_ptr<float>();
@@ -258,7 +256,7 @@ Tensor project_by_tubes(const Call& call, const Sizes& sizes, const Tensor& h, P
   lay_out.vector = sizes.n2 % 4 == 0 && is_aligned(lay_out.horizontal_hat, 16);
   prepare(lay_out, call.stream());
   const Walk walk(sizes, tubes.rows, tubes.columns, 792);
-  const Tensor z = call.floats({walk.splits, sizes.n1, sizes.n3 * sizes.rank});
+  const Tensor z = call.floats({walk.splits, sizes.n1, sizes.q()});
   args.horizontal_hat = lay_out.tiles;
   args.z = z.mutable_data_ptr<float>();
   args.splits = walk.splits;
@@ -283,7 +281,7 @@ Tensor project_by_tiles(const Call& call, const Sizes& sizes, const Tensor& h, P
   args.lines = first_lines(args.n3);
   args.tile = has_factors ? choose_tile(sizes.n3, call.limits()) : matrix_tile(args.lines);
   const Walk walk(sizes, kRows, args.tile.columns(), 264);
-  const Tensor z = call.floats({walk.splits, sizes.n1, sizes.n3 * sizes.rank});
+  const Tensor z = call.floats({walk.splits, sizes.n1, sizes.q()});
   args.horizontal_hat = h.const_data_ptr<float>();
   args.z = z.mutable_data_ptr<float>();
   args.splits = walk.splits;
@@ -312,21 +310,19 @@ Tensor project_by_tiles(const Call& call, const Sizes& sizes, const Tensor& h, P
 }
 
 template <bool TF32>
-Tensor core_grad_dense(Tensor grad, Tensor lateral_hat, Tensor horizontal_hat) {
-  STD_TORCH_CHECK(grad.dim() == 3, "tcur: grad must be [n3, n1, n2]");
-  const Sizes sizes = check_packed(lateral_hat, horizontal_hat, grad.size(0));
-  check_shape("grad", grad, {sizes.n3, sizes.n1, sizes.n2});
-  const Call call(lateral_hat);
-  const Precision precision = call.precision(lateral_hat, horizontal_hat, TF32);
-  call.check("grad", grad);
+Tensor core_grad_dense(const CoreGradDenseArguments& a) {
+  const Sizes sizes = check_core_grad_dense(a);
+  const Call call(a.lateral_hat);
+  const Precision precision = call.precision(a.lateral_hat, a.horizontal_hat, TF32);
+  call.check("grad", a.grad);
   check_slices(sizes.n3);
-  const Tensor g = torch::stable::contiguous(grad);
-  const Tensor l = torch::stable::contiguous(lateral_hat);
-  const Tensor h = torch::stable::contiguous(cast(horizontal_hat, ScalarType::Float));
+  const Tensor g = torch::stable::contiguous(a.grad);
+  const Tensor l = torch::stable::contiguous(a.lateral_hat);
+  const Tensor h = torch::stable::contiguous(cast(a.horizontal_hat, ScalarType::Float));
   const int n3 = static_cast<int>(sizes.n3), rank = static_cast<int>(sizes.rank);
   const Spectrum tables(call, n3);
 
-  const Element element = element_of(grad.scalar_type());
+  const Element element = element_of(g);
   ProjectArgs args{};
   args.grad = g.const_data_ptr();
   args.tables = tables.tables();
@@ -341,14 +337,11 @@ Tensor core_grad_dense(Tensor grad, Tensor lateral_hat, Tensor horizontal_hat) {
   // The tiles of some lengths are too large for some devices.
   const bool takes_tubes = fits_tubes(sizes.n1, sizes.n2, sizes.n3, rank, args.vector) &&
                            tubes_kernel_for(n3).shared_bytes <= call.limits().block;
-  const Tensor z = !is_there     ? call.floats({0, sizes.n1, sizes.n3 * sizes.rank})
+  const Tensor z = !is_there     ? call.floats({0, sizes.n1, sizes.q()})
                    : takes_tubes ? project_by_tubes(call, sizes, h, args)
                                  : project_by_tiles(call, sizes, h, args);
   const Tensor out = call.floats({sizes.n3, sizes.rank, sizes.rank});
-  const TokenRows p{
-      l.const_data_ptr(), element_of(l.scalar_type()), sizes.n3 * sizes.rank, sizes.n1};
-  const TokenRows z_rows{
-      z.const_data_ptr(), Element::f32, sizes.n3 * sizes.rank, z.size(0) * sizes.n1};
+  const TokenRows p = token_rows(l, 0, sizes.q()), z_rows = token_rows(z, 0, sizes.q());
   const TokenCores one(z_rows.rows, std::nullopt, 1);
   core_from_products(call, p, z_rows, n3, rank, 0, 1, one, tables.tables(), false, out);
   return out;
@@ -357,8 +350,12 @@ Tensor core_grad_dense(Tensor grad, Tensor lateral_hat, Tensor horizontal_hat) {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(tcur, TCUR_DISPATCH_KEY, m) {
-  m.impl("core_grad_dense" TCUR_LANGUAGE, TORCH_BOX(&core_grad_dense<false>));
-  m.impl("core_grad_dense" TCUR_LANGUAGE_TF32, TORCH_BOX(&core_grad_dense<true>));
+  m.impl(
+      "core_grad_dense" TCUR_LANGUAGE,
+      TORCH_BOX(&positional::core_grad_dense<&core_grad_dense<false>>));
+  m.impl(
+      "core_grad_dense" TCUR_LANGUAGE_TF32,
+      TORCH_BOX(&positional::core_grad_dense<&core_grad_dense<true>>));
 }
 
 }  // namespace tcur

@@ -286,7 +286,7 @@ TCUR_DEVICE void prefetch_slices(const ProjectArgs& args, int64_t row, int64_t c
   using T = ForwardTubes<N3>;
   constexpr int kLine = 128;  // bytes
   const int bytes = bytes_of(args.element);
-  const int in_row = (T::kColumns * bytes + kLine - 1) / kLine, in_slice = T::kRows * in_row;
+  const int in_row = ceil_div(T::kColumns * bytes, kLine), in_slice = T::kRows * in_row;
   for (int i = threadIdx.x; i < N3 * in_slice; i += T::kThreads) {
     const int l = i / in_slice, at = i - l * in_slice;
     const int64_t r = row + at / in_row, c = column + at % in_row * (kLine / bytes);
@@ -329,11 +329,9 @@ project_tubes_kernel(const TCUR_PARAMETER ProjectArgs args) {
     Staged<T, false>::ask(r, nullptr, args.first_quad, quads, staged);
     T::for_outer([&](int l0, int row, int column) __attribute__((always_inline)) {
       float* to = rows + row * T::kColumns + column;
-      if (args.element == Element::f32) {
-        read_slices<4, N3>(args, l0, first_row + row, first_column + column, to);
-      } else {
-        read_slices<2, N3>(args, l0, first_row + row, first_column + column, to);
-      }
+      with_bytes(args.element, [&](auto bytes) __attribute__((always_inline)) {
+        read_slices<bytes, N3>(args, l0, first_row + row, first_column + column, to);
+      });
     });
     if (tile + 1 < first_tile + args.tiles_per_split) {
       prefetch_slices<N3>(args, first_row, first_column + T::kColumns);

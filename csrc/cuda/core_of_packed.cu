@@ -6,12 +6,12 @@
 namespace tcur {
 namespace {
 
-Tensor core_of_packed(Tensor packed, double scale) {
-  const PackedSizes sizes = check_packed_gradients(packed);
-  const Call call(packed);
-  call.check("packed", packed, ScalarType::Float);
+Tensor core_of_packed(const CoreOfPackedArguments& a) {
+  const PackedSizes sizes = check_core_of_packed(a);
+  const Call call(a.packed);
+  call.check("packed", a.packed, ScalarType::Float);
   check_slices(sizes.n3);
-  const Tensor parts = torch::stable::contiguous(packed);
+  const Tensor parts = torch::stable::contiguous(a.packed);
   const Tensor out = call.floats({sizes.n3, sizes.rank, sizes.rank});
   const Spectrum tables(call, sizes.n3);
   const CoreArgs args{
@@ -22,7 +22,7 @@ Tensor core_of_packed(Tensor packed, double scale) {
       1,
       static_cast<int>(sizes.rank),
       out.mutable_data_ptr<float>(),
-      scale,
+      a.scale,
       tables.tables()};
   make_core(args, call.stream());
   return out;
@@ -31,8 +31,9 @@ Tensor core_of_packed(Tensor packed, double scale) {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(tcur, TCUR_DISPATCH_KEY, m) {
-  m.impl("core_of_packed" TCUR_LANGUAGE, TORCH_BOX(&core_of_packed));
-  m.impl("core_of_packed" TCUR_LANGUAGE_TF32, TORCH_BOX(&core_of_packed));
+  m.impl("core_of_packed" TCUR_LANGUAGE, TORCH_BOX(&positional::core_of_packed<&core_of_packed>));
+  m.impl(
+      "core_of_packed" TCUR_LANGUAGE_TF32, TORCH_BOX(&positional::core_of_packed<&core_of_packed>));
 }
 
 }  // namespace tcur

@@ -16,7 +16,9 @@
 // slices at rank 8 in bf16: 116 blocks of 7 bins and 72 tokens. Planned: 256 threads, up to 128
 // registers, 2 blocks per multiprocessor, up to 64 KiB of shared memory each at large ranks, 3.5
 // KiB at a rank of 8.
-#include "token_rows.h"
+#include "token_grid.h"
+
+#include "../common/token_products.h"
 
 #include <cmath>
 
@@ -122,7 +124,7 @@ apply_kernel(const TCUR_PARAMETER ApplyArgs args) {
   PackedPair<E> ahead[kTokens];
   load(0, 0, ahead);
   for (int first = 0; first < rank; first += kSlab) {
-    const int columns = rank - first < kSlab ? (rank - first + 3) / 4 * 4 : kSlab;
+    const int columns = rank - first < kSlab ? round_up(rank - first, 4) : kSlab;
     if (first > 0) {
       __syncthreads();
     }
@@ -191,14 +193,20 @@ apply_kernel(const TCUR_PARAMETER ApplyArgs args) {
   }
 }
 
-template <Element E, bool TRANSPOSED>
-auto kernel_for(bool vector) {
-  return vector ? apply_kernel<E, TRANSPOSED, true> : apply_kernel<E, TRANSPOSED, false>;
+using ApplyKernel = void (*)(ApplyArgs);
+
+template <bool TRANSPOSED, bool VECTOR>
+ApplyKernel kernel_for(Element element) {
+  return with_element<Element::f32, Element::bf16>(element, [](auto in) -> ApplyKernel {
+    return &apply_kernel<decltype(in)::value, TRANSPOSED, VECTOR>;
+  });
 }
 
-template <Element E>
-auto kernel_for(bool transposed, bool vector) {
-  return transposed ? kernel_for<E, true>(vector) : kernel_for<E, false>(vector);
+ApplyKernel kernel_for(Element element, bool transposed, bool vector) {
+  if (transposed) {
+    return vector ? kernel_for<true, true>(element) : kernel_for<true, false>(element);
+  }
+  return vector ? kernel_for<false, true>(element) : kernel_for<false, false>(element);
 }
 
 struct AddArgs {
@@ -234,65 +242,59 @@ add_kernel(const TCUR_PARAMETER AddArgs args) {
   }
 }
 
-template <bool VECTOR>
-auto add_kernel_for(Element y, Element delta) {
-  if (delta == Element::f32) {
-    return y == Element::bf16 ? add_kernel<Element::bf16, Element::f32, VECTOR>
-                              : add_kernel<Element::f16, Element::f32, VECTOR>;
-  }
-  return y == Element::f32 ? add_kernel<Element::f32, Element::bf16, VECTOR>
-                           : add_kernel<Element::f16, Element::bf16, VECTOR>;
-}
+using AddKernel = void (*)(AddArgs);
 
-Tensor matmul_transposed(const Tensor& a, const Tensor& b) {
-  return torch::stable::matmul(a, torch::stable::transpose(b, 0, 1));
+// Numbers of the same type are added by torch.
+template <bool VECTOR>
+AddKernel add_kernel_for(Element y, Element delta) {
+  if (delta == Element::f32) {
+    return with_element<Element::bf16, Element::f16>(y, [](auto to) -> AddKernel {
+      return &add_kernel<decltype(to)::value, Element::f32, VECTOR>;
+    });
+  }
+  return with_element<Element::f32, Element::f16>(y, [](auto to) -> AddKernel {
+    return &add_kernel<decltype(to)::value, Element::bf16, VECTOR>;
+  });
 }
 
 // The projected tokens after the core: [tokens*slices, q], or [tokens, q] transposed.
 Tensor apply_core(
     const Call& call,
+    const CurLinearArguments& a,
     const LinearSizes& sizes,
-    const Tensor& in,  // [tokens, q], or [tokens*slices, q] transposed, contiguous; fp32 or bf16
-    const Tensor& core,
-    const std::optional<Tensor>& adapter_ids,
-    int64_t slice_index,
-    int64_t slices,
-    double scale,
-    bool transposed) {
+    const Tensor& in) {  // [tokens, q], or [tokens*slices, q] transposed, contiguous; fp32 or bf16
   const int n3 = static_cast<int>(sizes.n3), rank = static_cast<int>(sizes.rank);
-  const bool many = adapter_ids.has_value();
-  const TokenCores cores(sizes.tokens, adapter_ids, many ? core.size(0) : 1);
+  const Tensor core = torch::stable::contiguous(a.core);
+  const TokenCores cores(sizes.tokens, a.adapter_ids, core.size(0));
   // Spectra of all cores, or of the cores of the rows, whichever are fewer.
-  const bool by_rows = many && cores.rows < cores.cores();
-  const CoreIds in_order{nullptr, by_rows ? cores.rows : cores.cores()};
-  const Spectrum spectrum(call, core, scale, by_rows ? cores.ids() : in_order, in_order.cores);
-  const int64_t q = sizes.n3 * sizes.rank;
+  const bool by_rows = a.adapter_ids.has_value() && cores.rows() < cores.cores();
+  const CoreIds in_order{nullptr, by_rows ? cores.rows() : cores.cores()};
+  const Spectrum spectrum(
+      call, core, a.scale, by_rows ? core_ids(cores) : in_order, in_order.cores);
   const Tensor out = torch::stable::new_empty(
-      in, {transposed ? sizes.tokens : sizes.tokens * slices, q}, in.scalar_type());
-  const Element element = element_of(in.scalar_type());
+      in, {a.transposed ? sizes.tokens : sizes.tokens * a.slices, sizes.q()}, in.scalar_type());
+  const Element element = element_of(in);
   const bool vector = rank % 4 == 0 && is_aligned(in.const_data_ptr(), 4 * bytes_of(element)) &&
                       is_aligned(out.const_data_ptr(), 4 * bytes_of(element));
   constexpr int64_t wanted = 264;  // blocks, two for each of 132 multiprocessors
-  TokenGrid grid = token_grid(n3, rank, (rank + 3) / 4, kMostThreads, cores);
+  TokenGrid grid = token_grid(n3, rank, ceil_div(rank, 4), kMostThreads, cores);
   const int64_t per_thread =
-      tiles_of(sizes.tokens * grid.bin_blocks * grid.tile_blocks, wanted * grid.groups);
-  cut_rows(grid, std::clamp<int64_t>(per_thread, 1, tokens_of(element, transposed, vector)));
+      ceil_div(sizes.tokens * grid.bin_blocks * grid.tile_blocks, wanted * grid.groups);
+  cut_rows(grid, std::clamp<int64_t>(per_thread, 1, tokens_of(element, a.transposed, vector)));
   const ApplyArgs args{
       in.const_data_ptr(),
       out.mutable_data_ptr(),
       spectrum.core_hat(),
-      by_rows ? in_order : cores.ids(),
+      by_rows ? in_order : core_ids(cores),
       grid,
       spectrum.tables(),
       rank,
-      static_cast<int>(slice_index),
-      static_cast<int>(slices)};
-  const int64_t numbers =
-      8 * std::min<int64_t>(kSlab, (rank + 3) / 4 * 4) * grid.threads_per_token();
+      static_cast<int>(a.slice_index),
+      static_cast<int>(a.slices)};
+  const int64_t numbers = 8 * std::min(kSlab, round_up(rank, 4)) * grid.threads_per_token();
   if (grid.blocks() > 0) {
     launch(
-        element == Element::f32 ? kernel_for<Element::f32>(transposed, vector)
-                                : kernel_for<Element::bf16>(transposed, vector),
+        kernel_for(element, a.transposed, vector),
         grid.blocks(),
         kThreads,
         numbers * static_cast<int64_t>(sizeof(float)),
@@ -311,14 +313,14 @@ void add_product_to(const Call& call, const Tensor& y, const Tensor& mixed, cons
     return;
   }
   const Tensor delta = torch::stable::contiguous(torch::stable::matmul(mixed, factor));
-  const Element to = element_of(dtype), from = element_of(delta.scalar_type());
+  const Element to = element_of(dtype), from = element_of(delta);
   const AddArgs args{y.mutable_data_ptr(), delta.const_data_ptr(), y.numel()};
   const bool vector = args.size % 4 == 0 && is_aligned(args.y, 4 * bytes_of(to)) &&
                       is_aligned(args.delta, 4 * bytes_of(from));
   if (args.size > 0) {
     launch(
         vector ? add_kernel_for<true>(to, from) : add_kernel_for<false>(to, from),
-        tiles_of(args.size, 8 * kThreads),
+        ceil_div(args.size, 8 * kThreads),
         kThreads,
         0,
         call.stream(),
@@ -326,92 +328,43 @@ void add_product_to(const Call& call, const Tensor& y, const Tensor& mixed, cons
   }
 }
 
-Tensor cur_linear(
-    Tensor x,
-    std::optional<Tensor> weight,
-    std::optional<Tensor> bias,
-    Tensor lateral_hat,
-    Tensor horizontal_hat,
-    Tensor core,
-    int64_t slice_index,
-    int64_t slices,
-    double scale,
-    bool materialized,
-    bool transposed,
-    std::optional<Tensor> z,
-    bool dense_grad,  // for the derivative alone
-    std::optional<Tensor> adapter_ids) {
-  const LinearSizes sizes = check_linear(
-      x,
-      weight,
-      bias,
-      lateral_hat,
-      horizontal_hat,
-      core,
-      slice_index,
-      slices,
-      materialized,
-      transposed,
-      z,
-      dense_grad,
-      adapter_ids.has_value());
-  const Call call(lateral_hat);
-  call.check("x", x);
-  call.check("lateral_hat", lateral_hat);
-  call.check("horizontal_hat", horizontal_hat);
-  call.check("core", core);
+Tensor cur_linear(const CurLinearArguments& a) {
+  const LinearSizes sizes = check_cur_linear(a);
+  const Call call(a.lateral_hat);
+  call.check("x", a.x);
+  call.check("lateral_hat", a.lateral_hat);
+  call.check("horizontal_hat", a.horizontal_hat);
+  call.check("core", a.core);
   check_slices(sizes.n3);
-  if (adapter_ids.has_value()) {
-    call.check_device("adapter_ids", *adapter_ids);
+  if (a.adapter_ids.has_value()) {
+    call.check_device("adapter_ids", *a.adapter_ids);
+  }
+  if (a.z.has_value()) {
+    call.check("z", *a.z);
   }
   std::optional<Tensor> y;
-  if (weight.has_value()) {
-    call.check("weight", *weight);
-    y = transposed ? torch::stable::matmul(x, *weight) : linear(x, *weight, bias);
-    if (materialized) {
-      return *y;
-    }
-    y = torch::stable::contiguous(*y);
+  if (a.weight.has_value()) {
+    call.check("weight", *a.weight);
+    y = base_product(a);
   }
-  const ScalarType precision = lateral_hat.scalar_type();
-  Tensor in = x;
-  if (z.has_value()) {
-    call.check("z", *z);
-    in = torch::stable::reshape(*z, {sizes.tokens, sizes.n3 * sizes.rank});
-  } else if (transposed) {
-    const Tensor rows = torch::stable::reshape(x, {sizes.tokens * slices, sizes.n1});
-    in = torch::stable::matmul(cast(rows, precision), lateral_hat);
-  } else {
-    const Tensor rows = torch::stable::reshape(x, {sizes.tokens, sizes.n2});
-    in = matmul_transposed(cast(rows, precision), horizontal_hat);
-  }
-  const Tensor mixed = apply_core(
-      call,
-      sizes,
-      torch::stable::contiguous(cast(in, precision)),
-      torch::stable::contiguous(core),
-      adapter_ids,
-      slice_index,
-      slices,
-      scale,
-      transposed);
-  const Tensor factor = transposed ? horizontal_hat : torch::stable::transpose(lateral_hat, 0, 1);
+  const Tensor in = cast(project(a, sizes), a.lateral_hat.scalar_type());
+  const Tensor mixed = apply_core(call, a, sizes, torch::stable::contiguous(in));
+  const Tensor factor =
+      a.transposed ? a.horizontal_hat : torch::stable::transpose(a.lateral_hat, 0, 1);
   if (y.has_value()) {
+    y = torch::stable::contiguous(*y);
     add_product_to(call, *y, mixed, factor);
     return *y;
   }
-  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
-  shape.back() = sizes.out_features;
-  const Tensor delta = torch::stable::contiguous(torch::stable::matmul(mixed, factor));
-  return torch::stable::reshape(cast(delta, x.scalar_type()), shape);
+  return as_output(a, sizes, torch::stable::contiguous(torch::stable::matmul(mixed, factor)));
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(tcur, TCUR_DISPATCH_KEY, m) {
-  m.impl("cur_linear" TCUR_LANGUAGE, TORCH_BOX(&cur_linear));
+  m.impl("cur_linear" TCUR_LANGUAGE, TORCH_BOX(&positional::cur_linear<&cur_linear>));
   // Products of tokens are torch's, and follow its own switch for TF32.
-  m.impl("cur_linear" TCUR_LANGUAGE_TF32, TORCH_BOX(&cur_linear));
+  m.impl("cur_linear" TCUR_LANGUAGE_TF32, TORCH_BOX(&positional::cur_linear<&cur_linear>));
 }
 
 }  // namespace tcur

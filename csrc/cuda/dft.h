@@ -8,8 +8,8 @@
 // memory. Lengths up to kLongestOuter have no inner step.
 #pragma once
 
-#include "../codelets.h"
-#include "elements.h"
+#include "../common/codelets.h"
+#include "lanes.h"
 #include "spectrum.h"
 
 namespace tcur {

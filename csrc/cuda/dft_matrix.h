@@ -8,8 +8,8 @@
 // E and O of its lines.
 #pragma once
 
-#include "elements.h"
 #include "fragments.h"
+#include "lanes.h"
 #include "spectrum.h"
 #include "tile.h"
 
@@ -57,7 +57,7 @@ inline int64_t matrix_bytes(const Lines& lines, const Tile& tile) {
 
 // Bins of a chunk that begins with this one, rounded up to whole fragments.
 TCUR_DEVICE int chunk_bins(int n3, const Lines& lines, int first) {
-  const int rest = (n3 / 2 + 1 - first + 7) / 8 * 8;
+  const int rest = round_up(n3 / 2 + 1 - first, 8);
   return rest < lines.count ? rest : lines.count;
 }
 

@@ -64,36 +64,6 @@ struct Fragment {
 using FragmentA = Fragment<4>;
 using FragmentB = Fragment<2>;
 
-#ifndef __CUDACC__
-struct WarpProduct {
-  const float *a, *b;
-  float* d;
-};
-
-inline void multiply_on_host(WarpProduct* const* lanes) {
-  float a[16][8], b[8][8];
-  for (int lane = 0; lane < fibers::kWarp; ++lane) {
-    const int g = lane / 4, t = lane % 4;
-    for (int i = 0; i < 4; ++i) {
-      a[g + 8 * (i % 2)][t + 4 * (i / 2)] = lanes[lane]->a[i];
-    }
-    for (int i = 0; i < 2; ++i) {
-      b[t + 4 * i][g] = lanes[lane]->b[i];
-    }
-  }
-  for (int lane = 0; lane < fibers::kWarp; ++lane) {
-    for (int i = 0; i < 4; ++i) {
-      const int row = lane / 4 + 8 * (i / 2), column = 2 * (lane % 4) + i % 2;
-      float sum = lanes[lane]->d[i];
-      for (int k = 0; k < 8; ++k) {
-        sum += a[row][k] * b[k][column];
-      }
-      lanes[lane]->d[i] = sum;
-    }
-  }
-}
-#endif
-
 TCUR_DEVICE void multiply_tf32(float (&d)[4], const float (&a)[4], const float (&b)[2]) {
 #ifdef __CUDACC__
   asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
@@ -106,8 +76,7 @@ TCUR_DEVICE void multiply_tf32(float (&d)[4], const float (&a)[4], const float (
         "r"(__float_as_uint(b[0])),
         "r"(__float_as_uint(b[1])));
 #else
-  WarpProduct operands{a, b, d};
-  fibers::machine.warp_operation(operands, &multiply_on_host);
+  multiply_on_host(a, b, d);
 #endif
 }
 

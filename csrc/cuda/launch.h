@@ -2,17 +2,15 @@
 //
 // Kernels use from CUDA: threadIdx.x, blockIdx.x, blockDim.x, gridDim.x, dynamic shared memory by
 // `shared_memory<T>()`, __syncthreads(), and the warp's matrix product of fragments.h. On the host
-// every CUDA thread is a fiber (fibers.h), so that the very source of the kernels is tested on
-// machines without a GPU. Blocks are one-dimensional, grids too.
+// emulator/ stands for all of that: every CUDA thread is a fiber, so that the very source of the
+// kernels is tested on machines without a GPU. Blocks are one-dimensional, grids too.
 #pragma once
 
-#include "../tubes.h"
+#include "../common/integers.h"
 
 #ifdef __CUDACC__
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
-#else
-#include "fibers.h"
 #endif
 
 #include <cstdint>
@@ -21,7 +19,18 @@
 
 namespace tcur {
 
-#ifdef __CUDACC__
+// Bytes of shared memory of a multiprocessor, and how many of them one block may have.
+struct SharedLimits {
+  int64_t multiprocessor, block;
+};
+
+}  // namespace tcur
+
+#ifndef __CUDACC__
+#include "emulator/launch.h"
+#else
+
+namespace tcur {
 
 #define TCUR_DEVICE __device__ __forceinline__
 // At most 65536 / (threads * blocks) registers: the occupancy a kernel is planned for.
@@ -89,11 +98,6 @@ inline int64_t device_attribute(cudaDeviceAttr attribute, int device) {
   return value;
 }
 
-// Bytes of shared memory of a multiprocessor, and how many of them one block may have.
-struct SharedLimits {
-  int64_t multiprocessor, block;
-};
-
 inline SharedLimits shared_limits(int device) {
   return {
       device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device),
@@ -137,77 +141,11 @@ void launch_kernel(
   check(cudaLaunchKernelEx(&config, kernel, args...), "kernel launch");
 }
 
-#else
-
-#define TCUR_DEVICE inline
-#define TCUR_KERNEL(threads, blocks) void
-#define TCUR_PARAMETER
-
-struct Stream {};
-
-inline void copy_later(float* to_shared, const float* from) {
-  std::copy_n(from, 4, to_shared);
-}
-inline void wait_for_copies() {
-}
-
-struct Exchange {
-  float sent, received;
-  int bits;
-};
-inline float exchange(float x, int bits) {
-  Exchange own{x, 0.0f, bits};
-  fibers::machine.warp_operation(
-      own, +[](Exchange* const* lanes) {
-        for (int lane = 0; lane < fibers::kWarp; ++lane) {
-          lanes[lane]->received = lanes[lane ^ lanes[lane]->bits]->sent;
-        }
-      });
-  return own.received;
-}
-inline int concealed(int number) {
-  return number;
-}
-inline void prefetch(const void*) {
-}
-inline void wait_for_launch_before() {
-}
-inline void let_next_launch_begin() {
-}
-
-template <class T>
-T* shared_memory() {
-  return reinterpret_cast<T*>(fibers::shared_memory());
-}
-
-struct SharedLimits {
-  int64_t multiprocessor, block;
-};
-
-inline bool can_launch_early(int) {
-  return false;
-}
-
-inline SharedLimits shared_limits(int) {
-  return {fibers::shared_limit + 1024, fibers::shared_limit};
-}
-
-template <class... Params, class... Args>
-void launch_kernel(
-    bool,
-    void (*kernel)(Params...),
-    int64_t blocks,
-    int threads,
-    int64_t shared_bytes,
-    Stream,
-    const Args&... args) {
-  if (shared_bytes > fibers::shared_limit) {
-    throw std::runtime_error("tcur: a block asks for more shared memory than there is");
-  }
-  fibers::run(blocks, threads, shared_bytes, [&] { kernel(args...); });
-}
+}  // namespace tcur
 
 #endif
+
+namespace tcur {
 
 template <class Kernel, class... Args>
 void launch(

@@ -13,6 +13,7 @@
 // multiprocessor can do.
 // Planned: 256 threads, up to 128 registers, 2 blocks per multiprocessor, each with as much shared
 // memory as its tile needs: 96 KiB for 48 slices of 16 x 32.
+#include "../common/slice_places.h"
 #include "dft.h"
 #include "dft_matrix.h"
 #include "materialize.h"
@@ -43,7 +44,7 @@ TCUR_KERNEL(kThreads, 4) mix_kernel(const TCUR_PARAMETER MixArgs args) {
   const int64_t row = index / q;
   const int column = static_cast<int>(index - row * q), plane = column / rank;
   const int b = column - plane * rank;
-  const bool is_pair = plane > 0 && plane <= 2 * pairs(n3), is_imaginary = plane % 2 == 0;
+  const bool is_pair = tcur::is_pair(bin_of(plane), n3), is_imaginary = plane % 2 == 0;
   const float* left = args.lateral_hat + row * q + plane * rank;
   const float* core = args.core_hat + plane * square + b;
   float sum = 0.0f;
@@ -69,7 +70,7 @@ TCUR_DEVICE void prefetch_base(const MaterializeArgs& args, const Corner& corner
   constexpr int kLine = 128;  // bytes
   const Tile& tile = args.tile;
   const int bytes = bytes_of(args.base_element);
-  const int in_row = (tile.columns() * bytes + kLine - 1) / kLine, in_base = tile.rows * in_row;
+  const int in_row = ceil_div(tile.columns() * bytes, kLine), in_base = tile.rows * in_row;
   for (int i = threadIdx.x; i < args.bases * in_base; i += kThreads) {
     const int which = i / in_base, row = (i - which * in_base) / in_row, line = i % in_row;
     const int64_t column = corner.column + line * (kLine / bytes);
@@ -89,11 +90,11 @@ TCUR_DEVICE void form_planes(
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const Tile& tile = args.tile;
   constexpr int kGroup = 2 * HALVES;  // fragments of 8 columns that a warp works on together
-  const int fragments = tile.columns() / 8, groups = (fragments + kGroup - 1) / kGroup;
+  const int fragments = tile.columns() / 8, groups = ceil_div(fragments, kGroup);
   for (int item = warp; item < count * groups; item += kThreads / 32) {
     const int index = item / groups, first = (item - index * groups) * kGroup;
-    const int bin = planes.first + index, plane = bin == 0 ? 0 : 2 * bin - 1;
-    const bool is_pair = bin > 0 && bin <= pairs(args.n3);
+    const int bin = planes.first + index, plane = plane_of(bin);
+    const bool is_pair = tcur::is_pair(bin, args.n3);
     const int depth = is_pair ? 2 * rank : bin <= args.n3 / 2 ? rank : 0;
     float sums[HALVES][kGroup][4] = {};
     for (int k0 = 0; k0 < depth; k0 += 8) {
@@ -206,16 +207,14 @@ TCUR_DEVICE void write_slices(
     const Steps& slices,
     const Place& place,
     Quad (&x)[N]) {
-  if (args.base_element == Element::f32) {
-    add_base<4>(args, slots, place, x);
-  } else if (args.base_element != Element::none) {
-    add_base<2>(args, slots, place, x);
+  if (args.base_element != Element::none) {
+    with_bytes(args.base_element, [&](auto bytes) __attribute__((always_inline)) {
+      add_base<bytes>(args, slots, place, x);
+    });
   }
-  if (args.out_element == Element::f32) {
-    store_slices<4>(args, slots, slices, place, x);
-  } else {
-    store_slices<2>(args, slots, slices, place, x);
-  }
+  with_bytes(args.out_element, [&](auto bytes) __attribute__((always_inline)) {
+    store_slices<bytes>(args, slots, slices, place, x);
+  });
 }
 
 template <int OUTER>
@@ -288,7 +287,7 @@ Tile choose_tile(const Sizes& sizes, const SharedLimits& limits) {
   const int64_t half = std::min(limits.block, limits.multiprocessor / 2 - reserved);
   for (int log_columns = 7; log_columns >= 5; --log_columns) {
     const Tile tile{16, log_columns};
-    const int64_t tiles = tiles_of(sizes.n1, tile.rows) * tiles_of(sizes.n2, tile.columns());
+    const int64_t tiles = ceil_div(sizes.n1, tile.rows) * ceil_div(sizes.n2, tile.columns());
     if (fits(tile, half) && (tiles >= few || log_columns == 5)) {
       return tile;
     }
@@ -303,42 +302,27 @@ Tile choose_tile(const Sizes& sizes, const SharedLimits& limits) {
   return {8, 3};
 }
 
-// All slices of a call: where they lie, and the type of their base.
-class Slices {
- public:
-  Slices(const std::vector<Tensor>& weights, const Sizes& sizes, const Tensor& out)
-      : places_(place_slices(weights, sizes, out)) {
-    if (!weights.empty()) {
-      element_ = element_of(weights[0].scalar_type());
-    }
-  }
+// Slice l goes to a slot of the arguments.
+void put_slice(const SlicePlaces& slices, int64_t l, MaterializeArgs& args, int slot) {
+  const SlicePlace& place = slices.all[l];
+  args.base[slot] = place.base;
+  args.beside[slot] = {
+      static_cast<unsigned short>(place.count), static_cast<unsigned short>(place.index)};
+}
 
-  // Slice l goes to a slot of the arguments.
-  void put(int64_t l, MaterializeArgs& args, int slot) const {
-    const SlicePlace& place = places_[l];
-    args.base[slot] = place.base;
-    args.beside[slot] = {
-        static_cast<unsigned short>(place.count), static_cast<unsigned short>(place.index)};
-  }
+// Whether every slice of the base starts at a multiple of so many numbers.
+bool are_aligned_for(int64_t numbers, const SlicePlaces& slices) {
+  return slices.element == Element::none ||
+         std::all_of(slices.all.begin(), slices.all.end(), [&](const SlicePlace& place) {
+           return is_aligned(place.base, numbers * bytes_of(slices.element));
+         });
+}
 
-  bool is_aligned_for(int64_t numbers) const {
-    return std::all_of(places_.begin(), places_.end(), [&](const SlicePlace& place) {
-      return is_aligned(place.base, numbers * bytes_of(element_));
-    });
-  }
-  Element element() const {
-    return element_;
-  }
-  // Slices side by side in one matrix, at most.
-  int64_t most_beside() const {
-    const auto fewer = [](const SlicePlace& a, const SlicePlace& b) { return a.count < b.count; };
-    return std::max_element(places_.begin(), places_.end(), fewer)->count;
-  }
-
- private:
-  Element element_ = Element::none;
-  std::vector<SlicePlace> places_;
-};
+// Slices side by side in one matrix, at most.
+int64_t most_beside(const SlicePlaces& slices) {
+  const auto fewer = [](const SlicePlace& a, const SlicePlace& b) { return a.count < b.count; };
+  return std::max_element(slices.all.begin(), slices.all.end(), fewer)->count;
+}
 
 template <int... I>
 auto kernel_for(int64_t outer, std::integer_sequence<int, I...>) {
@@ -355,9 +339,9 @@ TubesKernel tubes_kernel_for(int64_t n3) {
 // Whether everything is as the kernels for tubes want it; their tiles are too large for some
 // devices.
 bool takes_tubes(
-    const Call& call, const Sizes& sizes, const Slices& slices, const MaterializeArgs& args) {
+    const Call& call, const Sizes& sizes, const SlicePlaces& slices, const MaterializeArgs& args) {
   return fits_tubes(sizes.n1, sizes.n2, sizes.n3, sizes.rank, args.vector) &&
-         sizes.n1 * sizes.n2 * slices.most_beside() <= UINT32_MAX &&
+         sizes.n1 * sizes.n2 * most_beside(slices) <= UINT32_MAX &&
          tubes_kernel_for(sizes.n3).shared_bytes <= call.limits().block;
 }
 
@@ -367,12 +351,12 @@ void launch_tubes(
     const float* lateral_hat,
     const float* core,
     double scale,
-    const Slices& slices,
+    const SlicePlaces& slices,
     MaterializeArgs args) {
   const TubesKernel tubes = tubes_kernel_for(sizes.n3);
-  const int64_t in_column = tiles_of(sizes.n1, tubes.rows), rows = in_column * tubes.rows;
-  args.tiles_in_row = tiles_of(sizes.n2, tubes.columns);
-  args.quads = static_cast<int>(tiles_of(args.rank, 4));
+  const int64_t in_column = ceil_div(sizes.n1, tubes.rows), rows = in_column * tubes.rows;
+  args.tiles_in_row = ceil_div(sizes.n2, tubes.columns);
+  args.quads = static_cast<int>(ceil_div(args.rank, 4));
   const int64_t numbers = 4 * args.quads * sizes.n3;
   const Tensor mixed = call.floats({rows, numbers});
   const Tensor tiles = call.floats({args.tiles_in_row * tubes.columns, numbers});
@@ -397,7 +381,7 @@ void launch_tubes(
   args.mixed = mixed.const_data_ptr<float>();
   args.horizontal_hat = tiles.const_data_ptr<float>();
   for (int l = 0; l < args.n3; ++l) {
-    slices.put(l, args, l);
+    put_slice(slices, l, args, l);
   }
   // Asking ahead pays while what all blocks ask for stays in the second-level cache; measured on an
   // H100, with 50 MB of it: 6 % gained on stacks of 113 MB, 7 to 15 % lost on stacks of 1 GB and
@@ -416,16 +400,16 @@ void launch_tubes(
 }
 
 void launch_by_codelets(
-    const Call& call, const Sizes& sizes, const Slices& slices, MaterializeArgs args) {
+    const Call& call, const Sizes& sizes, const SlicePlaces& slices, MaterializeArgs args) {
   args.tile = choose_tile(sizes, call.limits());
-  args.tiles_in_row = tiles_of(sizes.n2, args.tile.columns());
+  args.tiles_in_row = ceil_div(sizes.n2, args.tile.columns());
   args.bases = args.base_element == Element::none ? 0 : args.n3;
   for (int l = 0; l < args.n3; ++l) {
-    slices.put(l, args, l);
+    put_slice(slices, l, args, l);
   }
   launch(
       kernel_for(dft_factors(sizes.n3).outer, std::make_integer_sequence<int, kLongestOuter>{}),
-      tiles_of(sizes.n1, args.tile.rows) * args.tiles_in_row,
+      ceil_div(sizes.n1, args.tile.rows) * args.tiles_in_row,
       kThreads,
       sizes.n3 * args.tile.positions() * static_cast<int64_t>(sizeof(float)),
       call.stream(),
@@ -433,23 +417,23 @@ void launch_by_codelets(
 }
 
 void launch_by_matrix(
-    const Call& call, const Sizes& sizes, const Slices& slices, MaterializeArgs args) {
+    const Call& call, const Sizes& sizes, const SlicePlaces& slices, MaterializeArgs args) {
   args.lines = first_lines(args.n3);
   args.tile = matrix_tile(args.lines);
-  args.tiles_in_row = tiles_of(sizes.n2, args.tile.columns());
+  args.tiles_in_row = ceil_div(sizes.n2, args.tile.columns());
   args.bases = args.base_element == Element::none ? 0 : 2 * args.lines.count;
   for (; args.lines.first <= args.n3 / 2; args.lines.first += args.lines.count) {
     std::fill_n(args.base, 2 * args.lines.count, nullptr);
     for (int l = args.lines.first; l < args.lines.end(args.n3); ++l) {
       const int slot = l - args.lines.first;
-      slices.put(l, args, slot);
+      put_slice(slices, l, args, slot);
       if (l > 0 && 2 * l != args.n3) {
-        slices.put(args.n3 - l, args, args.lines.count + slot);
+        put_slice(slices, args.n3 - l, args, args.lines.count + slot);
       }
     }
     launch(
         materialize_matrix_kernel,
-        tiles_of(sizes.n1, args.tile.rows) * args.tiles_in_row,
+        ceil_div(sizes.n1, args.tile.rows) * args.tiles_in_row,
         kThreads,
         matrix_bytes(args.lines, args.tile),
         call.stream(),
@@ -457,56 +441,49 @@ void launch_by_matrix(
   }
 }
 
-void write_materialized(
-    std::vector<Tensor> weights,
-    const Tensor& lateral_hat,
-    const Tensor& horizontal_hat,
-    const Tensor& core,
-    double scale,
-    const Tensor& out,
-    bool tf32) {
-  STD_TORCH_CHECK(core.dim() == 3, "tcur: core must be [n3, rank, rank]");
-  const Sizes sizes = check_packed(lateral_hat, horizontal_hat, core.size(0));
-  check_shape("core", core, {sizes.n3, sizes.rank, sizes.rank});
-  const Call call(lateral_hat);
-  const Precision precision = call.precision(lateral_hat, horizontal_hat, tf32);
-  call.check("core", core, ScalarType::Float);
-  call.check("out", out);
+template <bool TF32>
+void materialize(const MaterializeArguments& a) {
+  const Sizes sizes = check_materialize(a);
+  const Call call(a.lateral_hat);
+  const Precision precision = call.precision(a.lateral_hat, a.horizontal_hat, TF32);
+  call.check("core", a.core, ScalarType::Float);
+  call.check("out", a.out);
   check_slices(sizes.n3);
-  for (Tensor& weight : weights) {
+  std::vector<Tensor> weights;
+  for (const Tensor& weight : a.weights) {
     call.check("weights", weight);
-    weight = torch::stable::contiguous(weight);
+    weights.push_back(torch::stable::contiguous(weight));
   }
-  const Slices slices(weights, sizes, out);
-  if (out.numel() == 0) {
+  const SlicePlaces slices = place_slices(weights, sizes, a.out);
+  if (a.out.numel() == 0) {
     return;
   }
-  const Tensor l = torch::stable::contiguous(cast(lateral_hat, ScalarType::Float));
-  const Tensor h = torch::stable::contiguous(cast(horizontal_hat, ScalarType::Float));
-  const Tensor c = torch::stable::contiguous(core);
+  const Tensor l = torch::stable::contiguous(cast(a.lateral_hat, ScalarType::Float));
+  const Tensor h = torch::stable::contiguous(cast(a.horizontal_hat, ScalarType::Float));
+  const Tensor c = torch::stable::contiguous(a.core);
   const int n3 = static_cast<int>(sizes.n3), rank = static_cast<int>(sizes.rank);
-  const int64_t q = sizes.n3 * sizes.rank;
+  const int64_t q = sizes.q();
   MaterializeArgs args{};
   args.horizontal_hat = h.const_data_ptr<float>();
-  args.out = out.mutable_data_ptr();
+  args.out = a.out.mutable_data_ptr();
   args.n1 = sizes.n1;
   args.n2 = sizes.n2;
   args.n3 = n3;
   args.rank = rank;
   args.precision = precision;
-  args.base_element = slices.element();
-  args.out_element = element_of(out.scalar_type());
-  args.vector = sizes.n2 % 4 == 0 && slices.is_aligned_for(4) &&
+  args.base_element = slices.element;
+  args.out_element = element_of(a.out);
+  args.vector = sizes.n2 % 4 == 0 && are_aligned_for(4, slices) &&
                 is_aligned(args.out, 4 * bytes_of(args.out_element));
-  args.side_by_side = slices.most_beside() > 1;
+  args.side_by_side = most_beside(slices) > 1;
   if (takes_tubes(call, sizes, slices, args)) {
     const Spectrum tables(call, sizes.n3);
     args.tables = tables.tables();
     launch_tubes(
-        call, sizes, l.const_data_ptr<float>(), c.const_data_ptr<float>(), scale, slices, args);
+        call, sizes, l.const_data_ptr<float>(), c.const_data_ptr<float>(), a.scale, slices, args);
     return;
   }
-  const Spectrum spectrum(call, c, scale, {nullptr, 1}, 1);
+  const Spectrum spectrum(call, c, a.scale, {nullptr, 1}, 1);
   const Tensor mixed = call.floats({sizes.n1, q});
   const MixArgs mix{
       l.const_data_ptr<float>(),
@@ -515,7 +492,7 @@ void write_materialized(
       sizes.n1,
       n3,
       rank};
-  launch(mix_kernel, tiles_of(sizes.n1 * q, kThreads), kThreads, 0, call.stream(), mix);
+  launch(mix_kernel, ceil_div(sizes.n1 * q, kThreads), kThreads, 0, call.stream(), mix);
   args.mixed = mixed.const_data_ptr<float>();
   args.tables = spectrum.tables();
   if (dft_factors(sizes.n3).outer > 0) {
@@ -525,37 +502,17 @@ void write_materialized(
   }
 }
 
-template <bool TF32>
-void materialize_out(
-    std::vector<Tensor> weights,
-    Tensor lateral_hat,
-    Tensor horizontal_hat,
-    Tensor core,
-    double scale,
-    Tensor out) {
-  write_materialized(std::move(weights), lateral_hat, horizontal_hat, core, scale, out, TF32);
-}
-
-template <bool TF32>
-Tensor materialize(
-    std::vector<Tensor> weights,
-    Tensor lateral_hat,
-    Tensor horizontal_hat,
-    Tensor core,
-    double scale,
-    ScalarType out_dtype) {
-  Tensor out = empty_w_eff(lateral_hat, horizontal_hat, core, out_dtype);
-  write_materialized(std::move(weights), lateral_hat, horizontal_hat, core, scale, out, TF32);
-  return out;
-}
-
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(tcur, TCUR_DISPATCH_KEY, m) {
-  m.impl("materialize" TCUR_LANGUAGE, TORCH_BOX(&materialize<false>));
-  m.impl("materialize_out" TCUR_LANGUAGE, TORCH_BOX(&materialize_out<false>));
-  m.impl("materialize" TCUR_LANGUAGE_TF32, TORCH_BOX(&materialize<true>));
-  m.impl("materialize_out" TCUR_LANGUAGE_TF32, TORCH_BOX(&materialize_out<true>));
+  m.impl("materialize" TCUR_LANGUAGE, TORCH_BOX(&positional::materialize<&materialize<false>>));
+  m.impl(
+      "materialize_out" TCUR_LANGUAGE,
+      TORCH_BOX(&positional::materialize_out<&materialize<false>>));
+  m.impl("materialize" TCUR_LANGUAGE_TF32, TORCH_BOX(&positional::materialize<&materialize<true>>));
+  m.impl(
+      "materialize_out" TCUR_LANGUAGE_TF32,
+      TORCH_BOX(&positional::materialize_out<&materialize<true>>));
 }
 
 }  // namespace tcur

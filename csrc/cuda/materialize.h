@@ -2,8 +2,8 @@
 #pragma once
 
 #include "dft_matrix.h"
-#include "elements.h"
 #include "fragments.h"
+#include "lanes.h"
 #include "spectrum.h"
 #include "tile.h"
 #include "tubes_in_registers.h"

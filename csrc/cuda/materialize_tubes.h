@@ -22,7 +22,7 @@ TCUR_DEVICE void prefetch_bases(const MaterializeArgs& args, int64_t row, int64_
   using T = Tubes<N3>;
   constexpr int kLine = 128;  // bytes
   const int bytes = bytes_of(args.base_element);
-  const int in_row = (T::kColumns * bytes + kLine - 1) / kLine, in_base = T::kRows * in_row;
+  const int in_row = ceil_div(T::kColumns * bytes, kLine), in_base = T::kRows * in_row;
   for (int i = threadIdx.x; i < N3 * in_base; i += T::kThreads) {
     const int l = i / in_base, at = i - l * in_base;
     const int64_t r = row + at / in_row, c = column + at % in_row * (kLine / bytes);
@@ -262,16 +262,14 @@ TCUR_DEVICE void write_tile(
     });
     real_inverse<T::kOuter, float>(x);
     const Spot spot{static_cast<unsigned>(r * args.n2), static_cast<unsigned>(c)};
-    if (args.base_element == Element::f32) {
-      add_bases<4, BESIDE, N3>(args, l0, spot, x);
-    } else if (args.base_element != Element::none) {
-      add_bases<2, BESIDE, N3>(args, l0, spot, x);
+    if (args.base_element != Element::none) {
+      with_bytes(args.base_element, [&](auto bytes) __attribute__((always_inline)) {
+        add_bases<bytes, BESIDE, N3>(args, l0, spot, x);
+      });
     }
-    if (args.out_element == Element::f32) {
-      store_slices_of<4, BESIDE, N3>(args, l0, spot, x);
-    } else {
-      store_slices_of<2, BESIDE, N3>(args, l0, spot, x);
-    }
+    with_bytes(args.out_element, [&](auto bytes) __attribute__((always_inline)) {
+      store_slices_of<bytes, BESIDE, N3>(args, l0, spot, x);
+    });
   });
 }
 

@@ -3,9 +3,10 @@
 // "cudahost" of the tests. Languages that end in "_tf32" round the operands of rank-r products.
 #pragma once
 
-#include "../check.h"
-#include "elements.h"
+#include "../common/check.h"
+#include "../common/token_cores.h"
 #include "fragments.h"
+#include "lanes.h"
 #include "spectrum.h"
 #include "tile.h"
 
@@ -26,27 +27,6 @@
 #endif
 
 namespace tcur {
-
-inline Element element_of(ScalarType dtype) {
-  switch (dtype) {
-    case ScalarType::Float:
-      return Element::f32;
-    case ScalarType::BFloat16:
-      return Element::bf16;
-    case ScalarType::Half:
-      return Element::f16;
-    default:
-      return Element::none;
-  }
-}
-
-inline int64_t tiles_of(int64_t size, int64_t tile) {
-  return (size + tile - 1) / tile;
-}
-
-inline bool is_aligned(const void* data, int64_t bytes) {
-  return reinterpret_cast<uintptr_t>(data) % static_cast<uintptr_t>(bytes) == 0;
-}
 
 // One call of an operator: its device, made the current one, and the current stream there.
 class Call {
@@ -90,8 +70,9 @@ class Call {
   }
   void check(const char* name, const Tensor& tensor) const {
     check_device(name, tensor);
+    const Element element = element_of(tensor);
     STD_TORCH_CHECK(
-        element_of(tensor.scalar_type()) != Element::none,
+        element != Element::none && element != Element::f64,
         "tcur: ",
         name,
         " must be fp32, bf16 or fp16 for CUDA kernels");
@@ -122,30 +103,9 @@ inline void check_slices(int64_t n3) {
       n3 <= kMaxSlices, "tcur: CUDA kernels take at most ", kMaxSlices, " slices, got ", n3);
 }
 
-// Which core each token goes by: one for all, or those that adapter_ids names, row by row.
-class TokenCores {
- public:
-  TokenCores(int64_t tokens, const std::optional<Tensor>& adapter_ids, int64_t cores)
-      : row_length(tokens), cores_(cores) {
-    if (adapter_ids.has_value()) {
-      row_length = check_adapter_ids(*adapter_ids, tokens);
-      rows = adapter_ids->numel();
-      ids_ = torch::stable::contiguous(*adapter_ids);
-    }
-  }
-  CoreIds ids() const {
-    return {ids_.has_value() ? ids_->const_data_ptr<int64_t>() : nullptr, cores_};
-  }
-  int64_t cores() const {
-    return cores_;
-  }
-
-  int64_t rows = 1, row_length;
-
- private:
-  std::optional<Tensor> ids_;
-  int64_t cores_;
-};
+inline CoreIds core_ids(const TokenCores& cores) {
+  return {cores.ids(), cores.cores()};
+}
 
 // The tables for a length, which are kept, and weighted spectra of cores, made by one launch.
 class Spectrum {

@@ -8,7 +8,7 @@
 // Planned: 256 threads, up to 64 registers, 4 blocks per multiprocessor.
 #include "prepare.h"
 
-#include "elements.h"
+#include "lanes.h"
 
 namespace tcur {
 namespace {
@@ -50,7 +50,7 @@ TCUR_DEVICE void lay_out_horizontal(const PrepareArgs& args, unsigned index) {
 TCUR_DEVICE void transform_core(const PrepareArgs& args, int bin, double* parts, float* u) {
   constexpr int kBatch = 12;  // loads under way
   const int n3 = args.n3, square = args.rank * args.rank;
-  const double weight = args.scale * inverse_weight(bin == 0 ? 0 : 2 * bin - 1, n3);
+  const double weight = args.scale * inverse_weight(plane_of(bin), n3);
   // Threads side by side take numbers side by side; what is left of them shares the slices.
   const int numbers = square < kThreads ? square : kThreads, shares = kThreads / numbers;
   const int share = static_cast<int>(threadIdx.x) / numbers;
@@ -112,8 +112,8 @@ TCUR_KERNEL(kThreads, 4) prepare_kernel(const TCUR_PARAMETER PrepareArgs args, B
   }
   const int bin = static_cast<int>(blockIdx.x % blocks.bins);
   const int64_t first = blockIdx.x / blocks.bins * static_cast<int64_t>(kRows);
-  const bool is_pair = bin > 0 && bin <= pairs(n3);
-  const int plane = bin == 0 ? 0 : 2 * bin - 1, width = is_pair ? 2 * rank : rank;
+  const bool is_pair = tcur::is_pair(bin, n3);
+  const int plane = plane_of(bin), width = is_pair ? 2 * rank : rank;
   PrepareMemory memory{shared_memory<double>()};
   memory.u = reinterpret_cast<float*>(memory.parts + 2 * kThreads);
   memory.slice = memory.u + 2 * square;
@@ -153,12 +153,12 @@ TCUR_KERNEL(kThreads, 4) prepare_kernel(const TCUR_PARAMETER PrepareArgs args, B
 }  // namespace
 
 void prepare(const PrepareArgs& args, Stream stream) {
-  const int64_t tiles = (args.n2 + args.columns - 1) / args.columns;
+  const int64_t tiles = ceil_div(args.n2, args.columns);
   const int64_t quads = tiles * args.columns * args.quads * args.n3;
-  const Blocks blocks{args.n3 / 2 + 1, args.mixed == nullptr ? 0 : (args.rows + kRows - 1) / kRows};
+  const Blocks blocks{args.n3 / 2 + 1, args.mixed == nullptr ? 0 : ceil_div(args.rows, kRows)};
   launch(
       prepare_kernel,
-      blocks.bins * blocks.of_p + (quads + kThreads - 1) / kThreads,
+      blocks.bins * blocks.of_p + ceil_div(quads, kThreads),
       kThreads,
       PrepareMemory::bytes(args.rank),
       stream,

@@ -15,7 +15,7 @@
 #include "products.h"
 
 #include "row_order.h"
-#include "token_rows.h"
+#include "token_grid.h"
 
 namespace tcur {
 namespace {
@@ -142,11 +142,16 @@ products_kernel(const TCUR_PARAMETER ProductArgs args) {
   }
 }
 
+using Kernel = void (*)(ProductArgs);
+
 template <bool VECTOR>
-auto kernel_for(Element p, Element z) {
-  return z == Element::bf16   ? products_kernel<Element::bf16, Element::bf16, VECTOR>
-         : p == Element::bf16 ? products_kernel<Element::bf16, Element::f32, VECTOR>
-                              : products_kernel<Element::f32, Element::f32, VECTOR>;
+Kernel kernel_for(Element p, Element z) {
+  if (p == Element::f32) {
+    return &products_kernel<Element::f32, Element::f32, VECTOR>;
+  }
+  return with_element<Element::bf16, Element::f32>(z, [](auto element) -> Kernel {
+    return &products_kernel<Element::bf16, decltype(element)::value, VECTOR>;
+  });
 }
 
 bool starts_at_vectors(const TokenRows& rows) {
@@ -171,13 +176,13 @@ void core_from_products(
       p.element == Element::bf16 || (p.element == Element::f32 && z.element == Element::f32),
       "tcur: tokens must be fp32, or those of dy bf16");
   constexpr int64_t wanted = 264;  // blocks, two for each of 132 multiprocessors
-  const int side = (rank + 3) / 4;
+  const int side = ceil_div(rank, 4);
   TokenGrid grid = token_grid(n3, rank, side * side, kThreads, cores);
-  const int64_t per_block = tiles_of(
-      cores.rows * cores.row_length * grid.bin_blocks * grid.tile_blocks, wanted * grid.groups);
+  const int64_t per_block = ceil_div(
+      cores.rows() * cores.row_length() * grid.bin_blocks * grid.tile_blocks, wanted * grid.groups);
   cut_rows(grid, std::clamp<int64_t>(per_block, 4, kMostPerThread));
   const SortedRows sorted(call, cores);
-  const Tensor parts = call.floats({cores.rows, grid.chunks, n3, rank, rank});
+  const Tensor parts = call.floats({cores.rows(), grid.chunks, n3, rank, rank});
   const ProductArgs args{
       p,
       z,
@@ -206,7 +211,7 @@ void core_from_products(
   }
   const CoreArgs last{
       parts.const_data_ptr<float>(),
-      cores.rows,
+      cores.rows(),
       grid.chunks,
       sorted.order(),
       cores.cores(),

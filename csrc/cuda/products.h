@@ -2,20 +2,14 @@
 // is made of, whether from tokens or from a dense G.
 #pragma once
 
+#include "../common/token_rows.h"
 #include "operators.h"
 
 namespace tcur {
 
-// Tokens, [rows, stride] of fp32 or bf16. Where p has fewer rows than z, they are taken again.
-struct TokenRows {
-  const void* data;
-  Element element;
-  int64_t stride, rows;
-};
-
 // p: [tokens, slices*q], z: [tokens, q], q = n3*rank. out: [cores, n3, rank, rank], the gradients
-// of the cores; packed, with one core alone: ∂Û, not transformed back. z in bf16 goes with p in
-// bf16.
+// of the cores; packed, with one core alone: ∂Û, not transformed back. Both are fp32 or bf16; z in
+// bf16 goes with p in bf16. Where p has fewer rows than z, they are taken again.
 void core_from_products(
     const Call& call,
     const TokenRows& p,

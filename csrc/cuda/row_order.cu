@@ -36,7 +36,7 @@ TCUR_DEVICE int64_t key_of(const OrderArgs& args, int row) {
 template <class F>
 TCUR_DEVICE void for_rows(const OrderArgs& args, int turn, F&& f) {
   const int* from = args.sorted[turn % 2];
-  const int per_thread = (args.rows + kThreads - 1) / kThreads;
+  const int per_thread = ceil_div(args.rows, kThreads);
   const int64_t first = static_cast<int64_t>(threadIdx.x) * per_thread;
   const int64_t end = first + per_thread < args.rows ? first + per_thread : args.rows;
   for (int64_t i = first; i < end; i += kBatch) {
@@ -119,16 +119,16 @@ TCUR_KERNEL(kThreads, 1) order_kernel(const TCUR_PARAMETER OrderArgs args) {
 }  // namespace
 
 SortedRows::SortedRows(const Call& call, const TokenCores& cores) {
-  const CoreIds ids = cores.ids();
+  const CoreIds ids = core_ids(cores);
   if (ids.ids == nullptr) {
     return;
   }
-  STD_TORCH_CHECK(cores.rows < INT32_MAX, "tcur: too many rows");
-  memory_ = call.floats({2 * cores.rows + 2 * ids.cores});  // of as many bytes
+  STD_TORCH_CHECK(cores.rows() < INT32_MAX, "tcur: too many rows");
+  memory_ = call.floats({2 * cores.rows() + 2 * ids.cores});  // of as many bytes
   int* data = static_cast<int*>(memory_->mutable_data_ptr());
-  int* ends = data + 2 * cores.rows;
+  int* ends = data + 2 * cores.rows();
   OrderArgs args{
-      ids, static_cast<int>(cores.rows), 1, {data, data + cores.rows}, ends, ends + ids.cores};
+      ids, static_cast<int>(cores.rows()), 1, {data, data + cores.rows()}, ends, ends + ids.cores};
   while (ids.cores >> (kBits * args.turns) > 0) {
     ++args.turns;
   }

@@ -125,12 +125,12 @@ spectrum_kernel(const TCUR_PARAMETER SpectrumBlock block) {
 #pragma unroll 4
   for (int i = threadIdx.x; i < (n3 / 2 + 1) << log_count; i += kThreads) {
     const int l = i >> log_count, entry = i & (count - 1);
-    const bool is_there = first + entry < square, is_pair = l > 0 && 2 * l < n3;
+    const bool is_there = first + entry < square, is_pair = tcur::is_pair(l, n3);
     const float* from = core + static_cast<int64_t>(l) * square + entry;
     const double x = is_there ? *from : 0.0f;
     const double mirrored =
         is_there && is_pair ? from[static_cast<int64_t>(n3 - 2 * l) * square] : 0.0f;
-    rows.at(l == 0 ? 0 : 2 * l - 1, entry) = x + mirrored;
+    rows.at(plane_of(l), entry) = x + mirrored;
     if (is_pair) {
       rows.at(2 * l, entry) = x - mirrored;
     }
@@ -139,8 +139,8 @@ spectrum_kernel(const TCUR_PARAMETER SpectrumBlock block) {
   __syncthreads();
   transform<L>(rows, [&](int k, int entry, double even, double odd) __attribute__((always_inline)) {
     if (first + entry < square) {
-      const int plane = k == 0 ? 0 : 2 * k - 1;
-      const bool is_pair = k > 0 && 2 * k < n3;
+      const int plane = plane_of(k);
+      const bool is_pair = tcur::is_pair(k, n3);
       const double weight = is_pair ? 2.0 * block.weight : block.weight;
       out[static_cast<int64_t>(plane) * square + entry] = static_cast<float>(weight * even);
       if (is_pair) {
@@ -249,8 +249,7 @@ core_kernel(const TCUR_PARAMETER CoreBlock block) {
       sum += rows.data[group * count + i];
     }
     const int plane = i >> log_count;
-    const bool is_single = plane == 0 || (n3 % 2 == 0 && plane == n3 - 1);
-    rows.data[i] = sum * (is_single ? block.weight : 2.0 * block.weight);
+    rows.data[i] = sum * (is_pair(bin_of(plane), n3) ? 2.0 * block.weight : block.weight);
   }
   __syncthreads();
   float* out = args.core + core * static_cast<int64_t>(n3) * square + first;
@@ -330,10 +329,6 @@ int64_t shared_bytes(const Entries& entries, int n3, int groups) {
              static_cast<int64_t>(sizeof(double));
 }
 
-bool starts_at_vector(const float* data) {
-  return reinterpret_cast<uintptr_t>(data) % sizeof(float4) == 0;
-}
-
 // Whether threads have several lines to form anyway.
 bool has_many_lines(const Entries& entries, int n3) {
   return (n3 / 2 + 1) << entries.log_count > 2 * kThreads;
@@ -342,11 +337,10 @@ bool has_many_lines(const Entries& entries, int n3) {
 // fp64 and fp32 behind it; angles are reduced to an eighth of a turn first, so that roots are
 // exact, zeros and ones among them.
 std::vector<double> make_roots(int n3) {
-  constexpr double pi = 3.14159265358979323846;
   std::vector<double> made(3 * static_cast<size_t>(n3));
   for (int64_t m = 0; m < n3; ++m) {
     const int64_t quarter = (8 * m + n3) / (2 * n3), rest = 4 * m - quarter * n3;
-    const double angle = pi * static_cast<double>(rest) / (2.0 * n3);
+    const double angle = kPi * static_cast<double>(rest) / (2.0 * n3);
     const double x = std::cos(angle), y = std::sin(angle);
     const double cosines[] = {x, -y, -x, y}, sines[] = {y, x, -y, -x};
     const double root[] = {cosines[quarter % 4], sines[quarter % 4]};
@@ -442,7 +436,8 @@ void make_core(const CoreArgs& args, Stream stream) {
     return;
   }
   // As many threads for the parts as there are, where a core may have several parts.
-  const bool by_four = entries.log_count >= 2 && args.rank % 2 == 0 && starts_at_vector(args.parts);
+  const bool by_four =
+      entries.log_count >= 2 && args.rank % 2 == 0 && is_aligned(args.parts, sizeof(float4));
   const int columns = n3 << (by_four ? entries.log_count - 2 : entries.log_count);
   const int64_t parts = std::max<int64_t>(1, args.rows * args.parts_per_row / args.cores);
   int groups = static_cast<int>(std::clamp<int64_t>(kThreads / columns, 1, parts));
@@ -463,11 +458,11 @@ void make_core(const CoreArgs& args, Stream stream) {
 void sum_packed(const PackedArgs& args, Stream stream) {
   const int groups = static_cast<int>(std::clamp<int64_t>(args.count, 1, 16));
   const int columns = kThreads / groups;
-  const bool by_four = args.size % 4 == 0 && starts_at_vector(args.parts);
+  const bool by_four = args.size % 4 == 0 && is_aligned(args.parts, sizeof(float4));
   const int64_t width = columns * (by_four ? 4 : 1);
   launch(
       by_four ? packed_kernel<4> : packed_kernel<1>,
-      (args.size + width - 1) / width,
+      ceil_div(args.size, width),
       kThreads,
       groups * width * static_cast<int64_t>(sizeof(double)),
       stream,

@@ -1,6 +1,7 @@
 // The core and its packed half spectrum, and the table of roots that other kernels read.
 #pragma once
 
+#include "../common/tubes.h"
 #include "launch.h"
 
 namespace tcur {

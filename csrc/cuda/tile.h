@@ -43,7 +43,7 @@ struct Planes {
 
   // Of the real part; the imaginary part is the next row.
   TCUR_DEVICE float* real_row(int bin) const {
-    const int packed = bin == 0 ? 0 : 2 * bin - 1;
+    const int packed = plane_of(bin);
     return rows + (is_packed ? packed : 2 * (bin - first)) * stride;
   }
 };

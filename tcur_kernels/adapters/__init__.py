@@ -1,7 +1,9 @@
 """Adapters of whole models: plan, adapt, save and load."""
 
-from .adapt import adapt as adapt
-from .adapter import Adapter as Adapter
-from .batch import StackedCores as StackedCores
-from .load import load_adapter as load_adapter
-from .plan import Plan as Plan
+from .adapt import adapt
+from .adapter import Adapter
+from .batch import StackedCores
+from .load import load_adapter
+from .plan import Plan
+
+__all__ = ["Adapter", "Plan", "StackedCores", "adapt", "load_adapter"]

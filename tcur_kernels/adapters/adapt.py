@@ -1,4 +1,4 @@
-"""One line to adapt a model."""
+"""`adapt`: adapts a whole model with one call."""
 
 from __future__ import annotations
 
@@ -6,23 +6,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import ceil
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.parameter import UninitializedBuffer
 
-from ..decompose import MAX_WORKSPACE, Selection
+from ..decompose import Selection
+from ..decompose.slices import MAX_WORKSPACE
 from ..layers.stack import TProductStack
-from ..layers.weights import Place
 from ..operators import cost
-from ..operators.factors import CURFactors
+from ..operators.factors import Precision
 from .adapter import Adapter
+from .build import build_stack, errors_named
 from .fingerprint import persistent_buffers
 from .holding import PREFIXES
 from .install import is_adapted, put_in_place
-from .linear_maps import find_weights
-from .plan import Plan, StackPlan, Targets, check_setting, make_plan, setting
+from .linear_maps import find_places
+from .plan import Plan, StacksBy, Targets, check_setting, make_plan, setting
 from .streaming import BaseFiles, on_meta
 from .train_also import trained_names
 
@@ -33,51 +33,54 @@ def adapt(
     rank: int | Mapping[str, int] = 8,
     alpha: float | Mapping[str, float] = 1.0,
     selection: Selection | Mapping[str, Selection] = "norm",
-    mode: str = "auto",
+    mode: cost.Mode = "auto",
     train_also: str | Sequence[str] = (),
-    precision: str = "ieee",
-    stacks: str = "shape",
+    precision: Precision = "ieee",
+    stacks: StacksBy = "shape",
     generator: torch.Generator | None = None,
     weights: str | Path | None = None,
     max_workspace: int = MAX_WORKSPACE,
     progress: bool = False,
 ) -> Adapter:
-    """Adapts ``model`` in place by tCURLoRA: only cores, and what ``train_also`` names, train.
+    """Adapts ``model`` in place by tCURLoRA.
 
-    Linear layers of one shape form a stack; C and R are slices of the stacked base weights, and the
-    core of each stack starts at zero, so the model computes exactly what it did. The
-    base weights are never written. Modules stay the objects that they were; ``layer.weight`` reads
-    as W_eff, ``layer.base_weight`` is the base. The cores are parameters of the model, under
-    ``tcur.<stack>`` (``tcur_<stack>`` in a container); everything else is frozen.
+    Only the cores are trained, and what ``train_also`` names; everything else is frozen. Linear
+    layers of one shape form a stack, and C and R are slices of the stacked base weights. The core
+    of each stack starts at zero, so at first the model computes exactly what it did before. The
+    base weights are never written. Modules stay the same objects. ``layer.weight`` gives W_eff, and
+    ``layer.base_weight`` the base weight. The cores are parameters of the model named
+    ``tcur.<stack>`` (``tcur_<stack>`` in a container).
 
     Args:
         model: any module that holds ``nn.Linear``, GPT-2's ``Conv1D`` or ``nn.MultiheadAttention``.
-        targets: None, all of them by shape; names or patterns of layers; a function of name and
-            module; or ``{stack name: [names or patterns]}``. See `adapters.plan.make_plan`.
-        rank: tubal rank r of C, U and R. Like ``alpha`` and ``selection`` one for all stacks, or
-            ``{stack name or pattern: value}``.
+        targets: which layers to adapt. None: all of them, grouped by shape. Or names or patterns
+            of layers; a function of name and module; or ``{stack name: [names or patterns]}``. See
+            `adapters.plan.make_plan`.
+        rank: tubal rank r of C, U and R. Like ``alpha`` and ``selection``, either one value for all
+            stacks or ``{stack name or pattern: value}``.
         alpha: scale of the update.
         selection: rule for the slices, by name, a callable, or indices; see `tensor_cur`.
-        mode: "auto", "materialized" (W_eff once per step) or "factored" (through the factors).
+        mode: "materialized" builds W_eff once per step, "factored" computes with the factors, and
+            "auto" takes what costs less.
         train_also: names or patterns of parameters or modules to train beside the cores, matched
             against whole names: ``"out"`` is the module called ``out`` and no other.
-        precision: of the products of tokens with the factors, "ieee" or "bf16" (operands rounded:
-            faster, at an error of the gradient of about 4e-3); see `TProductStack`.
-        stacks: "shape", or "layer": every layer is a stack by itself. The t-product of one slice is
-            the matrix product, so ``stacks="layer", selection="inverse"`` is CURLoRA.
-        generator: slices are drawn with it, see `tensor_cur`.
-        weights: for a model on the meta device: the safetensors file, or the directory of them,
-            that holds its weights. They are read block by block to choose slices, C and R, and are
-            not loaded: that is up to the caller, before the model runs.
-        max_workspace: bytes used at most while slices of one stack are chosen.
+        precision: of the products of tokens with the factors, "ieee" or "bf16". "bf16" rounds the
+            operands; it is faster, with a gradient error of about 4e-3. See `TProductStack`.
+        stacks: "shape", or "layer", which makes every layer a stack of its own. The t-product of
+            one slice is the matrix product, so ``stacks="layer", selection="inverse"`` is CURLoRA.
+        generator: for rules that draw slices at random, see `tensor_cur`.
+        weights: for a model on the meta device, the safetensors file or directory with its
+            weights. They are read block by block to choose the slices and take C and R. They are
+            not loaded into the model; the caller must do that before it runs.
+        max_workspace: most bytes to use while the slices of one stack are chosen.
         progress: shows a bar for every pass over the weights.
 
     Returns:
         The `Adapter`: plan, parameters, save, merge, unmerge, disable.
 
     Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came. The model is
-            then as it was.
+        TypeError, ValueError: an argument is wrong; the message says what was expected. The model
+            is then unchanged.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
@@ -100,18 +103,21 @@ def adapt(
     plan = make_plan(model, targets, rank, trained, stacks, loaded=files is None)
     for argument, value in (("alpha", alpha), ("selection", selection)):
         check_setting(argument, value, plan.stacks)
-    built = {}
+    found, built = find_places(model), {}
     for stack in plan.stacks:
+        with errors_named(stack):
+            source = None if files is None else files.slices_of(stack)
         rule: Selection = setting("selection", selection, stack.name)  # type: ignore[assignment]
         built[stack.name] = build_stack(
-            model,
+            TProductStack,
             stack,
-            setting("rank", rank, stack.name),
-            setting("alpha", alpha, stack.name),
-            rule,
-            mode,
-            precision,
-            files=files,
+            found,
+            rank=setting("rank", rank, stack.name),
+            alpha=setting("alpha", alpha, stack.name),
+            selection=rule,
+            mode=mode,
+            precision=precision,
+            source=source,
             generator=generator,
             max_workspace=max_workspace,
             progress=progress,
@@ -121,52 +127,13 @@ def adapt(
 
 
 def _check_learns(name: str, stack: TProductStack) -> None:
-    """Refuses C or R of zeros: the gradient of the core would be zero for good."""
+    """Refuses C or R of zeros, with which the gradient of the core would always be zero."""
     for what, factor in (("columns C", stack.lateral), ("rows R", stack.horizontal)):
         if not factor.any():
             raise ValueError(
                 f"stack {name}: selection: expected {what} with numbers, without which the core "
                 "never learns, got zeros"
             )
-
-
-def build_stack(
-    model: nn.Module,
-    plan: StackPlan,
-    rank: int,
-    alpha: float,
-    selection: Selection,
-    mode: str,
-    precision: str,
-    factors: CURFactors | None = None,
-    files: BaseFiles | None = None,
-    **reading: Any,
-) -> TProductStack:
-    """The stack of one plan entry; the model is not changed.
-
-    ``reading`` is generator, max_workspace and progress of `tensor_cur`.
-    """
-    weights, places, start = find_weights(model), [], 0
-    for member in plan.members:
-        found = weights[member.module].place
-        places.append(Place(found.module, start, member.slices, found.projection))
-        places[-1].name = member.module
-        start += member.slices
-    try:
-        return TProductStack(
-            places,
-            rank,
-            alpha,
-            selection,
-            mode,
-            precision=precision,
-            name=plan.name,
-            factors=factors,
-            source=None if files is None else files.stack(plan),
-            **reading,
-        )
-    except ValueError as error:
-        raise ValueError(f"stack {plan.name}: {error}") from error
 
 
 def install(
@@ -176,7 +143,7 @@ def install(
     train_also: tuple[str, ...],
     files: BaseFiles | None = None,
 ) -> Adapter:
-    """Freezes the base and puts the layers of the stacks in the place of the linear ones."""
+    """Freezes the base and adapts the layers of the stacks in place."""
     trained = set(trained_names(model, train_also))
     buffers = {
         name: files.read(name) if files and buffer.is_meta else buffer.detach().clone()
@@ -185,13 +152,13 @@ def install(
     put_in_place(model, stacks)
     for name, parameter in model.named_parameters():
         if not name.startswith(PREFIXES):
-            parameter.requires_grad = name in trained  # the method is not for uninitialised ones
+            parameter.requires_grad = name in trained  # requires_grad_() refuses uninitialised ones
     noted = [replace(stack, note=_note(stacks[stack.name])) for stack in plan.stacks]
     return Adapter(model, replace(plan, stacks=tuple(noted)), stacks, train_also, buffers)
 
 
 def _note(stack: TProductStack) -> str:
-    """How the layers of a stack run, and why, for the plan."""
+    """The note for the plan on how the layers of a stack run, and why."""
     n1, n2, n3, rank = stack.n1, stack.n2, stack.n3, stack.rank
     head = f"rank {rank}"
     if stack.mode != "auto":

@@ -1,10 +1,10 @@
-"""The handle of an adapted model: one adapter or several, saved, loaded, merged, switched."""
+"""The handle of an adapted model: saves, loads, merges and switches its adapters."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,14 @@ from ..layers.rows import Repeat
 from ..layers.stack import TProductStack
 from ..layers.switching import warn_of_unused
 from ..processes import is_first_process, is_sharded, whole
-from .batch import StackedCores, check_batch_first
-from .container import write_adapter_file
-from .file import Contents, read_contents
-from .fingerprint import digest, frozen_digest, persistent_buffers
+from .batch import StackedCores, check_batch_first, check_finite
+from .file import Contents, StoredStack, read_contents
+from .fingerprint import Fingerprint, frozen_digest, persistent_buffers
 from .holding import CHILD
 from .install import stacks_of, take_out
 from .linear_maps import find_weights
 from .plan import Plan
+from .record import StackRecord
 from .streaming import on_meta
 from .train_also import trained_names
 
@@ -30,18 +30,18 @@ from .train_also import trained_names
 class Adapter:
     """The handle of an adapted model; made by `adapt` and `load_adapter`.
 
-    A model can have several adapters by name, which share C and R: each has its own cores, and its
-    own values of what is trained beside them. One is active: the model computes with it, and
-    ``parameters``, ``merge`` and ``save`` mean it.
+    A model can have several named adapters, which share C and R. Each has its own cores and its own
+    values of whatever else is trained. One adapter is active: the model computes with it, and
+    ``parameters``, ``merge`` and ``save`` refer to it.
 
     Attributes:
-        model: the adapted model, trained and called as before.
+        model: the adapted model; train and call it as before.
         plan: ordered stacks, slices, shapes, and what was left out and why.
         stacks: stack name -> `TProductStack`; ``stacks[name].core`` is the trained core.
         train_also: patterns of what is trained beside the cores.
         active: name of the active adapter.
-        skipped: what `load_adapter` with strict=False found in the file and not in the model.
-        missing: what it found in the model and not in the file: trained, but as the base has it.
+        skipped: what `load_adapter` with strict=False found only in the file.
+        missing: what it found only in the model: trained parameters that keep the base's values.
     """
 
     def __init__(
@@ -61,14 +61,14 @@ class Adapter:
         self.skipped: tuple[str, ...] = ()
         self.missing: tuple[str, ...] = ()
         self._base_buffers = dict(base_buffers)
-        # name -> what is trained beside the cores, of the adapters that are not active
+        # name of an inactive adapter -> its values of what is trained beside the cores
         self._inactive: dict[str, dict[str, Tensor]] = {}
         self._order = [name]
 
     # -- parameters
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Name in the model and parameter, for all that the active adapter trains: cores first."""
+        """Names in the model and parameters of all that the active adapter trains, cores first."""
         for name, stack in self.stacks.items():
             is_direct = stack.holder is self.model
             yield f"{CHILD}{'_' if is_direct else '.'}{name}", stack.core
@@ -82,21 +82,21 @@ class Adapter:
             yield parameter
 
     def count_parameters(self) -> int:
-        """Number of trained numbers."""
+        """The number of trained scalars."""
         return sum(parameter.numel() for parameter in self.parameters())
 
     # -- several adapters
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of the adapters, in the order in which they came."""
+        """Names of the adapters, in the order in which they were added."""
         return tuple(self._order)
 
     def add(self, name: str) -> None:
-        """Adds an adapter: cores of zeros, and what ``train_also`` names as it is now.
+        """Adds an adapter with cores of zeros and the present values of what ``train_also`` names.
 
         Raises:
-            ValueError: the name exists, is no identifier, or is one of what stacks hold: "indices".
+            ValueError: the name exists, is not an identifier, or is reserved, such as "indices".
         """
         self._check_new("name", name)
         for stack in self.stacks.values():
@@ -105,10 +105,10 @@ class Adapter:
         self._order.append(name)
 
     def activate(self, name: str) -> None:
-        """Makes the model compute, train and save with that adapter. Nothing is compiled anew.
+        """Makes the model compute, train and save with that adapter. Nothing is recompiled.
 
         Raises:
-            ValueError: no such adapter, or the model is merged.
+            ValueError: there is no such adapter, or the model is merged.
         """
         self._check_known("name", name)
         if name == self.active:
@@ -125,7 +125,7 @@ class Adapter:
         """Drops an adapter that is not active.
 
         Raises:
-            ValueError: no such adapter, or it is active.
+            ValueError: there is no such adapter, or it is active.
         """
         self._check_known("name", name)
         if name == self.active:
@@ -136,13 +136,13 @@ class Adapter:
         self._order.remove(name)
 
     def combine(self, weights: Mapping[str, float], name: str) -> None:
-        """Adds an adapter whose update is the weighted sum of those of others.
+        """Adds an adapter whose update is a weighted sum of the updates of other adapters.
 
-        C and R are shared, so the updates add exactly as the cores do.
+        All adapters share C and R, so adding the cores adds the updates.
 
         Raises:
-            ValueError: a name that is unknown, one that exists for the new one, or adapters that
-                train more than cores, which do not add.
+            ValueError: a name in ``weights`` is unknown; ``name`` exists already; or the adapters
+                train more than cores, which cannot be added like this.
         """
         self._check_new("name", name)
         for other in weights:
@@ -162,19 +162,20 @@ class Adapter:
                     total.add_(stack.core_of(self._key(other)), alpha=float(weight))
 
     def load(self, path: str | Path, name: str | None = None) -> None:
-        """Loads the cores of a file, and what else it trained, for this model.
+        """Loads the cores of a file, and whatever else it trained, into this model.
 
-        Under the name of an adapter that exists its values are replaced (hot swap: nothing is
-        compiled anew, optimizers keep their parameters), otherwise one is added.
+        If an adapter of that name exists, its values are replaced (hot swap): nothing is
+        recompiled, and optimizers keep their parameters. Otherwise a new adapter is added.
 
         Args:
-            path: file of `save`, made for the same base with the same stacks.
-            name: default the active adapter.
+            path: a file that `save` wrote, for the same base with the same stacks.
+            name: by default the active adapter.
 
         Raises:
-            FileNotFoundError: no such file.
-            ValueError: a torn or foreign file, one for another base or with other stacks, or the
-                active adapter while the model is merged. Everything is then as it was.
+            FileNotFoundError: there is no such file.
+            ValueError: the file is truncated or not an adapter, or is for another base or other
+                stacks; or the adapter is active while the model is merged. Nothing has changed
+                then.
         """
         name = self.active if name is None else name
         if name not in self._order:
@@ -182,7 +183,7 @@ class Adapter:
         elif name == self.active and self.is_merged:
             raise ValueError("load: expected an unmerged adapter, got one that is merged")
         contents = self._read(Path(path))
-        # A file holds those buffers that training moved; the others are as the base has them.
+        # A file holds only the buffers that training changed; the others are those of the base.
         learned = {**self._base_buffers, **{k: v for (_, k), v in contents.learned.items()}}
         if name not in self._order:
             self.add(name)
@@ -199,19 +200,31 @@ class Adapter:
     def save(self, path: str | Path, name: str | None = None, factors: bool = False) -> None:
         """Writes cores, indices, plan, trained parameters and the base's fingerprint to ``path``.
 
-        safetensors; atomic: a save that fails leaves the file that was there as it was. Where FSDP2
-        shards the model, all processes call this, and rank 0 writes.
+        The format is safetensors. Writing is atomic: if it fails, an existing file stays as it was.
+        If FSDP2 shards the model, all processes must call this, and rank 0 writes.
 
         Args:
             path: the file.
-            name: default the active adapter.
+            name: by default the active adapter.
             factors: whether to store C and R too. Without them the file is small and fits exactly
-                one base; with them `load_adapter` can put it on a base in another dtype.
+                one base. With them `load_adapter` can also use a base in another dtype.
 
         Raises:
-            ValueError: weights that are not loaded yet (on the meta device); or a model that other
-                layers were put into, which the cores have no part in.
+            ValueError: some weights are not loaded yet (on the meta device); or some adapted layers
+                of the model were replaced or removed.
         """
+        self._check_whole()
+        name = self.active if name is None else name
+        self._check_known("name", name)
+        warn_of_unused("save", self.unused())
+        contents = self._contents(name, factors)
+        sharded = any(is_sharded(parameter) for parameter in self.model.parameters())
+        tensors = {key: whole(tensor) for key, tensor in contents.tensors().items()}
+        if is_first_process() or not sharded:
+            contents.write(Path(path), tensors)
+
+    def _check_whole(self) -> None:
+        """Refuses to save a model that is not fully loaded, or that lost some adapted layers."""
         here = {id(module) for module in self.model.modules()}
         for stack in self.stacks.values():
             for place in stack.places:
@@ -223,108 +236,88 @@ class Adapter:
         missing = on_meta(self.model)
         if missing is not None:
             raise ValueError(f"save: expected loaded weights, got {missing} on the meta device")
-        name = self.active if name is None else name
-        self._check_known("name", name)
-        warn_of_unused("save", self.unused())
-        learned = self._learned() if name == self.active else self._inactive[name]
+
+    def _contents(self, name: str, factors: bool) -> Contents:
+        """The contents of the file of one adapter."""
+        values = self._learned() if name == self.active else self._inactive[name]
         trained = trained_names(self.model, self.train_also)
-        tensors: dict[str, Tensor] = {f"trained.{key}": learned[key] for key in trained}
-        # Statistics that training moved (of batch norms, say) belong to what was learned.
+        learned = {("trained", key): values[key] for key in trained}
+        # Statistics that training changed, for example of batch norms, were learned, too.
         for key, before in self._base_buffers.items():
-            if not torch.equal(learned[key], before.to(learned[key])):
-                tensors[f"buffer.{key}"] = learned[key]
-        entries, weights = [], find_weights(self.model)
+            if not torch.equal(values[key], before.to(values[key])):
+                learned["buffer", key] = values[key]
+        weights, stacks = find_weights(self.model), []
         for plan in self.plan.stacks:
             stack = self.stacks[plan.name]
             stack.certify()
-            tensors[f"core.{plan.name}"] = stack.core_of(self._key(name))
-            tensors[f"rows.{plan.name}"] = torch.tensor(stack.rows)
-            tensors[f"columns.{plan.name}"] = torch.tensor(stack.columns)
-            if factors:
-                tensors[f"lateral.{plan.name}"] = stack.lateral
-                tensors[f"horizontal.{plan.name}"] = stack.horizontal
-            entries.append(
-                {
-                    "name": plan.name,
-                    "n1": plan.n1,
-                    "n2": plan.n2,
-                    "rank": stack.rank,
-                    "alpha": stack.alpha,
-                    "mode": stack.mode,
-                    "precision": stack.precision,
-                    "members": [[member.module, member.slices] for member in plan.members],
-                    "stored": [weights[member.module].stored() for member in plan.members],
-                    "base_sha256": digest(stack.each_base_slice()),
-                }
-            )
-        header = {
-            "stacks": entries,
-            "train_also": list(self.train_also),
-            "frozen_sha256": frozen_digest(self.model, self.plan, trained),
-        }
-        sharded = any(is_sharded(parameter) for parameter in self.model.parameters())
-        tensors = {key: whole(tensor) for key, tensor in tensors.items()}
-        if is_first_process() or not sharded:
-            write_adapter_file(Path(path), header, tensors)
+            stored = tuple(weights[member.module].stored() for member in plan.members)
+            settings = (stack.rank, stack.alpha, stack.mode, stack.precision)
+            core = stack.core_of(self._key(name))
+            record, sides = StackRecord.of(plan, stack), stack.factors if factors else None
+            stacks.append(StoredStack(record, stored, *settings, core, sides))
+        frozen = frozen_digest(self.model, self.plan, trained)
+        return Contents(tuple(stacks), self.train_also, frozen, learned)
 
     # -- many adapters in one batch
 
     def stack_cores(self, adapters: Sequence[str | Path | Mapping[str, Tensor]]) -> StackedCores:
-        """Cores of many adapters side by side, for `batch`; they need not be added first.
+        """Puts the cores of many adapters side by side for `batch`; they need not be added first.
 
         Args:
-            adapters: names of adapters of this model, files (as ``Path``), or
+            adapters: each a name of an adapter of this model, a file (as ``Path``), or
                 ``{stack name: core [n3, r, r]}``.
 
         Raises:
-            FileNotFoundError, TypeError, ValueError: naming the entry and what is wrong with it;
-                also adapters that train more than cores, which rows cannot have of their own.
+            FileNotFoundError, TypeError, ValueError: an entry is wrong; the message says which and
+                why. Also if the adapters train more than cores, since only cores can differ
+                between rows.
         """
         if self.train_also:
             raise ValueError(
                 "stack_cores: expected adapters of cores alone, got train_also = "
                 f"{', '.join(self.train_also)}"
             )
+        for index, entry in enumerate(adapters):
+            if isinstance(entry, Mapping):
+                check_finite(index, entry)
         return StackedCores.of(self.stacks, [self._cores(entry) for entry in adapters])
 
     @contextmanager
     def batch(
         self, cores: StackedCores, adapter_ids: Tensor, repeat: Repeat | None = None
     ) -> Iterator[None]:
-        """Context in which each row of a batch goes by an adapter of its own.
+        """Context in which each row of a batch uses its own adapter.
 
-        Between the two products that all rows share, row b takes core ``adapter_ids[b]``. That
-        holds for calls of the model in this thread, or task, and for no others.
+        All rows share the products with C and R; between them row b uses core ``adapter_ids[b]``.
+        This affects only calls of the model in this thread or task.
 
         Args:
-            cores: of `stack_cores`.
+            cores: the result of `stack_cores`.
             adapter_ids: int64 ``[B]``, on the device of the cores. The batch must be the first axis
-                of what the adapted layers get.
-            repeat: how rows repeat where layers get k times as many as there are ids: "each" k
-                times in a row (beams, windows of an image, a decoder beside its encoder), or "all"
-                of them, one batch after the other (classifier-free guidance). Default: they do
-                not, and a layer that gets another number of rows refuses them.
+                of every input of an adapted layer.
+            repeat: how rows repeat if layers get k times as many rows as there are ids. "each": row
+                by row, each k times (beams, windows of an image, a decoder beside its encoder).
+                "all": the whole batch k times (classifier-free guidance). By default a layer
+                refuses any other number of rows.
 
         Raises:
-            TypeError, ValueError: bad ids or ``repeat``; a model that is merged, or that has an
-                attention whose batch is not the first axis.
+            TypeError, ValueError: bad ids or ``repeat``; the model is merged, or has an attention
+                whose batch is not the first axis.
         """
         if self.is_merged:
             raise ValueError("batch: expected an unmerged adapter, got one that is merged")
         check_batch_first(self.model)
         cores.check(self.stacks, adapter_ids)
-        with ExitStack() as batches:
-            for name, stack in self.stacks.items():
-                batches.enter_context(stack.batch(cores[name], adapter_ids, repeat))
+        with cores.rows(self.stacks, adapter_ids, repeat):
             yield
 
-    # -- layers that the model does without
+    # -- layers that the model does not use
 
     def unused(self) -> tuple[str, ...]:
         """Names of adapted layers that were neither called nor read while others were.
 
-        Their slices of the core get no gradient, and merging changes a weight that was not looked
-        at. Compiled calls leave no trace: layers that run in compiled code alone are named too.
+        Their slices of the core get no gradient, yet merging changes their weights. Compiled calls
+        leave no trace, so layers that run only in compiled code are named, too.
         """
         names = [name for stack in self.stacks.values() for name in stack.unused()]
         every = sum(len(stack.places) for stack in self.stacks.values())
@@ -334,17 +327,17 @@ class Adapter:
 
     @property
     def is_merged(self) -> bool:
-        """Whether the base weights hold W_eff now."""
+        """Whether the layers' weights hold W_eff at present."""
         return any(stack.is_merged for stack in self.stacks.values())
 
     def merge(self, inplace: bool = True) -> nn.Module:
-        """Folds the update into the weights, one rounding; `unmerge` takes it back bit for bit.
+        """Adds the update to the weights with one rounding; `unmerge` restores them bit for bit.
 
         Args:
-            inplace: True writes into the model's own weights and keeps a copy of the base, which
-                is what a state dict still holds, beside the cores. False returns a merged copy
-                that needs this package no more, to be saved as any model: its layers are plain
-                again, and this model stays as it is.
+            inplace: True writes into the model's own weights and keeps a copy of the base. State
+                dicts then still hold the base and the cores. False leaves this model alone and
+                returns a merged copy. Its layers are plain, so it no longer needs this package and
+                can be saved like any model.
 
         Raises:
             ValueError: the model is merged already.
@@ -378,7 +371,7 @@ class Adapter:
         """Context in which the model computes with its base weights (trained parts stay trained).
 
         Raises:
-            ValueError: the model is merged; its weights are not the base's.
+            ValueError: the model is merged, so its weights are not those of the base.
         """
         if self.is_merged:
             raise ValueError("disable: expected an unmerged adapter, got one that is merged")
@@ -392,14 +385,14 @@ class Adapter:
                 stack.enabled = before[name]
 
     def invalidate(self) -> None:
-        """Has W_eff of all stacks built before it is used again; `TProductStack.invalidate`."""
+        """Has all stacks rebuild W_eff before its next use; see `TProductStack.invalidate`."""
         for stack in self.stacks.values():
             stack.invalidate()
 
     def __repr__(self) -> str:
         others = len(self._order) - 1
         of = f" of {self.active!r}, {others} more" if others else ""
-        return f"Adapter({self.count_parameters():,} parameters{of})\n{self.plan}"
+        return f"Adapter({self.count_parameters():,} parameters{of}, {self.plan!r})"
 
     # -- inside
 
@@ -414,11 +407,11 @@ class Adapter:
             raise ValueError(f"{argument}: expected one of {', '.join(self._order)}, got {name!r}")
 
     def _key(self, name: str) -> str | None:
-        """The name by which the stacks know a core: the active one has none there."""
+        """The name of a core in the stacks, which is None for the active one."""
         return None if name == self.active else name
 
     def _state(self) -> dict[str, Tensor]:
-        """What is trained beside the cores, in the model: parameters, and all buffers."""
+        """The model's tensors that training changes beside the cores: parameters, all buffers."""
         parameters = dict(self.model.named_parameters())
         trained = {n: parameters[n] for n in trained_names(self.model, self.train_also)}
         return {**trained, **dict(persistent_buffers(self.model))}
@@ -433,11 +426,11 @@ class Adapter:
                 state[name].copy_(tensor)
 
     def _read(self, path: Path) -> Contents:
-        """A file for this very model."""
+        """Reads a file and checks that it is for this model."""
         contents = read_contents(path)
         contents.check_fits(self.stacks, self.plan, path)
         for stored in contents.stacks:
-            if digest(self.stacks[stored.plan.name].each_base_slice()) != stored.base_sha256:
+            if Fingerprint.of(self.stacks[stored.plan.name].factors) != stored.record.base:
                 raise ValueError(
                     f"path: expected an adapter of this base, got one of other weights in stack "
                     f"{stored.plan.name} at {path}"
@@ -458,7 +451,7 @@ class Adapter:
         return contents
 
     def _cores(self, entry: str | Path | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Cores by stack name."""
+        """The cores of an entry of `stack_cores`, by stack name."""
         if isinstance(entry, Mapping):
             return entry
         if isinstance(entry, Path):

@@ -1,25 +1,27 @@
-"""Cores of many adapters side by side, one of which each row of a batch goes by."""
+"""Cores of many adapters side by side, so that each row of a batch can use its own."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
 
+from ..layers.rows import Repeat
 from ..layers.stack import TProductStack
-from ..operators.functional import check_adapter_ids
+from ..operators.checks import check_adapter_ids
 
-#: Types of transformers models that turn their input, so that layers get time as first axis.
+#: Types of transformers models that transpose their input: their layers get time as first axis.
 _TIME_FIRST = ("xlnet",)
 
 
 class StackedCores(Mapping[str, Tensor]):
-    """Stack name -> cores ``[A, n3, r, r]`` of A adapters; made by `Adapter.stack_cores`.
+    """Maps stack names to the cores ``[A, n3, r, r]`` of A adapters; see `Adapter.stack_cores`.
 
     Attributes:
         adapters: A.
-        nbytes: memory of all cores together.
+        nbytes: bytes of all cores together.
     """
 
     def __init__(self, cores: Mapping[str, Tensor]) -> None:
@@ -29,17 +31,19 @@ class StackedCores(Mapping[str, Tensor]):
     def of(
         cls, stacks: Mapping[str, TProductStack], adapters: Sequence[Mapping[str, Tensor]]
     ) -> StackedCores:
-        """Puts the cores of adapters side by side, on the device of the stacks' own.
+        """Puts the cores of adapters side by side, on the device of the stacks' own cores.
 
         Raises:
-            TypeError, ValueError: no adapters, a stack that is missing, or a core of another shape.
+            TypeError, ValueError: there are no adapters, a stack is missing, or a core has another
+                shape.
         """
         if not adapters:
             raise ValueError("adapters: expected at least one, got none")
         stacked = {}
         for name, stack in stacks.items():
-            # Filled one by one: a thousand adapters are never held twice.
-            cores = stack.core.new_empty(len(adapters), *stack.core.shape)
+            # Copy one core at a time, so that a thousand adapters are never in memory twice.
+            shape, dtype = (len(adapters), *stack.core.shape), stack.factors.dtype
+            cores = stack.core.new_empty(shape, dtype=dtype)
             for index, adapter in enumerate(adapters):
                 cores[index] = _checked(adapter, name, stack, index)
             stacked[name] = cores.detach()
@@ -47,13 +51,32 @@ class StackedCores(Mapping[str, Tensor]):
 
     @property
     def adapters(self) -> int:
-        """How many."""
+        """The number of adapters, A."""
         return next(iter(self._cores.values())).shape[0]
 
     @property
     def nbytes(self) -> int:
         """Bytes of all cores."""
         return sum(cores.nbytes for cores in self._cores.values())
+
+    @contextmanager
+    def rows(
+        self,
+        stacks: Mapping[str, TProductStack],
+        adapter_ids: Tensor,
+        repeat: Repeat | None = None,
+    ) -> Iterator[None]:
+        """Context in which row b of a batch uses core ``adapter_ids[b]`` in each of the stacks.
+
+        Args:
+            stacks: the stacks that the cores belong to, by name.
+            adapter_ids: int64 ``[B]``, on the device of the cores.
+            repeat: see `TProductStack.batch`.
+        """
+        with ExitStack() as batches:
+            for name, stack in stacks.items():
+                batches.enter_context(stack.batch(self[name], adapter_ids, repeat))
+            yield
 
     def check(self, stacks: Mapping[str, TProductStack], adapter_ids: Tensor) -> None:
         """Refuses ids that are out of range, and cores of other stacks or on another device."""
@@ -70,6 +93,9 @@ class StackedCores(Mapping[str, Tensor]):
                 )
         check_adapter_ids(adapter_ids, self.adapters, next(iter(self._cores.values())).device)
 
+    def __repr__(self) -> str:
+        return f"StackedCores({self.adapters} adapters of stacks {', '.join(self)})"
+
     def __getitem__(self, name: str) -> Tensor:
         return self._cores[name]
 
@@ -81,10 +107,10 @@ class StackedCores(Mapping[str, Tensor]):
 
 
 def check_batch_first(model: nn.Module) -> None:
-    """Refuses a model whose batch is the second axis within.
+    """Refuses a model in which some module expects the batch as second axis.
 
     Raises:
-        ValueError: naming the module.
+        ValueError: there is such a module, which the message names.
     """
     for name, module in model.named_modules():
         kind = getattr(getattr(module, "config", None), "model_type", None)
@@ -108,6 +134,17 @@ def _checked(adapter: Mapping[str, Tensor], name: str, stack: TProductStack, ind
             f"adapters[{index}]: expected a core {list(stack.core.shape)} for stack {name}, got "
             f"{list(core.shape)}"
         )
-    if not torch.isfinite(core).all():
-        raise ValueError(f"adapters[{index}]: expected finite numbers in stack {name}, got others")
     return core.detach()
+
+
+def check_finite(index: int, adapter: Mapping[str, Tensor]) -> None:
+    """Refuses cores with NaN or infinity, which a caller may have made.
+
+    Raises:
+        ValueError: a core is not finite; the message names the adapter and the stack.
+    """
+    for name, core in adapter.items():
+        if isinstance(core, Tensor) and not torch.isfinite(core).all():
+            raise ValueError(
+                f"adapters[{index}]: expected finite numbers in stack {name}, got others"
+            )

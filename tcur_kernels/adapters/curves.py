@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import nn
 
-from ..decompose import MAX_WORKSPACE, RULES, Stack, as_stack, error_curve
+from ..decompose import RULES, Slices, error_curve
+from ..decompose.slices import MAX_WORKSPACE
+from ..decompose.tensor import as_slices
+from ..files.whole import replacing
 from .linear_maps import find_weights
 from .plan import Plan, StackPlan
 from .streaming import BaseFiles, on_meta
 
-#: Ranks of a curve if none are given.
+#: The default ranks of a curve.
 RANKS = (1, 2, 4, 8, 16, 32)
 
 
@@ -56,13 +58,13 @@ def model_curves(
     Args:
         model: the planned model.
         plan: its stacks.
-        ranks: those beyond min(n1, n2) of a stack are left out there.
+        ranks: ranks greater than min(n1, n2) of a stack are skipped for that stack.
         selections: names of rules.
         weights: for a model on the meta device, its safetensors files; see `adapt`.
         max_workspace, progress: see `tensor_cur`.
 
     Raises:
-        ValueError: an unknown rule, no rank that a stack can have, or weights that are not there.
+        ValueError: a rule is unknown, no rank fits a stack, or weights are missing.
     """
     unknown = [name for name in selections if name not in RULES]
     if unknown:
@@ -78,19 +80,19 @@ def model_curves(
         if not fitting:
             most = min(stack.n1, stack.n2)
             raise ValueError(f"ranks: expected one of 1 to {most} for {stack.name}, got {ranks}")
-        source: Stack | None = None if files is None else files.stack(stack, any_dtype=True)
+        source: Slices | None = None if files is None else files.slices_of(stack, any_dtype=True)
         if source is None:
             parts = [found[member.module].tensor for member in stack.members]
-            source = as_stack(stack.name, parts, max_workspace, progress, stack.n1)
+            source = as_slices(stack.name, parts, max_workspace, progress, stack.n1)
         curves.append(Curve(stack, fitting, error_curve(source, fitting, selections)))
     return curves
 
 
 def plot_curves(curves: Sequence[Curve], path: str | Path) -> None:
-    """Writes a PNG with one panel per stack; one that was there stays until the new one is whole.
+    """Writes a PNG with one panel per stack; an existing file is replaced only by a complete one.
 
     Raises:
-        ModuleNotFoundError: without matplotlib, with the way to install it.
+        ModuleNotFoundError: matplotlib is missing; the message says how to install it.
     """
     try:
         from matplotlib.figure import Figure
@@ -109,9 +111,5 @@ def plot_curves(curves: Sequence[Curve], path: str | Path) -> None:
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("relative error")
     panels[0].legend()
-    temporary = Path(f"{path}.part")
-    try:
+    with replacing(Path(path)) as temporary:
         figure.savefig(temporary, format="png", dpi=150)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

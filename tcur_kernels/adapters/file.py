@@ -1,50 +1,107 @@
-"""What an adapter file says, as objects."""
+"""The adapter file: safetensors with a JSON header, written completely or not at all.
+
+Tensors are ``core.<stack>``, ``trained.<parameter>`` and ``buffer.<buffer>``. If C and R are stored
+too, they are ``lateral.<stack>`` and ``horizontal.<stack>``. If not, the file only has 2 r indices
+per stack, which say which slices of the base weights C and R are; it then fits exactly one base.
+The header holds the record of every stack (`record.StackRecord`), its settings, and the base's
+fingerprint.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
+from ..files.whole import replacing
 from ..layers.stack import TProductStack
 from ..operators.factors import CURFactors
-from .container import read_adapter_file
-from .plan import Member, Plan, StackPlan
+from ..values import HoldsTensors
+from .plan import Plan, StackPlan
+from .record import StackRecord
+
+FORMAT = "tcur_kernels.adapter"
+FORMAT_VERSION = 2
 
 
-@dataclass(frozen=True)
-class StoredStack:
-    """One stack of a file: its plan, settings, indices and core, and C and R if the file has them.
+@dataclass(frozen=True, eq=False, repr=False)
+class StoredStack(HoldsTensors):
+    """One stack of a file.
 
-    ``base_sha256`` is the fingerprint of the base slices; ``stored`` says of each member in which
-    parameter its weight is, whether transposed, and from which row on.
+    Attributes:
+        record: its plan, the indices of C and R, and the base they were taken from.
+        stored: for each member, the parameter that holds its weight, whether that is stored (in,
+            out), and the row of the parameter at which the weight begins.
+        rank, alpha, mode, precision: settings, as `TProductStack` takes them.
+        core: ``[n3, r, r]``.
+        factors: C and R, if the file has them.
     """
 
-    plan: StackPlan
+    record: StackRecord
     stored: tuple[tuple[str, bool, int], ...]
     rank: int
     alpha: float
     mode: str
     precision: str
-    base_sha256: str
-    rows: Tensor
-    columns: Tensor
     core: Tensor
     factors: CURFactors | None
 
     @property
-    def indices(self) -> tuple[Tensor, Tensor]:
-        """The chosen rows and columns, as a selection."""
-        return self.rows, self.columns
+    def plan(self) -> StackPlan:
+        """Its layers, in the order of their slices."""
+        return self.record.plan
+
+    def as_json(self) -> dict[str, Any]:
+        """The entry of the stack in the header of a file."""
+        settings = {name: getattr(self, name) for name in ("rank", "alpha", "mode", "precision")}
+        return {**self.record.as_json(), **settings, "stored": list(map(list, self.stored))}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors of the stack, by their names in the file."""
+        name = self.plan.name
+        named = {f"core.{name}": self.core}
+        if self.factors is not None:
+            named[f"lateral.{name}"] = self.factors.lateral
+            named[f"horizontal.{name}"] = self.factors.horizontal
+        return named
+
+    @classmethod
+    def of_json(cls, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> StoredStack:
+        """Builds the record of a stack from its header entry and the tensors of the file."""
+        record, rank = StackRecord.of_json(entry), entry["rank"]
+        name, shape = record.plan.name, (record.plan.n3, rank, rank)
+        core = tensors[f"core.{name}"]
+        if core.shape != shape:
+            raise ValueError(
+                f"path: expected core.{name} of shape {list(shape)}, got {list(core.shape)}"
+            )
+        if not torch.isfinite(core).all():
+            raise ValueError(f"path: expected finite numbers in core.{name}, got NaN or Inf")
+        factors = None
+        if f"lateral.{name}" in tensors:
+            factors = CURFactors(tensors[f"lateral.{name}"], tensors[f"horizontal.{name}"])
+        stored = tuple((parameter, bool(t), int(row)) for parameter, t, row in entry["stored"])
+        settings = (rank, entry["alpha"], entry["mode"], entry["precision"])
+        return cls(record, stored, *settings, core, factors)
 
 
-@dataclass(frozen=True)
-class Contents:
-    """All of a file. ``learned`` maps ("trained" or "buffer", name in the model) to values."""
+@dataclass(frozen=True, eq=False, repr=False)
+class Contents(HoldsTensors):
+    """The contents of a file.
+
+    Attributes:
+        stacks: in the order of the plan.
+        train_also: patterns of what was trained beside the cores.
+        frozen_sha256: digest of every parameter that is neither trained nor in a stack.
+        learned: ("trained" or "buffer", name in the model) -> values.
+    """
 
     stacks: tuple[StoredStack, ...]
     train_also: tuple[str, ...]
@@ -56,33 +113,68 @@ class Contents:
         """The ordered stacks."""
         return Plan(tuple(stored.plan for stored in self.stacks))
 
-    def check_fits(self, stacks: Mapping[str, TProductStack], plan: Plan, path: Path) -> None:
-        """Refuses stacks of other layers, sizes, scale, or slices C and R.
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors, by their names in the file."""
+        named = {f"{kind}.{name}": tensor for (kind, name), tensor in self.learned.items()}
+        for stored in self.stacks:
+            named |= stored.tensors()
+        return named
+
+    def write(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
+        """Writes a file atomically: an existing file stays until the new one is complete.
+
+        Args:
+            path: the file.
+            tensors: the result of `tensors`, gathered if they were sharded.
 
         Raises:
-            ValueError: naming what differs.
+            ValueError: a tensor has no elements (a shard that was not gathered).
         """
+        empty = [name for name, tensor in tensors.items() if tensor.numel() == 0]
+        if empty:
+            raise ValueError(f"save: expected tensors with elements, got empty {', '.join(empty)}")
+        header = {
+            "stacks": [stored.as_json() for stored in self.stacks],
+            "train_also": list(self.train_also),
+            "frozen_sha256": self.frozen_sha256,
+        }
+        metadata = {
+            "format": FORMAT,
+            "format_version": str(FORMAT_VERSION),
+            "adapter": json.dumps(header),
+        }
+        contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        with replacing(path) as temporary:
+            save_file(contiguous, temporary, metadata=metadata)
+
+    def check_fits(self, stacks: Mapping[str, TProductStack], plan: Plan, path: Path) -> None:
+        """Refuses stacks with other layers, sizes, alpha, or indices of C and R.
+
+        Raises:
+            ValueError: something differs; the message names it.
+        """
+        own_plans = {entry.name: entry for entry in plan.stacks}
         for stored in self.stacks:
             name = stored.plan.name
-            own = {entry.name: entry for entry in plan.stacks}.get(name)
+            own = own_plans.get(name)
             if own is None or own.members != stored.plan.members:
                 raise ValueError(
                     f"path: expected an adapter with the stacks of this model, got other layers in "
                     f"stack {name} at {path}"
                 )
-            stack = stacks[name]
+            stack, record = stacks[name], stored.record
             for what, wanted, came in (
                 ("rank", stack.rank, stored.rank),
                 ("alpha", stack.alpha, stored.alpha),
-                ("rows", list(stack.rows), stored.rows.tolist()),
-                ("columns", list(stack.columns), stored.columns.tolist()),
+                ("rows", list(stack.rows), list(record.rows)),
+                ("columns", list(stack.columns), list(record.columns)),
             ):
                 if wanted != came:
                     raise ValueError(
                         f"path: expected {what} {wanted} in stack {name}, which adapters of one "
                         f"model share, got {came} at {path}"
                     )
-        missing = {entry.name for entry in plan.stacks} - {s.plan.name for s in self.stacks}
+        missing = own_plans.keys() - {stored.plan.name for stored in self.stacks}
         if missing:
             raise ValueError(
                 f"path: expected an adapter with the stacks of this model, got one without "
@@ -94,12 +186,13 @@ def read_contents(path: Path) -> Contents:
     """Reads and checks a file.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: a torn or foreign file, another format version, or parts that do not fit.
+        FileNotFoundError: there is no such file.
+        ValueError: the file is truncated or not an adapter, has another format version, or has
+            parts that do not fit.
     """
-    header, tensors = read_adapter_file(path)
+    header, tensors = _read(path)
     try:
-        stacks = tuple(_stored(entry, tensors) for entry in header["stacks"])
+        stacks = tuple(StoredStack.of_json(entry, tensors) for entry in header["stacks"])
         learned = {}
         for key, tensor in tensors.items():
             kind, _, name = key.partition(".")
@@ -112,30 +205,29 @@ def read_contents(path: Path) -> Contents:
         ) from error
 
 
-def _stored(entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> StoredStack:
-    name, n1, n2 = entry["name"], entry["n1"], entry["n2"]
-    plan = StackPlan(name, n1, n2, tuple(Member(m, k) for m, k in entry["members"]))
-    core, rank = tensors[f"core.{name}"], entry["rank"]
-    if core.shape != (plan.n3, rank, rank):
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Reads header and tensors of a file; refuses a truncated, foreign or other-version one."""
+    if not path.is_file():
+        raise FileNotFoundError(f"path: expected an adapter file, got none at {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
         raise ValueError(
-            f"path: expected core.{name} of shape {[plan.n3, rank, rank]}, got {list(core.shape)}"
+            f"path: expected a whole safetensors file, got a truncated or foreign one at {path} "
+            f"({error})"
+        ) from error
+    if metadata.get("format") != FORMAT:
+        raise ValueError(
+            f"path: expected an adapter of tcur_kernels, got a safetensors file of format "
+            f"{metadata.get('format')!r} at {path}"
         )
-    if not torch.isfinite(core).all():
-        raise ValueError(f"path: expected finite numbers in core.{name}, got NaN or Inf")
-    factors = None
-    if f"lateral.{name}" in tensors:
-        factors = CURFactors(tensors[f"lateral.{name}"], tensors[f"horizontal.{name}"])
-    stored = tuple((parameter, bool(t), int(row)) for parameter, t, row in entry["stored"])
-    return StoredStack(
-        plan,
-        stored,
-        rank,
-        entry["alpha"],
-        entry["mode"],
-        entry["precision"],
-        entry["base_sha256"],
-        tensors[f"rows.{name}"],
-        tensors[f"columns.{name}"],
-        core,
-        factors,
-    )
+    version = metadata.get("format_version")
+    if version != str(FORMAT_VERSION):
+        raise ValueError(
+            f"path: expected format version {FORMAT_VERSION}, got {version!r} at {path}; another "
+            "version of tcur_kernels wrote it"
+        )
+    header: dict[str, Any] = json.loads(metadata["adapter"])
+    return header, tensors

@@ -1,36 +1,62 @@
-"""Fingerprints of base weights: which base an adapter was made for."""
+"""Fingerprints of base weights, which tell for which base an adapter was made."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
+from ..operators.factors import CURFactors
 from ..processes import whole
 from .holding import PREFIXES
 from .linear_maps import find_weights
 from .plan import Plan
+
+#: Digests of factors. Factors never change; if the base changes, new ones are made.
+_DIGESTS: WeakKeyDictionary[CURFactors, str] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """Identifies the base weights that C and R are slices of.
+
+    The update of an adapter depends on the base only through C and R, so only C and R have to
+    agree. They are hashed once, as long as the base does not change.
+
+    Attributes:
+        dtype: of the base weights, as torch prints it ("torch.bfloat16").
+        sha256: of the numbers in C and R, independent of their dtype: a half-precision base and
+            its copy in fp32 have the same.
+    """
+
+    dtype: str
+    sha256: str
+
+    @classmethod
+    def of(cls, factors: CURFactors) -> Fingerprint:
+        """The fingerprint of the base that these C and R were taken from."""
+        if factors not in _DIGESTS:
+            sides = (factors.lateral, factors.horizontal)
+            _DIGESTS[factors] = digest(part.double() for side in sides for part in side)
+        return cls(str(factors.lateral.dtype), _DIGESTS[factors])
 
 
 def digest(tensors: Iterable[Tensor]) -> str:
     """SHA-256 of dtypes, shapes and bits of the tensors, in order."""
     state = hashlib.sha256()
     for tensor in tensors:
-        update_digest(state, tensor)
+        state.update(f"{tensor.dtype} {list(tensor.shape)};".encode())
+        data = whole(tensor.detach()).cpu().contiguous().flatten()
+        state.update(data.view(torch.uint8).numpy().data)
     return state.hexdigest()
 
 
-def update_digest(state: hashlib._Hash, tensor: Tensor) -> None:
-    """Adds dtype, shape and bits of one tensor."""
-    state.update(f"{tensor.dtype} {list(tensor.shape)};".encode())
-    data = whole(tensor.detach()).cpu().contiguous().flatten()
-    state.update(data.view(torch.uint8).numpy().data)
-
-
 def frozen_digest(model: nn.Module, plan: Plan, trained: Iterable[str]) -> str:
-    """Fingerprint of every parameter that is neither trained nor in a stack, by name."""
+    """SHA-256 of every parameter that is neither trained nor in a stack, by name."""
     members = {m.module for stack in plan.stacks for m in stack.members}
     weights = find_weights(model)
     apart = set(trained)
@@ -39,7 +65,8 @@ def frozen_digest(model: nn.Module, plan: Plan, trained: Iterable[str]) -> str:
         held, _ = weight.parameter_names()
         if name not in members and held not in apart:
             frozen[f"{name}.weight"] = weight.tensor
-    # Linear maps one by one: of in_proj_weight some blocks may be in a stack and others not.
+    # The linear maps were handled one by one above, because some blocks of an in_proj_weight may
+    # be in a stack and others not.
     apart |= {weight.parameter_names()[0] for weight in weights.values()}
     for name, parameter in model.named_parameters():
         if name not in apart and not name.startswith(PREFIXES):
@@ -51,7 +78,7 @@ def frozen_digest(model: nn.Module, plan: Plan, trained: Iterable[str]) -> str:
 
 
 def persistent_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Buffers that the model's state_dict holds, those of the stacks aside."""
+    """Buffers in the model's state_dict, except those of the stacks."""
     saved = model.state_dict()
     for name, buffer in model.named_buffers():
         if name in saved and not name.startswith(PREFIXES):

@@ -1,8 +1,8 @@
-"""Where the cores of an adapted model are: parameters of its last child, or of the model itself.
+"""Where an adapted model holds its cores: in an additional last child, or in the model itself.
 
-A child that comes last is what torch expects: optimizers, sharding, moves and state dicts find it,
-and the first parameter, whose dtype many models take for their own, stays the first. But a
-container counts and calls its children. Cores of a container are parameters of its own.
+Optimizers, sharding, moves and state dicts all find a child module. It comes last so that the first
+parameter of the model stays the first; many models take its dtype for their own. A container,
+however, counts or calls its children. The cores of a container are therefore its own parameters.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from ..layers.cores import keep_numbers
 from ..layers.stack import TProductStack
 from ..operators.factors import CURFactors
 
-#: Name of the child: cores are ``tcur.<stack>``. In a container they are ``tcur_<stack>``.
+#: Name of the child, so cores are named ``tcur.<stack>``; in a container ``tcur_<stack>``.
 CHILD = "tcur"
 
-#: What names in a model begin with that an adapter has put there.
+#: Prefixes of the names that an adapter adds to a model.
 PREFIXES = (f"{CHILD}.", f"{CHILD}_")
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
-#: By which a forward may run through whatever children there are.
+#: Names in the code of a forward that suggest a loop over all children.
 _LOOPS = {"children", "named_children", "_modules", "modules", "named_modules"}
 
 
 def is_container(model: nn.Module) -> bool:
-    """Whether a model counts or calls its children, so that it must not get another one."""
+    """Whether a model counts or calls all its children, so that it must not get another one."""
     kind = type(model)
     if isinstance(model, _CONTAINERS) or hasattr(kind, "__len__") or hasattr(kind, "__iter__"):
         return True
@@ -40,14 +40,15 @@ def is_container(model: nn.Module) -> bool:
 
 
 def is_reserved(stack: str) -> bool:
-    """Whether a stack cannot go by that name: what holds stacks and cores has it for itself."""
+    """Whether a stack cannot have that name, because the modules that hold it use the name."""
     return hasattr(nn.ModuleDict(), stack) or hasattr(HeldCores(Caretaker(nn.Module(), {})), stack)
 
 
 class HeldCores(nn.Module):
-    """The child that holds the cores. Called with a name it returns the parameter.
+    """The child that holds the cores; a call with a name returns that core.
 
-    Hooks that bring parameters in for a call, as accelerate's do, then bring in the core.
+    accelerate's hooks load offloaded parameters when a module is called, so the call loads the
+    core.
     """
 
     def __init__(self, caretaker: Caretaker) -> None:
@@ -60,7 +61,7 @@ class HeldCores(nn.Module):
         return core
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """Moves with the model, in at least fp32."""
+        """Moves the cores with the model, but keeps them in at least fp32."""
         with self.caretaker.moving():
             super()._apply(lambda tensor: keep_numbers(fn, tensor), recurse)
         self.caretaker.write_indices(self)
@@ -68,11 +69,11 @@ class HeldCores(nn.Module):
 
 
 class Caretaker:
-    """Keeps what stacks have in a model in order: cores in their precision, C and R up to date.
+    """Looks after the tensors of stacks in a model: keeps cores in fp32, and C and R up to date.
 
-    Where the model itself holds the cores, this object is its ``_apply``: cores stay fp32 when it
-    is cast. After a checkpoint was loaded, C and R are taken of what it brought, at once, for
-    graphs that were compiled before.
+    If the model itself holds the cores, this object replaces its ``_apply``, so that the cores stay
+    fp32 when the model is cast. After a checkpoint is loaded, C and R are taken at once from the
+    new weights, because graphs that were compiled before do not check them.
     """
 
     def __init__(self, model: nn.Module, stacks: Mapping[str, TProductStack]) -> None:
@@ -80,14 +81,15 @@ class Caretaker:
         self.is_direct = is_container(model)
 
     def key_of(self, stack: str) -> str:
-        """Name of the active core of a stack in the module that holds it."""
+        """The name that the active core of a stack has in the module that holds it."""
         return f"{CHILD}_{stack}" if self.is_direct else stack
 
     def check_free(self) -> None:
-        """Refuses a model that has attributes of the names that are needed.
+        """Refuses a model whose attributes clash with the names that cores need.
 
         Raises:
-            ValueError: naming it; or stacks of names that become one with what they hold.
+            ValueError: an attribute clashes; or the name of one stack begins with that of another
+                and two underscores, as the names of the other's inactive cores do.
         """
         for stack in self.stacks:
             for other in self.stacks:
@@ -105,7 +107,7 @@ class Caretaker:
                 )
 
     def move_in(self) -> None:
-        """Makes cores parameters of the model, and the indices of C and R buffers."""
+        """Makes the cores parameters of the model, and the indices of C and R buffers."""
         model = self.model
         holder = model if self.is_direct else HeldCores(self)
         for name, stack in self.stacks.items():
@@ -123,7 +125,7 @@ class Caretaker:
         model.register_load_state_dict_post_hook(self.loaded)
 
     def move_out(self) -> None:
-        """Takes all of that out of the model."""
+        """Removes everything from the model that `move_in` added."""
         model = self.model
         if self.is_direct:
             del model.__dict__["_apply"]
@@ -138,11 +140,11 @@ class Caretaker:
             del hooks[number]
 
     def moving(self) -> _Moving:
-        """Context in which cores may come to be in other memory, which their stacks are told."""
+        """Context in which cores may move to other memory; their stacks are then notified."""
         return _Moving(self.stacks.values())
 
     def __call__(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        """The model's ``_apply``: cores move with the model, but keep at least fp32."""
+        """The model's ``_apply``: moves the cores with the model, but keeps at least fp32."""
         model, apart = self.model, nn.Module()
         for store in ("_parameters", "_buffers"):
             every, own = model.__dict__[store], apart.__dict__[store]
@@ -160,14 +162,14 @@ class Caretaker:
 
     @torch.no_grad()
     def write_indices(self, holder: nn.Module) -> None:
-        """Writes the indices that are in use: `to_empty` leaves anything in their place."""
+        """Writes the indices in use again, because `to_empty` leaves them uninitialised."""
         for name, stack in self.stacks.items():
             indices = holder._buffers[f"{self.key_of(name)}__indices"]
             if indices is not None and not indices.is_meta:
                 indices.copy_(torch.tensor([stack.rows, stack.columns]))
 
     def loaded(self, model: nn.Module, incompatible_keys: Any) -> None:
-        """A checkpoint was loaded: C and R of the base that is there now, W_eff where merged."""
+        """After a checkpoint was loaded: updates C and R and, if merged, W_eff."""
         for name, stack in self.stacks.items():
             key, buffers = self.key_of(name), stack.holder._buffers
             sides = [buffers.get(f"{key}__{side}") for side in ("lateral", "horizontal")]
@@ -188,10 +190,10 @@ class _Moving:
     def __enter__(self) -> None:
         self.before = [stack.storages() for stack in self.stacks]
         if torch.__future__.get_swap_module_params_on_conversion():
-            for stack in self.stacks:  # torch swaps no parameter that is weakly referred to
+            for stack in self.stacks:  # torch cannot swap a parameter with weak references
                 stack.moved()
 
     def __exit__(self, *error: object) -> None:
         for stack, before in zip(self.stacks, self.before, strict=True):
-            if stack.storages() != before:  # else a captured graph may read what was made
+            if stack.storages() != before:  # if not moved, captured graphs may still read W_eff
                 stack.moved()

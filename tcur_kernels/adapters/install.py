@@ -1,4 +1,4 @@
-"""Puts stacks into a model, and takes them out of a copy."""
+"""Puts stacks into a model, and takes them out of a merged copy."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def put_in_place(model: nn.Module, stacks: Mapping[str, TProductStack]) -> None:
     """Adapts the layers of stacks in place, and makes the cores parameters of the model.
 
     Raises:
-        ValueError: the model has attributes of the names that cores take. It is then as it was.
+        ValueError: attributes of the model clash with names of cores. The model is then unchanged.
     """
     caretaker = Caretaker(model, stacks)
     caretaker.check_free()
@@ -31,14 +31,14 @@ def put_in_place(model: nn.Module, stacks: Mapping[str, TProductStack]) -> None:
 
 
 def stacks_of(model: nn.Module) -> dict[str, TProductStack]:
-    """The stacks that a model is adapted by, by their names."""
+    """The stacks of an adapted model, by name."""
     layers = [module for module in model.modules() if isinstance(module, Adapted)]
     stacks = [place.stack for layer in layers for place in layer.tcur_places.values()]
     return {stack.name: stack for stack in stacks}
 
 
 def take_out(model: nn.Module) -> None:
-    """Makes a model plain again, with the weights that its layers hold now."""
+    """Makes a model plain again; its layers keep the weights that they hold now."""
     stacks = stacks_of(model)
     Caretaker(model, stacks).move_out()
     for module in model.modules():

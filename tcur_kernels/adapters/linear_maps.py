@@ -1,4 +1,4 @@
-"""The weights of linear maps in a model: where they are, and why one cannot be adapted."""
+"""Finds the weights of linear maps in a model, and says why one cannot be adapted."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..layers.linear import Adapted
 from ..layers.weights import PROJECTIONS, Place, is_attention, is_conv1d, is_plain_linear
 from ..processes import is_sharded
 
-#: Modules with a matrix or more that are no linear maps of tokens.
+#: Modules that hold matrices but are not linear maps of tokens.
 _OTHER_KINDS = (
     nn.Embedding,
     nn.EmbeddingBag,
@@ -26,13 +26,13 @@ _OTHER_KINDS = (
     nn.modules.conv._ConvNd,
 )
 
-#: Modules whose parameters scale and shift, of however many axes.
+#: Modules whose parameters only scale and shift, even if they have several axes.
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase)
 
-#: dtypes of a weight that stacks are made of.
+#: The dtypes of weights that can form stacks.
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
-#: Of the bare parameters of one module, more than these are counted rather than named.
+#: How many bare parameters of one module are named; further ones are only counted.
 _NAMED = 3
 
 _TRAINED = "trained directly (train_also)"
@@ -40,10 +40,10 @@ _TRAINED = "trained directly (train_also)"
 
 @dataclass(frozen=True)
 class Weight:
-    """One linear map: its name in a plan, the name and the module of its owner, its place there.
+    """One linear map: its name in a plan, the name and the module of its owner, its place.
 
-    The projections of an attention are owned by the attention, ``out_proj`` too: without the
-    forward of the attention it is never called.
+    An attention owns its projections. That includes ``out_proj``, which only the forward of the
+    attention uses.
     """
 
     name: str
@@ -53,12 +53,12 @@ class Weight:
 
     @property
     def tensor(self) -> Tensor:
-        """``[out, in]``."""
+        """The weight, ``[out, in]``."""
         return self.place.weight
 
     def parameter_names(self) -> tuple[str, str]:
         """Dotted names of the parameters that hold the weight and, if there is one, the bias."""
-        # The output projection of an attention is a module of its own below it.
+        # The output projection of an attention is a submodule, so the parameter is below that.
         holder = self.name if self.place.projection is None else self.owner
         return f"{holder}.{self.place.parameter}", f"{holder}.{self.place.bias_parameter}"
 
@@ -68,7 +68,7 @@ class Weight:
 
 
 def find_weights(model: nn.Module) -> dict[str, Weight]:
-    """All linear maps of a model that a stack may take, or has taken, by name, as registered."""
+    """All linear maps of a model that can be or are in a stack, by name, in registration order."""
     found: dict[str, Weight] = {}
     for name, module in model.named_modules():
         if not name or name in found or why_unreadable(module) is not None:
@@ -85,23 +85,28 @@ def find_weights(model: nn.Module) -> dict[str, Weight]:
     return found
 
 
+def find_places(model: nn.Module) -> dict[str, Place]:
+    """Maps the name of each linear map to the place of its weight."""
+    return {name: weight.place for name, weight in find_weights(model).items()}
+
+
 def _place(module: nn.Module, projection: str | None) -> Place:
-    """The place of a weight: that in its stack, if the module is adapted."""
+    """The place of a weight; if the module is adapted, the place in its stack."""
     adapted = module.tcur_places.get(projection) if isinstance(module, Adapted) else None
     return Place(module, projection=projection) if adapted is None else adapted
 
 
 def why_unreadable(module: nn.Module) -> str | None:
-    """Why the weights of a linear layer or an attention are not to be read; None if they are.
+    """Why the weights of a linear layer or an attention cannot be used; None if they can.
 
-    They are no parameters but computed from others (``torch.nn.utils.prune``, the hooks of
-    ``weight_norm``, FSDP1), or parameters without a shape. Other modules are not looked at.
+    The weights may be computed from other parameters (``torch.nn.utils.prune``, the hooks of
+    ``weight_norm``, FSDP1), or may have no shape yet. For any other module the result is None.
     """
     if is_plain_linear(module) or is_conv1d(module):
         return why_computed(module)
     if not is_attention(module):
         return None
-    # Without in_proj_weight there are three weights.
+    # If in_proj_weight is None, the projections are three weights.
     fused = module._parameters.get("in_proj_weight", module) is not None
     names = ("in_proj_weight",) if fused else tuple(f"{p}_weight" for p in PROJECTIONS)
     why = why_computed(module, (*names, "in_proj_bias"))
@@ -113,7 +118,7 @@ def why_unreadable(module: nn.Module) -> str | None:
 
 
 def why_computed(module: nn.Module, names: Sequence[str] = ("weight", "bias")) -> str | None:
-    """Why what goes by these names in a module is no parameter with a shape; None if it is."""
+    """Why these names of a module are not all parameters with a shape; None if they are."""
     for name in names:
         if name not in module._parameters:
             made = [key for key in module._parameters if key.startswith(f"{name}_")]
@@ -125,7 +130,7 @@ def why_computed(module: nn.Module, names: Sequence[str] = ("weight", "bias")) -
 
 
 def _parametrised(module: nn.Module) -> str | None:
-    """What is said of a module with parametrisations, by torch.nn.utils.parametrize."""
+    """The reason to leave out a module that torch.nn.utils.parametrize changed; else None."""
     if not parametrize.is_parametrized(module):
         return None
     parts = [
@@ -138,7 +143,7 @@ def _parametrised(module: nn.Module) -> str | None:
 def reasons_to_leave_out(
     model: nn.Module, weights: Mapping[str, Weight], trained: set[str], loaded: bool = True
 ) -> dict[str, str]:
-    """Modules, linear maps and bare matrices that no stack can take, with the reason."""
+    """Modules, linear maps and bare matrices that no stack can take, each with the reason."""
     owners: dict[int, dict[tuple[int, str], str]] = defaultdict(dict)
     for name, module in model.named_modules(remove_duplicate=False):
         for key, parameter in module._parameters.items():
@@ -151,7 +156,7 @@ def reasons_to_leave_out(
         if not name or id(module) in seen:
             continue
         why = _of_module(name, module, trained)
-        if why is not None:  # and what is below it is the same layer again
+        if why is not None:  # its submodules are covered by the same reason
             reasons[name] = why
             seen |= {id(part) for part in module.modules()}
     reasons |= _bare_matrices(model, seen, trained)
@@ -173,7 +178,7 @@ def reasons_to_leave_out(
 
 
 def _of_module(name: str, module: nn.Module, trained: set[str]) -> str | None:
-    """Why a module is left out that `find_weights` does not know."""
+    """Why a module that `find_weights` does not find is left out."""
     kind = type(module).__name__
     if isinstance(module, nn.LazyLinear):
         return why_computed(module, ("weight",))
@@ -188,7 +193,7 @@ def _of_module(name: str, module: nn.Module, trained: set[str]) -> str | None:
 
 
 def _of_parameter(name: str, parameter: Tensor | None) -> str | None:
-    """Why the numbers of a parameter are none that a stack can be made of."""
+    """Why a stack cannot contain this parameter; None if it can."""
     if parameter is None:
         return None
     if is_sharded(parameter):
@@ -205,10 +210,11 @@ def _of_parameter(name: str, parameter: Tensor | None) -> str | None:
 
 
 def _bare_matrices(model: nn.Module, seen: set[int], trained: set[str]) -> dict[str, str]:
-    """Modules that hold matrices as parameters of their own (experts, position embeddings).
+    """Modules that hold matrices as their own parameters (experts, position embeddings).
 
-    Named after the module; those of the model itself by their own names. Vectors, however many
-    axes of length one they have, are none. ``seen`` are the ids of modules that are accounted for.
+    An entry has the name of the module; a matrix of the model itself has its own name. A vector is
+    not a matrix, even if it has more axes of length one. ``seen`` has the ids of modules that are
+    dealt with already.
     """
     found: dict[str, str] = {}
     for name, module in model.named_modules():
@@ -245,5 +251,5 @@ def _is_matrix(parameter: Tensor) -> bool:
 
 
 def aliases(model: nn.Module, module: nn.Module) -> list[str]:
-    """All names that a module goes by in a model."""
+    """All names of a module in a model."""
     return [n for n, m in model.named_modules(remove_duplicate=False) if m is module]

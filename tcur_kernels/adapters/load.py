@@ -1,44 +1,57 @@
-"""An adapter from a file, on the base it was made for."""
+"""Loads an adapter from a file, onto the base that it was made for."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from .adapt import build_stack, install
+from ..layers.stack import TProductStack
+from ..layers.weights import Place
+from ..operators.factors import CURFactors
+from .adapt import install
 from .adapter import Adapter
+from .build import build_stack, check_layers
 from .file import Contents, StoredStack, read_contents
-from .fingerprint import digest, frozen_digest, persistent_buffers
+from .fingerprint import Fingerprint, frozen_digest, persistent_buffers
 from .install import is_adapted
-from .linear_maps import find_weights
+from .linear_maps import find_places
 from .train_also import matches_any, trained_names
 
 
 def load_adapter(model: nn.Module, path: str | Path, strict: bool = True) -> Adapter:
-    """Adapts ``model``, the base the adapter was made for, in place and loads the adapter.
+    """Adapts ``model``, the base that the adapter was made for, in place and loads the adapter.
 
     Args:
         model: a base model that is not adapted.
         path: file written by `Adapter.save`.
-        strict: True refuses a model that differs anywhere in its frozen parameters. False compares
-            the stacks' weights only, which C and R are made of (not even those if the file holds
-            C and R itself), and loads those trained parameters and buffers that the model has;
-            `Adapter.skipped` names what is in the file alone, `Adapter.missing` what the model
-            alone has of the parts that are trained.
+        strict: True refuses a model unless C and R are slices of its weights, in the dtype in which
+            the adapter was made, and all frozen parameters outside of the stacks are the same.
+            False compares C and R alone; if the file holds C and R itself, not even that. It loads
+            the trained parameters and buffers that the model has. `Adapter.skipped` then names
+            those that only the file has, and `Adapter.missing` the trained ones that only the
+            model has.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: a file that is torn, foreign, of another format version, or made for another
-            base; or a model that is adapted already. The model is then as it was.
+        FileNotFoundError: there is no such file.
+        ValueError: the file is truncated or foreign, has another format version, or was made for
+            another base; or the model is adapted already. The model is then unchanged.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
     if is_adapted(model):
         raise ValueError("model: expected a base model, got one that is adapted already")
     contents = read_contents(Path(path))
-    own_base = [_check_stack(model, stored, strict) for stored in contents.stacks]
+    modules, places = dict(model.named_modules()), find_places(model)
+
+    def kind_of(name: str) -> str:
+        return type(modules[name]).__name__ if name in modules else "no such module"
+
+    for stored in contents.stacks:
+        check_layers(stored.plan, places, kind_of)
+    stacks = {stored.plan.name: _build(stored, places, strict) for stored in contents.stacks}
     state = {**dict(model.named_parameters()), **dict(persistent_buffers(model))}
     learned, skipped = _learned(contents, state, strict)
     train_also = tuple(p for p in contents.train_also if strict or matches_any(model, p))
@@ -55,15 +68,6 @@ def load_adapter(model: nn.Module, path: str | Path, strict: bool = True) -> Ada
                 "model: expected the base that the adapter was made for, got one whose frozen "
                 "parameters outside of the stacks differ (strict=False loads all the same)"
             )
-
-    stacks = {}
-    for stored, is_own in zip(contents.stacks, own_base, strict=True):
-        settings = (stored.rank, stored.alpha, stored.indices, stored.mode, stored.precision)
-        factors = None if is_own else stored.factors
-        stack = build_stack(model, stored.plan, *settings, factors)
-        with torch.no_grad():
-            stack.core.copy_(stored.core)
-        stacks[stored.plan.name] = stack
     adapter = install(model, contents.plan, stacks, train_also)
     adapter.skipped, adapter.missing = skipped, missing
     with torch.no_grad():
@@ -72,44 +76,46 @@ def load_adapter(model: nn.Module, path: str | Path, strict: bool = True) -> Ada
     return adapter
 
 
-def _check_stack(model: nn.Module, stored: StoredStack, strict: bool) -> bool:
-    """Refuses a model without the layers of a stack; whether it has the base that C and R are of.
+def _build(stored: StoredStack, places: Mapping[str, Place], strict: bool) -> TProductStack:
+    """Builds a stack of a file on the weights that C and R are slices of.
 
-    Another base will do where the file has C and R itself, and nobody insists.
+    If the file holds C and R itself and ``strict`` is False, other weights are accepted, too.
     """
-    modules, weights = dict(model.named_modules()), find_weights(model)
-    slices: list[Tensor] = []
-    for member in stored.plan.members:
-        if member.module not in weights:
-            module = modules.get(member.module)
-            kind = "no such module" if module is None else type(module).__name__
-            raise ValueError(
-                f"model: expected a linear layer {member.module} as in the adapter, got {kind}"
-            )
-        weight = weights[member.module].tensor
-        expected = (member.slices * stored.plan.n1, stored.plan.n2)
-        if weight.shape != expected:
-            raise ValueError(
-                f"model: expected {member.module} of shape {list(expected)} (out, in), got "
-                f"{list(weight.shape)}"
-            )
-        slices += weight.detach().split(stored.plan.n1)
-    if digest(slices) == stored.base_sha256:
-        return True
-    if strict or stored.factors is None:
-        hint = "" if stored.factors is None else "; strict=False loads it with the C and R it holds"
-        raise ValueError(
-            f"model: expected the base that the adapter was made for, got other weights in "
-            f"stack {stored.plan.name} ({slices[0].dtype}; the fingerprint covers the dtype too"
-            f"{hint})"
+
+    def build(factors: CURFactors | None) -> TProductStack:
+        return build_stack(
+            TProductStack,
+            stored.plan,
+            places,
+            rank=stored.rank,
+            alpha=stored.alpha,
+            selection=stored.record.selection,
+            mode=stored.mode,
+            precision=stored.precision,
+            factors=factors,
         )
-    return False
+
+    stack = build(None)
+    if Fingerprint.of(stack.factors) != stored.record.base:
+        if strict or stored.factors is None:
+            hint = ""
+            if stored.factors is not None:
+                hint = "; strict=False loads it with the C and R it holds"
+            raise ValueError(
+                f"model: expected the base that the adapter was made for, got other weights in "
+                f"stack {stored.plan.name} ({stack.factors.lateral.dtype}; the fingerprint covers "
+                f"the dtype too{hint})"
+            )
+        stack = build(stored.factors)
+    with torch.no_grad():
+        stack.core.copy_(stored.core)
+    return stack
 
 
 def _learned(
     contents: Contents, state: dict[str, Tensor], strict: bool
 ) -> tuple[dict[tuple[str, str], Tensor], tuple[str, ...]]:
-    """What the file has learned and the model can take; and the names of what it cannot."""
+    """The learned tensors of the file that fit the model, and the names of the others."""
     learned, skipped = {}, []
     for (kind, name), tensor in contents.learned.items():
         fits = name in state and state[name].shape == tensor.shape

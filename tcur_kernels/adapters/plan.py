@@ -1,31 +1,32 @@
-"""Which layers of a model are adapted, in which stacks and order; which are not, and why."""
+"""Plans which layers of a model are adapted, in which stacks and order, and which are not."""
 
 from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
 
-from ..decompose import check_rank
+from ..decompose.slices import check_rank
 from .holding import is_reserved
 from .linear_maps import Weight, find_weights, reasons_to_leave_out
 from .targets import Targets as Targets
 from .targets import choose
 
-#: How layers without a named stack are put together.
-STACKS_BY = ("shape", "layer")
+#: How layers are grouped into stacks, unless the targets name the stacks.
+StacksBy = Literal["shape", "layer"]
+STACKS_BY: tuple[StacksBy, ...] = get_args(StacksBy)
 
-#: Last components of the names that projections of q, k and v in one matrix go by. Only a name can
-#: tell: a projection to three times the width is no reason to cut it.
+#: Last components of the usual names of fused q, k, v projections. Only the name can tell: other
+#: layers, too, may have three times as many outputs as inputs.
 _FUSED_QKV = ("qkv", "qkv_proj", "Wqkv", "in_proj", "query_key_value", "c_attn")
 
-#: Of one reason, more modules than these are counted rather than listed when a plan is printed.
+#: A printed plan lists up to this many modules per reason; of more it names two and the number.
 _LISTED = 3
 
 _ALL_ZERO = "all weights of its stack are zero: C and R would be, and the core could never learn"
@@ -45,7 +46,7 @@ class Member:
 class StackPlan:
     """One stack: its name, the size of its slices, and its layers in the order of the slices.
 
-    ``note`` says how its layers run, and why; it is for the reader of the plan.
+    ``note`` tells the reader of the plan how its layers run, and why.
     """
 
     name: str
@@ -56,7 +57,7 @@ class StackPlan:
 
     @property
     def n3(self) -> int:
-        """Number of slices."""
+        """The number of slices."""
         return sum(member.slices for member in self.members)
 
 
@@ -64,19 +65,26 @@ class StackPlan:
 class LeftOut:
     """A module that holds matrices and is not adapted.
 
-    A bare parameter of the model itself, which no module of a name holds, goes by its own name.
+    For a bare parameter of the model itself, ``module`` is the name of the parameter.
     """
 
     module: str
     reason: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
-    """Ordered stacks and what was left out; ``print(plan)`` shows both."""
+    """The ordered stacks, and what was left out; ``print(plan)`` shows both."""
 
     stacks: tuple[StackPlan, ...]
     left_out: tuple[LeftOut, ...] = ()
+
+    def __repr__(self) -> str:
+        layers = sum(len(stack.members) for stack in self.stacks)
+        return (
+            f"Plan({len(self.stacks)} stacks of {layers} layers, {len(self.left_out)} modules left "
+            "out; print it for the names)"
+        )
 
     def __str__(self) -> str:
         lines = []
@@ -112,39 +120,39 @@ def make_plan(
     targets: Targets,
     rank: int | Mapping[str, int],
     trained: Iterable[str] = (),
-    stacks: str = "shape",
+    stacks: StacksBy = "shape",
     loaded: bool = True,
 ) -> Plan:
     """Groups the linear layers of ``model`` into stacks.
 
-    Linear layers are plain ``nn.Linear``, GPT-2's ``Conv1D`` (by its type), and the projections of
-    ``nn.MultiheadAttention``, which go by the names ``q_proj``, ``k_proj``, ``v_proj`` and
-    ``out_proj`` after that of the attention. Without ``targets`` all of them are taken, fused q, k,
-    v projections are cut into three slices, and layers of one slice shape, dtype and device form a
-    stack in the order in which the model registers them. ``targets`` restricts the layers by name;
-    as a mapping it also says which of them share a stack, and in which order.
+    Linear layers are plain ``nn.Linear``, GPT-2's ``Conv1D`` (recognised by its type), and the
+    projections of ``nn.MultiheadAttention``. A projection is named ``q_proj``, ``k_proj``,
+    ``v_proj`` or ``out_proj`` after the name of its attention. Without ``targets`` all linear
+    layers are taken, and fused q, k, v projections are cut into three slices. Layers with the same
+    slice shape, dtype and device form a stack, in the order in which the model registers them.
+    ``targets`` restricts the layers by name. If it is a mapping, it also says which layers share a
+    stack, and in which order.
 
     Args:
         model: any module.
-        targets: see above. A name matches a module by its whole dotted name, by the end of it
-            after a dot (``"attn.qkv"``), or as a pattern of either (``"vit.*.mlp.linear?"``). A
-            function is called with the name and the module of each linear layer and returns
-            whether to adapt it, or the name of the stack to put it in.
-        rank: checked against every stack; or ``{stack name or pattern: rank}``.
+        targets: see above. A name matches a module by its whole dotted name, by the part of it
+            after some dot (``"attn.qkv"``), or as a pattern for either (``"vit.*.mlp.linear?"``). A
+            function is called with the name and the module of each linear layer. It returns whether
+            to adapt the layer, or the name of the stack to put it in.
+        rank: one rank, checked for every stack; or ``{stack name or pattern: rank}``.
         trained: names of parameters that are trained directly; their layers are left out.
-        stacks: "shape", or "layer": each layer is a stack by itself, uncut (matrix CUR).
-        loaded: False plans for weights that are not there yet, on the meta device.
+        stacks: "shape", or "layer", which makes each layer a stack of its own, uncut (matrix CUR).
+        loaded: False if the weights are not loaded yet (on the meta device).
 
     Raises:
-        TypeError: a target that is no linear layer.
-        ValueError: a target that matches nothing, or no layer that can be adapted, each with its
-            reason; or no layer left to adapt.
+        TypeError: a target matches no linear layer.
+        ValueError: a target matches nothing, or no layer that can be adapted (the message gives the
+            reasons); or no layer is left to adapt.
     """
     if stacks not in STACKS_BY:
         raise ValueError(f"stacks: expected one of {', '.join(STACKS_BY)}, got {stacks!r}")
     weights = find_weights(model)
     reasons = reasons_to_leave_out(model, weights, set(trained), loaded)
-    explicit = targets is not None
     chosen, considered = choose(model, weights, reasons, targets)
     if isinstance(chosen, dict):
         if stacks == "layer":
@@ -152,29 +160,16 @@ def make_plan(
         groups = _named_groups(chosen, weights, reasons)
     else:
         taken = {name: weights[name].tensor for name in chosen if name not in reasons}
-        groups = groups_by_shape(taken) if stacks == "shape" else groups_by_layer(taken)
-
-    planned, left_out = [], []
-    for key, (n1, n2), members in groups:
-        alone = stacks == "shape" and sum(member.slices for member in members) == 1
-        if not explicit and alone:
-            left_out += [LeftOut(m.module, "the only slice of its shape") for m in members]
-            continue
-        own = setting("rank", rank, key)
-        if not explicit and not 1 <= own <= min(n1, n2):
-            reason = f"rank {own} exceeds min({n1}, {n2})"
-            left_out += [LeftOut(member.module, reason) for member in members]
-            continue
-        check_rank("rank", own, n1, n2)
-        if loaded and not any(_has_numbers(weights[member.module]) for member in members):
-            if explicit:
-                raise ValueError(
-                    f"targets: expected weights that are not all zero in stack {key}, got zeros in "
-                    f"{', '.join(member.module for member in members[:5])}: {_ALL_ZERO}"
-                )
-            left_out += [LeftOut(member.module, _ALL_ZERO) for member in members]
-            continue
-        planned.append(StackPlan(key, n1, n2, tuple(members)))
+        groups = groups_of(taken, stacks)
+    planned, left_out = plan_groups(
+        groups,
+        {name: weight.tensor for name, weight in weights.items()},
+        lambda stack: setting("rank", rank, stack),
+        argument="targets",
+        stacks=stacks,
+        insists=targets is not None,
+        is_loaded=loaded,
+    )
     left_out += [LeftOut(n, reason) for n, reason in reasons.items() if n in considered]
     if not planned:
         why = "; ".join(f"{item.module}: {item.reason}" for item in left_out[:5])
@@ -187,17 +182,67 @@ def make_plan(
 
     def registered(item: LeftOut) -> int:
         weight = weights.get(item.module)
-        # What is no module is a parameter of the model itself, and comes first.
+        # A name that is not a module is a parameter of the model itself, which comes first.
         return order.get(item.module if weight is None else weight.owner, -1)
 
     return Plan(tuple(planned), tuple(sorted(left_out, key=registered)))
+
+
+def plan_groups(
+    groups: Iterable[_Group],
+    weights: Mapping[str, Tensor],
+    rank_of: Callable[[str], int],
+    *,
+    argument: str,
+    stacks: StacksBy,
+    insists: bool,
+    is_loaded: bool,
+) -> tuple[list[StackPlan], list[LeftOut]]:
+    """The groups that can be stacks; and the layers of the other groups, with the reason.
+
+    Args:
+        groups: from `groups_of`, or named by the caller.
+        weights: name of a layer -> its weight ``[out, in]``.
+        rank_of: stack name -> its rank.
+        argument: the name of the argument that chose the layers, for errors.
+        stacks: how the groups were made. If "shape", a group of a single slice is left out.
+        insists: the caller asked for these layers, so raise an error instead of leaving them out.
+        is_loaded: whether the weights are loaded.
+
+    Raises:
+        ValueError: the caller insists, and the rank is too large for a stack or all its weights
+            are zero.
+    """
+    planned: list[StackPlan] = []
+    left_out: list[LeftOut] = []
+    for name, (n1, n2), members in groups:
+        stack, rank, why = StackPlan(name, n1, n2, tuple(members)), rank_of(name), None
+        if stacks == "shape" and stack.n3 == 1:
+            why = "the only slice of its shape"
+        elif not 1 <= rank <= min(n1, n2):
+            why = f"rank {rank} exceeds min({n1}, {n2})"
+        if why is None or insists:
+            check_rank("rank", rank, n1, n2)
+            why = None
+            if is_loaded and not any(bool(weights[m.module].detach().any()) for m in members):
+                why = _ALL_ZERO
+                if insists:
+                    raise ValueError(
+                        f"{argument}: expected weights that are not all zero in stack {name}, got "
+                        f"zeros in {', '.join(member.module for member in members[:5])}: {why}"
+                    )
+        if why is None:
+            planned.append(stack)
+        else:
+            left_out += [LeftOut(member.module, why) for member in members]
+    return planned, left_out
 
 
 def setting(argument: str, value: _Value | Mapping[str, _Value], stack: str) -> _Value:
     """The value for one stack of an argument that may be ``{stack name or pattern: value}``.
 
     Raises:
-        ValueError: a mapping without that stack.
+        ValueError: the mapping has no value for that stack.
     """
     if not isinstance(value, Mapping):
         return value
@@ -210,7 +255,7 @@ def setting(argument: str, value: _Value | Mapping[str, _Value], stack: str) -> 
 
 
 def check_setting(argument: str, value: Any, stacks: Iterable[StackPlan]) -> None:
-    """Refuses a mapping with names that match no stack."""
+    """Refuses a mapping with a name or pattern that matches no stack."""
     if not isinstance(value, Mapping):
         return
     names = [stack.name for stack in stacks]
@@ -225,8 +270,13 @@ def check_setting(argument: str, value: Any, stacks: Iterable[StackPlan]) -> Non
 _Group = tuple[str, tuple[int, int], list[Member]]
 
 
-def groups_by_shape(weights: Mapping[str, Tensor]) -> list[_Group]:
-    """Weights [out, in] of one slice shape, dtype and device together, in their order."""
+def groups_of(weights: Mapping[str, Tensor], stacks: StacksBy) -> list[_Group]:
+    """Groups weights [out, in] by one of `STACKS_BY`; returns names, slice sizes and members."""
+    return _groups_by_shape(weights) if stacks == "shape" else _groups_by_layer(weights)
+
+
+def _groups_by_shape(weights: Mapping[str, Tensor]) -> list[_Group]:
+    """Groups weights [out, in] with the same slice shape, dtype and device, in their order."""
     groups: dict[tuple[int, int, torch.dtype, torch.device], list[Member]] = defaultdict(list)
     for name, weight in weights.items():
         slices = _slices_of(name, weight)
@@ -240,12 +290,12 @@ def groups_by_shape(weights: Mapping[str, Tensor]) -> list[_Group]:
     return named
 
 
-def groups_by_layer(weights: Mapping[str, Tensor]) -> list[_Group]:
-    """Every weight [out, in] as a stack of one slice, named after its layer."""
+def _groups_by_layer(weights: Mapping[str, Tensor]) -> list[_Group]:
+    """Makes every weight [out, in] a stack of one slice, named after its layer."""
     named: list[_Group] = []
     taken: set[str] = set()
     for name, weight in weights.items():
-        # Two underscores stand between a stack and the name of a core.
+        # Two underscores separate the name of a stack from that of a core, so allow only one here.
         own = key = re.sub(r"[._]+", "_", name)
         number = 1
         while key in taken or is_reserved(key):
@@ -259,10 +309,6 @@ def groups_by_layer(weights: Mapping[str, Tensor]) -> list[_Group]:
 def _slices_of(name: str, weight: Tensor) -> int:
     fused = name.rpartition(".")[2] in _FUSED_QKV and weight.shape[0] == 3 * weight.shape[1]
     return 3 if fused else 1
-
-
-def _has_numbers(weight: Weight) -> bool:
-    return bool(weight.tensor.detach().any())
 
 
 def _named_groups(
@@ -289,7 +335,7 @@ def _named_groups(
 
 
 def _one_group(stack: str, weights: Mapping[str, Tensor]) -> _Group:
-    """One stack of layers named together: cut to the smallest slice among them."""
+    """One stack of layers that the targets put together, cut into slices of the smallest size."""
     n1 = min(weight.shape[0] // _slices_of(name, weight) for name, weight in weights.items())
     n2 = next(iter(weights.values())).shape[1]
     first, like = next(iter(weights.items()))

@@ -1,4 +1,4 @@
-"""Weights of a model that is not in memory: a module tree on the meta device, numbers in files."""
+"""Weights of a model that is not in memory: modules on the meta device, numbers in files."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..decompose import FileMatrix, FileStack, Shards, SliceStack, Stack
+from ..decompose import FileMatrix, FileSlices, HeldSlices, Shards, Slices
 from ..files.origins import Origins, is_of_transformers
 from .linear_maps import Weight, find_weights
 from .plan import StackPlan
@@ -17,8 +17,8 @@ class BaseFiles:
     """The checkpoint of a model whose parameters are on the meta device.
 
     Args:
-        model: the model. Tensors go by the names of its parameters, or if it is one of
-            transformers, by those that it would be loaded from.
+        model: the model. The files name tensors like its parameters. For a transformers model they
+            may also use the names from which transformers would load it.
         path: a safetensors file or a directory of them, see `decompose.Shards`.
         max_workspace, progress: see `tensor_cur`.
     """
@@ -32,19 +32,19 @@ class BaseFiles:
         self._origins = Origins("weights", self._shards.path, self._shards.shapes, known)
         self._max_workspace, self._progress = max_workspace, progress
 
-    def stack(self, plan: StackPlan, any_dtype: bool = False) -> Stack | None:
+    def slices_of(self, plan: StackPlan, any_dtype: bool = False) -> Slices | None:
         """The slices of one stack in the files; None if they are in memory.
 
-        A matrix that transformers makes of others while loading is made here, too, and the stack
-        then held in memory, within ``max_workspace``.
+        Some matrices transformers assembles from several tensors while loading. These are assembled
+        here in the same way, and the whole stack is then held in memory, within ``max_workspace``.
 
         Args:
             plan: the stack.
-            any_dtype: do not ask for the dtype that the model has.
+            any_dtype: accept another dtype than that of the model.
 
         Raises:
-            TypeError, ValueError: naming a tensor that is missing, of another shape or dtype than
-                the model says, or of another dtype than the rest of the stack.
+            TypeError, ValueError: a tensor is missing, has another shape or dtype than in the
+                model, or another dtype than the rest of the stack; the message names it.
         """
         weights = find_weights(self._model)
         members = [weights[member.module] for member in plan.members]
@@ -54,13 +54,13 @@ class BaseFiles:
         if any(regrouped):
             return self._made(plan, members, any_dtype)
         matrices = [self._matrix(weight, any_dtype) for weight in members]
-        return FileStack(self._shards, matrices, plan.n1, self._max_workspace, self._progress)
+        return FileSlices(self._shards, matrices, plan.n1, self._max_workspace, self._progress)
 
     def read(self, name: str) -> Tensor:
-        """A whole tensor of the model, by its name there.
+        """Reads a whole tensor, by its name in the model.
 
         Raises:
-            ValueError: it is not there.
+            ValueError: the files do not contain it.
         """
         return self._origins[name].load(self._shards.read)
 
@@ -71,8 +71,8 @@ class BaseFiles:
         self._check(name, self._shards.shapes[stored], self._shards.dtype(stored), file, any_dtype)
         return FileMatrix(stored, transposed, first, weight.tensor.shape[0])
 
-    def _made(self, plan: StackPlan, members: list[Weight], any_dtype: bool) -> SliceStack:
-        """A stack in memory, of matrices that the files have otherwise than the model."""
+    def _made(self, plan: StackPlan, members: list[Weight], any_dtype: bool) -> HeldSlices:
+        """A stack in memory, of matrices that the files store in another form than the model."""
         size = sum(w.tensor.numel() * w.tensor.element_size() for w in members)
         if size > self._max_workspace:
             raise ValueError(
@@ -87,12 +87,12 @@ class BaseFiles:
             self._check(name, list(tensor.shape), tensor.dtype, "the files", any_dtype)
             logical = tensor.T if transposed else tensor
             matrices.append(logical[first : first + weight.tensor.shape[0]])
-        return SliceStack("weights", matrices, plan.n1, self._max_workspace, self._progress)
+        return HeldSlices("weights", matrices, plan.n1, self._max_workspace, self._progress)
 
     def _check(
         self, name: str, shape: list[int], dtype: torch.dtype, where: str, any_dtype: bool
     ) -> None:
-        """Refuses a tensor that is another than the model says."""
+        """Refuses a tensor whose shape or dtype differs from the model's."""
         parameter = self._model.get_parameter(name)
         if shape != list(parameter.shape):
             raise ValueError(
@@ -107,7 +107,7 @@ class BaseFiles:
 
 
 def on_meta(model: nn.Module) -> str | None:
-    """Name of a parameter or buffer on the meta device, None if all are in memory."""
+    """The name of a parameter or buffer on the meta device; None if all are in memory."""
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_meta:
             return name

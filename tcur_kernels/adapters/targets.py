@@ -1,4 +1,4 @@
-"""Which layers the targets of a user mean: names, patterns, functions, stacks by name."""
+"""Finds the layers that the ``targets`` of a user choose, by name, pattern, function or stack."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .holding import is_reserved
 from .linear_maps import Weight
 
 #: None (all, grouped by shape), names or patterns, {stack name: names or patterns}, or a function
-#: of a name and a module that says yes, no, or in which stack.
+#: of a name and a module that returns whether to adapt it, or the name of its stack.
 Targets = (
     None
     | str
@@ -31,7 +31,7 @@ def choose(
 ) -> tuple[_Chosen, set[str]]:
     """Names of the layers that the targets choose, in the model's order; or such names by stack.
 
-    And the names of all that they speak of, layers that cannot be adapted among them.
+    Also returns the names of layers that the targets match but that cannot be adapted.
     """
     if targets is None:
         return list(weights), set(reasons)
@@ -63,16 +63,17 @@ def _match(
     reasons: Mapping[str, str],
     targets: str | Sequence[str],
 ) -> tuple[list[str], set[str]]:
-    """Names of the linear layers that the targets match, each target at least one; see `choose`.
+    """Names of the linear layers that the targets match; see `choose`.
 
     Raises:
-        TypeError, ValueError: a target without a layer that can be adapted, and why.
+        TypeError, ValueError: a target matches no layer that can be adapted; the message says why.
     """
     modules = {name: module for name, module in model.named_modules() if name}
     names: dict[str, str] = {name: name for name in (*modules, *weights, *reasons)}
     for name, module in modules.items():
         if isinstance(module, nn.MultiheadAttention) and name in reasons:
-            # One that is left out has no projections of its own, yet they may be asked for.
+            # An attention that is left out has no entries for its projections, but the user may
+            # still name them.
             names |= {f"{name}.{part}": name for part in (*PROJECTIONS, "out_proj")}
     chosen: set[str] = set()
     considered: set[str] = set()
@@ -82,7 +83,7 @@ def _match(
         found = {own for name, own in names.items() if _matches(name, target)}
         if not found:
             raise ValueError(f"{argument}: expected a module that matches {target!r}, got none")
-        # An attention stands for its projections.
+        # The name of an attention stands for all its projections.
         linear = [n for n, weight in weights.items() if {n, weight.owner} & found]
         met = [name for name in reasons if name in found or name in linear]
         why = "; ".join(f"{name}: {reasons[name]}" for name in met[:5])
@@ -117,7 +118,8 @@ def _called(
 ) -> tuple[_Chosen, set[str]]:
     """What a function chose: names, or names by stack; see `choose`.
 
-    It is asked of all that is an ``nn.Linear`` by inheritance, too, to say why it is left out.
+    The function is also asked about subclasses of ``nn.Linear`` that cannot be adapted. If it
+    chooses one, the plan says why it is left out.
     """
     asked = {name: weight.module for name, weight in weights.items()}
     for name, module in model.named_modules():

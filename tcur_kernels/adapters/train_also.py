@@ -1,4 +1,4 @@
-"""What is trained beside the cores: by whole names, and its values."""
+"""Finds the parameters that are trained beside the cores, by whole names."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from .holding import PREFIXES
 
 
 def trained_names(model: nn.Module, patterns: Sequence[str]) -> list[str]:
-    """Parameters that ``train_also`` names, in the model's order; each pattern matches some.
+    """Names of the parameters that ``train_also`` chooses, in the model's order.
 
     Raises:
-        TypeError: a pattern that is no string, or a parameter that no gradient can be of.
-        ValueError: a pattern that matches nothing.
+        TypeError: a pattern is not a string, or a chosen parameter cannot have a gradient.
+        ValueError: a pattern matches nothing.
     """
     parameters = dict(model.named_parameters())
     names = [name for name in parameters if not name.startswith(PREFIXES)]
@@ -37,7 +37,7 @@ def trained_names(model: nn.Module, patterns: Sequence[str]) -> list[str]:
 
 
 def matches_any(model: nn.Module, pattern: str) -> bool:
-    """Whether a pattern of ``train_also`` names any parameter of the model."""
+    """Whether a pattern of ``train_also`` matches any parameter of the model."""
     try:
         return bool(trained_names(model, [pattern]))
     except ValueError:
@@ -45,6 +45,6 @@ def matches_any(model: nn.Module, pattern: str) -> bool:
 
 
 def _matches_whole(parameter: str, pattern: str) -> bool:
-    """Whether the pattern is the name of the parameter or of a module that holds it."""
+    """Whether the pattern matches the whole name of the parameter or of a module that holds it."""
     parts = parameter.split(".")
     return any(fnmatchcase(".".join(parts[:i]), pattern) for i in range(1, len(parts) + 1))

@@ -1,30 +1,38 @@
 """Tensor CUR: selection rules, cores, and stacks that are read block by block."""
 
-from .cores import CORES as CORES
-from .curve import error_curve as error_curve
-from .files import FileMatrix as FileMatrix
-from .files import FileStack as FileStack
-from .files import Shards as Shards
-from .files import model_files as model_files
-from .files import open_stack as open_stack
-from .matrix import MatrixCUR as MatrixCUR
-from .matrix import matrix_cur as matrix_cur
-from .modewise import ModewiseCUR as ModewiseCUR
-from .modewise import modewise_cur as modewise_cur
-from .rules import RULES as RULES
-from .rules import Deim as Deim
-from .rules import Inverse as Inverse
-from .rules import Leverage as Leverage
-from .rules import Norm as Norm
-from .rules import Norm2 as Norm2
-from .rules import Selection as Selection
-from .rules import Uniform as Uniform
-from .sharded import ShardedStack as ShardedStack
-from .stack import MAX_WORKSPACE as MAX_WORKSPACE
-from .stack import SliceStack as SliceStack
-from .stack import Stack as Stack
-from .stack import check_rank as check_rank
-from .tensor import TensorCUR as TensorCUR
-from .tensor import as_stack as as_stack
-from .tensor import select_slices as select_slices
-from .tensor import tensor_cur as tensor_cur
+from ..files.shards import Shards
+from .cores import CORES
+from .curve import error_curve
+from .files import FileMatrix, FileSlices, open_stack
+from .matrix import MatrixCUR, matrix_cur
+from .modewise import ModewiseCUR, modewise_cur
+from .rules import RULES, Deim, Inverse, Leverage, Norm, Norm2, Selection, Uniform
+from .sharded import ShardedSlices
+from .slices import HeldSlices, Slices
+from .tensor import TensorCUR, tensor_cur
+
+__all__ = [
+    "CORES",
+    "RULES",
+    "Deim",
+    "FileMatrix",
+    "FileSlices",
+    "HeldSlices",
+    "Inverse",
+    "Leverage",
+    "MatrixCUR",
+    "ModewiseCUR",
+    "Norm",
+    "Norm2",
+    "Selection",
+    "ShardedSlices",
+    "Shards",
+    "Slices",
+    "TensorCUR",
+    "Uniform",
+    "error_curve",
+    "matrix_cur",
+    "modewise_cur",
+    "open_stack",
+    "tensor_cur",
+]

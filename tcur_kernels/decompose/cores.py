@@ -2,37 +2,42 @@
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 import torch
 from torch import Tensor
 
 from ..t_product import t_pinv
-from .stack import Stack, half_spectrum
+from .slices import Slices, half_spectrum
 
-CORES = ("intersection", "projection", "zero")
+Core = Literal["intersection", "projection", "zero"]
+CORES: tuple[Core, ...] = get_args(Core)
 
 
 def make_core(
-    stack: Stack,
+    stack: Slices,
     lateral: Tensor,
     horizontal: Tensor,
     rows: Tensor,
-    core: str,
+    core: Core,
     rcond: float | None = None,
 ) -> Tensor:
-    """The core, computed in fp64: pseudo-inverses square what rounding does to small slices.
+    """The core, computed in fp64 because pseudo-inverses amplify rounding errors of small slices.
 
-    "intersection": U = a[rows, columns]^†, the pseudo-inverse of each frequency of the intersection
-    (no pass). If rank Â_k(I, J) = rank Â_k for every k, C * U * R = a (Hamm & Huang,
-    arXiv:1907.12668, theorem 1, frequency by frequency); if every Â_k(I, J) is nonsingular, the
-    chosen slices are met exactly.
+    "intersection": U = a[rows, columns]^†, the pseudo-inverse of the intersection at each
+    frequency. Needs no pass over the data. If rank Â_k(I, J) = rank Â_k for every k, then
+    C * U * R = a (Hamm & Huang, arXiv:1907.12668, theorem 1, at each frequency). If every
+    Â_k(I, J) is nonsingular, C * U * R agrees with a in the chosen slices.
 
-    "projection": U = C^† * a * R^†, which minimises ‖a − C * U * R‖_F over all cores (Stewart 1999;
-    one pass, Ĉ_k^† Â_k R̂_k^† summed block by block).
+    "projection": U = C^† * a * R^†, which minimises ‖a − C * U * R‖_F over all cores (Stewart
+    1999). Needs one pass, which sums Ĉ_k^† Â_k R̂_k^† block by block.
+
+    "zero": a core of zeros.
 
     Args:
-        rcond: singular values below ``rcond`` times the largest of the whole spectrum (of the
-            intersection, of C, of R) count as zero; default 4 r eps of the dtype of the stack,
-            the rounding of the given numbers.
+        rcond: singular values below ``rcond`` times the largest one of the whole spectrum (of the
+            intersection, of C, or of R) count as zero. The default is 4 r eps of the dtype of the
+            stack, about the rounding error of the given numbers.
 
     Returns:
         ``[n3, r, r]`` in the dtype of the stack.

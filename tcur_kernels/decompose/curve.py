@@ -1,4 +1,4 @@
-"""Relative error against rank of a stack: what a user looks at to choose the rank."""
+"""Relative error against rank of a stack, which helps to choose the rank."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ from collections.abc import Sequence
 
 from .rules import squared_norms
 from .singular import leading_subspaces
-from .stack import Stack, bin_weights, check_rank
+from .slices import Slices, bin_weights, check_rank
 from .tensor import tensor_cur
 
-#: What the curve of the best approximation is called.
+#: The name of the curve of the best approximation.
 BEST = "best"
 
 
 def error_curve(
-    stack: Stack, ranks: Sequence[int], selections: Sequence[str] = ("norm",)
+    stack: Slices, ranks: Sequence[int], selections: Sequence[str] = ("norm",)
 ) -> dict[str, list[float]]:
-    """‖A − A_r‖ / ‖A‖ for every rank r: of the best tubal approximation, and of C * U * R per rule.
+    """‖A − A_r‖ / ‖A‖ for every rank r, for the best tubal approximation and for each rule.
 
     "best" is the truncated t-SVD (Kilmer & Martin 2011, theorem 4.3), with the error
-    sqrt(‖A‖² − Σ_k w_k Σ_{i ≤ r} σ_i(Â_k)² / n3); for stacks from the size of a ViT-B's on the
-    singular values come from a range finder, and the curve is that of the approximation it finds.
-    The others are `tensor_cur` with the core "projection".
+    sqrt(‖A‖² − Σ_k w_k Σ_{i ≤ r} σ_i(Â_k)² / n3). For stacks as large as those of a ViT-B or
+    larger, a range finder computes the singular values, and the curve is that of the approximation
+    it finds. The other curves are of `tensor_cur` with the core "projection".
 
     Args:
         stack: any stack.

@@ -8,13 +8,15 @@ import torch
 from torch import Tensor
 
 from ..autocast import without_autocast
+from ..values import HoldsTensors
+from .cores import Core
 from .rules import Selection
-from .stack import MAX_WORKSPACE
+from .slices import MAX_WORKSPACE
 from .tensor import TensorCUR, tensor_cur
 
 
-@dataclass(frozen=True)
-class MatrixCUR:
+@dataclass(frozen=True, eq=False, repr=False)
+class MatrixCUR(HoldsTensors):
     """Result of `matrix_cur`: a ≈ C U R.
 
     Attributes:
@@ -45,15 +47,15 @@ def matrix_cur(
     a: Tensor,
     rank: int,
     selection: Selection = "leverage",
-    core: str = "projection",
+    core: Core = "projection",
     generator: torch.Generator | None = None,
     rcond: float | None = None,
     max_workspace: int = MAX_WORKSPACE,
 ) -> MatrixCUR:
     """CUR of a matrix ``[n1, n2]`` with columns and rows by leverage scores and U = C⁺ A R⁺.
 
-    Mahoney & Drineas, PNAS 106 (2009). It is `tensor_cur` for n3 = 1, whose other arguments, rules,
-    cores and errors are the same.
+    Mahoney & Drineas, PNAS 106 (2009). This is `tensor_cur` for n3 = 1; arguments, rules, cores and
+    errors are the same.
 
     Raises:
         TypeError, ValueError: as `tensor_cur`.

@@ -10,19 +10,20 @@ from torch import Tensor
 
 from ..autocast import without_autocast
 from ..t_product import check_tensor
+from ..values import HoldsTensors
 from .rules import pick
-from .stack import SliceStack
+from .slices import HeldSlices
 
 
-@dataclass(frozen=True)
-class ModewiseCUR:
+@dataclass(frozen=True, eq=False, repr=False)
+class ModewiseCUR(HoldsTensors):
     """Result of `modewise_cur`: a ≈ core ×_0 C_0 ×_1 C_1 ×_2 C_2.
 
     Attributes:
         core: G, ``[c0, c1, c2]``.
         factors: C_m, ``[size of axis m, c_m]``: fibres of ``a`` along axis m.
-        fibres: int64 ``[c_m]`` per axis: which columns of the unfolding along m, whose columns run
-            over the other two axes in their order.
+        fibres: per axis m, int64 ``[c_m]``: the chosen columns of the unfolding along m. These
+            columns run over the other two axes in their order.
     """
 
     core: Tensor
@@ -38,13 +39,13 @@ class ModewiseCUR:
         return product
 
     def relative_error(self, a: Tensor) -> float:
-        """‖a − reconstruction‖ / ‖a‖ in the Frobenius norm, 0 for a zero tensor met exactly."""
+        """‖a − reconstruction‖ / ‖a‖ in the Frobenius norm; 0 if both are zero."""
         norm = float(a.double().norm())
         error = float((a.double() - self.reconstruct().double()).norm())
         return error / norm if norm > 0 else error
 
     def count(self) -> int:
-        """Numbers in core and factors."""
+        """The number of elements of core and factors."""
         return self.core.numel() + sum(factor.numel() for factor in self.factors)
 
 
@@ -53,15 +54,17 @@ def modewise_cur(
 ) -> ModewiseCUR:
     """Decomposes ``a`` by fibres along every axis, chosen by leverage scores.
 
-    With A_(m) the unfolding along axis m and V_m its r_m leading right singular vectors, fibre j
-    has the score ‖V_m(j, :)‖²; C_m are the r_m fibres of the largest scores, or drawn in proportion
-    to them with a generator. The core is G = a ×_0 C_0⁺ ×_1 C_1⁺ ×_2 C_2⁺, which minimises the
-    Frobenius error for these fibres. Drineas & Mahoney, Linear Algebra Appl. 420 (2007), the fibres
-    chosen as in Mahoney & Drineas (2009); the "Fiber CUR" of Cai, Hamm, Huang & Needell
-    (arXiv:2103.11037) has fibres for factors too, and a core of entries of ``a``.
+    Let A_(m) be the unfolding along axis m, and V_m its r_m leading right singular vectors. Fibre j
+    has the score ‖V_m(j, :)‖². C_m consists of the r_m fibres with the largest scores; with a
+    generator, the fibres are drawn in proportion to their scores. The core is
+    G = a ×_0 C_0⁺ ×_1 C_1⁺ ×_2 C_2⁺, which minimises the Frobenius error for these fibres.
 
-    Exact if and only if rank C_m = rank A_(m) on every axis. In general, with P_m the projection on
-    the range of C_m: error² ≤ Σ_m ‖A_(m) − P_m A_(m)‖².
+    The method is that of Drineas & Mahoney, Linear Algebra Appl. 420 (2007), with fibres chosen as
+    in Mahoney & Drineas (2009). The "Fiber CUR" of Cai, Hamm, Huang & Needell (arXiv:2103.11037)
+    also has fibres as factors, but its core consists of entries of ``a``.
+
+    The result is exact if and only if rank C_m = rank A_(m) for every axis. In general, with P_m
+    the projection onto the range of C_m: error² ≤ Σ_m ‖A_(m) − P_m A_(m)‖².
 
     Args:
         a: ``[n3, n1, n2]``, floating and finite, in memory.
@@ -69,10 +72,10 @@ def modewise_cur(
         generator: CPU generator.
 
     Raises:
-        TypeError, ValueError: as `tensor_cur`; a rank beyond its axis or the number of fibres.
+        TypeError, ValueError: as `tensor_cur`; or a rank exceeds its axis or the number of fibres.
     """
     check_tensor("a", a)
-    SliceStack("a", list(a)).check_finite()
+    HeldSlices("a", list(a)).check_finite()
     if len(ranks) != 3:
         raise ValueError(f"ranks: expected three, one per axis of a, got {list(ranks)}")
     exact = a.double()
@@ -96,7 +99,7 @@ def modewise_cur(
 
 
 def _scores(unfolded: Tensor, rank: int, eps: float) -> Tensor:
-    """‖V(j, 1:r)‖² of every column j of a wide matrix, by its leading left vectors."""
+    """‖V(j, 1:r)‖² of every column j of a wide matrix, computed from its leading left vectors."""
     squares, vectors = torch.linalg.eigh(unfolded @ unfolded.mT)
     squares, vectors = squares[-rank:], vectors[:, -rank:]
     real = squares > squares.max() * len(unfolded) * eps

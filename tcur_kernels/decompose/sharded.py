@@ -10,27 +10,27 @@ from torch import Tensor
 
 from ..autocast import without_autocast
 from ..processes import is_sharded
-from .stack import MAX_WORKSPACE, Stack, check_matrices
+from .slices import MAX_WORKSPACE, Slices, check_matrices
 
 
-class ShardedStack(Stack):
-    """Slices of DTensors, of which every process reads its own rows or columns.
+class ShardedSlices(Slices):
+    """Slices of DTensors; every process reads its own rows or columns.
 
-    Scores, sketches and chosen slices are sums over processes: rules see the same numbers, up to
-    the rounding of the order of sums, as on one process, and choose the same slices. Every process
-    must make the same calls.
+    Scores, sketches and chosen slices are sums over processes. Rules therefore see the same numbers
+    as on a single process, except that sums may be rounded differently, and they choose the same
+    slices. Every process must make the same calls.
 
     Args:
-        name: what errors call the weights.
-        weights: matrices in the order of their slices, on one device mesh; one of m·n1 rows makes
-            m slices. Sharded by rows (``Shard(0)``, every matrix one slice) or by columns
-            (``Shard(1)``) they are read where they are; anything else is redistributed to columns
-            first, at the price of a copy of this process's share.
-        n1: rows of a slice, default those of the smallest matrix.
-        max_workspace, progress: see `tensor_cur`; the bar is the first process's.
+        name: the name of the weights in errors.
+        weights: matrices in the order of their slices, on one device mesh. A matrix of m·n1 rows
+            makes m slices. If they are sharded by rows (``Shard(0)``, every matrix one slice) or
+            by columns (``Shard(1)``), they are read in place. Anything else is first redistributed
+            to columns, which costs a copy of this process's share.
+        n1: rows of a slice, by default those of the smallest matrix.
+        max_workspace, progress: see `tensor_cur`; only the first process shows the bar.
 
     Raises:
-        TypeError, ValueError: matrices that disagree in shape, dtype or device mesh.
+        TypeError, ValueError: matrices disagree in shape, dtype or device mesh.
     """
 
     def __init__(
@@ -66,7 +66,8 @@ class ShardedStack(Stack):
             local += [piece] if is_by_rows else piece.split(n1)
         self._slices = local
         n2 = weights[0].shape[1]
-        # DTensor shards as torch.chunk does: all but the last parts are equally long.
+        # DTensor shards like torch.chunk: all parts have this length, except the last ones, which
+        # may be shorter or empty.
         total = n1 if is_by_rows else n2
         length = -(-total // mesh.size(self._dim))
         start = min(mesh.get_local_rank(self._dim) * length, total)
@@ -84,17 +85,17 @@ class ShardedStack(Stack):
 
     @property
     def held(self) -> tuple[range, range]:
-        """Rows and columns that lie on this process."""
+        """The rows and columns that this process holds."""
         return self._held
 
     def sum(self, partial: Tensor) -> Tensor:
-        """Adds up what all processes have."""
+        """Adds up the partial sums of all processes, in place."""
         wide = partial.float() if partial.dtype.itemsize < 4 else partial.contiguous()
         torch.distributed.all_reduce(wide, group=self._mesh.get_group(self._dim))
         return partial.copy_(wide)
 
     def agree(self, drawn: Tensor) -> Tensor:
-        """What the first process of the mesh drew: generators may differ."""
+        """The indices that the first process of the mesh drew, since generators may differ."""
         agreed = drawn.to(self.device)
         for dim in range(self._mesh.ndim):
             group = self._mesh.get_group(dim)

@@ -7,21 +7,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .stack import BYTES_PER_ELEMENT, Stack, half_spectrum
+from ..values import HoldsTensors
+from .slices import BYTES_PER_ELEMENT, Slices, half_spectrum
 
-#: K n1 n2 min(n1, n2) beyond which "auto" takes the range finder: 48 slices of 768 x 768 have
-#: 1.1e10, and are beyond; `benchmarks/selection.py` times both.
+#: "auto" uses the range finder if K n1 n2 min(n1, n2) exceeds this. For 48 slices of 768 x 768 the
+#: product is 1.1e10. `benchmarks/selection.py` times both methods.
 _EXACT_WORK = 5e9
 
-#: fp64 complex.
+#: Bytes of a complex fp64 number.
 _BYTES = 16
 
-#: Copies of one frequency that a full SVD needs at once: input, vectors, and LAPACK's workspace.
+#: How many copies of one frequency a full SVD needs at once: input, vectors, LAPACK's workspace.
 _SVD_COPIES = 6
 
 
-@dataclass(frozen=True)
-class Subspaces:
+@dataclass(frozen=True, eq=False, repr=False)
+class Subspaces(HoldsTensors):
     """Leading singular triples of every bin k of the half spectrum.
 
     Attributes:
@@ -38,21 +39,21 @@ class Subspaces:
 
 
 def leading_subspaces(
-    stack: Stack, rank: int, method: str = "auto", oversample: int = 10, power_iterations: int = 0
+    stack: Slices, rank: int, method: str = "auto", oversample: int = 10, power_iterations: int = 0
 ) -> Subspaces:
     """The ``rank`` leading singular triples of every frequency.
 
     Args:
-        stack: any stack; passes over it: "exact" one, or as many as the workspace needs to hold
-            all frequencies in turn; "randomized" 2 + 2 * power_iterations.
+        stack: any stack. "exact" makes one pass over it, or several if not all frequencies fit into
+            the workspace at once. "randomized" makes 2 + 2 * power_iterations passes.
         rank: r.
-        method: "exact" by a full SVD of every frequency; "randomized" by a range finder; "auto"
-            exact for stacks smaller than those of a ViT-B and randomised from there on.
+        method: "exact" computes a full SVD of every frequency; "randomized" uses a range finder;
+            "auto" is exact for stacks smaller than those of a ViT-B, and randomized for others.
         oversample, power_iterations: of the range finder (Halko, Martinsson & Tropp,
             arXiv:0909.4061, algorithms 4.1, 4.4, 5.1). Its Gaussian test matrix has a fixed seed.
 
     Raises:
-        ValueError: another method, or a workspace that cannot hold what the method needs.
+        ValueError: the method is unknown, or the workspace is too small for it.
     """
     if method not in ("auto", "exact", "randomized"):
         raise ValueError(f"method: expected auto, exact or randomized, got {method!r}")
@@ -64,20 +65,20 @@ def leading_subspaces(
     else:
         found = _randomized(stack, min(rank + oversample, stack.n1, stack.n2), power_iterations)
     left, values, right = (part[..., :rank] for part in found)
-    # Directions below the rounding of the given numbers are no directions of the stack.
+    # Singular values below the rounding error of the given numbers say nothing about the stack.
     tol = max(stack.n1, stack.n2) * torch.finfo(stack.dtype).eps * values.max()
     real = (values > tol)[:, None, :]
     return Subspaces(left * real, values * real[:, 0], right * real)
 
 
-def _group(stack: Stack) -> int:
-    """How many frequencies fit into the workspace beside the SVD of one and a row of blocks."""
+def _group(stack: Slices) -> int:
+    """How many spectra fit into the workspace, beside the SVD of one and a row of blocks."""
     one = stack.n1 * stack.n2 * _BYTES
     spare = stack.max_workspace - _SVD_COPIES * one - stack.n3 * stack.n2 * BYTES_PER_ELEMENT
     return max(0, int(spare // one))
 
 
-def _exact(stack: Stack, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+def _exact(stack: Slices, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     one = stack.n1 * stack.n2 * _BYTES
     group = _group(stack)
     if group == 0:
@@ -105,13 +106,13 @@ def _exact(stack: Stack, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     return left, values.real, right
 
 
-def _randomized(stack: Stack, width: int, power_iterations: int) -> tuple[Tensor, Tensor, Tensor]:
+def _randomized(stack: Slices, width: int, power_iterations: int) -> tuple[Tensor, Tensor, Tensor]:
     held = (stack.n3 + 3 * stack.bins * 2) * (stack.n1 + stack.n2) * width * 8
     stack.require(held, f"a range finder of width {width}")
     generator = torch.Generator().manual_seed(0)
     test = torch.randn(stack.n2, width, dtype=torch.float64, generator=generator).to(stack.device)
-    # One real test matrix for all frequencies: the DFT along the slices commutes with a product
-    # from the right, so the sketch needs no transform of the stack.
+    # All frequencies use the same real test matrix. Multiplying by it from the right commutes with
+    # the DFT along the slices, so the stack need not be transformed for the sketch.
     sketch = torch.zeros(stack.n3, stack.n1, width, dtype=torch.float64, device=stack.device)
     for rows, columns, block in stack.blocks("sketch", held):
         sketch[:, rows] += (block.double() @ test[columns]).to(stack.device)
@@ -127,7 +128,7 @@ def _randomized(stack: Stack, width: int, power_iterations: int) -> tuple[Tensor
     return basis @ small, values, vh.mH
 
 
-def _projected(stack: Stack, basis: Tensor, held: int) -> Tensor:
+def _projected(stack: Slices, basis: Tensor, held: int) -> Tensor:
     """Q̂_kᴴ Â_k of every frequency, ``[K, width, n2]``."""
     projected = basis.new_zeros(stack.bins, basis.shape[2], stack.n2)
     for rows, columns, block in stack.blocks("projection", held):

@@ -10,14 +10,15 @@ from torch import Tensor
 
 from ..processes import is_sharded
 from ..t_product import check_tensor, t_product
-from .cores import CORES, make_core
+from ..values import HoldsTensors
+from .cores import CORES, Core, make_core
 from .rules import Selection, select
-from .sharded import ShardedStack
-from .stack import MAX_WORKSPACE, SliceStack, Stack, check_rank, half_spectrum
+from .sharded import ShardedSlices
+from .slices import MAX_WORKSPACE, HeldSlices, Slices, check_rank, half_spectrum
 
 
-@dataclass(frozen=True)
-class TensorCUR:
+@dataclass(frozen=True, eq=False, repr=False)
+class TensorCUR(HoldsTensors):
     """Result of `tensor_cur`.
 
     Attributes:
@@ -38,13 +39,13 @@ class TensorCUR:
         """C * U * R, ``[n3, n1, n2]``."""
         return t_product(t_product(self.lateral, self.core), self.horizontal)
 
-    def relative_error(self, a: Tensor | Stack, max_workspace: int = MAX_WORKSPACE) -> float:
-        """‖a - C * U * R‖ / ‖a‖ in the Frobenius norm, 0 for a zero tensor that is met exactly.
+    def relative_error(self, a: Tensor | Slices, max_workspace: int = MAX_WORKSPACE) -> float:
+        """‖a - C * U * R‖ / ‖a‖ in the Frobenius norm; 0 if both are zero.
 
-        Summed in fp64, block by block: C * U * R is never built. ``a`` may be a stack, whose own
-        workspace holds then.
+        The error is summed in fp64, block by block, so C * U * R is never built. If ``a`` is a
+        stack, its own workspace applies.
         """
-        stack = as_stack("a", a, max_workspace)
+        stack = as_slices("a", a, max_workspace)
         expected = [*self.lateral.shape[:2], self.horizontal.shape[2]]
         if [stack.n3, stack.n1, stack.n2] != expected:
             raise ValueError(f"a: expected shape {expected}, got {[stack.n3, stack.n1, stack.n2]}")
@@ -62,10 +63,10 @@ class TensorCUR:
 
 
 def tensor_cur(
-    a: Tensor | Stack,
+    a: Tensor | Slices,
     rank: int,
     selection: Selection = "norm",
-    core: str = "intersection",
+    core: Core = "intersection",
     generator: torch.Generator | None = None,
     rcond: float | None = None,
     max_workspace: int = MAX_WORKSPACE,
@@ -76,27 +77,27 @@ def tensor_cur(
     Args:
         a: ``[n3, n1, n2]``, floating and finite: a tensor (a DTensor too, sharded by rows or
             columns), or a stack that is read block by block (`open_stack`).
-        rank: number r of slices, 1 ≤ r ≤ min(n1, n2). The decomposition is exact if in every
-            frequency the chosen rows and columns meet in a matrix of the rank of that frequency.
+        rank: number r of slices, 1 ≤ r ≤ min(n1, n2). The decomposition is exact if, at every
+            frequency, the intersection of the chosen rows and columns has the rank of the whole
+            matrix at that frequency.
         selection: "norm" (the tCURLoRA rule), "norm2", "leverage", "deim", "inverse", "uniform";
-            a rule of one's own, ``rule(stack, rank, generator) -> (rows, columns)``; or a pair
+            your own rule ``rule(stack, rank, generator) -> (rows, columns)``; or a pair
             ``(rows, columns)`` of index sequences. Formulas and sources: `decompose.rules`.
         core: "intersection", U = a[rows, columns]^† per frequency; "projection",
-            U = C^† * a * R^†, which no other core beats in the Frobenius norm for these slices;
-            "zero", the start of an adapter.
-        generator: CPU generator. With one, slices are drawn, in proportion to their scores, where
-            the rule knows scores; without, the largest are taken, and nothing is random but
-            "uniform".
+            U = C^† * a * R^†, the best core for these slices in the Frobenius norm; "zero", the
+            start of an adapter.
+        generator: CPU generator. If given, slices are drawn in proportion to their scores.
+            Otherwise the largest scores are taken; only "uniform" is then random.
         rcond: of the pseudo-inverses, see `decompose.cores.make_core`.
-        max_workspace: bytes used at most beside ``a`` and the result.
-        progress: shows a bar for every pass over the data.
+        max_workspace: most bytes to use in addition to ``a`` and the result.
+        progress: whether to show a bar for every pass over the data.
 
     Raises:
-        TypeError: ``a`` is no floating tensor, or given indices are no integers.
-        ValueError: bad shape, rank, rule or index, a tensor that is not finite, a generator for a
-            rule that draws nothing, or a workspace too small for the rule.
+        TypeError: ``a`` is not a floating tensor, or given indices are not integers.
+        ValueError: the shape, rank, rule or an index is bad; the tensor is not finite; the rule
+            draws nothing but a generator is given; or the workspace is too small for the rule.
     """
-    stack = as_stack("a", a, max_workspace, progress)
+    stack = as_slices("a", a, max_workspace, progress)
     check_rank("rank", rank, stack.n1, stack.n2)
     if core not in CORES:
         raise ValueError(f"core: expected one of {', '.join(CORES)}, got {core!r}")
@@ -109,15 +110,15 @@ def tensor_cur(
     return TensorCUR(lateral, made, horizontal, columns, rows)
 
 
-def as_stack(
+def as_slices(
     name: str,
-    a: Tensor | Sequence[Tensor] | Stack,
+    a: Tensor | Sequence[Tensor] | Slices,
     max_workspace: int = MAX_WORKSPACE,
     progress: bool = False,
     n1: int | None = None,
-) -> Stack:
-    """The stack that a tensor is, or a list of matrices of some slices each; a stack as it is."""
-    if isinstance(a, Stack):
+) -> Slices:
+    """Makes a stack of a tensor or of a list of matrices; returns a stack unchanged."""
+    if isinstance(a, Slices):
         return a
     if isinstance(a, Tensor) or not isinstance(a, Sequence) or isinstance(a, str):
         check_tensor(name, a)
@@ -125,8 +126,8 @@ def as_stack(
     else:
         matrices = list(a)
     if matrices and is_sharded(matrices[0]):
-        return ShardedStack(name, matrices, n1, max_workspace, progress)
-    return SliceStack(name, matrices, n1, max_workspace, progress)
+        return ShardedSlices(name, matrices, n1, max_workspace, progress)
+    return HeldSlices(name, matrices, n1, max_workspace, progress)
 
 
 def _slices_of(a: Tensor) -> list[Tensor]:
@@ -134,20 +135,21 @@ def _slices_of(a: Tensor) -> list[Tensor]:
         return list(a)
     from torch.distributed.tensor import Replicate, Shard
 
-    # A tensor of which whole frontal slices are sharded is cut by columns instead.
+    # If the tensor is sharded along the frontal slices, shard it by columns instead.
     sharded = [p.dim if type(p) is Shard else None for p in a.placements]  # type: ignore[attr-defined]
     placements = [Replicate() if dim is None else Shard(dim or 2) for dim in sharded]
     return list(a.redistribute(a.device_mesh, placements).unbind())  # type: ignore[attr-defined]
 
 
 def select_slices(
-    slices: Sequence[Tensor] | Stack,
+    slices: Sequence[Tensor] | Slices,
     rank: int,
     selection: Selection = "norm",
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Rows I and columns J of a stack given as its frontal slices, each ``[n1, n2]``.
+    """Rows I and columns J of a stack, given as its frontal slices ``[n1, n2]``.
 
-    The stack itself is never built. Returns int64 ``[r]`` rows and columns, ascending, on the CPU.
+    The slices are never copied into one tensor. Returns int64 ``[r]`` rows and columns, ascending,
+    on the CPU.
     """
-    return select(as_stack("slices", slices), rank, selection, generator)
+    return select(as_slices("slices", slices), rank, selection, generator)

@@ -1,1 +1,1 @@
-"""Weights in safetensors files, and by which names models know them."""
+"""Weights in safetensors files, and the names that models have for them."""

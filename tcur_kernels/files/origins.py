@@ -1,8 +1,9 @@
-"""Where the files of a model have its tensors: transformers renames and regroups while loading.
+"""Finds the tensors of a model in its files, since transformers renames and regroups on loading.
 
-What is on disk is often called otherwise than what is in memory, and may be cut otherwise too: a
-fused projection that the model has as three layers, experts one by one that it has as one tensor.
-transformers keeps the rules; here they are asked, for the names that the files have.
+Tensors on disk often have other names than in memory, and may be divided differently. For example,
+the model may have three layers for a fused projection in the files, or one tensor for experts that
+the files store one by one. transformers has the rules; this module applies them to the names in
+the files.
 """
 
 from __future__ import annotations
@@ -18,19 +19,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-#: Reads a tensor of the files by its name there.
+#: Reads a tensor from the files, by its name there.
 Read = Callable[[str], Tensor]
 
 
 class Regrouped:
-    """Tensors of files that become tensors of the model together, by more than another name.
+    """Tensors of files that transformers converts together into tensors of the model.
 
     Attributes:
         stored: their names in the files.
         held: their names in the model.
 
     Raises:
-        ValueError: tensors that transformers cannot put together.
+        ValueError: transformers cannot convert the tensors.
     """
 
     def __init__(
@@ -59,21 +60,21 @@ class Regrouped:
             converter.add_tensor(self._target, name, pattern, read(name))
         try:
             made = converter.convert(self._target, model=self._model, config=self._model.config)
-        except Exception as error:  # of any kind: the rules are those of every model there is
+        except Exception as error:  # may be any kind, since this runs the rules of any model
             raise ValueError(
                 f"transformers cannot make {self._target} of {self}: {error}"
             ) from error
         return {n: t[0] if isinstance(t, list) else t for n, t in made.items()}
 
     def store(self, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors of the files, as transformers writes them; the model must be ours."""
+        """The tensors of the files, as transformers writes them; sets an attribute of the model."""
         from transformers.core_model_loading import revert_weight_conversion
 
-        # What from_pretrained leaves behind: the rules that the files were read by.
+        # from_pretrained leaves the rules by which it read the files in this attribute.
         used = [rule for rule in self._rules if rule.was_used()]
         self._model._weight_conversions = used  # type: ignore[assignment]
         made = revert_weight_conversion(self._model, dict(held))
-        # The prefix of the base model may have come or gone while loading, which is not reverted.
+        # Loading may add or remove the prefix of the base model, and the revert does not undo it.
         stored = {}
         for name in self.stored:
             close = [own for own in made if _same_but_for_prefix(own, name)]
@@ -82,10 +83,10 @@ class Regrouped:
         return stored
 
     def change(self, read: Read, edit: Callable[[str, Tensor], Tensor]) -> dict[str, Tensor]:
-        """The tensors of the files after ``edit(name in the model, tensor)`` of each.
+        """The tensors of the files, after ``edit(name in the model, tensor)`` changed each.
 
         Raises:
-            ValueError: a way of loading whose reversal does not give the files back, bit for bit.
+            ValueError: transformers cannot revert its conversion bit for bit.
         """
         before = self.load(read)
         again = self.store(before)
@@ -104,8 +105,8 @@ class Origin:
     """Where a tensor of the model comes from.
 
     Attributes:
-        name: of the tensor, as the files have it, or as the model has it if it is regrouped.
-        regrouped: what it is made of; None if it is in the files as it is.
+        name: the name of the tensor in the files, or, if it is regrouped, in the model.
+        regrouped: the tensors from which it is made; None if the files contain it unchanged.
     """
 
     name: str
@@ -127,9 +128,9 @@ class Origins:
     Args:
         argument, path: what errors call the files, and where they are.
         shapes: name in the files -> shape.
-        model: of transformers, on whatever device; None if there is none: then names are those in
-            the files, but for a prefix.
-        hint: what an error about a name that is not there adds.
+        model: a transformers model, on any device. If None, the names must be those in the files,
+            except for a prefix.
+        hint: added to errors about missing names.
     """
 
     def __init__(
@@ -156,13 +157,14 @@ class Origins:
         """The origin of a tensor.
 
         Raises:
-            ValueError: none of that name, or several that could be meant.
+            ValueError: no tensor has that name, or several may be meant.
         """
         if self._below:
             return self._found[f"{self._below}.{name}"][0]
         found = self._found.get(name, [])
         if not found and self._prefix:
-            # An adapter of a model with a head, files of one without; or the other way round.
+            # The adapter may be for a model with a head, and the files for one without; or the
+            # other way round.
             head = f"{self._prefix}."
             other = name.removeprefix(head) if name.startswith(head) else f"{head}{name}"
             found = self._found.get(other, [])
@@ -179,7 +181,7 @@ class Origins:
         )
 
     def parts_with(self, names: Sequence[str]) -> list[str]:
-        """Names of parts of the model that have all these tensors: a tower of one with two.
+        """Names of the parts of the model that have all these tensors, such as one of two towers.
 
         Empty if the model itself has them.
         """
@@ -202,7 +204,7 @@ class Origins:
 
 
 def is_of_transformers(model: nn.Module) -> bool:
-    """Whether a model is one of transformers'; imports nothing."""
+    """Whether a model is a transformers model; imports nothing."""
     module = sys.modules.get("transformers")
     return module is not None and isinstance(model, module.PreTrainedModel)
 
@@ -210,9 +212,9 @@ def is_of_transformers(model: nn.Module) -> bool:
 def _by_transformers(
     model: Any, shapes: Mapping[str, Sequence[int]]
 ) -> tuple[dict[str, list[Origin]], str]:
-    """Name in the model -> its origins, found as transformers finds them when it loads.
+    """Maps names in the model to their origins, found by the rules of transformers.
 
-    And what it cannot put together, if anything.
+    Also returns an error message if transformers cannot convert some tensors.
     """
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping
@@ -243,7 +245,7 @@ def _by_transformers(
     for target, (converter, parts) in regrouped.items():
         try:
             group = Regrouped(model, rules, converter, target, parts, shapes)
-        except ValueError as error:  # it may be that nobody asks for this one
+        except ValueError as error:  # no error yet, since the caller may not need this one
             failed = str(error)
             continue
         for name in group.held:
@@ -252,7 +254,7 @@ def _by_transformers(
 
 
 def _tied(model: nn.Module) -> list[list[str]]:
-    """Names that one parameter goes by, of those with several: files have one of them."""
+    """All names of each parameter that has several; the files use only one of them."""
     names: dict[int, list[str]] = defaultdict(list)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names[id(parameter)].append(name)
@@ -264,6 +266,6 @@ def _same_but_for_prefix(one: str, other: str) -> bool:
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors of one dtype are equal, bit for bit: NaN, too."""
+    """Whether two tensors of one dtype are equal bit for bit, including NaN."""
     bits = (tensor.contiguous().view(torch.uint8) for tensor in (one, other))
     return one.shape == other.shape and torch.equal(*bits)

@@ -1,1 +1,1 @@
-"""Layers of a model that compute through a stack, and what a stack keeps for them."""
+"""Layers of a model that compute through a stack, and what the stack keeps for them."""

@@ -1,4 +1,4 @@
-"""Adapted ``nn.MultiheadAttention``, and how modules are adapted in place and put back."""
+"""The adapted ``nn.MultiheadAttention``; how modules are adapted in place and restored."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from .weights import Place
 
 
 class TProductMultiheadAttention(Adapted, nn.MultiheadAttention):
-    """``nn.MultiheadAttention`` with projections on slices of stacks.
+    """``nn.MultiheadAttention`` whose projections are slices of stacks.
 
-    The module that was adapted, of another class. Its weights read as W_eff, so that its own
-    forward, and torch's fused paths, compute as they did; ``base_in_proj_weight`` and the like are
-    the base weights.
+    This is the same module object as before it was adapted; only its class has changed. Reading one
+    of its weights gives W_eff. Its own forward and torch's fused paths therefore work unchanged.
+    ``base_in_proj_weight`` and the like are the base weights.
     """
 
     in_proj_weight = effective("in_proj_weight")
@@ -42,10 +42,10 @@ class TProductMultiheadAttention(Adapted, nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """As ``nn.MultiheadAttention``.
+        """Like ``nn.MultiheadAttention.forward``, which reads the weights and so gets W_eff.
 
-        Which reads its weights, and so W_eff. In a batch of many adapters each row has a W_eff of
-        its own; then every projection goes through its stack.
+        In a batch of many adapters each row has its own W_eff. Every projection then goes through
+        its stack.
         """
         if all(rows_of(place.stack) is None for place in self._every_place()):
             return super().forward(
@@ -60,7 +60,7 @@ class TProductMultiheadAttention(Adapted, nn.MultiheadAttention):
             )
         batched = query.dim() == 3
         q_in = self._batch_first(query, batched)
-        # Inputs that are one tensor stay one: their projections share z.
+        # If query, key and value are the same tensor, keep them so: their projections share z.
         k_in = q_in if key is query else self._batch_first(key, batched)
         v_in = k_in if value is key else self._batch_first(value, batched)
         causal = is_causal and key_padding_mask is None and not need_weights
@@ -95,7 +95,7 @@ class TProductMultiheadAttention(Adapted, nn.MultiheadAttention):
         return (out if self.batch_first else out.transpose(0, 1)), weights
 
     def _batch_first(self, x: Tensor, batched: bool) -> Tensor:
-        """[N, L, E]."""
+        """Reorders ``x`` to [N, L, E]."""
         if not batched:
             return x.unsqueeze(0)
         return x if self.batch_first else x.transpose(0, 1)
@@ -116,7 +116,7 @@ class TProductMultiheadAttention(Adapted, nn.MultiheadAttention):
     def _mask(
         self, attn_mask: Tensor | None, key_padding_mask: Tensor | None, q: Tensor
     ) -> Tensor | None:
-        """What is added to the scores, broadcast to [N, heads, L, S], or None."""
+        """The mask to add to the scores, broadcastable to [N, heads, L, S], or None."""
         total: Tensor | None = None
         if attn_mask is not None:
             total = _additive(attn_mask, q.dtype)
@@ -130,14 +130,14 @@ class TProductMultiheadAttention(Adapted, nn.MultiheadAttention):
 
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A mask that is added: -inf where a boolean one is True."""
+    """Turns a mask into one that is added to scores: a boolean True becomes -inf."""
     if mask.dtype != torch.bool:
         return mask.to(dtype)
     return torch.zeros_like(mask, dtype=dtype).masked_fill(mask, float("-inf"))
 
 
 def adapt_in_place(places: Sequence[Place]) -> None:
-    """Makes adapted layers of the modules that hold these weights; they stay the same objects."""
+    """Turns the modules that hold these weights into adapted layers, as the same objects."""
     for place in places:
         module = place.module
         place.was_trained = place.stored.requires_grad
@@ -153,16 +153,16 @@ def adapt_in_place(places: Sequence[Place]) -> None:
 
 
 def put_back(module: Adapted) -> None:
-    """Makes the layer what it was before it was adapted, with the weights that it holds now."""
+    """Gives the layer back its original class; it keeps the weights that it holds now."""
     adapted = type(module)
     del module.__dict__["tcur_places"], module.__dict__["__module__"]
-    # The class that it was adapted from is the last of the bases.
+    # The last base class is the one that the module had before.
     module.__class__ = adapted.__bases__[-1]
     _rebind(module, adapted)
 
 
 def _rebind(module: nn.Module, former: type[nn.Module]) -> None:
-    """accelerate's hooks call the forward that they found: they are given the present one."""
+    """Points accelerate's hooks, which stored the former class's forward, to the present one."""
     found = module.__dict__.get("_old_forward")
     if getattr(found, "__func__", None) is former.forward:
         module._old_forward = type(module).forward.__get__(module)

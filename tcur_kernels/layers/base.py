@@ -1,4 +1,4 @@
-"""The base weights of a stack, and C and R, which are slices of the weights that are there now."""
+"""The base weights of a stack, and its C and R, which must stay slices of these weights."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from ..operators.factors import CURFactors
 from ..processes import is_sharded, whole
 from .weights import Place
 
-#: Of a tensor: its address, and how often it was written.
+#: The address of a tensor, and how often it was written.
 _Version = tuple[int, int]
 
-#: Of every weight, so many numbers are looked at in turn, in rows that lie so far apart.
+#: How many numbers of each weight are checked in turn, and how far apart their rows lie.
 _SAMPLES, _STRIDE = 4, 7919
 
 
 def version_of(tensor: Tensor) -> _Version:
-    """Changes when the tensor is written to in place or given other memory.
+    """A value that changes when the tensor is written in place or gets other memory.
 
-    Inference tensors count no versions; of those only other memory is seen.
+    Inference tensors have no version counter, so for them only a change of memory is noticed.
     """
     return tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version
 
@@ -34,14 +34,14 @@ def is_here(place: Place) -> bool:
         return False
     if weight.shape != (place.out_features, place.in_features):  # FSDP1 flattens shards
         return False
-    return weight.untyped_storage().nbytes() > 0  # and frees what it does not need
+    return weight.untyped_storage().nbytes() > 0  # FSDP1 also frees what it does not need
 
 
 def check_one_base(weight: Tensor) -> None:
-    """Refuses a batch of base weights, as `vmap` over stacked models has.
+    """Refuses a batch of base weights, such as `vmap` over stacked models creates.
 
     Raises:
-        ValueError: C and R are of one base.
+        ValueError: the weight is a batch, while C and R belong to a single base.
     """
     functorch = torch._C._functorch
     while not torch.compiler.is_compiling() and functorch.is_functorch_wrapped_tensor(weight):
@@ -54,21 +54,22 @@ def check_one_base(weight: Tensor) -> None:
 
 
 class Base:
-    """C and R of a stack, and what tells whether they are still slices of its base weights.
+    """C and R of a stack; notices when they are no longer slices of the base weights.
 
-    A weight that was written to, moved or loaded is compared by value, with its own rows of C and R
-    alone. Where it differs, C and R are taken anew from the weights that are there.
+    After a weight is written to, moved or loaded, its values are compared with its own slices of C
+    and R. If they differ, C and R are taken again from the present weights.
 
     Args:
         name: of the stack, for messages.
         places: the weights, in the order of their slices.
-        indices: I and J, the rows of R and the columns of C.
+        indices: I and J: the rows that R takes and the columns that C takes.
         factors: C and R.
-        is_own: whether C and R are slices of these weights. Others are kept whatever the weights.
+        is_own: whether C and R are slices of these weights. If not, they never change with the
+            weights.
 
     Attributes:
         rows, columns: I and J.
-        generation: changes with C and R, and with the weights.
+        generation: a counter that grows whenever C, R or the weights may have changed.
     """
 
     def __init__(
@@ -82,10 +83,11 @@ class Base:
         self.name, self.places = name, places
         self.rows, self.columns = (tuple(each) for each in indices)
         self.factors, self.is_own = factors, is_own
+        self._given = factors.lateral.dtype
         self.generation = 0
         self._turn = 0
         self._samples: list[tuple[Place, int, int, float]] = []
-        #: What somebody did to W_eff, to be raised at the next look.
+        #: Message about a forbidden write to W_eff; the next `look` raises it.
         self.misuse: str | None = None
         self._versions: dict[int, _Version] = {}
         self._unsure: set[int] = set()
@@ -95,10 +97,10 @@ class Base:
         self._sample()
 
     def knows(self, place: Place, weight: Tensor) -> bool:
-        """Whether the weight of a layer is the one that was looked at last.
+        """Whether the weight of a layer is unchanged since the last look.
 
-        The first layer speaks for all of them: so a pass through the model looks at every weight
-        before it uses C and R, which come from all of them.
+        C and R come from the weights of all layers. The first layer therefore checks all of them,
+        before a pass through the model uses C and R. The other layers check only their own weight.
         """
         first = place.slice_index
         if self._unsure or version_of(weight) != self._versions.get(first):
@@ -107,32 +109,33 @@ class Base:
 
     @property
     def is_unsure(self) -> bool:
-        """Whether some weight has to be compared before C and R are used."""
+        """Whether some weight must be compared before C and R are used."""
         return bool(self._unsure)
 
     def suspect(self, place: Place | None = None) -> None:
-        """Has a weight, or all of them, compared by value before C and R are used again."""
+        """Requests that one weight, or all, be compared by value before C and R are used again."""
         self._unsure.update(p.slice_index for p in self.places if place is None or p is place)
 
     def choose(self, rows: Sequence[int], columns: Sequence[int]) -> None:
-        """Takes C and R at other indices, which a checkpoint may bring."""
+        """Changes to other indices I and J, for example those of a loaded checkpoint."""
         if self.is_own and (tuple(rows), tuple(columns)) != (self.rows, self.columns):
             self.rows, self.columns = tuple(rows), tuple(columns)
             self.suspect()
 
     def look(self) -> None:
-        """Compares what may have changed, and takes C and R anew where it did.
+        """Compares the weights that may have changed; if they did, takes C and R again.
 
         Raises:
-            RuntimeError: C and R are of other weights than these, and not all weights are here; or
-                W_eff was written to.
-            ValueError: weights that are not finite.
+            RuntimeError: the weights changed, but not all of them are in memory; or W_eff was
+                written to.
+            ValueError: some weights are not finite.
         """
         if self.misuse is not None:
             message, self.misuse = self.misuse, None
             raise RuntimeError(message)
         here = [place for place in self.places if is_here(place)]
-        # Gathered for every layer by FSDP on an accelerator, where a comparison would wait for it.
+        # If some weights are missing, FSDP gathers them again for every layer. On an accelerator
+        # each comparison would then wait for the device.
         gathered = len(here) < len(self.places)
         doubtful = []
         for place in here:
@@ -153,15 +156,15 @@ class Base:
                 self._follow(doubtful[0].weight)
             elif not self._are_of(doubtful):
                 self._take()
-        except BaseException:  # what was refused once is not known: it is refused again
+        except BaseException:  # refused weights must be refused again at the next look
             self.suspect()
             raise
 
     def certify(self) -> None:
-        """Refuses C and R that are not those of the weights, for code that vouches for them.
+        """Checks that C and R are slices of the weights, for code that relies on this.
 
         Raises:
-            ValueError: weights were written past torch's version counters.
+            ValueError: they are not, because weights were written past torch's version counters.
         """
         here = [place for place in self.places if is_here(place)]
         if self.is_own and here and not self._are_of(here):
@@ -173,7 +176,7 @@ class Base:
 
     @property
     def is_known(self) -> bool:
-        """Whether all weights are those that were looked at last."""
+        """Whether all weights are unchanged since the last look."""
         return not self._unsure and self._knows_all()
 
     def _knows_all(self) -> bool:
@@ -184,17 +187,18 @@ class Base:
         return True
 
     def _looks_the_same(self) -> bool:
-        """Whether one number of one weight is still that in C; another one in every pass.
+        """Whether one number of one weight still equals its copy in C; another one in every pass.
 
-        A write through ``.data`` leaves no trace. Weights that are all drawn anew that way are
-        found out by any number. On the CPU, where nothing has to be waited for.
+        A write through ``.data`` leaves the version counter alone. If code redraws whole weights
+        that way, any single number reveals it. Only on the CPU, where no device has to be waited
+        for.
         """
         if not self._samples:
             return True
         self._turn += 1
         place, row, column, value = self._samples[self._turn % len(self._samples)]
         weight = place.weight
-        if version_of(weight) != self._versions.get(place.slice_index):  # it is not here
+        if version_of(weight) != self._versions.get(place.slice_index):  # not in memory
             return True
         if weight[row, column].item() == value:
             return True
@@ -202,7 +206,7 @@ class Base:
         return False
 
     def _sample(self) -> None:
-        """Notes for every weight some of its numbers that are in C."""
+        """Records some numbers of every weight that are also in C."""
         factors, self._samples = self.factors, []
         if not self.is_own or factors.device.type != "cpu":
             return
@@ -214,7 +218,7 @@ class Base:
                 self._samples.append((place, row, self.columns[j], own.item()))
 
     def _are_of(self, places: Sequence[Place]) -> bool:
-        """Whether these layers' rows of C and R are slices of their weights."""
+        """Whether the slices of C and R that belong to these places agree with their weights."""
         factors, same = self.factors, []
         if self._dtype() != factors.lateral.dtype:
             return False
@@ -228,20 +232,22 @@ class Base:
                 (slices[:, :, list(self.columns)] == factors.lateral[own]).all(),
                 (slices[:, list(self.rows)] == factors.horizontal[own]).all(),
             ]
-        return bool(torch.stack(same).all())  # an accelerator is waited for once
+        return bool(torch.stack(same).all())  # waits for an accelerator only once
 
     def _dtype(self) -> torch.dtype:
-        """The dtype that all weights have, or the widest where single layers were cast."""
+        """The dtype of the weights; if some layers were cast, the widest one."""
         return functools.reduce(torch.promote_types, (p.weight.dtype for p in self.places))
 
     def _follow(self, weight: Tensor) -> None:
-        """Takes C and R that are not of these weights along to their device and precision."""
+        """Moves C and R that are not slices of these weights to their device and precision."""
         wide = torch.promote_types(weight.dtype, torch.float32)
         if (self.factors.device, self.factors.dtype) != (weight.device, wide):
+            # C and R keep the dtype of the base that they were taken from; files record it.
+            dtype = wide if wide == torch.float64 else self._given
             sides = (self.factors.lateral, self.factors.horizontal)
-            self.factors = CURFactors(*(side.to(weight.device, wide) for side in sides))
+            self.factors = CURFactors(*(side.to(weight.device, dtype) for side in sides))
 
-    @torch.inference_mode(False)  # what is kept must also serve a training step
+    @torch.inference_mode(False)  # a later training step uses the result too
     @torch.no_grad()
     def _take(self) -> None:
         lateral, horizontal, dtype = [], [], self._dtype()

@@ -1,4 +1,4 @@
-"""The cores of a stack: one that is active, others that wait, and the module that holds them."""
+"""The cores of a stack, one of which is active, and the module that holds them."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from .switching import LateGradient
 
 
 class Cores(nn.Module):
-    """Cores by name, as parameters of this module or of another one.
+    """Cores by name, as parameters of this module or of another one, the holder.
 
-    A model that is adapted holds the cores itself (`hand_over`). The holder is not registered here:
-    it may be the model that this is a part of.
+    An adapted model holds the cores itself (`hand_over`). The holder is not registered as a
+    submodule, because it may be the model that contains this module.
 
     Attributes:
-        activations: how often another core was made the active one.
+        activations: how often another core became the active one.
     """
 
     _holder: nn.Module
@@ -37,7 +37,7 @@ class Cores(nn.Module):
 
     @core.setter
     def core(self, value: Tensor) -> None:
-        # A plain tensor in the place of the parameter, as FSDP1 sets it.
+        # FSDP1 sets a plain tensor in place of the parameter.
         self.__dict__["core"] = value
 
     @core.deleter
@@ -51,35 +51,35 @@ class Cores(nn.Module):
             super().__setattr__(name, value)
 
     def core_of(self, name: str | None) -> nn.Parameter:
-        """The core of that name among those of `add_core`; None: the active one."""
+        """The core that `add_core` added under that name; for None, the active one."""
         key, holder = self._key if name is None else self._key_of(name), self._holder
         core: Any = holder._parameters.get(key)
-        if core is None:  # FSDP1 sets a plain tensor in the place of a parameter
+        if core is None:  # FSDP1 sets a plain tensor in place of a parameter
             core = holder.__dict__.get(key)
         if core is None:
             raise AttributeError(f"core: expected a parameter {key!r}, got none")
         if core.is_meta and "_hf_hook" in holder.__dict__ and holder is not self:
-            core = holder(key)  # offloaded: accelerate brings it in for a call of its module
+            core = holder(key)  # offloaded: accelerate loads it when its module is called
         return core
 
     @property
     def holder(self) -> nn.Module:
-        """The module whose parameters the cores are."""
+        """The module that has the cores as its parameters."""
         return self._holder
 
     def hand_over(self, holder: nn.Module, key: str) -> None:
-        """Makes ``holder`` the module whose parameters the cores are, the active one ``key``."""
+        """Moves the cores to ``holder``, which keeps the active one as its parameter ``key``."""
         core = self._parameters.pop(self._key)
         holder.register_parameter(key, core)
         object.__setattr__(self, "_holder", holder)
         self._key = key
 
     def is_free(self, name: str) -> bool:
-        """Whether another core may have that name: no core, and nothing else that is held, does."""
+        """Whether a new core may have that name: the holder has no attribute of that name yet."""
         return not hasattr(self._holder, self._key_of(name))
 
     def add_core(self, name: str) -> None:
-        """Another core, of zeros, beside the active one; frozen until it is active itself."""
+        """Adds a core of zeros beside the active one; it is frozen until it becomes active."""
         core = nn.Parameter(torch.zeros_like(self.core), requires_grad=False)
         self._holder.register_parameter(self._key_of(name), core)
 
@@ -88,11 +88,11 @@ class Cores(nn.Module):
         delattr(self._holder, self._key_of(name))
 
     def activate_core(self, name: str, former: str) -> None:
-        """Makes the core of that name the active one, which goes on under the name ``former``.
+        """Activates the core of that name; the one active until now is kept as ``former``.
 
-        Parameters change places, not values: what an optimizer holds stays what it was, and a
-        compiled graph, which takes the core as an input, stays valid. A graph that the former one
-        is part of still gives it its gradient.
+        The parameter objects swap names and keep their values. An optimizer therefore still holds
+        the right parameters, and a compiled graph, which takes the core as an input, stays valid. A
+        pending graph of the former core still delivers its gradient.
         """
         core, trained = self.core_of(name), self.core
         if trained.requires_grad:
@@ -105,19 +105,19 @@ class Cores(nn.Module):
         self.activations += 1
 
     def storages(self) -> list[int]:
-        """Which memory the cores are in."""
+        """Identifies the memory of each core."""
         held = self._holder._parameters.items()
         own = [p for key, p in held if key == self._key or key.startswith(self._key_of(""))]
         return [each.untyped_storage()._cdata for each in own if each is not None]
 
     def moved(self) -> None:
-        """To be said when cores are in other memory than before."""
+        """Called when cores have moved to other memory."""
 
     def _key_of(self, name: str) -> str:
         return f"{self._key}__{name}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """Moves with the model, but keeps at least fp32 whatever dtype the model is cast to."""
+        """Moves the cores with the model, but keeps them in at least fp32 if the model is cast."""
         before = self.storages()
         super()._apply(lambda tensor: keep_numbers(fn, tensor), recurse)
         if self.storages() != before:
@@ -126,10 +126,11 @@ class Cores(nn.Module):
 
 
 def keep_numbers(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
-    """What a module's ``_apply`` makes of a tensor: the same numbers, in at least fp32.
+    """Applies ``fn`` of a module's ``_apply`` but keeps the numbers, in at least fp32.
 
-    ``Module.to_empty`` too, by which models come off the meta device, and which would leave
-    anything in place of a core. Only numbers that were lost before are zeros now.
+    ``Module.to_empty``, which brings models off the meta device, would leave uninitialised memory
+    in place of a core. Here the numbers are copied. They become zeros only if the core was on the
+    meta device and so had no numbers.
     """
     moved = fn(tensor)
     if getattr(fn, "__qualname__", "").startswith("Module.to_empty."):

@@ -1,4 +1,4 @@
-"""The linear layers of a stack: modules adapted in place, by their class."""
+"""The linear layers of a stack: modules that were adapted in place, by changing their class."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from .weights import Place, held, is_conv1d
 
 
 def effective(name: str) -> Any:
-    """A property: the parameter ``name`` of an adapted layer as others read it, W_eff.
+    """A property that shadows the parameter ``name`` of an adapted layer; reading it gives W_eff.
 
-    What is stored stays where torch keeps parameters, under its name: ``state_dict``, moves,
-    loading and sharding see the base weight.
+    The base weight stays where torch keeps parameters, under the same name. ``state_dict``, moves,
+    loading and sharding therefore see the base weight.
     """
 
     def read(self: Adapted) -> Tensor | None:
@@ -34,7 +34,7 @@ def effective(name: str) -> Any:
         return read_weight(stored, places) if places else stored
 
     def write(self: Adapted, value: Any) -> None:
-        self.__dict__[name] = value  # a plain tensor in the place of the parameter, as FSDP1 sets
+        self.__dict__[name] = value  # FSDP1 sets a plain tensor in place of the parameter
 
     def delete(self: Adapted) -> None:
         del self.__dict__[name]
@@ -45,20 +45,21 @@ def effective(name: str) -> Any:
 def _is_between_passes(module: nn.Module, name: str, stored: Tensor) -> bool:
     """Whether FSDP1 may be asking if the parameter is still the one that it flattened.
 
-    It takes another tensor for a new value of the parameter. In a forward it sets a plain tensor,
-    twice over; in a backward once, which may be left over when the next forward begins.
+    If it found another tensor, it would take that for a new value of the parameter. In a forward
+    FSDP1 sets a plain tensor twice. In a backward it sets one once, which may still be there when
+    the next forward begins.
     """
     if hasattr(stored, _FLATTENED):
         return True
     return name not in module._parameters and not is_within_backward()
 
 
-#: What FSDP1 calls the attribute by which it marks parameters with ``use_orig_params=True``.
+#: The attribute with which FSDP1 marks parameters under ``use_orig_params=True``.
 _FLATTENED = "_fsdp_flattened"
 
 
 def base(name: str) -> Any:
-    """A property: the base weight, as it is stored; while merged, the copy that is kept of it."""
+    """A property for the base weight as it is stored; while merged, the copy kept of it."""
 
     def read(self: Adapted) -> Tensor | None:
         return self.tcur_base(name)
@@ -67,23 +68,23 @@ def base(name: str) -> Any:
 
 
 class Adapted(nn.Module):
-    """What all adapted layers have in common: a module of the class that it had, and its places.
+    """What all adapted layers have in common; also derived from the module's own class.
 
-    A module becomes one by its class (`adapt_in_place`), and stays the object that it was.
+    `adapt_in_place` changes the class of a module to one of these. The object stays the same.
     """
 
-    #: Projection (None: the module's own weight) -> its place in a stack.
+    #: Maps a projection (None: the module's own weight) to its place in a stack.
     tcur_places: dict[str | None, Place]
-    #: Whether FSDP1 has flattened the parameters, and keeps them.
+    #: Whether FSDP1 has flattened the parameters and holds them now.
     tcur_is_flattened = False
 
     def tcur_places_of(self, parameter: str) -> list[Place]:
-        """The places whose weights are in that parameter."""
+        """The places whose weights are stored in that parameter."""
         places = self.__dict__.get("tcur_places", {})
         return [place for place in places.values() if place.parameter == parameter]
 
     def tcur_base(self, name: str) -> Tensor | None:
-        """The base weight in that parameter, as stored."""
+        """The base weight of that parameter, as it is stored."""
         stored: Tensor | None = held(self, name)
         copies = [p for p in self.tcur_places_of(name) if p.backup is not None]
         if stored is None or not copies:
@@ -109,7 +110,11 @@ class Adapted(nn.Module):
         super().__setattr__(name, value)
 
     def train(self, mode: bool = True) -> Any:
-        """As of any module. Averages of weights come and go with it: nothing is taken as known."""
+        """Like ``nn.Module.train``.
+
+        Averages of weights are often swapped in and out together with the mode. So nothing that is
+        known of core and weights is trusted afterwards.
+        """
         for place in self.tcur_places.values():
             place.stack.doubt()
             if mode != self.training:
@@ -117,10 +122,10 @@ class Adapted(nn.Module):
         return super().train(mode)
 
     def __prepare_scriptable__(self) -> NoReturn:
-        """What ``torch.jit.script`` asks of every module first.
+        """Called first when ``torch.jit.script`` compiles a module.
 
         Raises:
-            RuntimeError: always; it cannot compile what an adapted layer does.
+            RuntimeError: always; torch.jit.script cannot compile an adapted layer.
         """
         raise RuntimeError(
             f"torch.jit.script: expected plain layers, got a {type(self).__name__}; script the "
@@ -128,12 +133,12 @@ class Adapted(nn.Module):
         )
 
     def _take_back(self) -> None:
-        """What was read and put back in the place of a parameter becomes one again; see `held`."""
+        """Restores a parameter if W_eff, as read from it, was put in its place; see `held`."""
         for place in self.tcur_places.values():
             held(self, place.parameter)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """As of any module; the copies of merged weights move along."""
+        """Like ``nn.Module._apply``; copies of base weights that `merge` keeps move too."""
         self._take_back()
         super()._apply(fn, recurse)
         for place in self.tcur_places.values():
@@ -145,14 +150,14 @@ class Adapted(nn.Module):
         self._take_back()
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for place in self.tcur_places.values():
-            if place.backup is not None:  # a checkpoint holds the base and the core, merged or not
+            if place.backup is not None:  # even if merged, a checkpoint holds base and core
                 kept = self.tcur_base(place.parameter)
                 assert kept is not None
                 destination[prefix + place.parameter] = kept if keep_vars else kept.detach()
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         merged = [place for place in self.tcur_places.values() if place.backup is not None]
-        for place in merged:  # what is loaded is the base
+        for place in merged:  # the checkpoint brings the base weight
             place.restore()
         super()._load_from_state_dict(state_dict, prefix, *args)
         for place in merged:
@@ -162,24 +167,24 @@ class Adapted(nn.Module):
 
 
 class _AdaptedLinear(Adapted):
-    """A layer with one weight."""
+    """An adapted layer with a single weight."""
 
     weight = effective("weight")
     base_weight = base("weight")
 
     @property
     def tcur_place(self) -> Place:
-        """The place of its weight."""
+        """The place of the layer's weight."""
         return self.tcur_places[None]
 
     def forward(self, input: Tensor) -> Tensor:
-        """``input`` [..., in_features] -> [..., out_features], with the stack's update."""
+        """Maps ``input`` [..., in_features] to [..., out_features], with the stack's update."""
         place = self.tcur_places[None]
         output: Tensor = place.stack.forward_slices(input, place)
         return output
 
     def extra_repr(self) -> str:
-        """Sizes, and the place in the stack."""
+        """Sizes, slices and rank, for ``print(model)``."""
         place = self.tcur_place
         last = place.slice_index + place.slices - 1
         where = f"{place.slice_index}" if place.slices == 1 else f"{place.slice_index}-{last}"
@@ -191,13 +196,14 @@ class _AdaptedLinear(Adapted):
 class TProductLinear(_AdaptedLinear, nn.Linear):
     """``nn.Linear`` whose weight is adapted as one or more consecutive slices of a stack.
 
-    The module that was adapted, of another class: same object, hooks, attributes, ``state_dict``.
-    ``weight`` reads as W_eff, differentiable to the core; ``base_weight`` is the base weight.
+    This is the same module object as before it was adapted, with its hooks, attributes and
+    ``state_dict``; only its class has changed. ``weight`` gives W_eff, differentiable with respect
+    to the core. ``base_weight`` is the base weight.
     """
 
     @classmethod
     def from_linear(cls, linear: nn.Linear) -> TProductLinear:
-        """A layer beside ``linear`` that shares its parameters; its place is to be set."""
+        """A new layer that shares the parameters of ``linear``; the caller must set its place."""
         layer = nn.Linear(
             linear.in_features,
             linear.out_features,
@@ -212,7 +218,7 @@ class TProductLinear(_AdaptedLinear, nn.Linear):
 
 
 class TProductOutProjection(_AdaptedLinear, NonDynamicallyQuantizableLinear):
-    """The output projection of an ``nn.MultiheadAttention``, which reads its weight."""
+    """The output projection of an ``nn.MultiheadAttention``; the attention reads its weight."""
 
 
 @cache
@@ -230,7 +236,7 @@ def _adapted_conv1d(kind: Any) -> type[Adapted]:
 
 
 def __getattr__(name: str) -> Any:
-    """``TProductConv1D``, made of a class of transformers: pickled models look for it here."""
+    """Provides ``TProductConv1D``, derived from transformers' ``Conv1D``, for pickled models."""
     if name == "TProductConv1D":
         from transformers.pytorch_utils import Conv1D
 
@@ -239,14 +245,14 @@ def __getattr__(name: str) -> Any:
 
 
 def adapted_class(module: nn.Module) -> type[Adapted]:
-    """What class a linear layer takes when it is adapted."""
+    """The class that a linear layer gets when it is adapted."""
     if is_conv1d(module):
         return _adapted_conv1d(type(module))  # type: ignore[arg-type]
     return TProductLinear if type(module) is nn.Linear else TProductOutProjection
 
 
 def check_weights(places: Sequence[Place]) -> None:
-    """Refuses weights that cannot share a stack, naming what was expected and what came."""
+    """Refuses weights that cannot share a stack; the error says what was expected."""
     first = places[0].weight
     for place in places:
         weight = place.weight
@@ -268,10 +274,18 @@ def check_weights(places: Sequence[Place]) -> None:
             )
 
 
-def places_of(linears: Sequence[nn.Linear], n1: int | None) -> list[Place]:
-    """Layers beside these, which share their parameters, as places one after the other."""
-    if not linears:
+def as_places(weights: Sequence[nn.Linear] | Sequence[Place], n1: int | None) -> list[Place]:
+    """Places of weights: as they are given, or those of layers; see `twins_of`."""
+    places = [each for each in weights if isinstance(each, Place)]
+    if len(places) < len(weights):
+        places = twins_of(weights, n1)  # type: ignore[arg-type]
+    if not places:
         raise ValueError("linears: expected at least one nn.Linear, got none")
+    return places
+
+
+def twins_of(linears: Sequence[nn.Linear], n1: int | None) -> list[Place]:
+    """Makes adapted layers that share the parameters of these, and returns their places in turn."""
     for linear in linears:
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"linears: expected nn.Linear, got {type(linear).__name__}")

@@ -1,9 +1,9 @@
-"""What one gets by reading the weight of an adapted layer: W_eff, computed when it is used.
+"""Reading the weight of an adapted layer gives W_eff, which is computed only when it is used.
 
-Many models never call a layer, and multiply by its weight themselves. What they read must be the
-weight that counts. Many others ask a weight for its dtype or device alone, in every forward; that
-must cost next to nothing. So a read gives a tensor that knows its dtype, device and shape, and
-computes its numbers when an operator asks for them.
+Some models never call a layer but multiply by its weight themselves. They must get W_eff. Many
+others only ask a weight for its dtype or device, in every forward; that must cost next to nothing.
+A read therefore returns a tensor that knows its dtype, device and shape, and computes its numbers
+when an operator needs them.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from ..operators.contract import CoreGradTokens
 from ..operators.eager import Pending, is_traced
 from ..operators.functional import prepare
 from ..processes import is_sharded
@@ -23,11 +24,11 @@ from .weights import Place
 
 
 def read_weight(stored: Tensor, places: Sequence[Place]) -> Tensor:
-    """The parameter ``stored`` of an adapted layer with the updates of its places: W_eff.
+    """W_eff: the parameter ``stored`` of an adapted layer plus the updates of its places.
 
-    Differentiable to the cores. As the parameter is stored, and of its dtype. Written to in place,
-    it is the parameter that is written. The parameter itself where no update applies: merged, or
-    disabled. Places of one weight in several stacks add up.
+    It has the layout and dtype of the parameter and is differentiable with respect to the cores. A
+    write in place changes the parameter. If the adapter is merged or disabled, the result is the
+    parameter itself. If a weight has places in several stacks, their updates add up.
     """
     active = [place for place in places if place.stack.enabled and place.backup is None]
     if not active or is_sharded(stored):  # FSDP2 looks at its shards between passes
@@ -49,29 +50,30 @@ def read_weight(stored: Tensor, places: Sequence[Place]) -> Tensor:
 
 
 class EffectiveWeight(torch.Tensor):
-    """W_eff of one parameter, computed when an operator first asks for it.
+    """W_eff of one parameter, computed when an operator first needs it.
 
-    A write in place goes to the base weight. So does one through ``.data`` or ``.detach()``, and
-    whether it is to be trained.
+    A write in place goes to the base weight, also if it is made through ``.data`` or
+    ``.detach()``. Setting ``requires_grad`` sets it for the base weight, too.
     """
 
     tcur_stored: Tensor
-    #: By this torch knows a parameter.
+    #: torch recognises parameters by this attribute.
     _is_param: bool
-    #: Whether it was read, not made of what was: by ``detach()``, or into a parameter of its own.
+    #: Whether a read returned this very tensor. False if it was derived from one, for example by
+    #: ``detach()`` or by making a parameter of it.
     _is_read: bool
     _source: EffectiveWeight | None
     _places: Sequence[Place]
     _value: Tensor | None
     _writes: int
 
-    # Functions of torch treat it as any tensor: the fused paths of torch's transformer layers, for
-    # one, stay as they are.
+    # torch's functions treat it as an ordinary tensor. For example, torch's transformer layers
+    # still take their fused paths.
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
     def of(cls, stored: Tensor, places: Sequence[Place]) -> EffectiveWeight:
-        """What a read of ``stored`` gives, without a graph."""
+        """The tensor that a read of ``stored`` returns, without a graph."""
         made = torch.Tensor._make_wrapper_subclass(
             cls,
             stored.shape,
@@ -83,23 +85,23 @@ class EffectiveWeight(torch.Tensor):
         made._is_param = made._is_read = False
         made._source = made._value = None
         made._writes = 0
-        # There is no memory here: who wants it past Python is told so, and does not crash.
+        # This tensor has no memory. C++ code that asks for it gets an error instead of a crash.
         torch._C._set_throw_on_mutable_data_ptr(made)
         return made
 
     def is_of(self, stored: Tensor | None) -> bool:
-        """Whether this is what a read of that parameter gives."""
+        """Whether this tensor comes from a read of that parameter."""
         return self.tcur_stored is stored
 
     def _moved(self, stored: Tensor) -> EffectiveWeight:
-        """The same on another device, or without a graph."""
+        """The same W_eff with ``stored`` in place: on another device, or without a graph."""
         made = EffectiveWeight.of(stored, self._places)
         made._source = self if stored.device != self.device else self._source
         return made
 
     @property
     def numbers(self) -> Tensor:
-        """The plain tensor."""
+        """W_eff as a plain tensor."""
         if self._value is None and self._source is not None:
             self._value = self._source.numbers.to(self.device)
         if self._value is None:
@@ -113,12 +115,12 @@ class EffectiveWeight(torch.Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Runs an operator on the numbers, or on the base weight if it writes to it."""
+        """Runs an operator on the numbers, or on the base weight where the operator writes."""
         kwargs = kwargs or {}
         if func is torch.ops.aten.detach.default:
             return args[0]._moved(args[0].tcur_stored)
         if func is torch.ops.aten._to_copy.default and kwargs.get("dtype") in (None, args[0].dtype):
-            # Whoever moves weights from device to device puts back what was moved.
+            # Code that moves a model between devices stores the moved tensor as the parameter.
             return args[0]._moved(func(args[0].tcur_stored.detach(), **kwargs))
         written = [
             value
@@ -143,21 +145,22 @@ class EffectiveWeight(torch.Tensor):
         for target in targets:
             target._value = None
             target._writes += 1
-            for place in target._places:  # below autograd, where nobody counts versions
+            for place in target._places:  # below autograd no version counter changes
                 place.stack.base.suspect(place)
             if out is target.tcur_stored:
                 out = target
         return out
 
     def __del__(self) -> None:
-        # Views count their writes together with the tensor that they are of, and keep it alive.
+        # A view shares the version counter of this tensor and keeps it alive. At this point the
+        # counter therefore includes all writes through views, which `_writes` does not.
         if not self.is_inference() and self._version != self._writes:
             for place in self._places:
                 place.stack.was_misused(place)
 
     @property
     def data(self) -> Tensor:
-        """The same without a graph; what is set is set in the base weight."""
+        """The same tensor without a graph; setting it sets the data of the base weight."""
         return self._moved(self.tcur_stored)
 
     @data.setter
@@ -170,14 +173,14 @@ class EffectiveWeight(torch.Tensor):
             place.stack.base.suspect(place)
 
     def requires_grad_(self, requires_grad: bool = True) -> EffectiveWeight:
-        """As of a parameter: of the base weight, which a layer refuses to have trained."""
+        """Sets it for the base weight; an adapted layer refuses to have its base trained."""
         tensor = self.tcur_stored if self._is_read else self
         Tensor.requires_grad_(tensor, requires_grad)
         return self
 
     @property
     def requires_grad(self) -> bool:
-        """As of any tensor; what is set is set in the base weight."""
+        """As for any tensor; setting it sets it for the base weight."""
         return super().requires_grad
 
     @requires_grad.setter
@@ -186,33 +189,33 @@ class EffectiveWeight(torch.Tensor):
 
     @property
     def grad_fn(self) -> Any:  # type: ignore[override]
-        """As of any tensor; of what was read never None.
+        """As for any tensor, but never None for a tensor that a read returned.
 
-        By this torch refuses to make it the parameter of another module, where it would stay what
-        it was when it was read, and its gradient would reach no core.
+        torch then refuses to make it a parameter of another module. There it would no longer follow
+        the core, and its gradient would reach no core.
         """
         return super().grad_fn or (_Read if self._is_read else None)
 
     def numpy(self, *, force: bool = False) -> Any:
-        """As of any tensor."""
+        """As for any tensor."""
         return self.numbers.numpy(force=True) if force else self._alone().numpy()
 
     def tolist(self) -> Any:
-        """As of any tensor."""
+        """As for any tensor."""
         return self.numbers.tolist()
 
     def data_ptr(self) -> int:
-        """That of the numbers, in memory of their own."""
+        """The address of the numbers, which have their own memory."""
         return self.untyped_storage().data_ptr()
 
     def untyped_storage(self) -> torch.UntypedStorage:
-        """That of the numbers, in memory of their own: by it two weights are told apart."""
+        """The storage of the numbers, which they do not share: callers tell weights apart by it."""
         if self.numbers.untyped_storage().nbytes() > self.numbers.nbytes:
             self._value = self.numbers.clone()
         return self.numbers.untyped_storage()
 
     def __dlpack__(self, **kwargs: Any) -> Any:
-        """As of any tensor."""
+        """As for any tensor."""
         return self._alone().__dlpack__(**kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
@@ -234,7 +237,7 @@ class EffectiveWeight(torch.Tensor):
 
 
 class _Read(torch.autograd.Function):
-    """Connects W_eff to the cores; its numbers are computed when they are asked for."""
+    """Connects W_eff to the cores in the graph; its numbers are computed when they are needed."""
 
     @staticmethod
     def forward(
@@ -260,22 +263,22 @@ class _Read(torch.autograd.Function):
 
 
 class UnreadableWeight(torch.Tensor):
-    """The weight of a layer in a batch of many adapters, where each row has a weight of its own.
+    """Stands for the weight of a layer in a batch of many adapters, where each row has its own.
 
-    It knows its dtype, device and shape. Functions of torch see that it is no common tensor, so
-    that torch's transformer layers do not take their fused path past the forward of the layer.
+    It knows its dtype, device and shape. torch's transformer layers see that it is not an ordinary
+    tensor. They therefore do not take their fused path, which would bypass the layer's forward.
     """
 
     @classmethod
     def of(cls, stored: Tensor) -> UnreadableWeight:
-        """In the place of ``stored``."""
+        """The stand-in for ``stored``."""
         return stored.detach().as_subclass(cls)
 
     @classmethod
     def __torch_function__(
         cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Answers what is asked of the tensor as such, and refuses to compute with it."""
+        """Answers questions about dtype, device and shape, and refuses to compute."""
         if getattr(func, "__name__", "") in _METADATA or func in _GETTERS:
             return super().__torch_function__(func, types, args, kwargs or {})
         raise RuntimeError(
@@ -312,12 +315,12 @@ _GETTERS = frozenset(
 
 
 def _whole(stored: Tensor, places: Sequence[Place], weight_of: Callable[[Place], Tensor]) -> Tensor:
-    """W_eff as the parameter is stored, from W_eff ``[out, in]`` of its places."""
+    """W_eff in the layout of the parameter, assembled from W_eff ``[out, in]`` of its places."""
     sharing: dict[int, list[Place]] = {}
     for place in sorted(places, key=lambda each: each.first_row):
         place.ran = True
         sharing.setdefault(place.first_row, []).append(place)
-    # Blocks of rows of one parameter, of which some may have no place.
+    # The parameter consists of blocks of rows; some may have no place and stay as stored.
     blocks, row = [], 0
     for first, each in sharing.items():
         part = weight_of(each[0]) if len(each) == 1 else effective_weight(*each)
@@ -329,9 +332,10 @@ def _whole(stored: Tensor, places: Sequence[Place], weight_of: Callable[[Place],
 
 
 def effective_weight(*places: Place) -> Tensor:
-    """W_eff ``[out, in]`` of a weight by the stacks that it has places in, rounded once.
+    """W_eff ``[out, in]`` of one weight, with the updates of all stacks in which it has a place.
 
-    In the dtype of the weight; differentiable to the cores.
+    The sum is rounded once, to the dtype of the weight. It is differentiable with respect to the
+    cores.
     """
     weight = places[0].weight
     updates = [place.stack.update(place) for place in places]
@@ -340,29 +344,38 @@ def effective_weight(*places: Place) -> Tensor:
 
 
 def _core_grad(grad: Tensor, place: Place) -> Tensor:
-    """Gradient of the core from that of one place's W_eff, ``[out, in]``; differentiable."""
+    """Gradient of the core, given that of one place's W_eff, ``[out, in]``; differentiable."""
     stack = place.stack
     stack.gradient_came()
     call = prepare(place.weight, None, stack.factors, place.slice_index, "ieee")
-    hats = (call.lateral_hat, call.horizontal_hat)
     parts = [
-        call.core_grad_tokens(each, None, *hats, stack.n3, place.slice_index + s, 1, None, 1, False)
+        call.core_grad_tokens(
+            *CoreGradTokens(
+                x=each,
+                grad_y=None,
+                lateral_hat=call.lateral_hat,
+                horizontal_hat=call.horizontal_hat,
+                n3=stack.n3,
+                slice_index=place.slice_index + s,
+                slices=1,
+            )
+        )
         for s, each in enumerate(grad.unflatten(0, (place.slices, stack.n1)))
     ]
     return (stack.alpha * torch.stack(parts).sum(0)).to(stack.core.dtype)
 
 
 def _part(grad: Tensor, place: Place) -> Tensor:
-    """What of a parameter's gradient belongs to a place, ``[out, in]``."""
+    """The part of a parameter's gradient that belongs to a place, as ``[out, in]``."""
     if place.transposed:
         return grad.T
     return grad[place.first_row : place.first_row + place.out_features]
 
 
 def _is_watched(stored: Tensor) -> bool:
-    """Whether whoever looks at operators would not see through a tensor that is computed late."""
+    """Whether code that records operators needs plain tensors, not one that is computed late."""
     return is_traced() or type(stored) not in _COMMON or torch._C._len_torch_dispatch_stack() > 0
 
 
-#: What is stored in a layer where nothing special is going on.
+#: The types of a stored weight in the ordinary case.
 _COMMON = (Tensor, torch.nn.Parameter)

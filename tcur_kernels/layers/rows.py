@@ -1,8 +1,9 @@
-"""Which core each row of a batch goes by: a property of the call, not of the model.
+"""Which core each row of a batch uses: a property of the call, not of the model.
 
-Threads and tasks that run one model at a time see their own batches. A context variable says so in
-eager mode. Compilers cannot trace one, but they guard on what a thread holds: traced code asks
-that. Tasks of one thread must not run compiled models between the awaits of a batch.
+Threads and tasks may run one model at the same time, and each sees only its own batch. In eager
+mode a context variable holds the batch. Compilers cannot trace a context variable, but they can
+guard on a thread-local value, so traced code reads that one. Several tasks of one thread therefore
+must not run compiled models in batches that overlap across an ``await``.
 """
 
 from __future__ import annotations
@@ -17,24 +18,24 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-#: How rows of a batch repeat: each of them several times in a row, as beams and windows do; or all
-#: of them, one batch after the other, as the halves of a classifier-free guidance do.
+#: How the rows of a batch repeat. "each": every row several times in a row, as beams and windows
+#: do. "all": the whole batch several times, as the two halves of classifier-free guidance do.
 Repeat = Literal["each", "all"]
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Cores ``[A, n3, r, r]``, and for each row of a batch the index of its own, int64 ``[B]``."""
+    """Cores ``[A, n3, r, r]``, and for each row of a batch the index of its core, int64 ``[B]``."""
 
     cores: Tensor
     adapter_ids: Tensor
     repeat: Repeat | None
 
     def ids_for(self, x: Tensor) -> Tensor:
-        """The ids, one for each of B equal parts of ``x``.
+        """The ids for the rows of ``x``, each id for an equal share of consecutive rows.
 
         Raises:
-            ValueError: another number of rows, and nobody said how they repeat.
+            ValueError: the number of rows differs and is no multiple, or ``repeat`` is not given.
         """
         ids, count = self.adapter_ids, self.adapter_ids.shape[0]
         found = x.shape[0] if x.ndim else 1
@@ -54,7 +55,7 @@ _traced = threading.local()
 
 
 def rows_of(owner: object) -> Any:
-    """What the batch that is going on says of a stack, or of what else has rows; None in none."""
+    """The rows that the current batch sets for an owner, such as a stack; None outside a batch."""
     is_traced = torch.compiler.is_compiling()
     every = getattr(_traced, "rows", None) if is_traced else _current.get()
     return None if every is None else every.get(id(owner))
@@ -62,7 +63,7 @@ def rows_of(owner: object) -> Any:
 
 @contextmanager
 def using_rows(owner: object, rows: object) -> Iterator[None]:
-    """Context in which `rows_of` an owner are these: for a stack, `Rows`."""
+    """Context in which `rows_of` returns ``rows`` for this owner; for a stack they are `Rows`."""
     before = _current.get()
     every = {**(before or {}), id(owner): rows}
     token = _current.set(every)
@@ -76,10 +77,10 @@ def using_rows(owner: object, rows: object) -> Iterator[None]:
 
 
 def check_repeat(repeat: Any) -> None:
-    """Refuses what is no way to repeat rows.
+    """Checks a value for ``repeat``.
 
     Raises:
-        ValueError: naming it.
+        ValueError: it is not one of the ways to repeat rows.
     """
     if repeat is not None and repeat not in get_args(Repeat):
         allowed = ", ".join(map(repr, (None, *get_args(Repeat))))

@@ -1,4 +1,4 @@
-"""What must not be lost without a word: gradients of another core, and layers that never run."""
+"""Guards against silent losses: gradients of a former core, and layers that never run."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from ..operators.eager import LatestSum
 
 
 class LateGradient:
-    """Gives a core that is frozen by now the gradient of a graph that it was trained in.
+    """Delivers a late gradient to a core that was frozen after its forward.
 
-    autograd drops the gradient of a leaf that asks for none any more, without a word. A hook on the
-    leaf still gets it, and stays there: a core that is trained, frozen and trained again has one.
+    autograd silently drops the gradient of a leaf that no longer requires one, but a hook on the
+    leaf still receives it. The hook stays on the core, so a core that is trained, frozen and
+    trained again has just one.
     """
 
     @classmethod
     def keep(cls, core: nn.Parameter) -> None:
-        """For a core that is about to be frozen, or just was."""
+        """Installs the hook on a core that is about to be frozen, or just was."""
         hooks = core._backward_hooks or {}
         if any(isinstance(hook, cls) for hook in hooks.values()):
             return
@@ -34,7 +35,7 @@ class LateGradient:
         self._core = weakref.ref(core)
 
     def __call__(self, grad: Tensor) -> None:
-        """The hook."""
+        """Adds the gradient to ``core.grad`` if the core is frozen; autograd does it otherwise."""
         core = self._core()
         if core is not None and not core.requires_grad:
             grad = grad.detach().to(core.dtype)
@@ -42,22 +43,23 @@ class LateGradient:
 
 
 class ForwardCore:
-    """Refuses to compute a checkpoint again with another core than that of its forward.
+    """Refuses to recompute a checkpointed layer with another core than in its forward.
 
     Activation checkpointing runs a layer a second time, within the backward. It compares shapes and
-    not values, so another adapter would go unseen, and the gradient would be that of a mixture.
+    not values, so it would not notice another adapter. The gradient would mix the two adapters.
     """
 
     def __init__(self) -> None:
         self._latest: tuple[int, int] | None = None
 
     def check(self, core: tuple[int, int], sums: LatestSum) -> None:
-        """To be called in every forward of a trained stack, with what tells its cores apart.
+        """Must be called in every forward of a trained stack; ``core`` identifies its core.
 
-        ``sums`` knows of graphs of other cores that wait for their backward: it may be theirs.
+        ``sums`` knows whether graphs of former cores still await their backward. If so, the present
+        backward may belong to one of them.
 
         Raises:
-            RuntimeError: a second forward, maybe with another core than the first one.
+            RuntimeError: this is a second forward, possibly with another core than the first.
         """
         if torch._C._current_graph_task_id() == -1:
             self._latest = core
@@ -68,7 +70,7 @@ class ForwardCore:
 
 
 def refuse_other_core() -> NoReturn:
-    """For a layer that activation checkpointing computes again, with another core maybe.
+    """Raises the error for a layer that may be recomputed with another core than in its forward.
 
     Raises:
         RuntimeError: always.
@@ -80,12 +82,12 @@ def refuse_other_core() -> NoReturn:
     )
 
 
-#: So many layers a warning names.
+#: The largest number of layers that a warning names.
 _NAMED = 5
 
 
 def warn_of_unused(caller: str, names: Sequence[str]) -> None:
-    """Names adapted layers that the model did without, if there are any."""
+    """Warns of adapted layers that the model did not use, if there are any."""
     if names:
         more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
         warnings.warn(

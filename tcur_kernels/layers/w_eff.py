@@ -1,4 +1,4 @@
-"""What a stack keeps from one call to the next, and what tells whether it still holds."""
+"""What a stack keeps from one call to the next, and how it knows that this is still valid."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from .weights import Place
 
 
 class Effective:
-    """W_eff of one state of the core, and what tells whether it is still that of the present one.
+    """W_eff for one state of the core; knows whether the core is still in that state.
 
-    On the CPU by value: writes through ``core.data`` leave the version as it was, the core is
-    small, and nothing has to wait for a comparison. Elsewhere by version, and by what `Kept` hears
-    of gradients and captures.
+    On the CPU the values of the core are compared. Writes through ``core.data`` do not change its
+    version, but the core is small and no device has to be waited for. On other devices the version
+    is compared, and `Kept` adds what it learns from gradients and captures.
 
     Args:
-        buffer: to be filled: the layers' weights one after the other, as each lies in memory. That
-            is ``[n3, n1, n2]``; or transposed, ``[n3, n2, n1]``; or where a transposed weight has
-            several slices side by side, flat.
+        buffer: memory to fill with the layers' weights one after the other, each laid out as it is
+            stored. Its shape is ``[n3, n1, n2]``, or ``[n3, n2, n1]`` if transposed. If a
+            transposed weight has several slices side by side, the buffer is flat.
         transposed: whether weights are stored (in, out).
     """
 
@@ -36,15 +36,15 @@ class Effective:
         self._views: dict[int, Tensor] = {}
 
     def filled(self, core: Tensor, capture: int) -> None:
-        """To be said when the buffer was filled: of what, and in which capture (0: in none)."""
+        """Called when the buffer was filled, with its core and the capture (0: none)."""
         device = core.device
         self.capture = capture
         is_by_value = device.type == "cpu" and not streams.are_used(device)
-        #: The core may have been written since, without a trace.
+        #: Whether the core may have been written since, without a trace.
         self.is_doubtful = False
-        #: Nothing of it holds any more.
+        #: Whether the contents are no longer valid.
         self.is_void = False
-        #: First slices of the layers that have used it.
+        #: The first slice of each layer that has used it.
         self.taken: set[int] = set()
         self._requires_grad = core.requires_grad
         self._value = core.detach().clone() if is_by_value else None
@@ -52,13 +52,14 @@ class Effective:
         self._core_version = version_of(core)
         self._written = self.buffer._version
         self._mark = streams.mark(device) if streams.are_used(device) else None
-        # The streams that use it: they know it is whole, and are waited for before it is not.
+        # The streams that use the buffer. Each has waited until it was filled. All of them are
+        # waited for before it is overwritten.
         self._users: dict[int, Any] = {}
         if self._mark is not None:
             self._users[streams.current(device)] = self._mark.stream
 
     def is_of(self, dtype: torch.dtype, core: Tensor) -> bool:
-        """Whether this is W_eff of ``core`` in ``dtype``, as far as the core is concerned."""
+        """Whether this is W_eff of ``core`` in ``dtype``; the base is checked elsewhere."""
         if self.is_void or dtype != self.buffer.dtype:
             return False
         if self.buffer._version != self._written:
@@ -70,21 +71,21 @@ class Effective:
             return torch.equal(core, self._value)
         if version_of(core) != self._core_version or self._core() is not core:
             return False
-        if core.requires_grad and not self._requires_grad:  # nobody listened for its gradient
+        if core.requires_grad and not self._requires_grad:  # no hook has watched its gradient
             return False
-        # No optimizer steps within a backward: a checkpoint's second forward takes what the first
-        # one took.
+        # No optimizer steps within a backward. The second forward of a checkpoint therefore uses
+        # the same W_eff as the first.
         return not self.is_doubtful or is_within_backward()
 
     def w_eff(self, layers: Sequence[Place]) -> Tensor:
-        """``[n3, n1, n2]`` of all layers; a copy where slices of one lie side by side."""
+        """``[n3, n1, n2]`` of all layers; a copy if slices of one weight lie side by side."""
         if self.buffer.ndim == 3:
             return self.buffer.mT if self.transposed else self.buffer
         return torch.cat([self._part(each).unflatten(0, (each.slices, -1)) for each in layers])
 
     @property
     def is_by_value(self) -> bool:
-        """Whether values of the core are compared."""
+        """Whether the values of the core are compared, not its version."""
         return self._value is not None
 
     def _part(self, layer: Place) -> Tensor:
@@ -96,7 +97,7 @@ class Effective:
     def view_of(self, layer: Place) -> Tensor:
         """The slices of one layer, ``[out_features, in_features]``, for the current stream.
 
-        Its strides are those of the layer's weight.
+        The view has the strides of the layer's weight.
         """
         view = self._views.get(layer.slice_index)
         if view is None:
@@ -113,12 +114,12 @@ class Effective:
     def reclaim(
         self, dtype: torch.dtype, device: torch.device, transposed: bool, capture: int
     ) -> bool:
-        """Whether the buffer can be filled anew: it fits, no pending backward holds a view of it.
+        """Whether the buffer can be filled again: it fits, and no pending backward holds a view.
 
-        If so, the current stream waits for the others that have used it. Of another capture it
-        waits for none: what graphs do, they do when they are replayed.
+        If so, the current stream waits for the other streams that have used it. It does not wait
+        for streams of another capture, because captured work runs only when it is replayed.
         """
-        views = self._views.values()  # those who hold one in C++ have a count of their own in torch
+        views = self._views.values()  # torch counts references from C++, sys those from Python
         if (self.buffer.dtype, self.buffer.device, self.transposed) != (dtype, device, transposed):
             return False
         if views and (
@@ -126,8 +127,8 @@ class Effective:
             or max(map(sys.getrefcount, views)) > _ALONE
         ):
             return False
-        # Views of the views, which readers of weights make: each tensor counts for its memory. The
-        # buffer and the storage that is asked here are two.
+        # Readers of weights may have made views of the views. Every tensor counts as a user of the
+        # storage. Besides our views, the buffer and the local ``storage`` make two.
         storage = self.buffer.untyped_storage()
         if torch._C._storage_Use_Count(storage._cdata) > len(self._views) + 2:
             return False
@@ -139,26 +140,27 @@ class Effective:
         return True
 
 
-#: What `sys.getrefcount` says of a tensor that the dict of views alone refers to.
+#: The `sys.getrefcount` of a tensor that only the dict of views refers to.
 _ALONE = max(map(sys.getrefcount, {0: object()}.values()))
 
 
 class Kept:
-    """W_eff of one stack, so that it is built when the core has changed and not at each call.
+    """Keeps W_eff of one stack, so that it is built once per state of the core, not in each call.
 
-    There are two: one for eager code, and one that is made anew within every captured graph that
-    reads it, at each replay. Neither is ever taken for the other. A graph reads its buffer as long
-    as there is a replay, so it lives as long as the stack; all captures share it, since each fills
-    it before it reads.
+    There are two. One is for eager code. The other is for captured graphs: every graph that reads
+    it also rebuilds it, at each replay. The two are never mixed up. A graph may be replayed, and
+    read its buffer, at any later time, so that buffer lives as long as the stack. All captures
+    share it, because each fills it before reading.
 
-    What may write the core without a trace, and what is done about it (on the CPU nothing, there
-    values are compared):
+    Some code writes the core without a trace. On the CPU this needs no care, because values are
+    compared. On other devices:
 
-    - Fused optimizers, those of old and foreign ones do not count versions. Before an optimizer
-      steps there is a gradient: from then on W_eff is in doubt, and the next forward builds it.
-    - An optimizer within a captured graph runs when the graph is replayed, which nobody is told.
-      From the first capture on, a layer that meets the same W_eff a second time has it built.
-    - Averages of weights are swapped in for an evaluation: ``train`` and ``eval`` raise doubt.
+    - Fused optimizers, old ones and third-party ones do not change the version counter. Every
+      optimizer step follows a gradient. So a gradient puts W_eff in doubt, and the next forward
+      rebuilds it.
+    - An optimizer within a captured graph runs at each replay, which is not announced. From the
+      first capture on, a layer that meets the same W_eff a second time has it rebuilt.
+    - Averaged weights may be swapped in for an evaluation, so ``train`` and ``eval`` raise doubt.
     """
 
     __slots__ = ("_captured", "_eager", "_handle", "_watched", "_worn", "has_graphs")
@@ -166,14 +168,14 @@ class Kept:
     def __init__(self) -> None:
         self._eager: Effective | None = None
         self._captured: Effective | None = None
-        self._worn: list[Tensor] = []  # read by a captured graph, not written any more
+        self._worn: list[Tensor] = []  # captured graphs read these; new captures do not fill them
         self._handle: RemovableHandle | None = None
         self._watched: TensorWeakRef | None = None
         #: Whether a captured graph may change the core.
         self.has_graphs = False
 
     def capture_of(self, device: torch.device) -> int:
-        """The capture that is going on, 0 for none; to be asked in every forward."""
+        """The capture in progress, 0 if none; must be asked in every forward."""
         capture = streams.capture_of(device)
         if capture:
             self.has_graphs = True
@@ -182,31 +184,31 @@ class Kept:
         return capture
 
     def doubt(self) -> None:
-        """From now on the core may be written without a trace."""
+        """Notes that from now on the core may be written without a trace."""
         if self._eager is not None:
             self._eager.is_doubtful = True
         if self._captured is not None:
             self._captured.is_doubtful = True
 
     def invalidate(self) -> None:
-        """W_eff is built before it is used again."""
+        """Requests that W_eff be rebuilt before it is used again."""
         for built in (self._eager, self._captured):
             if built is not None:
                 built.is_void = True
 
     def release(self) -> None:
-        """Gives back what eager code reads; a captured graph may be replayed yet."""
+        """Frees W_eff of eager code; that of captured graphs stays for their replays."""
         self._eager = None
 
     def forget(self) -> None:
-        """Gives everything back: core and factors are in other memory, graphs read the old one."""
+        """Frees everything: core and factors have moved, so captured graphs are useless."""
         self._eager = self._captured = None
         self._worn.clear()
 
     def find(
         self, dtype: torch.dtype, core: Tensor, layer: Place, capture: int
     ) -> Effective | None:
-        """W_eff of the present core, as far as one layer is concerned, if it is there."""
+        """W_eff of the present core, if one is kept that this layer may use."""
         built = self._captured if capture else self._eager
         if built is None or built.capture != capture:
             return None
@@ -222,7 +224,7 @@ class Kept:
         transposed: bool,
         capture: int,
     ) -> Effective:
-        """A buffer of that shape, see `Effective`: the last one if free, else a new one."""
+        """A buffer of that shape, see `Effective`: the last one if it is free, else a new one."""
         last = self._captured if capture else self._eager
         if last is not None:
             if last.reclaim(dtype, device, transposed, capture):
@@ -231,11 +233,11 @@ class Kept:
             if capture:
                 self._worn.append(last.buffer)
             else:
-                self._eager = last = None  # gives its memory back before more is asked for
+                self._eager = last = None  # frees its memory before more is allocated
         return Effective(torch.empty(shape, dtype=dtype, device=device), transposed)
 
     def put(self, built: Effective, core: Tensor, capture: int) -> None:
-        """Keeps W_eff, whose buffer was just filled."""
+        """Stores W_eff, whose buffer was just filled."""
         built.filled(core, capture)
         if capture:
             self._captured = built
@@ -258,9 +260,10 @@ class Kept:
 
 
 class Projected:
-    """z of the latest input, for the next layer that has the same one. Keeps neither alive.
+    """z of the latest input, for the next layer with the same input. Keeps neither alive.
 
-    Threads may use it at a time: what is known of the latest is one object, read and put at once.
+    Several threads may use it at the same time. All facts about the latest input are therefore in
+    one object, which is read and replaced as a whole.
     """
 
     __slots__ = ("_latest", "held")
@@ -269,15 +272,15 @@ class Projected:
         self.forget()
 
     def forget(self) -> None:
-        """As if nothing had been projected yet."""
+        """Forgets the latest input."""
         self._latest: tuple[Any, ...] | None = None
-        #: z itself, where no graph keeps it.
+        #: z itself, if no graph keeps it alive.
         self.held: Tensor | None = None
 
     def of(
         self, source: Tensor, x: Tensor, horizontal_hat: Tensor, capture: int, hold: bool
     ) -> Tensor:
-        """z of ``x``, made of ``source``; layers that share their input (q, k, v) share it."""
+        """z of ``x``, which was made from ``source``; layers with the same input share z."""
         z = self.z_of(source, horizontal_hat, capture)
         if z is None:
             z = project(x, horizontal_hat)
@@ -285,15 +288,16 @@ class Projected:
         return z
 
     def put(self, x: Tensor, z: Tensor, horizontal_hat: Tensor, capture: int, hold: bool) -> None:
-        """z of ``x`` by these packed factors; ``hold``: kept alive until the next one."""
+        """Stores z of ``x`` for these packed factors; ``hold`` keeps z alive until the next one."""
         where = (version_of(x), capture, streams.current(z.device), z.requires_grad)
         self._latest = (TensorWeakRef(x), TensorWeakRef(z), horizontal_hat, where)
         self.held = z if hold else None
 
     def z_of(self, x: Tensor, horizontal_hat: Tensor, capture: int) -> Tensor | None:
-        """z, if ``x`` is that very tensor, unchanged, and z is still around.
+        """z, if ``x`` is the same tensor, unchanged, and z still exists; else None.
 
-        On another stream or in another capture z is formed anew, which is less than to wait.
+        Also None on another stream or in another capture: computing z again costs less than
+        waiting.
         """
         latest = self._latest
         if latest is None:
@@ -301,7 +305,7 @@ class Projected:
         latest_x, latest_z, latest_hat, where = latest
         if latest_x() is not x or latest_hat is not horizontal_hat:
             return None
-        if x.is_inference():  # counts no versions: written to in place, it would look the same
+        if x.is_inference():  # has no version counter, so writes in place would go unnoticed
             return None
         if where != (version_of(x), capture, streams.current(x.device), x.requires_grad):
             return None
@@ -310,5 +314,5 @@ class Projected:
 
 
 def is_within_backward() -> bool:
-    """Whether a backward is going on in this thread."""
+    """Whether a backward is running in this thread."""
     return torch._C._current_graph_task_id() != -1

@@ -1,4 +1,4 @@
-"""Where modules keep the weights of linear maps, and such a weight as slices of a stack."""
+"""Where modules store the weights of linear maps, and which slices of a stack a weight is."""
 
 from __future__ import annotations
 
@@ -7,27 +7,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-#: The linear maps in front of an ``nn.MultiheadAttention``: three weights, or the three blocks of
-#: rows of ``in_proj_weight``, which have no names of their own.
+#: The input projections of an ``nn.MultiheadAttention``. They are three separate weights, or the
+#: three blocks of rows of ``in_proj_weight``, which have no names of their own.
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
 
 def is_plain_linear(module: nn.Module) -> bool:
-    """Whether the module is an ``nn.Linear`` and no subclass of it."""
-    # By exact type: subclasses (the output projection of nn.MultiheadAttention, quantised layers)
-    # often do something else than their name says.
+    """Whether the module is an ``nn.Linear``, not a subclass."""
+    # Subclasses (the output projection of nn.MultiheadAttention, quantised layers) often compute
+    # something else.
     return type(module) is nn.Linear
 
 
 def is_conv1d(module: nn.Module) -> bool:
     """Whether the module is GPT-2's ``Conv1D`` of transformers: a linear layer stored (in, out)."""
-    # By the name of its type, which needs no import; never by shape, which tells nothing if square.
+    # Comparing the name of the type needs no import. The shape says nothing if it is square.
     kind = type(module)
     return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
 
 
 def is_attention(module: nn.Module) -> bool:
-    """Whether the module is an ``nn.MultiheadAttention`` and no subclass of it."""
+    """Whether the module is an ``nn.MultiheadAttention``, not a subclass."""
     return type(module) is nn.MultiheadAttention
 
 
@@ -35,49 +35,49 @@ _PLAIN = (nn.Parameter, Tensor, type(None))
 
 
 def held(module: nn.Module, name: str) -> Any:
-    """The parameter of that name, or the plain tensor that stands in for it; None if there is none.
+    """The parameter of that name, or the plain tensor in its place; None if there is neither.
 
-    Not by attribute, which is W_eff on an adapted layer. FSDP1 and pruning set a plain tensor where
-    the parameter was, which is where other attributes are too.
+    This does not use the attribute, which gives W_eff on an adapted layer. FSDP1 and pruning
+    replace the parameter by a plain tensor, which is stored like any other attribute.
     """
     store = module._parameters if module.__dict__.get(name) is None else module.__dict__
     tensor: Any = store.get(name)
     if type(tensor) not in _PLAIN and hasattr(tensor, "tcur_stored"):
-        # Somebody took what reading the weight gives, moved it, and put it back.
+        # Some code read the weight, moved what it got, and stored that as the weight.
         tensor = store[name] = nn.Parameter(tensor.tcur_stored, requires_grad=False)
     return tensor
 
 
-#: Marks parameters that were frozen. By an attribute: torch swaps no tensor that is weakly referred
-#: to, and a reference of the other kind would keep its memory.
+#: The attribute that marks parameters the adapter froze. torch cannot swap a tensor to which weak
+#: references exist, and an ordinary reference would keep its memory alive.
 _FROZEN = "tcur_frozen"
 
 
 def _frozen(tensor: Tensor) -> Tensor:
-    """Without the graph that FSDP1 gives to what lies in one flat parameter with trained ones."""
+    """The tensor without a graph. FSDP1 gives it one if its flat parameter has trained parts."""
     return tensor if tensor.grad_fn is None else tensor.detach()
 
 
 class Place:
-    """A weight as one or more consecutive slices of a stack.
+    """A weight that forms one or more consecutive slices of a stack.
 
-    The weight is looked up whenever it is asked for: it may be moved, sharded or loaded anew.
+    The weight is looked up at each use, because it may be moved, sharded or loaded again.
 
     Args:
-        module: ``nn.Linear``, ``Conv1D``, or with ``projection`` an ``nn.MultiheadAttention``;
-            adapted or not.
+        module: an ``nn.Linear`` or ``Conv1D``, or, with ``projection``, an
+            ``nn.MultiheadAttention``; adapted or not.
         slice_index: the first slice.
-        slices: how many.
+        slices: the number of slices.
         projection: one of `PROJECTIONS`.
-        transposed: the weight is stored (in, out); default: whether the module is a ``Conv1D``.
+        transposed: whether the weight is stored (in, out); by default true for a ``Conv1D``.
 
     Attributes:
-        stack: the `TProductStack` that the slices belong to, set by it.
+        stack: the `TProductStack` that the slices belong to; the stack sets it.
         backup: the base weight as it is stored, while the module holds W_eff.
-        was_trained: whether the weight asked for gradients before it was adapted. torch's products
-            go by that, even where no gradient is recorded.
-        name: of the weight in its model, for messages.
-        ran: whether the layer has been called, or its weight read, since it was adapted.
+        was_trained: whether the weight required grad before it was adapted. torch chooses its
+            products by that, even if no gradient is recorded.
+        name: the name of the weight in its model, for messages.
+        ran: whether the layer was called, or its weight read, since it was adapted.
     """
 
     def __init__(
@@ -98,10 +98,16 @@ class Place:
         self.ran = False
         self.out_features, self.in_features = self.weight.shape
 
+    def at(self, slice_index: int, slices: int, name: str) -> Place:
+        """A new place for the same weight, with other slices and a name; in no stack yet."""
+        place = Place(self.module, slice_index, slices, self.projection, self.transposed)
+        place.name = name
+        return place
+
     @property
     def weight(self) -> Tensor:
         """The base weight ``[out_features, in_features]``, no copy."""
-        if self.backup is None and self.projection is None:  # in every call of nearly every layer
+        if self.backup is None and self.projection is None:  # fast path for nearly every call
             module = self.module
             tensor = module._parameters.get("weight")
             if type(tensor) is nn.Parameter and "weight" not in module.__dict__:
@@ -111,7 +117,7 @@ class Place:
 
     @property
     def stored(self) -> Tensor:
-        """What the module holds now, as it is stored: the base weight, or W_eff if merged."""
+        """The weight as the module stores it now: the base weight, or W_eff if merged."""
         tensor = held(self.module, self.parameter)
         if tensor is None:
             raise RuntimeError(
@@ -122,10 +128,11 @@ class Place:
         return tensor[self._rows] if self._is_block else tensor
 
     def freeze(self) -> None:
-        """Freezes a parameter that is another one than when this was asked last.
+        """Freezes the parameter if it is new since the last call.
 
-        Those who move and load weights make new parameters. One that was frozen before and asks for
-        gradients now was made to by the user, who is told elsewhere that it gets none.
+        Code that moves or loads weights creates new parameters. If a parameter that the adapter
+        froze requires grad again, the user set that; the user learns elsewhere that it gets no
+        gradient.
         """
         tensor = held(self.module, self.parameter)
         if tensor is not None and not hasattr(tensor, _FROZEN):
@@ -134,16 +141,16 @@ class Place:
                 tensor.requires_grad_(False)
 
     def remember(self) -> None:
-        """From now on, the parameter that is there now is the one that the adapter froze."""
+        """Marks the present parameter as the one that the adapter froze."""
         setattr(held(self.module, self.parameter), _FROZEN, True)
 
     def keep(self) -> None:
-        """Keeps a copy of the base weight, in whose place W_eff is to come."""
+        """Keeps a copy of the base weight before W_eff overwrites it."""
         self.backup = self.stored.detach().clone()
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Gives the base weight back to the module, bit for bit."""
+        """Writes the base weight back to the module, bit for bit."""
         if self.backup is not None:
             self.stored.copy_(self.backup)
         self.backup = None
@@ -161,19 +168,19 @@ class Place:
 
     @property
     def parameter(self) -> str:
-        """Name within the module of the parameter that holds the weight."""
+        """The name, within the module, of the parameter that holds the weight."""
         if self.projection is None:
             return "weight"
         return "in_proj_weight" if self._is_block else f"{self.projection}_weight"
 
     @property
     def bias_parameter(self) -> str:
-        """Name within the module of the parameter that holds the bias, if there is one."""
+        """The name, within the module, of the parameter that would hold the bias."""
         return "bias" if self.projection is None else "in_proj_bias"
 
     @property
     def first_row(self) -> int:
-        """Row of the parameter with which the weight begins."""
+        """The row of the parameter at which the weight begins."""
         return self._rows.start if self._is_block else 0
 
     @property

@@ -1,1 +1,1 @@
-"""Model directories with an adapter folded into their weights."""
+"""Merges an adapter into the weights of a model directory."""

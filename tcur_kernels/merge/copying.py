@@ -1,4 +1,4 @@
-"""What surrounds the weights of a model directory: copied into a new one, whole or not at all."""
+"""Copies the files around the weights of a model directory into a new one, completely or not."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-#: Endings of files with weights that are not merged.
+from ..files.shards import read_index
+
+#: Endings of weight files in formats that are not merged.
 _WEIGHTS = (
     ".bin",
     ".pt",
@@ -27,13 +29,13 @@ _WEIGHTS = (
     ".tflite",
 )
 
-#: Folders that tell of the directory rather than of the model, copies of its weights among them.
+#: Folders for version control and caches; they may also hold copies of the weights.
 _NOT_COPIED = (".git", ".cache")
 
 
 @contextmanager
 def new_directory(out: Path) -> Iterator[Path]:
-    """A directory that becomes ``out`` when the block ends well, and leaves nothing otherwise."""
+    """Yields a directory that becomes ``out`` if the block succeeds, and is removed otherwise."""
     parents = [parent for parent in out.parents if not parent.exists()]
     place = out.with_name(f".{out.name}.{secrets.token_hex(4)}")
     try:
@@ -52,25 +54,25 @@ def new_directory(out: Path) -> Iterator[Path]:
 
 
 def copy_rest(source: Path, shards: Iterable[Path], place: Path, out: Path) -> list[str]:
-    """Copies what is no shard of a model directory, links as what they lead to.
+    """Copies everything in a model directory but its shards; follows links.
 
     Args:
         source: the directory.
         shards: its files that hold the model.
-        place: where to.
-        out: what that will be; neither is copied if it is below the source.
+        place: the directory to copy to.
+        out: the final path of that directory. If either is below the source, it is not copied.
 
     Returns:
-        What is left out: weights in other formats or further files, and version control.
+        The relative paths that were left out: other weight files, caches, and version control.
 
     Raises:
-        ValueError: a link that leads nowhere, or to a folder above it.
+        ValueError: a link leads nowhere, or to a folder above it.
     """
     shards = set(shards)
     left_out: list[str] = []
     modules = source / "modules.json"  # sentence-transformers: folders with further layers
     own = _listed(modules, lambda entries: {entry["path"] for entry in entries}) or set()
-    apart = {os.path.realpath(path) for path in (place, out)}  # they may be below the input
+    apart = {os.path.realpath(path) for path in (place, out)}  # may be below the source
 
     def copy(folder: Path, above: tuple[str, ...]) -> None:
         here = os.path.realpath(source / folder)
@@ -102,7 +104,7 @@ def copy_rest(source: Path, shards: Iterable[Path], place: Path, out: Path) -> l
 
 
 def _listed(path: Path, read: Callable[[Any], set[str]]) -> set[str] | None:
-    """What a JSON file lists; None without one, or if it is of another kind."""
+    """What ``read`` takes from a JSON file; None if it is missing or has another form."""
     try:
         return read(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -110,10 +112,10 @@ def _listed(path: Path, read: Callable[[Any], set[str]]) -> set[str] | None:
 
 
 def _is_weights(source: Path, shards: set[Path], path: Path) -> bool:
-    """Whether a file that is no shard holds a model's weights, or lists files that do."""
+    """Whether a file that is not a shard holds weights of the model, or lists such files."""
     if path.name.endswith(".safetensors.index.json") and path.parent == Path():
-        listed = _listed(source / path, lambda index: set(index["weight_map"].values()))
-        return listed is None or not listed <= {file.name for file in shards}
-    if path.name.endswith(".safetensors"):  # in a folder they belong to another model
+        listed = read_index(source / path)
+        return listed is None or not set(listed.values()) <= {file.name for file in shards}
+    if path.name.endswith(".safetensors"):  # in a subfolder they belong to another model
         return path.parent == Path()
     return path.name.removesuffix(".index.json").endswith(_WEIGHTS)

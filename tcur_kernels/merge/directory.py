@@ -1,43 +1,41 @@
-"""Model directories in the layout of Hugging Face, read tensor by tensor and merged shard by shard.
+"""Merges model directories in the layout of Hugging Face, shard by shard.
 
-A directory holds ``config.json`` and ``*.safetensors``: one file, or shards with an index. Nothing
-here builds a model of loaded weights; what is in memory is one shard, and C and R of the stacks.
+A directory holds ``config.json`` and ``*.safetensors``: one file, or shards with an index. The
+model is never loaded as a whole. Only one shard and C and R of the stacks are in memory.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
-import stat
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property, partial
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..adapters.file import Contents, StoredStack
-from ..adapters.fingerprint import digest, update_digest
-from ..decompose import model_files
+from ..adapters.fingerprint import Fingerprint
 from ..files.origins import Origin, Origins, Read
+from ..files.shards import Shards
+from ..files.whole import replacing
 from ..operators.factors import CURFactors
 from ..operators.functional import slice_update
 from .copying import copy_rest, new_directory
 
-#: Wraps what is worked through, as ``tqdm`` does.
+#: Wraps the files while they are processed, to show progress, like ``tqdm``.
 Progress = Callable[[Iterable[Path]], Iterable[Path]]
 
 
 class ModelDirectory:
-    """A directory with ``config.json``, ``*.safetensors``, or both; files are read when asked for.
+    """A directory with ``config.json``, ``*.safetensors``, or both; files are read when needed.
 
     Args:
         path: the directory.
 
     Raises:
-        FileNotFoundError: no such directory.
+        FileNotFoundError: there is no such directory.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -46,85 +44,40 @@ class ModelDirectory:
             raise FileNotFoundError(f"model_dir: expected a directory, got none at {self.path}")
 
     @cached_property
-    def shards(self) -> dict[Path, list[str]]:
-        """File -> names of its tensors, in order; see `decompose.model_files`.
+    def shards(self) -> Shards:
+        """The safetensors files of the directory.
 
         Raises:
-            FileNotFoundError: no safetensors, or not all shards that an index lists.
-            ValueError: a file that is torn, a tensor that two files hold, or one of the index that
-                none holds.
+            FileNotFoundError, ValueError: see `files.shards.Shards`.
         """
-        files, indexed = model_files("model_dir", self.path)
-        shards: dict[Path, list[str]] = {}
-        owner: dict[str, Path] = {}
-        for file in files:
-            with self._open(file) as shard:
-                shards[file] = list(shard.keys())
-            for name in shards[file]:
-                if name in owner:
-                    raise ValueError(
-                        f"model_dir: expected each tensor once, got {name} in "
-                        f"{owner[name].name} and {file.name}"
-                    )
-                owner[name] = file
-        lost = [name for name in indexed or () if name not in owner]
-        if lost and indexed is not None:
-            raise ValueError(
-                f"model_dir: expected all tensors of the index in {self.path}, got no {lost[0]} in "
-                f"{indexed[lost[0]]} ({len(lost)} are missing)"
-            )
-        return shards
-
-    @cached_property
-    def _file(self) -> dict[str, Path]:
-        return {name: file for file, names in self.shards.items() for name in names}
+        return Shards(self.path, "model_dir")
 
     def origins(self, names: Iterable[str], is_checked: bool) -> Origins:
-        """Where the files have the tensors of an adapter's model.
+        """Finds the tensors of an adapter's model in the files.
 
-        transformers is asked where names are not those of the files, or where nothing else would
-        tell of another tensor under the same name.
+        This asks transformers if some names are not in the files. It also asks if no fingerprint
+        would reveal a different tensor with the same name.
 
         Args:
-            names: those that the adapter has.
-            is_checked: whether a fingerprint tells of another tensor.
+            names: the names that the adapter uses.
+            is_checked: whether a fingerprint covers all these tensors.
         """
-        if is_checked and all(name in self._file for name in names):
-            return Origins("model_dir", self.path, dict.fromkeys(self._file, ()), None)
+        shapes = self.shards.shapes
+        if is_checked and all(name in shapes for name in names):
+            return Origins("model_dir", self.path, shapes, None)
         try:
             model, hint = self.skeleton(), ""
         except (ValueError, OSError, ModuleNotFoundError) as error:
             model, hint = None, f"transformers renames while loading, and did not help: {error}"
-        shapes: dict[str, list[int]] = {}
-        for file in self.shards:
-            with self._open(file) as shard:
-                shapes |= {n: list(shard.get_slice(n).get_shape()) for n in self.shards[file]}
         return Origins("model_dir", self.path, shapes, model, hint)
 
-    def read(self, name: str) -> Tensor:
-        """One tensor, by its stored name; no other is read."""
-        with self._open(self._file[name]) as shard:
-            tensor: Tensor = shard.get_tensor(name)
-            return tensor
-
-    def read_shard(self, file: Path) -> dict[str, Tensor]:
-        """All tensors of one file."""
-        with self._open(file) as shard:
-            return {name: shard.get_tensor(name) for name in self.shards[file]}
-
-    def metadata(self, file: Path) -> dict[str, str] | None:
-        """What a file says of itself."""
-        with self._open(file) as shard:
-            found: dict[str, str] | None = shard.metadata()
-            return found
-
     def skeleton(self) -> nn.Module:
-        """The model that ``config.json`` describes, on the meta device, by transformers.
+        """The model that ``config.json`` describes, built by transformers on the meta device.
 
         Raises:
-            FileNotFoundError: no config.json.
+            FileNotFoundError: there is no config.json.
             ModuleNotFoundError: transformers is not installed.
-            ValueError: a model that transformers does not know.
+            ValueError: transformers does not know the model.
         """
         config_file = self.path / "config.json"
         if not config_file.is_file():
@@ -140,21 +93,12 @@ class ModelDirectory:
             kind = getattr(transformers, (config.architectures or [""])[0], None)
             with torch.device("meta"):
                 model = transformers.AutoModel.from_config(config) if kind is None else kind(config)
-        except Exception as error:  # of any kind: the code is that of every model there is
+        except Exception as error:  # may be any kind, since this runs the code of any model
             raise ValueError(
                 f"model_dir: expected a model that transformers knows, got {error}"
             ) from error
         assert isinstance(model, nn.Module)
         return model
-
-    @staticmethod
-    def _open(file: Path) -> safe_open:
-        try:
-            return safe_open(file, framework="pt")
-        except SafetensorError as error:
-            raise ValueError(
-                f"model_dir: expected whole safetensors files, got a torn one at {file} ({error})"
-            ) from error
 
 
 def merge_directory(
@@ -163,54 +107,53 @@ def merge_directory(
     out: str | Path,
     progress: Progress = iter,
 ) -> list[str]:
-    """Writes the model directory with an adapter folded in; the input stays as it is.
+    """Writes a copy of the model directory with the adapter merged; the input is unchanged.
 
-    Updates are formed and added in fp32 (fp64 for an fp64 base) and rounded once. In memory are one
-    shard and the factors. The output appears whole or not at all. What else is in the directory is
-    copied, folders too, links as what they lead to.
+    Updates are computed and added in fp32 (fp64 for an fp64 base) and rounded once. Only one shard
+    and the factors are in memory. The output appears completely or not at all. Other files and
+    folders are copied; links are followed.
 
     Args:
         directory: the base.
-        contents: the adapter, see `contents.read_contents`.
-        out: directory to make; an empty one may be there.
-        progress: wraps the files as they are worked through, ``tqdm`` for one.
+        contents: the adapter, see `adapters.file.read_contents`.
+        out: the directory to make; an empty one may exist.
+        progress: wraps the files while they are processed, for example ``tqdm``.
 
     Returns:
-        What is not copied: weights in other formats or further files, which would be those without
-        the adapter, and version control. Relative paths.
+        The relative paths that were not copied: other weight files, which do not contain the
+        adapter, caches, and version control.
 
     Raises:
-        FileExistsError: something is at ``out`` already.
-        ValueError: a base that is not the one the adapter was made for.
+        FileExistsError: ``out`` exists and is not an empty directory.
+        ValueError: the base is not the one that the adapter was made for.
     """
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"out: expected a directory that is new or empty, got {out}")
     waiting = _edits(directory, contents)
     with new_directory(Path(os.path.realpath(out))) as place:
-        left_out = copy_rest(directory.path, directory.shards, place, out)
+        shards = directory.shards
+        left_out = copy_rest(directory.path, shards.names, place, out)
         done: dict[str, Tensor] = {}
-        for file in progress(list(directory.shards)):
-            tensors = directory.read_shard(file)
+        for file in progress(list(shards.names)):
+            tensors = shards.read_all(file)
+            own = {name for name in tensors if shards.files.get(name) == file}
 
-            def read(name: str, here: dict[str, Tensor] = tensors) -> Tensor:
-                return here[name] if name in here else directory.read(name)
+            def read(name: str, here: dict[str, Tensor] = tensors, own: set[str] = own) -> Tensor:
+                return here[name] if name in own else shards.read(name)
 
-            for edit in [edit for edit in waiting if edit.stored & tensors.keys()]:
+            for edit in [edit for edit in waiting if edit.stored & own]:
                 done |= edit(read)
                 waiting.remove(edit)
-            for name in tensors.keys() & done.keys():
+            for name in own & done.keys():
                 tensors[name] = done.pop(name).contiguous()
-            written = place / file.name
-            with open(written, "xb") as opened:
-                mode = stat.S_IMODE(os.fstat(opened.fileno()).st_mode)
-            save_file(tensors, written, metadata=directory.metadata(file))
-            written.chmod(mode)  # which the library does not take from the umask
+            with replacing(place / file.name) as written:
+                save_file(tensors, written, metadata=shards.metadata(file))
     return left_out
 
 
 class _Edit:
-    """A change of a tensor of the files, or of those that transformers regroups together."""
+    """A change of one tensor of the files, or of several that transformers regroups together."""
 
     def __init__(self, origin: Origin) -> None:
         self.stored = frozenset(origin.stored)
@@ -218,7 +161,7 @@ class _Edit:
         self._steps: dict[str, list[Callable[[Tensor], Tensor]]] = {}
 
     def add(self, name: str, step: Callable[[Tensor], Tensor]) -> None:
-        """A step on the tensor that has this name: in the files, or in the model if regrouped."""
+        """Adds a step for the tensor of this name in the files, or, if regrouped, in the model."""
         self._steps.setdefault(name, []).append(step)
 
     def __call__(self, read: Read) -> dict[str, Tensor]:
@@ -235,12 +178,12 @@ class _Edit:
 
 
 def _edits(directory: ModelDirectory, contents: Contents) -> list[_Edit]:
-    """What an adapter changes in the files of its base."""
+    """The changes that an adapter makes to the files of its base."""
     names = [parameter for stored in contents.stacks for parameter, _, _ in stored.stored]
     learned = {name: value for (_, name), value in contents.learned.items()}
     origins = directory.origins([*names, *learned], is_checked=not learned)
     parts = origins.parts_with([*names, *learned])
-    if len(parts) > 1:  # the adapter is of one of several parts: its fingerprint says of which
+    if len(parts) > 1:  # the fingerprint tells for which of the parts the adapter was made
         parts = [part for part in parts if _fits(directory, origins.below(part), contents)]
     if len(parts) == 1:
         origins = origins.below(parts[0])
@@ -260,16 +203,17 @@ def _edits(directory: ModelDirectory, contents: Contents) -> list[_Edit]:
 
 
 def _fits(directory: ModelDirectory, origins: Origins, contents: Contents) -> bool:
-    """Whether the first stack of an adapter was made of these weights."""
+    """Whether the first stack of an adapter was made from these weights."""
     stored = contents.stacks[0]
     try:
-        return digest(_slices(directory, origins, stored)) == stored.base_sha256
-    except ValueError:  # of other sizes
+        found = _factors_here(directory, origins, stored)
+    except ValueError:  # the sizes differ
         return False
+    return Fingerprint.of(found) == stored.record.base
 
 
 def _learned(tensor: Tensor, name: str, value: Tensor) -> Tensor:
-    """A value of its own in the place of a stored tensor."""
+    """The learned value that replaces a stored tensor, in the dtype of that tensor."""
     if tensor.shape != value.shape:
         raise ValueError(
             f"model_dir: expected {name} of shape {list(value.shape)}, got {list(tensor.shape)}"
@@ -282,7 +226,7 @@ def _slices(directory: ModelDirectory, origins: Origins, stored: StoredStack) ->
     for member, (parameter, transposed, first) in zip(
         stored.plan.members, stored.stored, strict=True
     ):
-        weight = origins[parameter].load(directory.read)
+        weight = origins[parameter].load(directory.shards.read)
         rows = member.slices * stored.plan.n1
         logical = (weight.T if transposed else weight)[first : first + rows]
         if logical.shape != (rows, stored.plan.n2):
@@ -293,31 +237,37 @@ def _slices(directory: ModelDirectory, origins: Origins, stored: StoredStack) ->
         yield from logical.split(stored.plan.n1)
 
 
-def _factors(directory: ModelDirectory, origins: Origins, stored: StoredStack) -> CURFactors:
-    """C and R of a stack from the base, whose fingerprint is checked on the way."""
-    state, columns, rows = hashlib.sha256(), [], []
+def _factors_here(directory: ModelDirectory, origins: Origins, stored: StoredStack) -> CURFactors:
+    """C and R of a stack as slices of the weights in the files."""
+    columns, rows = [], []
     for block in _slices(directory, origins, stored):
-        update_digest(state, block)
-        columns.append(block[:, stored.columns].clone())
-        rows.append(block[stored.rows].clone())
-    if state.hexdigest() == stored.base_sha256:
-        return CURFactors(torch.stack(columns), torch.stack(rows))
-    kinds = sorted({str(block.dtype) for block in _slices(directory, origins, stored)})
+        columns.append(block[:, list(stored.record.columns)].clone())
+        rows.append(block[list(stored.record.rows)].clone())
+    return CURFactors(torch.stack(columns), torch.stack(rows))
+
+
+def _factors(directory: ModelDirectory, origins: Origins, stored: StoredStack) -> CURFactors:
+    """C and R of a stack; refuses them unless the adapter was made with the same ones."""
+    found, wanted = _factors_here(directory, origins, stored), stored.record.base
+    if Fingerprint.of(found) == wanted:
+        return found
+    kind = found.lateral.dtype
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-        if digest(b.to(dtype) for b in _slices(directory, origins, stored)) == stored.base_sha256:
+        cast = CURFactors(found.lateral.to(dtype), found.horizontal.to(dtype))
+        if Fingerprint.of(cast) == wanted:
             raise ValueError(
                 f"model_dir: expected the base in {dtype}, in which the adapter was made, got its "
-                f"weights in {', '.join(kinds)}: save the base in {dtype} first, or adapt it in "
-                "the dtype of its files"
+                f"weights in {kind}: save the base in {dtype} first, or adapt it in the dtype of "
+                "its files"
             )
     raise ValueError(
         f"model_dir: expected the base that the adapter was made for, got other weights in "
-        f"stack {stored.plan.name} ({', '.join(kinds)})"
+        f"stack {stored.plan.name} ({kind})"
     )
 
 
 def _merged(weight: Tensor, factors: CURFactors, stored: StoredStack, index: int) -> Tensor:
-    """A stored weight plus the update of the rows that one member of a stack has."""
+    """A stored weight with the update of one member of a stack added to the member's rows."""
     merged = weight.clone()
     member, (_, transposed, first) = stored.plan.members[index], stored.stored[index]
     slice_index = sum(m.slices for m in stored.plan.members[:index])

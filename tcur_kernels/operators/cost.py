@@ -26,10 +26,12 @@ tokens have no transform; the CUDA ones took less time in every row (docs/perfor
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Literal, get_args
 
 import torch
 
-MODES = ("auto", "materialized", "factored")
+Mode = Literal["auto", "materialized", "factored"]
+MODES: tuple[Mode, ...] = get_args(Mode)
 
 #: Measured on a two-core AVX-512 machine, forward and backward.
 BALANCE = 15.0
@@ -37,8 +39,19 @@ BALANCE = 15.0
 #: Slices that the CUDA kernels take, csrc/cuda/tile.h.
 CUDA_SLICES = 2048
 
-#: Factors of a tube's length for which there are codelets, csrc/tubes.h.
+#: Factors of a tube's length for which there are codelets, csrc/common/tubes.h.
 LONGEST_OUTER, LONGEST_INNER = 16, 9
+
+
+def check_mode(mode: str) -> Mode:
+    """The mode, if it is one.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if mode not in MODES:
+        raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {mode!r}")
+    return mode
 
 
 def tokens_worth_materializing(n1: int, n2: int, n3: int, rank: int) -> float:
@@ -47,7 +60,7 @@ def tokens_worth_materializing(n1: int, n2: int, n3: int, rank: int) -> float:
 
 
 def choose_mode(
-    mode: str,
+    mode: Mode,
     *,
     tokens: int,
     n1: int,
@@ -56,7 +69,7 @@ def choose_mode(
     rank: int,
     weight_dtype: torch.dtype,
     is_built: bool,
-) -> str:
+) -> Literal["materialized", "factored"]:
     """ "materialized" or "factored" for one call of one layer.
 
     Args:
@@ -77,7 +90,9 @@ def choose_mode(
     return "factored"
 
 
-def choose_gradient(tokens: int, n1: int, n2: int, n3: int, rank: int) -> str:
+def choose_gradient(
+    tokens: int, n1: int, n2: int, n3: int, rank: int
+) -> Literal["z", "x", "dense"]:
     """How the gradient of the core is formed: "z", "x" or "dense".
 
     "z": by tokens, z made and kept in the forward pass. "x": by tokens, x kept. "dense": by dyᵀx.
@@ -89,7 +104,7 @@ def choose_gradient(tokens: int, n1: int, n2: int, n3: int, rank: int) -> str:
 
 
 def has_codelets(n3: int) -> bool:
-    """Whether n3 is a product of two factors for which csrc/codelets.h makes transforms."""
+    """Whether n3 is a product of two factors for which csrc/common/codelets.h makes transforms."""
     inners = range(1, LONGEST_INNER + 1)
     return any(n3 % inner == 0 and n3 // inner <= LONGEST_OUTER for inner in inners)
 
@@ -106,7 +121,7 @@ def cuda_takes(n3: int, dtype: torch.dtype) -> bool:
 
 def choose_gpu_backend(
     name: str, *, n3: int, dtype: torch.dtype, available: Collection[str]
-) -> str:
+) -> Literal["cuda", "triton", "reference"]:
     """ "cuda", "triton" or "reference" for an operator on a GPU.
 
     Args:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +22,8 @@ from torch.nn import functional as F
 from ..autocast import AUTOCAST, keys
 from ..autocast import without_autocast as without_autocast
 from . import contract, streams
+from .contract import CoreOfPacked, CurLinear, WEffLinear
+from .core_gradient import core_gradient
 
 _AUTOGRAD = keys("AutogradFunctionality", "AutogradOther", "AutogradNestedTensor")
 _ABOVE_KERNELS = AUTOCAST | _AUTOGRAD | contract.VIEWS
@@ -64,7 +66,7 @@ class Call:
     Args:
         lateral_hat, horizontal_hat: packed factors in the precision of the products.
         slice_index, slices: of the layer.
-        language: of the operators.
+        language: of the operators; where it has no kernel of one, that is the reference's.
 
     Attributes:
         on_gradient: called when a gradient of the core is formed.
@@ -79,6 +81,7 @@ class Call:
         "on_gradient",
         "slice_index",
         "slices",
+        "w_eff_linear",
     )
 
     def __init__(
@@ -92,9 +95,11 @@ class Call:
         self.lateral_hat, self.horizontal_hat = lateral_hat, horizontal_hat
         self.slice_index, self.slices = slice_index, slices
         self.on_gradient: Callable[[], None] = _nothing
-        self.cur_linear = contract.operator("cur_linear", language)
-        self.core_grad_tokens = contract.operator("core_grad_tokens", language)
-        self.core_of_packed = contract.operator("core_of_packed", language)
+        device = lateral_hat.device
+        self.cur_linear = contract.nearest("cur_linear", language, device)
+        self.w_eff_linear = contract.nearest("w_eff_linear", language, device)
+        self.core_grad_tokens = contract.nearest("core_grad_tokens", language, device)
+        self.core_of_packed = contract.nearest("core_of_packed", language, device)
 
 
 class GradientSum:
@@ -228,7 +233,8 @@ class _GradientSum(torch.autograd.Function):
             return None, None, None, None
         core_of_packed, scale = ctx.how
         with _kernels_alone():
-            return core_of_packed(torch.stack(packed), scale), None, None, None
+            grad_core = core_of_packed(*CoreOfPacked(torch.stack(packed), scale))
+        return grad_core, None, None, None
 
 
 _apply_gradient_sum = super(torch.autograd.Function, _GradientSum).apply
@@ -239,8 +245,23 @@ def project(x: Tensor, horizontal_hat: Tensor) -> Tensor:
     return F.linear(x.to(horizontal_hat.dtype), horizontal_hat)
 
 
+class Way(NamedTuple):
+    """How a layer's product is formed; ``weight`` is what that way takes.
+
+    Attributes:
+        value: the result.
+        grad_x: the gradient of the tokens.
+        grad_x_again: the same, to be differentiated again.
+    """
+
+    value: Callable[[Call, Tensor, Tensor, Tensor | None, Tensor, float, Any, Any], Tensor]
+    grad_x: Callable[[Call, Tensor, Tensor, Tensor, float, Tensor | None], Tensor]
+    grad_x_again: Callable[[Call, Tensor, Tensor, Tensor, float, Tensor | None], Tensor]
+
+
 def run_layer(
     call: Call,
+    way: Way,
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -248,7 +269,6 @@ def run_layer(
     scale: float,
     *,
     z: Tensor | None,
-    materialized: bool,
     dense_grad: bool,
     adapter_ids: Tensor | None,
     gradient_sum: GradientSum | None,
@@ -256,43 +276,127 @@ def run_layer(
     """A layer on the slices of ``call``; arguments as for `functional.cur_linear`, all fitting.
 
     Args:
-        materialized: ``weight`` is W_eff, not the base.
+        way: `BY_FACTORS`, or `BY_W_EFF`: ``weight`` is then W_eff, not the base.
         gradient_sum: that of ``core``, or None: the gradient reaches ``core`` from here.
     """
-    how = (call, scale, materialized, dense_grad)
     if torch.is_grad_enabled() and (x.requires_grad or core.requires_grad):
         addend = None if gradient_sum is None else gradient_sum.addends[call.slice_index]
         # In a tuple z is no input, whose own graph a backward would run, and free: other layers
         # share it, and have their backwards later.
+        how = (call, way, scale, dense_grad)
         y: Tensor = _apply(x, core, (z,), weight, bias, adapter_ids, addend, gradient_sum, *how)
         return y
-    return _value(x, core, z, weight, bias, adapter_ids, *how)
+    return way.value(call, x, weight, bias, core, scale, z, adapter_ids)
 
 
-def _value(
+def _value_by_factors(
+    call: Call,
     x: Tensor,
-    core: Tensor,
-    z: Tensor | None,
     weight: Tensor,
     bias: Tensor | None,
-    adapter_ids: Tensor | None,
-    call: Call,
+    core: Tensor,
     scale: float,
-    materialized: bool,
-    dense_grad: bool,
+    z: Tensor | None,
+    adapter_ids: Tensor | None,
 ) -> Tensor:
-    if materialized:
-        with _without_views():
-            return F.linear(x, weight, bias)
-    factors = (call.lateral_hat, call.horizontal_hat, core)
-    how = (call.slice_index, call.slices, scale, False, False, z, False, adapter_ids)
+    is_half = x.dtype in contract.HALVES
+    arguments = CurLinear(
+        x=x,
+        weight=None if is_half else weight,
+        bias=None if is_half else bias,
+        lateral_hat=call.lateral_hat,
+        horizontal_hat=call.horizontal_hat,
+        core=core,
+        slice_index=call.slice_index,
+        slices=call.slices,
+        scale=scale,
+        transposed=False,
+        z=z,
+        adapter_ids=adapter_ids,
+    )
     with _kernels_alone():
-        if x.dtype not in contract.HALVES:
-            y: Tensor = call.cur_linear(x, weight, bias, *factors, *how)
+        y: Tensor = call.cur_linear(*arguments)
+        if not is_half:
             return y
-        update = call.cur_linear(x, None, None, *factors, *how)
-        added = update if bias is None else _dithered(update, bias)
-        return added_to_product(x, weight, added)
+        return added_to_product(x, weight, y if bias is None else _dithered(y, bias))
+
+
+def _grad_x_by_factors(
+    call: Call,
+    grad_y: Tensor,
+    weight: Tensor,
+    core: Tensor,
+    scale: float,
+    adapter_ids: Tensor | None,
+) -> Tensor:
+    arguments = CurLinear(
+        x=grad_y,
+        weight=weight,
+        bias=None,
+        lateral_hat=call.lateral_hat,
+        horizontal_hat=call.horizontal_hat,
+        core=core,
+        slice_index=call.slice_index,
+        slices=call.slices,
+        scale=scale,
+        transposed=True,
+        adapter_ids=adapter_ids,
+    )
+    grad_x: Tensor = call.cur_linear(*arguments)
+    return grad_x
+
+
+def _value_by_w_eff(
+    call: Call,
+    x: Tensor,
+    w_eff: Tensor,
+    bias: Tensor | None,
+    core: Tensor,
+    scale: float,
+    z: Tensor | None,
+    adapter_ids: Tensor | None,
+) -> Tensor:
+    with _without_views():
+        return F.linear(x, w_eff, bias)
+
+
+def _grad_x_by_w_eff(
+    call: Call,
+    grad_y: Tensor,
+    w_eff: Tensor,
+    core: Tensor,
+    scale: float,
+    adapter_ids: Tensor | None,
+) -> Tensor:
+    return grad_y @ w_eff
+
+
+def _grad_x_again_by_w_eff(
+    call: Call,
+    grad_y: Tensor,
+    w_eff: Tensor,
+    core: Tensor,
+    scale: float,
+    adapter_ids: Tensor | None,
+) -> Tensor:
+    arguments = WEffLinear(
+        x=grad_y,
+        w_eff=w_eff,
+        bias=None,
+        lateral_hat=call.lateral_hat,
+        horizontal_hat=call.horizontal_hat,
+        core=core,
+        slice_index=call.slice_index,
+        slices=call.slices,
+        scale=scale,
+        transposed=True,
+    )
+    grad_x: Tensor = call.w_eff_linear(*arguments)
+    return grad_x
+
+
+BY_FACTORS = Way(_value_by_factors, _grad_x_by_factors, _grad_x_by_factors)
+BY_W_EFF = Way(_value_by_w_eff, _grad_x_by_w_eff, _grad_x_again_by_w_eff)
 
 
 class _Layer(torch.autograd.Function):
@@ -309,7 +413,10 @@ class _Layer(torch.autograd.Function):
         adapter_ids: Tensor | None,
         addend: Tensor | None,
         gradient_sum: GradientSum | None,
-        *how: Any,
+        call: Call,
+        way: Way,
+        scale: float,
+        dense_grad: bool,
     ) -> Tensor:
         needs_x, needs_core, *_ = ctx.needs_input_grad
         (z,) = held
@@ -320,9 +427,9 @@ class _Layer(torch.autograd.Function):
             core,
             adapter_ids,
         )
-        ctx.how = how
+        ctx.how = (call, way, scale, dense_grad)
         ctx.gradient_sum = gradient_sum  # alive for as long as this node is
-        return _value(x, core, z, weight, bias, adapter_ids, *how)
+        return way.value(call, x, weight, bias, core, scale, z, adapter_ids)
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
@@ -344,27 +451,32 @@ def _gradients(
     needs_x: bool,
     needs_core: bool,
     saved: tuple[Any, ...],
-    how: tuple[Any, ...],
+    how: tuple[Call, Way, float, bool],
     grad_y: Tensor,
     again: bool,
     packed: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
     x, z, weight, core, adapter_ids = saved
-    call, scale, materialized, dense_grad = how
-    factors = call.lateral_hat, call.horizontal_hat
-    where = (call.slice_index, call.slices)
+    call, way, scale, dense_grad = how
     grad_x = grad_core = None
     if needs_x:
-        if materialized and not again:
-            grad_x = grad_y @ weight
-        else:
-            rest = (scale, materialized, True, None, False, adapter_ids)
-            grad_x = call.cur_linear(grad_y, weight, None, *factors, core, *where, *rest)
+        form = way.grad_x_again if again else way.grad_x
+        grad_x = form(call, grad_y, weight, core, scale, adapter_ids)
     if needs_core:
         call.on_gradient()
-        how_formed = (dense_grad, adapter_ids, packed)
-        grad_core = contract.core_gradient(
-            call.core_grad_tokens, x, z, grad_y, *factors, core, *where, *how_formed
+        grad_core = core_gradient(
+            call.core_grad_tokens,
+            x=x,
+            z=z,
+            grad_y=grad_y,
+            lateral_hat=call.lateral_hat,
+            horizontal_hat=call.horizontal_hat,
+            core=core,
+            slice_index=call.slice_index,
+            slices=call.slices,
+            dense_grad=dense_grad,
+            adapter_ids=adapter_ids,
+            packed=packed,
         )
         if scale != 1.0 and not packed:
             grad_core = scale * grad_core

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 import torch
 from torch import Tensor
 
@@ -9,7 +11,8 @@ from . import reference, streams
 
 #: Of products with the factors, always summed in fp32: as exact as fp32, operands rounded to TF32
 #: (tensor cores of a GPU), or operands rounded to bf16.
-PRECISIONS = ("ieee", "tf32", "bf16")
+Precision = Literal["ieee", "tf32", "bf16"]
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 #: Of weights, tokens and results.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -102,7 +105,7 @@ class CURFactors:
             self.horizontal_hat.to(device),
         )
 
-    def packed(self, precision: str = "ieee") -> tuple[Tensor, Tensor]:
+    def packed(self, precision: Precision = "ieee") -> tuple[Tensor, Tensor]:
         """The packed spectra as operands of products: as they are, or rounded to bf16."""
         if precision not in PRECISIONS:
             raise ValueError(

@@ -10,24 +10,22 @@ from typing import Any
 from peft.config import PeftConfig
 from peft.utils import PeftType
 
-from ..operators.cost import MODES
-from ..operators.factors import PRECISIONS
+from ..adapters.plan import STACKS_BY, StacksBy
+from ..operators.cost import MODES, Mode
+from ..operators.factors import PRECISIONS, Precision
 
-#: Name of the method among peft's types.
+#: The name of the method among peft's types.
 NAME = "TCUR"
 
-#: Of the recorded plan; a file of another version is refused.
-FORMAT_VERSION = 1
-
-#: How the targeted layers are put into stacks.
-STACKINGS = ("shape", "layer")
+#: Version of the recorded plan; a file with another version is refused.
+FORMAT_VERSION = 2
 
 
 def peft_type() -> PeftType:
-    """The member `PeftType.TCUR`, added at the first call.
+    """The member `PeftType.TCUR`, which the first call adds.
 
-    `register_peft_method` refuses names that are no members, an enumeration cannot be subclassed,
-    and code of peft reads ``peft_type.value``; so a plain string in its place would not do.
+    `register_peft_method` only accepts members, and an enumeration with members cannot be
+    subclassed. A plain string would not do either, because peft reads ``peft_type.value``.
     """
     if NAME not in PeftType.__members__:
         member = str.__new__(PeftType, NAME)
@@ -41,14 +39,15 @@ def peft_type() -> PeftType:
 
 
 class Recorded(list[dict[str, Any]]):
-    """A plan that a tuner made, as the config of its adapter holds it; JSON takes it for a list.
+    """A plan that a tuner made and put into the config of its adapter; JSON stores it as a list.
 
-    The config is the caller's own, who may use it for another model too. If the plan does not fit
-    that one, it is planned anew; one that was read from a file has to fit.
+    The caller may use the same config for another model. If this plan does not fit that model, a
+    new one is made. A plan that was read from a file, in contrast, must fit.
 
     Args:
-        entries: see `planning.record`.
-        made_by: the values of the config that it was made by; None: as if read from a file.
+        entries: see `planning.records_of`.
+        made_by: the values of the config from which the plan was made; None: treat the plan as one
+            that was read from a file.
     """
 
     def __init__(self, entries: Iterable[dict[str, Any]] = (), made_by: Any = None) -> None:
@@ -57,43 +56,43 @@ class Recorded(list[dict[str, Any]]):
 
 
 class AllLinear(set[str]):
-    """Names that stand for "all-linear" in one model; in another they are looked for anew."""
+    """The names that "all-linear" gave in one model; another model searches for its own."""
 
 
 class _Rank(int):
-    """The rank under its other name, read from a config: a copy with another rank may go on."""
+    """The rank as read from ``config.r``; a copy of the config may still set another rank."""
 
 
 @dataclass
 class TCURConfig(PeftConfig):  # type: ignore[misc]
-    """Configuration of a tCURLoRA adapter: W + alpha * C * U * R, only the core U trained.
+    """Configuration of a tCURLoRA adapter: W + alpha * C * U * R, with only the core U trained.
 
-    Targeted layers of one shape form a stack and share one core ``[n3, rank, rank]``; C and R are
+    Targeted layers of one shape form a stack and share one core ``[n3, rank, rank]``. C and R are
     slices of the base weights.
 
     Args:
-        rank: tubal rank r. The update of one layer has rank up to n3 * r, n3 being the number of
-            slices in its stack. Default 8.
-        r: another name for it, as LoRA has it.
+        rank: tubal rank r, by default 8. The update of one layer has rank up to n3 * r, where n3
+            is the number of slices in its stack.
+        r: another name for ``rank``, as in LoRA.
         target_modules: names of the layers to adapt, matched as for LoRA (a list: whole names or
             their ends; a string: a regular expression), or "all-linear". None is "all-linear".
         exclude_modules, modules_to_save, layers_to_transform, layers_pattern: as for LoRA.
-            ``layers_to_transform`` also goes with None as target modules.
-        init_weights: True, and the adapter changes nothing at first; False draws cores whose
-            updates have half the norm of the weights, for trying things out.
+            ``layers_to_transform`` may also be used if ``target_modules`` is None.
+        init_weights: if True, the adapter changes nothing at first. If False, the cores are drawn
+            so that updates have about half the norm of the weights, which is useful for tests.
         alpha: scale of the update.
         selection: rule that chooses C and R, see `tcur_kernels.tensor_cur`.
-        stacks: "shape", one stack for all targeted layers of one shape, or "layer", a stack for
-            each, which is matrix CURLoRA (with selection "inverse", its own rule).
+        stacks: "shape": one stack for all targeted layers of one shape. "layer": one stack per
+            layer, which is matrix CURLoRA (whose own rule is selection "inverse").
         mode: how layers run, see `tcur_kernels.adapt`.
         precision: of the products of tokens with C and R, see `tcur_kernels.adapt`.
-        check_base: refuse to load the adapter onto a base whose C and R differ.
+        check_base: whether to refuse to load the adapter onto a base with other C and R.
         plan: filled in when the method is applied: ordered stacks, their layers, the chosen rows
             and columns, fingerprints of C and R. A saved adapter is rebuilt from it.
         format_version: of ``plan``.
 
     Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came.
+        TypeError, ValueError: an argument is wrong; the message says what was expected.
     """
 
     rank: int = None  # type: ignore[assignment]
@@ -104,9 +103,9 @@ class TCURConfig(PeftConfig):  # type: ignore[misc]
     layers_pattern: list[str] | str | None = None
     alpha: float = 1.0
     selection: str = "norm"
-    stacks: str = "shape"
-    mode: str = "auto"
-    precision: str = "ieee"
+    stacks: StacksBy = "shape"
+    mode: Mode = "auto"
+    precision: Precision = "ieee"
     check_base: bool = True
     init_weights: bool = True
     plan: list[dict[str, Any]] | None = field(default=None, repr=False)
@@ -114,7 +113,7 @@ class TCURConfig(PeftConfig):  # type: ignore[misc]
     r: InitVar[int | None] = None
 
     def __post_init__(self, r: int | None) -> None:
-        """Checks every value; lists of targets become sets, as peft wants them."""
+        """Checks every value, and turns lists of targets into sets, as peft expects."""
         super().__post_init__()
         if r is not None and not isinstance(r, _Rank):
             if self.rank is not None and self.rank != r:
@@ -137,7 +136,7 @@ class TCURConfig(PeftConfig):  # type: ignore[misc]
         if not math.isfinite(self.alpha):
             raise ValueError(f"alpha: expected a finite number, got {self.alpha}")
         for name, allowed in (
-            ("stacks", STACKINGS),
+            ("stacks", STACKS_BY),
             ("mode", MODES),
             ("precision", PRECISIONS),
         ):
@@ -170,5 +169,5 @@ def _set_rank(config: TCURConfig, rank: int) -> None:
     config.rank = rank
 
 
-# Not in the class, where its default as an argument stands.
+# Set from outside, because in the class body ``r`` is the default of the argument.
 TCURConfig.r = property(_rank, _set_rank, doc="The rank.")

@@ -1,7 +1,7 @@
-"""The base layer of an adapted one: it is called as ever, and has its wrapper compute the result.
+"""The base layer inside an adapted layer; when called, it lets its wrapper compute the result.
 
-peft's layers call their base layer, so that hooks on it run and may bring its weight in. Here the
-product and the update are one computation, rounded once, which therefore has to take place within
+peft's layers call their base layer, so that hooks on it run and may load its weight. Here the
+product and the update are one computation with one rounding. It must therefore take place within
 that call.
 """
 
@@ -19,52 +19,52 @@ from ..layers.stack import TProductStack
 from ..layers.weights import Place, is_conv1d, is_plain_linear
 from ..operators.contract import HALVES
 
-#: From the input that reaches the base layer to its adapted output.
+#: Computes the adapted output from the input of the base layer.
 Compute = Callable[[Tensor], Tensor]
 
 
 class HostedLinear(nn.Linear):
-    """``nn.Linear`` that an adapted layer wraps. Without ``tcur`` it is no other."""
+    """An ``nn.Linear`` that an adapted layer wraps; without ``tcur`` it computes as usual."""
 
     def forward(self, input: Tensor, tcur: Compute | None = None) -> Tensor:
-        """``input`` [..., in_features] -> [..., out_features]; by ``tcur`` if it is given."""
+        """Maps ``input`` [..., in_features] to [..., out_features], with ``tcur`` if given."""
         return super().forward(input) if tcur is None else tcur(input)
 
 
 class HostedConv1D(Conv1D):  # type: ignore[misc]
-    """``Conv1D`` of transformers that an adapted layer wraps. Without ``tcur`` it is no other."""
+    """A transformers ``Conv1D`` that an adapted layer wraps; without ``tcur`` as usual."""
 
     def forward(self, x: Tensor, tcur: Compute | None = None) -> Tensor:
-        """``x`` [..., in] -> [..., out]; by ``tcur`` if it is given."""
+        """Maps ``x`` [..., in] to [..., out], with ``tcur`` if given."""
         y: Tensor = super().forward(x) if tcur is None else tcur(x)
         return y
 
 
-#: What a base layer becomes while it is wrapped, by what it is.
+#: The class of a base layer -> its class while it is wrapped.
 _HOSTED: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: HostedLinear, Conv1D: HostedConv1D}
 
-#: Where accelerate keeps the forward that its hooks end in, and where it puts it back.
+#: The attributes where accelerate keeps the original forward, and where it restores it.
 _BOUND = ("_old_forward", "forward")
 
 
 def is_supported(layer: nn.Module) -> bool:
-    """Whether a layer of this type can be adapted, or is already."""
+    """Whether a layer of this type can be adapted or is adapted already."""
     return is_plain_linear(layer) or is_conv1d(layer) or type(layer) in _HOSTED.values()
 
 
 def has_other_forward(layer: nn.Module) -> bool:
-    """Whether calling the layer ends in another forward than that of its type."""
+    """Whether the layer has another forward than that of its type."""
     bound = vars(layer).get("_old_forward", vars(layer).get("forward"))
     return bound is not None and getattr(bound, "__func__", None) is not type(layer).forward
 
 
 def host(layer: nn.Module) -> None:
-    """Makes a base layer take ``tcur``; it stays the same object with the same parameters."""
+    """Makes a base layer accept ``tcur``; it stays the same object with the same parameters."""
     _become(layer, _HOSTED[type(layer)])
 
 
 def unhost(layer: nn.Module) -> None:
-    """Makes it what it was before."""
+    """Undoes `host`."""
     for plain, hosted in _HOSTED.items():
         if type(layer) is hosted:
             _become(layer, plain)
@@ -80,47 +80,47 @@ def _become(layer: nn.Module, kind: type[nn.Module]) -> None:
 
 
 def place_of(layer: nn.Module, slice_index: int = 0, slices: int = 1) -> Place:
-    """Where the weight of a layer is, wrapped or not."""
+    """The place of a layer's weight, whether the layer is wrapped or not."""
     return Place(layer, slice_index, slices, transposed=isinstance(layer, Conv1D))
 
 
 class AdapterStack(TProductStack):
-    """A stack that is called as a module where it needs its core, so that hooks bring it in."""
+    """A stack that calls itself as a module when it needs its core, so that hooks can load it."""
 
     def forward(self, compute: Callable[..., Tensor], *arguments: Any) -> Tensor:
-        """What a method of `TProductStack` computes."""
+        """Calls a method of `TProductStack`."""
         return compute(self, *arguments)
 
     def forward_slices(self, x: Tensor, place: Place) -> Tensor:
-        """``x`` through the layer of one place."""
+        """Applies the layer of one place to ``x``."""
         y: Tensor = self(TProductStack.forward_slices, x, place)
         return y
 
     def update(self, place: Place) -> Tensor:
-        """What the core adds to one place."""
+        """The update of one place."""
         added: Tensor = self(TProductStack.update, place)
         return added
 
     def effective_value(self, place: Place) -> Tensor:
-        """The numbers of the weight with this update alone."""
+        """The numbers of the weight with only this update."""
         value: Tensor = self(TProductStack.effective_value, place)
         return value
 
     def look(self) -> None:
-        """Takes C and R anew if the base weights changed."""
+        """Takes C and R again if the base weights changed."""
         self._look()
 
     @property
     def is_pending(self) -> bool:
-        """Whether a graph of this core waits for its backward."""
+        """Whether a graph of this core still awaits its backward."""
         return self._gradient_sum.is_pending()
 
     def narrow(self, dtype: torch.dtype) -> None:
-        """Has the parameter of the core in a 16-bit dtype; what is computed of it stays fp32."""
+        """Stores the core in a 16-bit dtype; computations with it stay in fp32."""
         self.core.data = self.core.data.to(dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdapterStack:
-        """Moves with the model; a core that was narrowed is what the model is cast to."""
+        """Moves the core with the model; a narrowed core also follows the dtype of the model."""
         is_narrow = self.core.dtype in HALVES
         dtype = fn(self.core.detach()).dtype if is_narrow else None
         super()._apply(fn, recurse)

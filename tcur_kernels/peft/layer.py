@@ -1,4 +1,4 @@
-"""The layer that peft puts in the place of an adapted one."""
+"""The layer that replaces an adapted layer in a peft model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ..operators.eager import Dithered, added_to_product, is_traced
 from .hosted import AdapterStack, host, place_of
 from .rows import NamedRows, Owner
 
-#: What peft's users know a broken adapter by.
+#: peft's own message for a broken adapter, which its users know.
 BROKEN = "NaNs detected in the merged weights. The adapter {} seems to be broken"
 
 
@@ -28,12 +28,13 @@ class TCURLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     """A linear layer with tCURLoRA adapters.
 
     Args:
-        base_layer: the adapted ``nn.Linear`` or ``Conv1D``; it keeps its weight, and is called.
-        owner: of the tuner, which has rows and stacks.
+        base_layer: the adapted ``nn.Linear`` or ``Conv1D``; it keeps its weight and is still
+            called.
+        owner: stands for the tuner, with its rows and stacks.
 
     Attributes:
-        tcur_stacks: adapter name -> the stack this layer has its place in.
-        tcur_places: adapter name -> that place.
+        tcur_stacks: adapter name -> the stack that contains the layer's slices.
+        tcur_places: adapter name -> the place in that stack.
     """
 
     adapter_layer_names = ("tcur_stacks",)
@@ -56,18 +57,18 @@ class TCURLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         self.base_layer = base_layer
         self.merged_adapters: list[str] = []
         self.tcur_remerge: list[str] = []
-        # Kept off module registration: the tuner owns the stacks, and a core that all layers of a
-        # stack share has one name in the model.
+        # Not registered as a submodule. The tuner owns the stacks, so that a core, which all layers
+        # of a stack share, has just one name in the model.
         object.__setattr__(self, "tcur_stacks", nn.ModuleDict())
         self.tcur_places: dict[str, Place] = {}
 
     def add(self, adapter_name: str, stack: AdapterStack, place: Place) -> None:
-        """Gives the layer its place in the stack of a new adapter."""
+        """Stores the layer's place in the stack of a new adapter."""
         self.tcur_stacks[adapter_name] = stack
         self.tcur_places[adapter_name] = place
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """``x`` [..., in_features] -> [..., out_features] with the active adapters."""
+        """Maps ``x`` [..., in_features] to [..., out_features] with the active adapters."""
         self._check_recomputed()
         compute = self._compute()
         if compute is not None:
@@ -76,7 +77,7 @@ class TCURLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         return y
 
     def _compute(self) -> Callable[[Tensor], Tensor] | None:
-        """What the base layer is to compute; None: what it does by itself."""
+        """The function that the base layer must apply; None if it computes as usual."""
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()
@@ -96,7 +97,7 @@ class TCURLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         return [name for name in names if name in self.tcur_places]
 
     def _check_recomputed(self) -> None:
-        """Refuses what a checkpoint would compute again by other adapters than the first time."""
+        """Refuses to recompute a checkpointed layer with other adapters than in its forward."""
         if is_traced() or not is_within_backward() or not torch.is_grad_enabled():
             return
         active = () if self.disable_adapters or self.merged else self.active_adapters
@@ -105,7 +106,7 @@ class TCURLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
                 refuse_other_core()
 
     def _by_all(self, x: Tensor, names: list[str]) -> Tensor:
-        """``x`` with several adapters at once, rounded once."""
+        """Applies the layer with several adapters at once, rounded once."""
         weight, bias = self.tcur_base.weight, self.tcur_base.bias
         dtype = weight.dtype
         if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
@@ -118,14 +119,14 @@ class TCURLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         with torch.autocast(x.device.type, enabled=False):
             if dtype not in HALVES:
                 return nn.functional.linear(x, weight + update.to(dtype), bias)
-            # Each alone may be too small for the last bit of the result, or of the weight.
+            # Each update alone may be too small to change the last bit of the result or weight.
             added = nn.functional.linear(x.to(update.dtype), update).to(dtype)
             if bias is not None:
                 added = Dithered.apply(added, bias)
             return added_to_product(x, weight, added)
 
     def _by_rows(self, x: Tensor, rows: NamedRows) -> Tensor:
-        """``x`` with an adapter for each row."""
+        """Applies the layer with an adapter for each row."""
         names = rows.of(self)
         if x.shape[0] != len(names):
             raise ValueError(
@@ -136,7 +137,7 @@ class TCURLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             if rows.lead not in self.tcur_places:
                 return self._plain(x)
             place = self.tcur_places[rows.lead]
-            with rows.cores_of(place.stack, self.tcur_stacks, self):
+            with rows.cores_of(place.stack, self):
                 y: Tensor = place.stack.forward_slices(x, place)
             return y
         parts, order = [], []
@@ -156,13 +157,13 @@ class TCURLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
 
     @property
     def weight(self) -> Tensor:
-        """The weight that the layer computes with, adapters included, stored as the base's is.
+        """The weight that the layer computes with, including adapters, in the base's layout.
 
         For models that read it and never call the layer. The gradient reaches the cores.
 
         Raises:
-            RuntimeError: when its values are used where each row of a batch has its own adapter, or
-                by a checkpoint that is computed again with other adapters.
+            RuntimeError: its values are used in a batch where each row has its own adapter; or a
+                checkpointed layer is recomputed with other adapters.
         """
         self._check_recomputed()
         base: Tensor = self.get_base_layer().weight  # type: ignore[assignment]
@@ -173,7 +174,7 @@ class TCURLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         return read_weight(base, self._places(self.active_adapters))
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """The update of the weight by one adapter, oriented as the weight, dtype of the core."""
+        """The update by one adapter, in the layout of the weight and in at least fp32."""
         return self._stored(self._update([adapter]))
 
     def _update(self, names: list[str]) -> Tensor:
@@ -186,21 +187,21 @@ class TCURLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         return [self.tcur_places[name] for name in self._adapted_by(names)]
 
     def _stored(self, weight: Tensor) -> Tensor:
-        """``[out_features, in_features]`` oriented as the base stores it."""
+        """Brings ``[out_features, in_features]`` into the layout of the base weight."""
         return weight.t() if self.tcur_base.transposed else weight
 
     @torch.no_grad()
     def merged_weight(self, adapter_names: list[str]) -> Tensor:
-        """The base weight plus the updates of these adapters: added in fp32, rounded once."""
+        """The base weight plus the updates of these adapters, added in fp32 and rounded once."""
         places = self._places(adapter_names)
         return self._stored(effective_weight(*places) if places else self.tcur_base.weight)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Adds adapters to the base weight, keeping a copy of it.
+        """Adds adapters to the base weight and keeps a copy of it.
 
         Args:
-            safe_merge: refuse to write a weight that is not finite.
-            adapter_names: default the active ones.
+            safe_merge: whether to refuse a merged weight that is not finite.
+            adapter_names: by default the active ones.
         """
         names = check_adapters_to_merge(self, adapter_names)
         names = self._adapted_by(names)
@@ -229,12 +230,12 @@ class TCURLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         self.merged_adapters.clear()
 
     def _tell_places(self) -> None:
-        """C and R are slices of the base weight, which is the copy while merged."""
+        """Tells the places about the copy, since C and R are slices of the base weight."""
         for place in self.tcur_places.values():
             place.backup = self.tcur_base.backup
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """As of any module; merged or not, it holds the base, beside the cores."""
+        """Like ``nn.Module.state_dict``; it holds the base weight even while merged."""
         state = super().state_dict(*args, **kwargs)
         backup = self.tcur_base.backup
         if backup is not None:
@@ -244,20 +245,20 @@ class TCURLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         return state
 
     def _load_from_state_dict(self, *args: Any) -> None:
-        """What is loaded is the base; `merge_again` follows when all of it was."""
+        """Loads the base weight; `merge_again` follows once the whole checkpoint is loaded."""
         if self.tcur_base.backup is not None:
             self.tcur_remerge = list(self.merged_adapters)
             self.unmerge()
         super()._load_from_state_dict(*args)
 
     def merge_again(self) -> None:
-        """Merges what was merged before a checkpoint was loaded."""
+        """Merges the adapters that were merged before a checkpoint was loaded."""
         names, self.tcur_remerge = self.tcur_remerge, []
         if names:
             self.merge(adapter_names=names)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TCURLinear:
-        """As of any module; the copy of a merged weight moves along."""
+        """Like ``nn.Module._apply``; the copy that `merge` keeps moves, too."""
         super()._apply(fn, recurse)
         if self.tcur_base.backup is not None:
             self.tcur_base.backup = fn(self.tcur_base.backup)
@@ -265,7 +266,7 @@ class TCURLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         return self
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """True: the update is a matrix, of rank up to n3 * r."""
+        """True, since the update is a matrix (of rank up to n3 * r)."""
         return True
 
     def __repr__(self) -> str:

@@ -1,4 +1,4 @@
-"""The tuner: makes the stacks of an adapter, and owns them."""
+"""The tuner, which makes the stacks of an adapter and owns them."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ ALL_LINEAR = "all-linear"
 
 
 class Configs(dict[str, TCURConfig]):
-    """Adapter name -> config, which is the very one that the caller passed.
+    """Maps adapter names to configs, the same objects that the caller passed.
 
-    A caller may pass one config for several adapters or models, whose plans differ: looked up here,
-    a config holds the plan of the adapter whose name it is looked up by.
+    A caller may pass one config for several adapters or models, whose plans differ. A lookup
+    therefore puts the plan of the adapter in question into the config.
 
-    Before 0.21, peft enters the config of a new adapter before anything can ask whether the name is
-    free, and removes it again when the tuner refuses the adapter: that does not cost its namesake
-    the config.
+    Before 0.21, peft stores the config of a new adapter before anything can check whether the name
+    is free, and deletes it again if the tuner refuses the adapter. This class then restores the
+    config of the existing adapter of that name.
     """
 
     def __init__(self, configs: Mapping[str, TCURConfig]) -> None:
@@ -67,20 +67,20 @@ class Configs(dict[str, TCURConfig]):
             self._records.pop(name, None)
 
     def record(self, name: str, stacks: Sequence[AdapterStack]) -> None:
-        """Keeps the plan that the config of that name holds now, which these stacks are of."""
+        """Keeps the plan that the config of that name holds now; these are its stacks."""
         self._records[name] = Record(super().__getitem__(name).plan, stacks)
 
     def record_of(self, name: str) -> list[dict[str, Any]] | None:
-        """That plan, with fingerprints of C and R as they are now."""
+        """The plan of that adapter, with the present fingerprints of C and R."""
         return self._records[name].plan
 
 
 class TCURModel(BaseTuner):  # type: ignore[misc]
-    """peft's tuner of tCURLoRA, made by ``get_peft_model(model, TCURConfig(...))``.
+    """peft's tuner for tCURLoRA, made by ``get_peft_model(model, TCURConfig(...))``.
 
-    The stacks of an adapter, with their cores, are registered here, as ``tcur_<stack>.<adapter>``:
-    one core has one name, however many layers share it. ``plans[adapter]`` says which layers an
-    adapter consists of, in which order, and which were left out.
+    The stacks of an adapter, with their cores, are registered here as ``tcur_<stack>.<adapter>``.
+    So a core has one name, even if many layers share it. ``plans[adapter]`` says which layers an
+    adapter consists of, in which order, and which layers were left out.
     """
 
     prefix = "tcur_"
@@ -93,7 +93,7 @@ class TCURModel(BaseTuner):  # type: ignore[misc]
 
     def __init__(self, model: nn.Module, peft_config: Any, *args: Any, **kwargs: Any) -> None:
         if isinstance(peft_config, PeftConfig):
-            # What `inject_adapter_in_model` does; it throws the tuner away, and the cores with it.
+            # `inject_adapter_in_model` passes a single config; it discards the tuner and the cores.
             raise ValueError(
                 "TCUR keeps shared cores on the tuner, which direct injection (and "
                 "model.add_adapter of transformers) discards; use peft.get_peft_model"
@@ -106,11 +106,12 @@ class TCURModel(BaseTuner):  # type: ignore[misc]
         self.owner = Owner()
         super().__init__(model, Configs(peft_config), *args, **kwargs)
         self.model.register_load_state_dict_post_hook(self.owner.loaded)
-        self.register_load_state_dict_post_hook(_merge_again)  # cores come after the model
+        self.register_load_state_dict_post_hook(_merge_again)  # cores are loaded after the model
 
     def _pre_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
         self.plans = {}
-        self._adding = adapter_name  # during an injection, and what it found
+        # Only used during an injection: the new adapter, and what was found for its layers.
+        self._adding = adapter_name
         self._found: dict[str, tuple[AdapterStack, Place]] = {}
 
     def _prepare_adapter_config(self, peft_config: TCURConfig, model_config: Any) -> TCURConfig:
@@ -121,7 +122,7 @@ class TCURModel(BaseTuner):  # type: ignore[misc]
     def inject_adapter(
         self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
     ) -> None:
-        """Adapts the targeted layers; an error leaves the model as it was."""
+        """Adapts the targeted layers; after an error the model is unchanged."""
         _check_adapter_name(adapter_name)
         if adapter_name in self.plans:
             raise ValueError(f"adapter_name: expected a name that is free, got {adapter_name!r}")
@@ -150,7 +151,7 @@ class TCURModel(BaseTuner):  # type: ignore[misc]
             _keep_layers_to_transform(peft_config)
         layers = self._targeted_layers(peft_config, model)
         if not layers:
-            return  # peft itself says which targets match nothing
+            return  # peft itself reports targets that match nothing
         plan, stacks = plan_and_build(model, layers, peft_config, strict=not everything)
         self.peft_config.record(adapter_name, list(stacks.values()))
         self.plans[adapter_name] = plan
@@ -164,7 +165,7 @@ class TCURModel(BaseTuner):  # type: ignore[misc]
                 self._found[member.module] = (stack, place)
 
     def _targeted_layers(self, peft_config: TCURConfig, model: nn.Module) -> dict[str, nn.Module]:
-        """Base layers by the names that they have in the model without adapters."""
+        """The targeted base layers, by their names in the model without adapters."""
         modules = dict(model.named_modules())
         wrappers = (BaseTunerLayer, AuxiliaryTrainingWrapper)
         inside = tuple(f"{n}." for n, m in modules.items() if isinstance(m, wrappers))
@@ -194,7 +195,7 @@ class TCURModel(BaseTuner):  # type: ignore[misc]
     ) -> None:
         found = self._found.get(current_key)
         if found is None:
-            return  # left out, as the plan says
+            return  # the plan leaves it out
         if not isinstance(target, TCURLinear):
             layer = TCURLinear(target, self.owner)
             self._replace_module(parent, target_name, layer, target)
@@ -204,8 +205,8 @@ class TCURModel(BaseTuner):  # type: ignore[misc]
     def _replace_module(
         self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
     ) -> None:
-        # peft's own also hands over child.weight, which composite modules_to_save do not have, and
-        # moves what is registered on the layer, which here is nothing but the base layer.
+        # peft's version also uses child.weight, which composite modules_to_save do not have. It
+        # also moves the submodules of the new layer, which here are only the base layer.
         for name in aliases(self.model, child):
             owner, _, key = name.rpartition(".")
             setattr(self.model.get_submodule(owner), key, new_module)
@@ -213,10 +214,11 @@ class TCURModel(BaseTuner):  # type: ignore[misc]
             unhost(new_module)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Makes adapters the active ones, which are trained; others are frozen.
+        """Activates adapters, which are then trained, and freezes the others.
 
-        A graph from before still gives its gradient to what is frozen now. With activation
-        checkpointing, a backward runs layers again, and refuses to by others than those of before.
+        An earlier graph still delivers its gradient to adapters that are frozen now. With
+        activation checkpointing, a backward recomputes layers; it refuses to do so with other
+        adapters than in the forward.
         """
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
         super().set_adapter(adapter_name, inference_mode=inference_mode)
@@ -225,10 +227,10 @@ class TCURModel(BaseTuner):  # type: ignore[misc]
                 LateGradient.keep(parameter)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """Cores are fp32 or wider, unless those of the base's dtype were asked for.
+        """Casts cores to the base's dtype if the caller asked for it; else they stay fp32 or wider.
 
         Raises:
-            ValueError: such cores of a 16-bit base, and W_eff in that dtype.
+            ValueError: the base is 16-bit and the mode is "materialized".
         """
         plan = self.plans.get(adapter_name)
         if autocast_adapter_dtype or plan is None:
@@ -248,17 +250,17 @@ class TCURModel(BaseTuner):  # type: ignore[misc]
             stack.narrow(base)
 
     def _take_back(self, adapter_name: str) -> None:
-        """Leaves the model without an adapter that was just added."""
+        """Removes an adapter that was just added."""
         if len(self.peft_config) == 1:
             self.unload()
         else:
             self.delete_adapter(adapter_name)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Deletes an adapter; its stacks and cores go with it.
+        """Deletes an adapter with its stacks and cores.
 
         Raises:
-            ValueError: no such adapter, or one that is merged.
+            ValueError: there is no such adapter, or it is merged.
         """
         for module in self.model.modules():
             if isinstance(module, TCURLinear) and adapter_name in module.merged_adapters:
@@ -272,15 +274,17 @@ class TCURModel(BaseTuner):  # type: ignore[misc]
     def merge_adapter(
         self, adapter_names: list[str] | None = None, safe_merge: bool = False
     ) -> None:
-        """Adds adapters to the base weights: in fp32, rounded once; `unmerge_adapter` undoes it
-        bit for bit.
+        """Adds adapters to the base weights, in fp32 and rounded once.
+
+        `unmerge_adapter` restores the base weights bit for bit.
 
         Args:
-            adapter_names: default the active ones.
-            safe_merge: check beforehand that no weight becomes NaN or Inf.
+            adapter_names: by default the active ones.
+            safe_merge: whether to check first that no weight becomes NaN or Inf.
 
         Raises:
-            ValueError: an unknown adapter, or a weight that is not finite; nothing is merged then.
+            ValueError: an adapter is unknown, or a merged weight is not finite. Nothing is merged
+                then.
         """
         self._check_merge(adapter_names, safe_merge)
         super().merge_adapter(adapter_names)
@@ -298,12 +302,12 @@ class TCURModel(BaseTuner):  # type: ignore[misc]
         hooks = model._load_state_dict_post_hooks
         for number in [number for number, hook in hooks.items() if hook == self.owner.loaded]:
             del hooks[number]
-        vars(model).pop("peft_config", None)  # before 0.19, peft leaves it there
+        vars(model).pop("peft_config", None)  # peft before 0.19 leaves it there
         return model
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """What makes ``model(..., adapter_names=[...])`` and ``generate`` with them work."""
+        """Makes ``model(..., adapter_names=[...])`` work, and ``generate`` with such names."""
         if kwargs.get("alora_offsets") is not None:
             raise ValueError("alora_offsets: expected None, since they are for LoRA, got some")
         names = kwargs.get("adapter_names")
@@ -314,7 +318,7 @@ class TCURModel(BaseTuner):  # type: ignore[misc]
             yield
 
     def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
-        """Before the first weight is written: a refusal must not leave half a model merged."""
+        """Checks everything before the first weight is written, so no model is merged by half."""
         for name in adapter_names or ():
             if name not in self.peft_config:
                 known = ", ".join(self.peft_config)
@@ -332,7 +336,7 @@ class TCURModel(BaseTuner):  # type: ignore[misc]
                     )
 
     def stacks_named(self, name: str) -> nn.ModuleDict:
-        """Adapter name -> its stack of that name."""
+        """The stacks of that name, by adapter name."""
         stacks = self._modules[f"{self.prefix}{name}"]
         assert isinstance(stacks, nn.ModuleDict)
         return stacks
@@ -356,20 +360,20 @@ def _check_adapter_name(name: str) -> None:
 
 
 def _keep_layers_to_transform(config: TCURConfig) -> None:
-    """Of all linear layers, those in the layers that were asked for, as peft reads their names."""
+    """Reduces all linear layers to those in ``layers_to_transform``, as peft reads their names."""
     if config.layers_to_transform is None:
         return
     probe, kept = copy.copy(config), set()
     for name in config.target_modules or ():
         _, dot, probe.target_modules = name.rpartition(".")
-        probe.target_modules = {probe.target_modules}  # by its end: a whole name is always found
+        probe.target_modules = {probe.target_modules}  # last part only: a whole name always matches
         if dot and check_target_module_exists(probe, name):
             kept.add(name)
     config.target_modules = kept
 
 
 def _merge_again(tuner: TCURModel, incompatible_keys: Any) -> None:
-    """A checkpoint was loaded: layers that were merged are merged from what it brought."""
+    """After a checkpoint was loaded: merges again the layers that were merged before."""
     for layer in tuner.model.modules():
         if isinstance(layer, TCURLinear):
             layer.merge_again()

@@ -1,4 +1,4 @@
-"""Makes the method known to peft, which has no entry point for methods from outside."""
+"""Registers the method with peft, which has no entry points for external methods."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .model import TCURModel
 
 
 def register() -> None:
-    """Registers the method with peft. Doing so again changes nothing."""
+    """Registers the method with peft. Further calls change nothing."""
     name = peft_type()
     if name not in PEFT_TYPE_TO_CONFIG_MAPPING:
         register_peft_method(

@@ -1,18 +1,18 @@
-"""Which versions of peft the plug-in works with, checked before peft itself is imported."""
+"""The versions of peft that the plug-in supports; checked before peft itself is imported."""
 
 from __future__ import annotations
 
 from importlib import metadata
 
-#: First version that works, and the first one that was not tried.
+#: The first version that works, and the first that was not tested.
 OLDEST, BEYOND = (0, 18), (0, 22)
 
 
 def check_peft() -> None:
-    """Refuses an absent peft, or one out of the supported range.
+    """Checks that peft is installed in a supported version.
 
     Raises:
-        ImportError: saying what was expected, what was found, and how to install it.
+        ImportError: it is not; the message says how to install it.
     """
     wanted = f"peft >={_dotted(OLDEST)},<{_dotted(BEYOND)}"
     advice = "pip install 'tcur_kernels[peft]'"

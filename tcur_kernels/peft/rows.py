@@ -1,4 +1,4 @@
-"""A batch whose rows go by different adapters: what peft calls a mixed batch."""
+"""A batch whose rows use different adapters; peft calls it a mixed batch."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from ..adapters.batch import StackedCores
 from ..adapters.plan import Plan
 from ..layers.rows import rows_of, using_rows
 from .hosted import AdapterStack
@@ -19,7 +20,7 @@ BASE = "__base__"
 
 
 class Owner:
-    """Stands for a tuner with its layers: one has the rows of its own model, not of another.
+    """Stands for a tuner in its layers, which find the rows of their own model by it.
 
     Attributes:
         stacks: adapter name -> its stacks.
@@ -29,9 +30,9 @@ class Owner:
         self.stacks: dict[str, list[AdapterStack]] = {}
 
     def loaded(self, model: nn.Module, incompatible_keys: Any) -> None:
-        """A checkpoint was loaded: C and R of the base that is there now.
+        """After a checkpoint was loaded: takes C and R from the new base.
 
-        At once, for graphs that were compiled before, which do not look at the base.
+        This cannot wait, because graphs that were compiled before do not check the base.
         """
         for stacks in self.stacks.values():
             for stack in stacks:
@@ -39,14 +40,15 @@ class Owner:
 
 
 class NamedRows:
-    """Which adapter each row of a batch goes by.
+    """Which adapter each row of a batch uses.
 
     Args:
-        names: of the rows.
-        inside_encoder: those where there are fewer rows, in the encoder of a search with beams.
-        encoder: ids of the layers that are there.
-        lead: the adapter whose stacks hold the cores of all rows, where they share C and R.
-        adapters: those whose cores these are, in the order of the cores.
+        names: the adapter names of the rows.
+        inside_encoder: the names of the rows inside an encoder. Beam search gives the encoder
+            fewer rows than the other layers.
+        encoder: ids of the encoder's modules.
+        lead: the adapter whose stacks compute all rows, if all adapters share C and R; else None.
+        adapters: the adapters of the rows, in the order of their cores.
     """
 
     def __init__(
@@ -59,31 +61,49 @@ class NamedRows:
     ) -> None:
         self.names, self.inside_encoder, self.encoder = names, inside_encoder, encoder
         self.lead, self.adapters = lead, [*adapters, BASE]
+        self._cores: StackedCores | None = None
 
     def of(self, module: nn.Module) -> tuple[str, ...]:
-        """The names of the rows that a module meets."""
+        """The adapter names of the rows that a module gets."""
         return self.inside_encoder if id(module) in self.encoder else self.names
 
-    def batch(
-        self, stack: AdapterStack, stacks: nn.ModuleDict, names: tuple[str, ...]
-    ) -> AbstractContextManager[None]:
-        """Gives a stack the cores of all adapters, and zeros for the base."""
-        cores: list[Tensor] = [stacks[name].core for name in self.adapters[:-1]]  # type: ignore[misc]
-        cores.append(torch.zeros_like(cores[0]))
-        ids = torch.tensor([self.adapters.index(name) for name in names], device=cores[0].device)
-        return stack.batch(torch.stack(cores).to(stack.factors.dtype), ids)
+    def batch(self, tuner: Tuner) -> AbstractContextManager[None]:
+        """Context in which the stacks of the leading adapter use the cores of all adapters.
 
-    def cores_of(
-        self, stack: AdapterStack, stacks: nn.ModuleDict, layer: nn.Module
-    ) -> AbstractContextManager[None]:
-        """That context for a call of one layer, where its rows are not those of all layers."""
+        Rows without an adapter use a core of zeros.
+        """
+        assert self.lead is not None
+        named = [entry.name for entry in tuner.plans[self.lead].stacks]
+        every: dict[str, nn.ModuleDict] = {name: tuner.stacks_named(name) for name in named}
+        stacks: dict[str, AdapterStack] = {
+            name: own[self.lead]  # type: ignore[misc]
+            for name, own in every.items()
+        }
+        adapters = [
+            {name: own[adapter].core for name, own in every.items()}
+            for adapter in self.adapters[:-1]
+        ]
+        base = {name: torch.zeros_like(stack.core) for name, stack in stacks.items()}
+        self._cores = StackedCores.of(stacks, [*adapters, base])  # type: ignore[list-item]
+        if self.encoder:  # not all layers have the same rows, so `cores_of` sets them per layer
+            return nullcontext()
+        return self._cores.rows(stacks, self._ids(self.names, stacks[named[0]]))
+
+    def cores_of(self, stack: AdapterStack, layer: nn.Module) -> AbstractContextManager[None]:
+        """The same context for a call of one layer, if not all layers have the same rows."""
         if not self.encoder:
             return nullcontext()
-        return self.batch(stack, stacks, self.of(layer))
+        assert self._cores is not None
+        return self._cores.rows({stack.name: stack}, self._ids(self.of(layer), stack))
+
+    def _ids(self, names: Sequence[str], stack: AdapterStack) -> Tensor:
+        """The index of the core for each row."""
+        each = [self.adapters.index(name) for name in names]
+        return torch.tensor(each, device=stack.core.device)
 
 
 class Tuner(Protocol):
-    """What of peft's tuner a batch of many adapters asks for; see `model.TCURModel`."""
+    """The attributes of the tuner that a batch of many adapters needs; see `model.TCURModel`."""
 
     peft_config: Any
     model: nn.Module
@@ -93,22 +113,23 @@ class Tuner(Protocol):
     tuner_layer_cls: type[nn.Module]
 
     def stacks_named(self, name: str) -> nn.ModuleDict:
-        """Adapter name -> its stack of that name."""
+        """The stacks of that name, by adapter name."""
 
 
 @contextmanager
 def rows_by_adapter(tuner: Tuner, names: Sequence[str], beams: int = 1) -> Iterator[None]:
-    """Context in which row b of a batch goes by the adapter ``names[b]``.
+    """Context in which row b of a batch uses the adapter ``names[b]``.
 
-    Adapters that share C and R go together, each row with its own core between two shared matrix
-    products; others one after another, each with its rows. What runs in other threads meanwhile
-    is none of this batch.
+    If all adapters share C and R, the rows share the products with them, and each row uses its own
+    core in between. Otherwise the adapters run one after another, each with its own rows. The
+    context does not affect other threads.
 
     Args:
-        beams: how often each row stands after another, past the encoder if there is one.
+        beams: how many times each row is repeated, directly after itself. If the model has an
+            encoder, the rows are repeated only after it.
 
     Raises:
-        ValueError: an unknown adapter, a model in training mode, or a merged one.
+        ValueError: an adapter is unknown, or the model is in training mode or merged.
     """
     adapters = [name for name in dict.fromkeys(names) if name != BASE]
     unknown = sorted({name for name in adapters if name not in tuner.peft_config})
@@ -134,10 +155,8 @@ def rows_by_adapter(tuner: Tuner, names: Sequence[str], beams: int = 1) -> Itera
     rows = NamedRows(each, tuple(names), encoder, lead, adapters)
     with ExitStack() as context:
         context.enter_context(using_rows(tuner.owner, rows))
-        if lead is not None and not encoder:
-            for entry in tuner.plans[lead].stacks:
-                stacks = tuner.stacks_named(entry.name)
-                context.enter_context(rows.batch(stacks[lead], stacks, each))  # type: ignore[arg-type]
+        if lead is not None:
+            context.enter_context(rows.batch(tuner))
         for module in tuner.model.modules():
             if isinstance(module, AuxiliaryTrainingWrapper):
                 hook = _name_rows(module, tuner.owner, rows)
@@ -147,7 +166,7 @@ def rows_by_adapter(tuner: Tuner, names: Sequence[str], beams: int = 1) -> Itera
 
 
 def _encoder_of(model: Any) -> frozenset[int]:
-    """Ids of the modules in the encoder of a model that has one apart from itself."""
+    """Ids of the modules in a model's encoder, if it has one that is not the model itself."""
     encoder = model.get_encoder() if hasattr(model, "get_encoder") else None
     if encoder is None or encoder is model:
         return frozenset()
@@ -157,7 +176,7 @@ def _encoder_of(model: Any) -> frozenset[int]:
 def _name_rows(
     module: AuxiliaryTrainingWrapper, owner: Owner, rows: NamedRows
 ) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Any]:
-    """A hook by which a module of `modules_to_save` learns which of its copies a row goes by."""
+    """A hook that tells a module of `modules_to_save` which of its copies each row uses."""
     known = module._get_available_adapters()
     own = [name if name in known else BASE for name in rows.of(module)]
 

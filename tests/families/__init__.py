@@ -1,1 +1,1 @@
-"""Models of everybody, tiny and with random weights, and what an adapter promises on each."""
+"""Tiny random models from many libraries, and what an adapter promises on each of them."""

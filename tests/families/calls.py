@@ -1,4 +1,4 @@
-"""Inputs that only one type of transformers takes, or a few do."""
+"""Inputs that only one or a few types of transformers take."""
 
 import torch
 
@@ -54,14 +54,14 @@ def _question(s):
 
 
 def _marked(s, token, number):
-    """Text with placeholders: for what is made of an image or of sound."""
+    """Text with placeholders for the embeddings of an image or a sound."""
     ids = s.ids(number + 4)
     ids[:, 2 : 2 + number] = token
     return ids
 
 
 def _asked(s, frames=0):
-    """BLIP-2 and those made from it: an image, or some, becomes as many positions as queries."""
+    """BLIP-2 and its descendants: each image takes as many positions as there are queries."""
     c = s.config
     token = c.video_token_index if frames else c.image_token_index
     seen = _marked(s, token, c.num_query_tokens * max(frames, 1))
@@ -76,13 +76,13 @@ def _instructed(s, frames=0):
 
 
 def _sounds(s):
-    """Two sounds one after the other, without padding."""
+    """Two sounds, one after the other, without padding."""
     bins = s.config.num_mel_bins
     return {"input_features": s.randn(bins, 60), "feature_lens": torch.tensor([32, 28])}
 
 
 def _masked(features, frames):
-    """Spectrograms and a mask: the second one is shorter."""
+    """Spectrograms and a mask; the second spectrogram is shorter."""
     mask = _ones(2, frames)
     mask[1, frames - 7 :] = 0
     return {"input_features": features, "input_features_mask": mask}
@@ -94,34 +94,34 @@ def _mel_images(s):
 
 
 def _read(s, number, **more):
-    """Text with an image in each row, which becomes that many positions."""
+    """Text with an image in each row, which takes ``number`` positions."""
     ids = _marked(s, s.setting("image_token_id", "image_token_index"), number)
     return {"input_ids": ids, "pixel_values": s.image()} | more
 
 
 def _read_patches(s, number):
-    """The same where an image is flat patches; both kinds of position are told by their type."""
+    """The same with images as flat patches; token types tell image positions from text."""
     read = _read(s, number, image_grid_thw=s.grid())
     kinds = (read["input_ids"] == s.config.image_token_id).int()
     return {**read, "pixel_values": s.patches(), "mm_token_type_ids": kinds}
 
 
 def _heard(s):
-    """Text and sounds, the second of which is shorter."""
+    """Text and two sounds; the second sound is shorter."""
     ids = s.ids(16)
     ids[0, 2:14] = ids[1, 2:7] = s.config.audio_token_id
     return {"input_ids": ids, **_masked(s.randn(2, 12, s.config.audio_config.input_size), 12)}
 
 
 def _placed_patches(s, side=6):
-    """Gemma 4: flat patches of two images, and where each of them is."""
+    """Gemma 4: flat patches of two images, and the position of each patch."""
     rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
     places = torch.stack((columns.flatten(), rows.flatten()), dim=-1).expand(2, -1, -1)
     return {"pixel_values": s.randn(2, side * side, 3 * 8 * 8), "pixel_position_ids": places}
 
 
 def _diffused(s):
-    """Gemma, diffusion: the canvas would be random if it were not given."""
+    """Diffusion Gemma; the canvas is given, since it would be random otherwise."""
     image = _placed_patches(s)
     ids = _marked(s, s.config.image_token_id, 4)
     return {
@@ -143,7 +143,7 @@ def _seen_and_heard(s):
 
 
 def _drafted(s):
-    """The assistant of Gemma 4: layers that share keys and values have those of another model."""
+    """Gemma 4's assistant: layers that share keys and values use those of another model."""
 
     def shared():
         return s.randn(2, 2, 9, 8), s.randn(2, 2, 9, 8)
@@ -156,7 +156,7 @@ def _drafted(s):
 
 
 def _inkled(s):
-    """Inkling: patches of images, and sounds that are tokens of every band."""
+    """Inkling: patches of images, and sounds as tokens for every band."""
     c, bands = s.config, s.config.audio_config.n_mel_bins
     images, sounds = _marked(s, c.image_token_id, 3), _marked(s, c.audio_token_id, 4)
     return {
@@ -166,7 +166,7 @@ def _inkled(s):
 
 
 def _folded(s, tokens=6, atoms=12):
-    """ESMFold 2: a chain of residues of two atoms each, and an alignment of three sequences."""
+    """ESMFold 2: a chain of residues with two atoms each, and an alignment of three sequences."""
     from transformers.models.esmfold2.modeling_esmfold2 import EsmFold2AtomInputs
 
     place = torch.arange(tokens).expand(2, -1)
@@ -189,12 +189,12 @@ def _folded(s, tokens=6, atoms=12):
 
 
 def _larger_image(s):
-    """Four positions are left of it where the encoder attends; of the usual one is one left."""
+    """An image of which the encoder's attention sees four positions; the usual one leaves one."""
     return {"pixel_values": s.randn(2, 3, 64, 64)}
 
 
 def _numbered_patches(s):
-    """Pix2Struct: two images of eight patches, each behind its row and its column."""
+    """Pix2Struct: two images of eight patches, each preceded by its row and column."""
     width = s.setting("patch_embed_hidden_size")
     return {"flattened_patches": torch.cat((torch.ones(2, 8, 2), s.randn(2, 8, width)), dim=-1)}
 
@@ -214,7 +214,7 @@ def _pixel_patches_of_two(s):
 
 
 def _objects(s):
-    """Three objects in each image, for there are few numbers of each: some may agree by luck."""
+    """Three objects per image; with fewer, the few output numbers might agree by chance."""
     return {"pixel_values": s.randn(2, 3, 64, 64), "input_points": s.randn(2, 3, 2, 2)}
 
 
@@ -491,7 +491,7 @@ CALLS = {
         "past_values": s.randn(2, 64), "past_values_padding": torch.zeros(2, 64)
     },
     "timm_backbone": lambda s: {"pixel_values": s.randn(2, 3, 160, 160)},
-    # One video: its positions of columns are for no more.
+    # One video, since its column positions do not allow more.
     "tvp": lambda s: {
         "input_ids": s.ids()[:1], "pixel_values": s.randn(1, 2, 3, 64, 64),
         "attention_mask": _ones(1, s.text),

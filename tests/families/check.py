@@ -1,13 +1,14 @@
-"""What an adapter promises, checked on any model: `check_family`.
+"""`check_family` checks on any model what an adapter promises.
 
-Nothing here knows how layers are adapted. The model, its merged copy and plain torch say what is
-right: the merged copy has plain layers, so its outputs are those of the adapted model, and the
-gradients of its weights give the gradient of every core.
+The checks do not know how layers are adapted. They compare with the model itself, its merged copy
+and plain torch. The merged copy has plain layers, so its outputs must be those of the adapted
+model, and the gradients of its weights give the gradient of every core.
 
-**The bound.** An adapted and a merged model round at other places. How far roundings move the
-outputs of this very model is measured: `ROUNDINGS` times, every weight of the merged copy is moved
-by one eps up or down, at random. The outputs may differ by `TIMES` the largest of these movements,
-and that must be small beside what the adapter changed, or the check would see nothing.
+**The bound.** An adapted and a merged model round at different places. The check measures how much
+rounding changes the outputs of this model: `ROUNDINGS` times it moves every weight of the merged
+copy by one eps up or down, at random. The outputs may differ by `TIMES` the largest resulting
+change. That bound must be small compared with what the adapter changed, or the check could not
+detect anything.
 """
 
 import copy
@@ -39,19 +40,19 @@ class BrokenPromise(AssertionError):
 
 
 def check_family(build, inputs, promises=None, rank=4, smooth=True):
-    """Holds an adapter to its promises on one model; returns a `Report`.
+    """Checks the promises of an adapter on one model; returns a `Report`.
 
     Args:
-        build: ``build(seed)`` makes the model anew: the same module tree with random weights that
-            depend on the seed alone. Train or eval mode is kept as it comes.
+        build: ``build(seed)`` makes a new model: the same module tree, with random weights that
+            depend only on the seed. The check keeps its train or eval mode.
         inputs: makes the keyword arguments of the model's forward, always the same.
-        promises: names out of `PROMISES`; default all but "compile", which is slow.
+        promises: names from `PROMISES`; by default all but "compile", which is slow.
         rank: of all stacks.
-        smooth: False for a model that sorts, picks or rounds on its way, whose outputs in half
-            precision are not near those in fp32. They must be finite there all the same.
+        smooth: False if the model sorts, picks or rounds in its forward. Its outputs in half
+            precision are then not near those in fp32, but they must be finite.
 
     Raises:
-        BrokenPromise: the first promise that does not hold, by name, and how.
+        BrokenPromise: a promise does not hold; the message names the first one and says why.
     """
     if promises is None:
         promises = [name for name in PROMISES if name != "compile"]
@@ -70,11 +71,11 @@ def check_family(build, inputs, promises=None, rank=4, smooth=True):
 def zero_core(s):
     """A core of zeros changes no bit of any output, with and without gradients.
 
-    What torch computes depends on which weights ask for gradients, even where none is recorded:
-    products are folded in another way, attention takes another kernel. Without gradients the
-    adapted model computes what the model did as it came, whose parameters ask for them, or did with
-    those frozen that are no layers of a stack: a layer that is left out is torch's alone. With
-    gradients some of what asked no longer does, so it is one of the ways that the model has.
+    What torch computes depends on which weights require grad, even if no gradient is recorded: it
+    folds products differently, and attention uses another kernel. The adapted model must therefore
+    agree with the original model in one of several states. Without gradients: as it was built; or
+    with everything frozen but the layers of the stacks, since torch alone computes layers that are
+    left out. With gradients: all parameters require grad, or only those layers, or nothing.
     """
     wanted = {False: [s.base_outputs], True: []}
     model, adapter = s.adapted()
@@ -95,7 +96,7 @@ def zero_core(s):
 
 
 def names(s):
-    """The model's own entries of its state dict keep their names, and its modules stay."""
+    """The model's own entries of its state dict keep their names; its modules stay the same."""
     model = s.build(0)
     modules, keys = dict(model.named_modules()), list(model.state_dict())
     tcur.adapt(model, rank=s.rank)
@@ -107,7 +108,7 @@ def names(s):
 
 
 def hooks(s):
-    """Forward hooks of layers run as often as they did."""
+    """Forward hooks of layers run as often as before."""
     layers = {owner_of(s.base, name) for name in members(s.trained.plan)}
     model = s.build(0)
     ran = Counter()
@@ -130,9 +131,9 @@ def _counting(ran, name):
 
 
 def merged_copy(s):
-    """The adapted model and a merged copy agree, and the copy is of plain layers."""
+    """The adapted model and a merged copy agree, and the copy has only plain layers."""
     s.near(s.trained_outputs, "adapted")
-    # By name: torch's parametrizations make a class for each module.
+    # Compare names, because torch's parametrizations make a new class for each module.
     kinds = [type(module).__qualname__ for module in s.merged.modules()]
     own = [type(module).__qualname__ for module in s.base.modules()]
     assert kinds == own, "expected the model's own types"
@@ -140,7 +141,7 @@ def merged_copy(s):
 
 
 def merge_in_place(s):
-    """Merged in place the model computes the same; unmerged it has its state bit for bit."""
+    """Merged in place, the model computes the same; unmerged, it has its old state bit for bit."""
     model = s.trained.model
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     s.trained.merge()
@@ -154,7 +155,7 @@ def merge_in_place(s):
 
 
 def saved(s, tmp):
-    """Saved and loaded on the same base it is the same adapter."""
+    """An adapter that is saved and loaded on the same base is the same adapter."""
     s.trained.save(tmp)
     model = s.build(0)
     tcur.load_adapter(model, tmp)
@@ -168,21 +169,21 @@ def _saved_in_a_folder(s):
 
 
 def state_dict(s):
-    """The state dict carries the model to one that began with other weights."""
+    """Loading the state dict into a model with other weights gives the same model."""
     model, _ = s.adapted(seed=1)
     model.load_state_dict(s.trained.model.state_dict())
     s.near(s.outputs(model), "state dict")
 
 
 def gradients(s):
-    """Every core gets the gradient that its layers' weights have, and nothing else gets one."""
+    """Every core gets the gradient that follows from its layers' weights; nothing else gets one."""
     model = s.trained.model
     for parameter in model.parameters():
         parameter.grad = None
     try:
         by_weight, exact = s.core_gradients(s.merged)
     except NoGradientError:
-        # Functions of a model's own, which ask their inputs alone. The adapted model says so, too.
+        # The model has its own functions, which only check their inputs. Adapted, it does the same.
         s.report.notes.append("no weight gets a gradient unless an input does, adapted or not")
         try:
             s.loss(model)
@@ -204,7 +205,7 @@ def gradients(s):
             assert actual is None or not actual.any(), f"{name}: expected no gradient, got one"
             continue
         assert actual is not None, f"{name}: expected a gradient of the core, got none"
-        # A sum over all slices, formed in fp32: its terms are larger than what is left of them.
+        # This is a sum over all slices in fp32, in which large terms cancel.
         limit = bound(wanted.float(), [m[name].float() for m in moved])
         error = distance(actual.double(), wanted)
         assert error <= limit, f"{name}: gradient is off by {error:.3g}, bound {limit:.3g}"
@@ -215,7 +216,7 @@ def gradients(s):
         assert not ran, f"expected layers without gradient as unused, got {sorted(ran)}"
     for parameter in model.parameters():
         parameter.grad = None
-    for each in (model, s.merged):  # what a model keeps of its last call must have no graph
+    for each in (model, s.merged):  # tensors that a model keeps of its last call must have no graph
         s.outputs(each)
 
 
@@ -224,7 +225,7 @@ def _named_cores(adapter):
 
 
 def copies(s):
-    """A deep copy, and a pickled one, compute the same, and what happens to them stays theirs."""
+    """A deep copy and a pickled copy compute the same, and are independent of the original."""
     model = s.trained.model
     twins = {"deep copy": copy.deepcopy(model)}
     if _pickles(s.merged):
@@ -255,7 +256,7 @@ def _pickles(model):
 
 
 def dtypes(s):
-    """Moved to float64 and to bfloat16, the model runs where it did, and computes nearly that."""
+    """Cast to float64 and bfloat16, the model runs wherever the base does, with close results."""
     for dtype in (torch.float64, torch.bfloat16):
         plain = copy.deepcopy(s.merged).to(dtype)
         try:
@@ -280,7 +281,7 @@ def dtypes(s):
 
 
 def compiled(s):
-    """The compiled model computes the same and has the same gradients, whole where the base is."""
+    """Compiled, the model has the same outputs and gradients; in one graph if the base is."""
 
     def run(model, whole):
         torch._dynamo.reset()
@@ -314,7 +315,7 @@ def compiled(s):
     torch._dynamo.reset()
 
 
-#: All promises, in the order in which they are checked. "compile" takes seconds.
+#: All promises, in the order of the checks. "compile" takes seconds.
 PROMISES = {
     "zero core": zero_core,
     "names": names,
@@ -331,7 +332,7 @@ PROMISES = {
 
 
 def broken_promises(build, inputs, promises=None, **settings):
-    """All that is broken, by name, for a survey; empty if nothing is. The report comes beside."""
+    """All broken promises, by name, for a survey, and the report."""
     subject, broken = Subject(build, inputs, **{"rank": 4, "smooth": True, **settings}), {}
     for name in promises or [name for name in PROMISES if name != "compile"]:
         with warnings.catch_warnings():

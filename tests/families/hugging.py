@@ -15,7 +15,7 @@ from .shrink import tiny
 from .subject import Family, tensors_of
 from .weights import randomise
 
-#: Type, way of calling it; or nothing, and the reason why it is not checked. `survey.py` writes it.
+#: Each type with its way of calling, or with the reason why it is not checked; see `survey.py`.
 TABLE = Path(__file__).with_name("hugging.csv")
 
 
@@ -26,7 +26,7 @@ def config_class(kind):
 
 
 def model_class(kind):
-    """The base model of a type; for parts, which have none by name, the model of that config."""
+    """The base model of a type; parts have no such name, so for them the model of their config."""
     import transformers
     from transformers import PreTrainedModel
     from transformers.models.auto.modeling_auto import MODEL_MAPPING
@@ -57,7 +57,7 @@ def model_class(kind):
 
 
 def _made(settings):
-    """Settings, those that are made `Later` among them."""
+    """Settings, where those of class `Later` are made now."""
     if isinstance(settings, Later):
         return settings.make()
     if isinstance(settings, dict):
@@ -84,14 +84,14 @@ def builder(kind):
 
 
 class Sample:
-    """Tensors of every kind that a forward may ask for, in the sizes of a config."""
+    """Tensors of every kind that a forward may need, in the sizes of a config."""
 
     def __init__(self, config, text=9):
         self.config, self.text = config, text
         self.generator = torch.Generator().manual_seed(7)
 
     def setting(self, *names, default=None):
-        """The first of these settings that the config or one of its parts has."""
+        """The value of the first of these settings that the config or one of its parts has."""
         parts = [self.config, *(p for p in vars(self.config).values() if hasattr(p, "to_dict"))]
         for name in names:
             for part in parts:
@@ -122,7 +122,7 @@ class Sample:
         return self.randn(2, self.text, width)
 
     def features(self):
-        """Spectrograms, (batch, bins, frames), twice as long as positions where that is known."""
+        """Spectrograms (batch, bins, frames), twice as long as the positions if these are known."""
         bins = self.setting("num_mel_bins", "feature_size", "input_feat_per_channel", default=16)
         frames = 2 * self.setting("max_source_positions", default=16)
         return self.randn(2, bins, frames)
@@ -156,7 +156,7 @@ def _images(s):
     return {"pixel_values": s.image()}
 
 
-#: Ways of calling a model, tried in this order; the first that runs is the one.
+#: Ways of calling a model, tried in this order; the first that runs is used.
 WAYS = {
     "text": _text,
     "text to text": lambda s: {"input_ids": s.ids(), "decoder_input_ids": s.ids(7)},
@@ -185,25 +185,25 @@ WAYS = {
 }  # fmt: skip
 
 
-#: Files, which lie elsewhere on every machine.
+#: Paths of files, which differ between machines.
 PATH = re.compile(r"(?:[A-Za-z]:|~)?(?:[/\\][\w.+~-]+){2,}[/\\]?")
 
 
 def in_short(error):
-    """What is said of an error in the table: one line of 160 characters at most, without a path."""
+    """An error for the table: one line of at most 160 characters, without paths."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    # What a library that is missing is called stands first, what a setting lacks stands last.
+    # An ImportError names the missing library in its first line; other errors end with the cause.
     which = 0 if isinstance(error, ImportError) else -1
     line = PATH.sub("a file", lines[which] if lines else "")
     return f"{type(error).__name__}: {line}"[:160]
 
 
-#: The way of types in `CALLS`.
+#: The way of calling the types in `CALLS`.
 OWN = "inputs of its own"
 
 
 def find_way(kind, model):
-    """The name of the first way of calling that runs, and what the others said."""
+    """The name of the first way of calling that runs, and the errors of the others."""
     said = {}
     accepted = set(inspect.signature(model.forward).parameters)
     for name in [OWN] if kind in CALLS else WAYS:
@@ -232,7 +232,7 @@ def inputs_of(kind, way):
 
 
 def rows():
-    """Type -> (way of calling it, reason why not), for all types that transformers has."""
+    """Type -> (way of calling, reason why it is not checked), for all types of transformers."""
     with TABLE.open(newline="") as file:
         return {kind: (way, reason) for kind, way, reason in csv.reader(file)}
 

@@ -94,10 +94,10 @@ def monai_families():
 
 @functools.cache
 def operators_of_torchvision():
-    """Declares two operators, where torchvision's own library needs CUDA and torch has none.
+    """Declares two operators of torchvision, if its own library needs CUDA and torch has none.
 
-    Without them it cannot be imported there, by transformers and timm neither. No model here calls
-    them.
+    Without them nothing could import torchvision there, neither transformers nor timm. No model
+    here calls the operators.
     """
     import importlib.util
     from pathlib import Path
@@ -114,7 +114,7 @@ def operators_of_torchvision():
             DECLARED[-1].define(f"{name}(Tensor dets, Tensor scores, float threshold) -> Tensor")
 
 
-#: A library is gone when nobody keeps it.
+#: Keeps the library alive, since its operators would disappear with it.
 DECLARED = []
 
 
@@ -225,7 +225,7 @@ TIMM = {
     "edgenext_xx_small": {"num_classes": 5},
     "hiera_tiny_224": {"num_classes": 5, "embed_dim": 16},
 }  # fmt: skip
-#: Of models that cannot be made smaller, or whose layers are like those of others.
+#: Models that cannot be made smaller, or whose layers are like those of other models.
 TIMM_SELDOM = {
     "maxvit_rmlp_pico_rw_256", "coatnet_0_224", "levit_128s", "pvt_v2_b0", "mobilevit_xxs",
     "efficientformer_l1", "hiera_tiny_224", "deit3_small_patch16_224", "beitv2_base_patch16_224",
@@ -238,7 +238,7 @@ def timm_families():
     def make(name, settings):
         import timm
 
-        if "." in name:  # a class, whose named models do not let themselves be made smaller
+        if "." in name:  # a class, because its named models cannot be made smaller
             module, _, kind = name.partition(", ")[0].partition(".")
             module = getattr(timm.models, module)
             settings = {
@@ -433,7 +433,7 @@ def sentence_families():
 
 
 class Body(nn.Module):
-    """The transformer of a sentence model, which its library makes from a name alone."""
+    """The transformer of a sentence model; the library itself can only make one from a name."""
 
     def __init__(self, auto_model):
         super().__init__()
@@ -446,7 +446,7 @@ class Body(nn.Module):
 
 
 def families():
-    """All of this file; their libraries are imported when a model is built."""
+    """All families of this file; their libraries are imported when a model is built."""
     return [
         *torch_families(),
         *monai_families(),

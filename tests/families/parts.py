@@ -1,10 +1,10 @@
-"""Backbones and parts of configs that several types of transformers have."""
+"""Backbones and parts of configs that several types of transformers share."""
 
 from .shrink import tiny
 
 
 class Later(dict):
-    """Settings made when they are asked for, so that reading this file imports nothing."""
+    """Settings that are made when needed, so that importing this file imports no library."""
 
     def __init__(self, make):
         super().__init__()
@@ -66,7 +66,7 @@ def swin_backbone():
 
 
 def transformer(name, **more):
-    """A vision transformer that gives its four layers to the neck of another model."""
+    """A vision transformer whose four layers feed the neck of another model."""
     import transformers
 
     sizes = {
@@ -80,7 +80,7 @@ def transformer(name, **more):
 
 
 def small(name):
-    """A part whose own config the config of the whole does not make."""
+    """A part whose config is not made by the config of the whole."""
     import transformers
 
     return tiny(getattr(transformers, name))
@@ -110,7 +110,7 @@ def edgetam_vision():
 
 
 def tiny_timm(architecture, **args):
-    """One of the models that timm has for tests."""
+    """One of timm's models for tests."""
     from transformers import TimmWrapperConfig
 
     return TimmWrapperConfig(architecture=architecture, hidden_size=64, model_args=args or None)
@@ -133,7 +133,7 @@ def gemma3n_eyes():
 
 EYES = {"vision_config": Later(lambda: tiny_timm("test_vit"))}
 DETR = Later(lambda: {"backbone_config": resnet(), "backbone": None, "use_timm_backbone": False})
-#: Detectors that take the best of what the encoder sees as their queries.
+#: Detectors that take the best positions of the encoder as queries.
 RT_DETR = {
     "backbone_config": Later(rt_resnet), "encoder_in_channels": [16, 32, 32], "num_queries": 4,
     "decoder_in_channels": [32, 32, 32], "encoder_hidden_dim": 32, "d_model": 32,
@@ -145,7 +145,7 @@ DEPTH = {
     "head_hidden_size": 8,
 }  # fmt: skip
 
-# -- parts that several types have
+# -- parts that several types share
 
 
 def mrope(width=8, **more):
@@ -157,27 +157,27 @@ QWEN = {"rope_parameters": mrope()}
 #: Half of each head is rotated.
 GLM = {"head_dim": 16, "rope_parameters": mrope(8, partial_rotary_factor=0.5)}
 HEAD = {"head_dim": 8}
-#: What parts of T5Gemma 2 have from the whole.
+#: Settings that the parts of T5Gemma 2 get from the whole.
 NO_DROPOUT = {"dropout_rate": 0.0, "query_pre_attn_scalar": 8}
 SLIDING = {
     "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"],
     "mlp_layer_types": ["dense", "sparse"],
 }  # fmt: skip
-#: Attention to tokens that an index picks.
+#: Attention to tokens that an index selects.
 INDEXED = {
     "indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 8,
     "indexer_compress_ratio": 4, "layer_types": ["linear_attention", "indexed_attention"],
 }  # fmt: skip
 SERIES = {"prediction_length": 4, "context_length": 8, "lags_sequence": [1, 2], "d_model": 16}
 
-#: Recordings are cut into chunks, which see what comes behind them.
+#: Recordings are cut into chunks, which also see the chunk after them.
 STREAM = {"chunk_length": 16, "chunk_left_context": 2, "chunk_right_context": 2}
 #: Of 5 ms, at the rate that it is.
 FRAMES = {"sample_rate": 16000}
 MUSE_AUDIO = {
     "num_hidden_layers": 2, "patch_sizes": [4, 4], "hidden_sizes": [16, 32], "depths": [2, 2],
 }  # fmt: skip
-#: Its class reads what the configs of its checkpoints say, and has no default for it.
+#: Its class reads this setting, for which it has no default; configs of checkpoints have it.
 PIX2STRUCT = {"initializer_range": 0.02}
 TOKENIZER = {"downsampling_ratios": [2, 2], "depths": [2, 2, 2], "num_filters": 8}
 
@@ -188,9 +188,9 @@ LW_DETR = {
     "out_indices": [2],
 }  # fmt: skip
 FORMULA = {"post_conv_in_channels": 32, "global_attn_indexes": [1]}
-#: Windows of patches are merged behind the first layer.
+#: Windows of patches are merged after the first layer.
 MERGED = {"insert_layer_id": 0}
-#: It has one class more than there are pixels in a cell.
+#: There is one more class than pixels in a cell.
 SUPERPOINT = {"keypoint_decoder_dim": 65}
 
 SAM = {
@@ -224,7 +224,7 @@ DIFFUSION_GEMMA = {
 }  # fmt: skip
 ERNIE = {"rope_parameters": mrope(mrope_section=[1, 1, 2]), "moe_intermediate_size": [16, 16]}
 GEMMA3N = {"num_kv_shared_layers": 0, "intermediate_size": 48}
-#: Of a config without layers that have keys of their own, transformers builds no model.
+#: transformers builds no model if no layer has its own keys.
 GEMMA4 = {
     "num_hidden_layers": 4, "num_kv_shared_layers": 2, "global_head_dim": 8,
     "layer_types": ["sliding_attention", "full_attention"] * 2,
@@ -236,7 +236,7 @@ GROUPVIT = {
 COMPASS = {"full_attention": mrope()}
 
 QWEN_AUDIO = {"n_window_infer": 100, "downsample_hidden_size": 16}
-#: Of Qwen's speech decoder: a layer that looks back and one that looks ahead.
+#: For Qwen's speech decoder: one layer that looks back and one that looks ahead.
 DIT = {
     "num_hidden_layers": 2, "look_ahead_layers": [1], "look_backward_layers": [0], "mel_dim": 16,
     "enc_emb_dim": 16, "enc_dim": 16, "enc_channels": [16, 16, 16, 16, 48], "emb_dim": 16,

@@ -1,4 +1,4 @@
-"""What the names of settings do not tell about types of transformers."""
+"""What cannot be derived from the names of settings of transformers types."""
 
 from .parts import (
     ATOMS,
@@ -55,7 +55,7 @@ from .parts import (
     transformer,
 )
 
-#: The model of a type whose base model has no forward, or that is not the one of the shortest name.
+#: The model of a type if its base model has no forward, or is not the one with the shortest name.
 MODELS = {
     "lw_detr_vit": "LwDetrViTBackbone",
     "musicgen": "MusicgenForConditionalGeneration",
@@ -363,7 +363,7 @@ SETTINGS = {
             )
         ),
         "convstream_hidden_sizes": [8, 8, 16], "fusion_hidden_sizes": [16, 8, 8, 8],
-        "initializer_range": 1.0,  # of its norms, too: nothing comes through four small ones
+        "initializer_range": 1.0,  # also for norms; four small ones would suppress any signal
     },
     "vits": {"vocab_size": 50, "upsample_initial_channel": 32, "spectrogram_bins": 16},
     "wav2vec2-bert": {"feature_projection_input_dim": 16},
@@ -389,14 +389,14 @@ SETTINGS = {
     },
 }  # fmt: skip
 
-#: Models that sort, pick or round on their way: in half precision they jump.
+#: Models that sort, pick or round in their forward, so outputs jump in half precision.
 JUMPING = {
     "groupvit", "groupvit_vision_model", "jamba", "pp_doclayout_v3", "rf_detr",
     "sam3_lite_text", "vits", "xcodec2",
 }  # fmt: skip
 _SESSION = "called with the session of a video, one frame after the other, in inference mode"
 _PARTS = "no forward of its own: its parts are called one by one"
-#: Types that are not tried, and why.
+#: Types that are not checked, and why.
 UNTRIED = {
     "edgetam_video": _SESSION,
     "pp_ocrv5_server_det": "no linear layer",
@@ -409,7 +409,7 @@ UNTRIED = {
     "sam3_video": _SESSION,
     "xcodec": "all layers of its stacks run without gradients, and what they give is rounded",
 }
-#: What `adapt` says of models without a layer that it can adapt.
+#: The error of `adapt` for models without a layer that it can adapt.
 REFUSED = {
     "falcon": "FalconLinear is not a plain nn.Linear",
     "ibert": "the only slice of its shape",
@@ -418,7 +418,7 @@ REFUSED = {
 }
 #: Checked with torch.compile.
 COMPILED = {"bert", "gpt2", "llama", "swin", "t5", "whisper"}
-#: Checked on every run of the tests: each way of using layers once.
+#: Types that every run of the tests checks: each way of using layers once.
 OFTEN = {
     "albert", "bart", "bert", "big_bird", "bloom", "blip", "clip", "convbert", "convnext",
     "ctrl", "cvt", "data2vec-vision", "deberta", "deberta-v2", "deepseek_v3", "detr",

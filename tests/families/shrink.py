@@ -1,9 +1,9 @@
-"""Tiny configs of transformers, made from the default ones by the names of their settings."""
+"""Makes tiny configs of transformers from the default ones, by the names of their settings."""
 
 import re
 import zlib
 
-#: (pattern of a setting's name, the size it gets); the first that matches counts.
+#: (pattern of a setting's name, its size); the first match counts.
 SIZES = [
     (r"(num_)?(key_value|kv)_heads|num_kv_heads|n_kv_heads|num_query_groups|kv_heads", 2),
     (r".*(linear_num|mamba).*key_heads", 2),
@@ -36,7 +36,7 @@ SIZES = [
     (r".*(hidden|embed|model|channels|proj|width|dim|size|rank|d_|state).*", 32),
 ]
 
-#: Settings that are no sizes, whatever their names.
+#: Settings that are not sizes, although their names suggest it.
 KEPT = re.compile(
     r".*(num_channels|in_channels|in_chans|input_channels|chunk_size_feed_forward|type_vocab_size|"
     r"kernel|stride|dilation|_ratio|temporal_patch|spatial_merge|num_labels|sampling_rate|"
@@ -46,7 +46,7 @@ KEPT = re.compile(
 
 
 def size(name, value):
-    """What a size becomes in a tiny model; never larger than it was."""
+    """The value of a size in a tiny model; never larger than before."""
     if KEPT.fullmatch(name):
         return value
     for pattern, small in SIZES:
@@ -56,7 +56,7 @@ def size(name, value):
 
 
 def token(name, taken):
-    """A small id for a special token, another one for each name."""
+    """A small id for a special token, different for each name."""
     usual = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
     if name in usual:
         return usual[name]
@@ -68,15 +68,15 @@ def token(name, taken):
 
 
 def tiny(cls, overrides=None, taken=None):
-    """A small config of a class: settings by their names, then what ``overrides`` say.
+    """A small config of a class: settings by their names, then ``overrides``.
 
     ``overrides`` may be nested: settings of a part by the name of the part.
     """
     overrides, taken = dict(overrides or {}), set() if taken is None else taken
     default = cls()
-    # Asked for by name, some settings of models whose layers differ raise.
+    # If the layers of a model differ, reading some settings as attributes raises an error.
     values = {**vars(default), **getattr(default, "to_dict", dict)()}
-    # Where stages are, a list is one entry for each of them.
+    # If a model has stages, a list has one entry for each.
     depth = values.get("num_hidden_layers") or values.get("num_layers")
     depth = None if "depths" in values else depth
     settings = {}
@@ -106,7 +106,7 @@ def tiny(cls, overrides=None, taken=None):
 
 
 def _smaller(name, value, depth, taken):
-    """What one setting becomes; None to leave it to the class."""
+    """The value of one setting; None to leave it to the class."""
     if re.fullmatch(r".*token_(id|index)s?", name):
         if isinstance(value, list):
             return [2]
@@ -118,14 +118,14 @@ def _smaller(name, value, depth, taken):
     if not isinstance(value, list | tuple) or not value:
         return None
     if depth and depth > 2 and len(value) == depth:
-        # Two layers: the first one, and one of another kind where there is one.
+        # Two layers: the first one and, if there is one, a layer of another kind.
         other = next((v for v in value if v != value[0]), value[0])
         return [value[0], other]
     return sizes(name, value) if all(type(v) is int for v in value) else None
 
 
 def _sections(rope, settings):
-    """Sections of multimodal rotary embeddings, which fill half of what is rotated."""
+    """Sections of multimodal rotary embeddings; they fill half of the rotated dimensions."""
     width = settings.get("head_dim") or settings["hidden_size"] // settings["num_attention_heads"]
     half = int(width * rope.get("partial_rotary_factor", 1)) // 2
     return {**rope, "mrope_section": [half - 2 * (half // 3), half // 3, half // 3]}

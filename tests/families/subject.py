@@ -1,4 +1,4 @@
-"""A model as it is, adapted and merged, and how far roundings move its outputs."""
+"""A model in its original, adapted and merged forms, and how much rounding changes its outputs."""
 
 import copy
 import itertools
@@ -14,32 +14,32 @@ import tcur_kernels as tcur
 
 from .weights import randomise
 
-#: Random movements of the weights by one eps that say what roundings do to a model.
+#: How many times the weights are moved by one eps, at random, to measure the effect of rounding.
 ROUNDINGS = 2
-#: How many times the largest of them an adapted model may be off.
+#: An adapted model may be off by this factor times the largest of these effects.
 TIMES = 16
-#: The bound must lie below this part of what the adapter changed.
+#: The bound must be below this fraction of what the adapter changed.
 VISIBLE = 0.05
-#: The update of a weight, relative to the weight, that the random cores are made for.
+#: The intended size of an update with random cores, relative to the weight.
 UPDATE = 0.3
 
 
 class NoGradientError(Exception):
-    """No output depends on a parameter in a way that autograd knows of."""
+    """No output depends on a parameter in a way that autograd records."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """One model to check: where it comes from, how it is made, and what is known of it.
+    """One model to check: its origin, how to make it, and what is known about it.
 
     Attributes:
-        name: of the family, as its library calls it.
-        library: the module that has to be there.
-        build, inputs, smooth: as `check_family` takes them.
-        way: how it is called, for the table.
-        compiles: whether torch.compile is checked too, which takes seconds.
-        refused: what `adapt` says of it, as a pattern, where it cannot be adapted.
-        often: whether it is checked on every run of the tests.
+        name: of the family in its library.
+        library: the module that must be installed.
+        build, inputs, smooth: the arguments of `check_family`.
+        way: the way of calling it, for the table.
+        compiles: whether torch.compile is checked, too, which takes seconds.
+        refused: a pattern of the error of `adapt`, if the model cannot be adapted.
+        often: whether every run of the tests checks it.
     """
 
     name: str
@@ -54,7 +54,7 @@ class Family:
 
 
 def family(name, library, make, inputs, **settings):
-    """A `Family` of what ``make`` returns, in eval mode unless it is made in another."""
+    """A `Family` of the models that ``make`` returns."""
 
     def build(seed):
         torch.manual_seed(seed)
@@ -69,14 +69,14 @@ def family(name, library, make, inputs, **settings):
 
 @dataclass
 class Report:
-    """What was adapted, and what a reader of the table has to know."""
+    """What was adapted, and what a reader of the table must know."""
 
     layers: int = 0
     stacks: int = 0
     left_out: Counter = field(default_factory=Counter)  # reason -> modules
     silent: list[str] = field(default_factory=list)  # layers that no gradient reached
     notes: list[str] = field(default_factory=list)  # what the model itself cannot do
-    refused: str = ""  # what `adapt` said of a model without a layer to adapt
+    refused: str = ""  # the error of `adapt` for a model without a layer to adapt
 
     def __str__(self):
         lines = [f"{self.layers} layers in {self.stacks} stacks"]
@@ -86,21 +86,21 @@ class Report:
 
 
 class Subject:
-    """One model as it is, adapted, and merged, with its outputs; each made when it is asked for."""
+    """One model: original, adapted and merged, with its outputs; each is made when needed."""
 
     def __init__(self, build, inputs, rank, smooth):
         self.build, self.inputs, self.rank, self.smooth = build, inputs, rank, smooth
         self.report = Report()
 
     def outputs(self, model, grad=False, dtype=None):
-        """All tensors that the model returns, of always the same random numbers and inputs."""
+        """All tensors that the model returns, always with the same random numbers and inputs."""
         inputs = self.inputs() if dtype is None else cast(self.inputs(), dtype)
         torch.manual_seed(1)
         with torch.set_grad_enabled(grad):
             return tensors_of(model(**inputs))
 
     def adapted(self, seed=0):
-        """A model of that seed, adapted; its cores are zero."""
+        """An adapted model with that seed; its cores are zero."""
         model = self.build(seed)
         return model, tcur.adapt(model, rank=self.rank)
 
@@ -118,12 +118,13 @@ class Subject:
 
     @cached_property
     def trained(self):
-        """Adapter with cores as training leaves them: not zero, and large enough to be seen."""
+        """An adapter with cores as after training: not zero, and large enough to see an effect."""
         _, adapter = self.adapted()
         generator = torch.Generator().manual_seed(2)
         with torch.no_grad():
             for stack, plan in zip(adapter.stacks.values(), adapter.plan.stacks, strict=True):
-                # Sums of n3² r² products of an entry of C, of U and of R, both of size 1/sqrt(n2).
+                # An update sums n3² r² products of entries of C, U and R; those of C and R have
+                # size 1/sqrt(n2).
                 size = UPDATE * plan.n2**0.5 / (stack.core.shape[-1] * plan.n3)
                 stack.core.normal_(std=size, generator=generator)
         plan = adapter.plan
@@ -146,7 +147,7 @@ class Subject:
 
     @cached_property
     def moved(self):
-        """Copies of the merged model, their weights moved by one eps."""
+        """Copies of the merged model with weights moved by one eps."""
         copies = []
         for seed in range(ROUNDINGS):
             generator = torch.Generator().manual_seed(seed)
@@ -162,7 +163,7 @@ class Subject:
 
     @cached_property
     def bounds(self):
-        """For every output, how far roundings may move it."""
+        """How much rounding may change each output."""
         wanted = self.merged_outputs
         moved = [self.outputs(model) for model in self.moved]
         bounds = [bound(w, [m[i] for m in moved]) for i, w in enumerate(wanted)]
@@ -175,14 +176,14 @@ class Subject:
         return bounds
 
     def near(self, outputs, what):
-        """Asserts that outputs are those of the merged copy, but for roundings."""
+        """Asserts that outputs are those of the merged copy, up to rounding."""
         limits = zip(outputs, self.merged_outputs, self.bounds, strict=True)
         for i, (actual, wanted, limit) in enumerate(limits):
             error = distance(actual, wanted)
             assert error <= limit, f"{what}: output {i} is off by {error:.3g}, bound {limit:.3g}"
 
     def loss(self, model):
-        """A sum of all outputs with random weights, each output of size one; differentiable."""
+        """A random weighted sum of all outputs, each scaled to size one; differentiable."""
         generator = torch.Generator().manual_seed(3)
         total = torch.zeros((), dtype=torch.float64)
         for output, merged in zip(self.outputs(model, grad=True), self.merged_outputs, strict=True):
@@ -199,7 +200,7 @@ class Subject:
 
     @staticmethod
     def only_trains(model, layers):
-        """Has a model of plain layers ask for the gradients of the weights of these alone."""
+        """Freezes a model of plain layers, except for the weights of these layers."""
         weights = {name: weight_of(model, name) for name in layers}
         parameters = {id(p): p for p, _ in weights.values()}
         for parameter in model.parameters():
@@ -207,7 +208,7 @@ class Subject:
         return weights, parameters
 
     def weight_gradients(self, model):
-        """Layer -> the gradient of its weight [n_out, n_in], or None, of a merged model."""
+        """Layer -> the gradient of its weight [n_out, n_in] in a merged model, or None."""
         weights, parameters = self.only_trains(model, members(self.trained.plan))
         own = list(parameters.values())
         found = torch.autograd.grad(self.loss(model), own, allow_unused=True)
@@ -219,7 +220,7 @@ class Subject:
         return gradients
 
     def core_gradients(self, model):
-        """Stack -> the gradient of its core, by the formula, from those of a merged model."""
+        """Stack -> the gradient of its core, by the formula, from the merged model's gradients."""
         gradients, cores = self.weight_gradients(model), {}
         for plan in self.trained.plan.stacks:
             stack = self.trained.stacks[plan.name]
@@ -239,7 +240,7 @@ class Subject:
 
 
 def tensors_of(output):
-    """The tensors of whatever a model returns, in their order."""
+    """The tensors in whatever a model returns, in their order."""
     if isinstance(output, torch.Tensor):
         return [output]
     if isinstance(output, Mapping):
@@ -252,7 +253,7 @@ def tensors_of(output):
 
 
 def cast(value, dtype):
-    """Floating tensors of the inputs in another dtype."""
+    """The inputs with their floating tensors in another dtype."""
     if isinstance(value, torch.Tensor):
         return value.to(dtype) if value.is_floating_point() else value
     if isinstance(value, Mapping):
@@ -261,12 +262,12 @@ def cast(value, dtype):
 
 
 def finite(tensor):
-    """Masked positions, which hold infinities or NaN, as zeros."""
+    """The tensor with zeros at masked positions, which hold infinities or NaN."""
     return torch.nan_to_num(tensor.detach(), nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def same_bits(a, b):
-    """Whether two tensors are the same, NaN for NaN."""
+    """Whether two tensors are the same; NaN equals NaN."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     if a.is_floating_point():
@@ -275,7 +276,7 @@ def same_bits(a, b):
 
 
 def distance(a, b):
-    """‖a - b‖ of two outputs; infinite if they are masked elsewhere; 0 for integers."""
+    """‖a - b‖ of two outputs; infinite if they are masked differently; 0 for integers."""
     if a.shape != b.shape:
         return float("inf")
     if not a.is_floating_point():
@@ -287,7 +288,7 @@ def distance(a, b):
 
 
 def bound(wanted, moved):
-    """How far ``wanted`` may be off, from what it is with weights moved by one eps."""
+    """How far ``wanted`` may be off, given its values with weights moved by one eps."""
     if not wanted.is_floating_point():
         return 0.0
     eps = torch.finfo(wanted.dtype).eps
@@ -301,7 +302,7 @@ def members(plan):
 
 
 def owner_of(model, name):
-    """The module that keeps the weight of a layer: itself, or the attention it is a part of."""
+    """The module that holds the weight of a layer: the layer itself, or its attention."""
     try:
         model.get_submodule(name)
     except AttributeError:
@@ -310,7 +311,7 @@ def owner_of(model, name):
 
 
 def weight_of(model, name):
-    """The parameter with the weight of a layer, and how to view its like as [n_out, n_in]."""
+    """The parameter with a layer's weight, and a function that views it as [n_out, n_in]."""
     owner = model.get_submodule(owner_of(model, name))
     if not isinstance(owner, nn.MultiheadAttention):
         is_transposed = any(base.__name__ == "Conv1D" for base in type(owner).__mro__)
@@ -323,5 +324,5 @@ def weight_of(model, name):
 
 
 def cores_of(model):
-    """The trained parameters of an adapted model, also of a copy that has no handle."""
+    """The trained parameters of an adapted model; also works for a copy without a handle."""
     return [p for p in model.parameters() if p.requires_grad]

@@ -2,8 +2,8 @@
 
     PYTHONPATH=.venv/families:tests python -m families.survey [TYPE ...]
 
-Without types, all that the installed transformers has. Types that are new, or whose settings have
-changed, are tried; what cannot be built or called is written with the reason.
+Without types, it tries all types of the installed transformers. Types that cannot be built or
+called are written with the reason. Run it for types that are new, or whose settings have changed.
 """
 
 import csv
@@ -17,7 +17,7 @@ from torch import nn
 from . import hugging, others
 from .settings import UNTRIED
 
-#: For one type; a tiny model takes a part of a second.
+#: Time limit for one type; a tiny model takes less than a second.
 SECONDS = 10
 
 
@@ -27,7 +27,7 @@ def has_linear(model):
 
 
 def tried(kind):
-    """Way, reason: one of them is empty."""
+    """The way of calling, and the reason if there is none; one of them is empty."""
     if kind in UNTRIED:
         return "", UNTRIED[kind]
     try:
@@ -54,7 +54,7 @@ def tried(kind):
 
 
 class TooLongError(BaseException):
-    """Not an Exception: nothing on the way may catch it."""
+    """Not an Exception, so that no code in between catches it."""
 
 
 def in_time(kind):
@@ -78,7 +78,7 @@ def main(kinds):
 
     warnings.simplefilter("ignore")
     others.operators_of_torchvision()
-    torch.use_deterministic_algorithms(True)  # as in the tests: memory that is not set is NaN
+    torch.use_deterministic_algorithms(True)  # as in the tests, fills unset memory with NaN
     known = hugging.rows() if hugging.TABLE.exists() and kinds else {}
     for kind in kinds or list(CONFIG_MAPPING.keys()):
         known[kind] = in_time(kind)

@@ -1,8 +1,8 @@
-"""Writes the tables of families in docs/adapters.md, after checking each of them.
+"""Checks all families, then writes their tables in docs/adapters.md.
 
     make families-table
 
-Exits with 1, and leaves the document alone, if a promise is broken or a library is missing.
+If a promise is broken or a library is missing, it exits with 1 and does not change the document.
 """
 
 import importlib.util
@@ -22,7 +22,7 @@ from .subject import Report
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "adapters.md"
 BEGIN, END = "<!-- begin families -->\n", "<!-- end families -->\n"
-#: Of layers without gradient, so many are named.
+#: How many layers without gradient are named.
 NAMED = 2
 
 
@@ -31,7 +31,7 @@ def all_families():
 
 
 def checked(index):
-    """Report of one family, or what is wrong with it."""
+    """The report of one family, or what is wrong with it."""
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     others.operators_of_torchvision()
@@ -50,7 +50,7 @@ def checked(index):
 
 
 def lines(families, reports):
-    """The tables: what was checked, what is particular, and what is not checked and why."""
+    """The tables: what was checked, what is special, and what is not checked and why."""
     by_way = defaultdict(list)
     for family in families:
         by_way[family.library, family.way].append(family.name)
@@ -103,7 +103,7 @@ def particular(families, reports):
 
 
 def reason_in_short(reason):
-    """Without the particulars, which stay in ``hugging.csv``."""
+    """The reason without details, which ``hugging.csv`` has."""
     if reason.startswith("no model of"):
         return "a part that has no model of its own"
     if "ModuleNotFoundError" in reason:
@@ -122,7 +122,7 @@ def main():
     missing = sorted({f.library for f in families if importlib.util.find_spec(f.library) is None})
     if missing:
         sys.exit(f"expected all libraries, got none of {', '.join(missing)}")
-    with ProcessPoolExecutor() as pool:  # says so where a process died, and does not wait for it
+    with ProcessPoolExecutor() as pool:  # raises if a process dies, instead of waiting for it
         reports = list(pool.map(checked, range(len(families)), chunksize=8))
     pairs = zip(families, reports, strict=True)
     broken = [f"{f.library} {f.name}: {r}" for f, r in pairs if isinstance(r, str)]

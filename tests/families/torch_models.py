@@ -1,4 +1,4 @@
-"""Families of torch itself, and small models for ways of using layers that others have."""
+"""Families of torch itself, and small models for various ways of using layers."""
 
 import functools
 
@@ -42,7 +42,7 @@ def _tokens(batch_first=True, length=6):
 
 
 class Attending(nn.Module):
-    """Two attentions, one of them across, and what `nn.MultiheadAttention` offers."""
+    """Self-attention and cross-attention, with the options of `nn.MultiheadAttention`."""
 
     def __init__(self, memory=WIDTH, **settings):
         super().__init__()
@@ -66,7 +66,7 @@ def _attention(call=None, **settings):
 
 
 class Recurrent(nn.Module):
-    """Recurrent layers beside linear ones, of which alone we know the weights."""
+    """Recurrent layers beside linear ones; only the latter can be adapted."""
 
     def __init__(self):
         super().__init__()
@@ -80,7 +80,7 @@ class Recurrent(nn.Module):
 
 
 class Reading(nn.Module):
-    """A model that reads the weights of its layers in place of calling them."""
+    """A model that reads the weights of its layers instead of calling them."""
 
     def __init__(self):
         super().__init__()
@@ -126,7 +126,7 @@ class Skipping(nn.Module):
 
 
 class InPlace(nn.Module):
-    """What a layer returned, and views of it, are written over."""
+    """Overwrites the results of layers, and views of them, in place."""
 
     def __init__(self):
         super().__init__()
@@ -146,7 +146,7 @@ class InPlace(nn.Module):
 
 
 class Layouts(nn.Module):
-    """Inputs of layers that are transposed, broadcast, cut or of one dimension."""
+    """Layers whose inputs are transposed, broadcast, sliced or one-dimensional."""
 
     def __init__(self):
         super().__init__()
@@ -192,7 +192,7 @@ def torch_families():
         "TransformerEncoder, training": ({"batch_first": True, "train": True}, padded),
     }  # fmt: skip
     found = [
-        # Compiled, torch's own encoder leaves no zeros in padded places: it differs from itself.
+        # Compiled, torch's own encoder leaves no zeros at padded positions, unlike in eager mode.
         make(
             name,
             make=functools.partial(_encoder, **settings),

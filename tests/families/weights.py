@@ -1,11 +1,11 @@
-"""Random weights that signals survive."""
+"""Random weights of a size that keeps signals alive."""
 
 import torch
 from torch import nn
 
 
 def randomise(model, seed):
-    """Weights of a size that signals survive; those that are born as zeros or empty, too."""
+    """Randomises all weights at such a size, also those that start as zeros or uninitialised."""
     generator = torch.Generator().manual_seed(seed)
     done = set()
     with torch.no_grad():

@@ -14,6 +14,7 @@ import torch
 import tcur_kernels.operators.triton
 from cases import make_case
 from checks import check
+from tcur_kernels.operators.contract import CoreGradDense, CurLinear, MaterializeOut
 
 SOURCE = Path(tcur_kernels.operators.triton.__file__).parent
 
@@ -40,7 +41,7 @@ def run_materialize(module, n3):
 
     def run(weights, lateral_hat, horizontal_hat, core, scale, out_dtype):
         out = torch.empty(n3, 18, 35, dtype=out_dtype)
-        module.run(weights, lateral_hat, horizontal_hat, core, scale, out, "ieee")
+        module.run(MaterializeOut(weights, lateral_hat, horizontal_hat, core, scale, out), "ieee")
         return out
 
     args = ([case.weight], *case.packed, case.core, 0.5, torch.float32)
@@ -50,7 +51,7 @@ def run_materialize(module, n3):
 def run_core_grad_dense(module, n3):
     case = make_case(n3, 18, 35, 3)
     args = (torch.randn_like(case.weight), *case.packed)
-    check("core_grad_dense", *args, run=lambda *given: module.run(*given, "ieee"))
+    check("core_grad_dense", *args, run=lambda *given: module.run(CoreGradDense(*given), "ieee"))
 
 
 def run_blocks(module, n3):
@@ -75,8 +76,8 @@ def run_blocks(module, n3):
 def run_cur_linear(module, n3, transposed=False):
     case = make_case(n3, 18, 35, 3)
     x = torch.randn(40, 18 if transposed else 35)
-    args = (x, None, None, *case.packed, case.core, n3 - 1, 1, 0.5, False, transposed)
-    check("cur_linear", *args, run=lambda *given: module.run(*given, None, None, "ieee"))
+    args = (x, None, None, *case.packed, case.core, n3 - 1, 1, 0.5, transposed)
+    check("cur_linear", *args, run=lambda *given: module.run(CurLinear(*given), "ieee"))
 
 
 PHASE, CONJUGATE, TILE = "a wrong phase", "a missing conjugate", "an unwritten tile"

@@ -152,7 +152,7 @@ def test_cur_linear(n3, rank, transposed):
     weight = case.weight[first:].reshape(slices * 20, 19)
     x = torch.randn(2, 20, slices * 20 if transposed else 19)
     bias = None if transposed else torch.randn(slices * 20)
-    args = (*case.packed, case.core, first, slices, 0.5, False, transposed)
+    args = (*case.packed, case.core, first, slices, 0.5, transposed)
     check("cur_linear", x, weight, bias, *args)
 
 
@@ -160,14 +160,14 @@ def test_cur_linear(n3, rank, transposed):
 def test_cur_linear_without_a_weight(transposed):
     case = make_case(3, 20, 19, 3)
     x = torch.randn(2, 50, 20 if transposed else 19)
-    args = (*case.packed, case.core, 2, 1, 0.5, False, transposed)
+    args = (*case.packed, case.core, 2, 1, 0.5, transposed)
     check("cur_linear", x, None, None, *args)
 
 
 @pytest.mark.parametrize("leading", [(), (0,), (2, 0), (1,)], ids=str)
 def test_cur_linear_of_one_token_and_of_none(leading):
     case = make_case(4, 6, 9, 2)
-    args = (*case.packed, case.core, 1, 1, 0.5, False)
+    args = (*case.packed, case.core, 1, 1, 0.5)
     check("cur_linear", torch.randn(*leading, 9), case.weight[1], None, *args, False)
     check("cur_linear", torch.randn(*leading, 6), case.weight[1], None, *args, True)
 
@@ -176,15 +176,15 @@ def test_cur_linear_of_one_token_and_of_none(leading):
 def test_cur_linear_dtypes(dtype):
     case = make_case(5, 6, 20, 3, weight_dtype=dtype)
     x = torch.randn(40, 20).to(dtype)
-    check("cur_linear", x, case.weight[3], None, *case.packed, case.core, 3, 1, 0.5, False, False)
+    check("cur_linear", x, case.weight[3], None, *case.packed, case.core, 3, 1, 0.5, False)
 
 
 def test_cur_linear_of_projected_tokens_and_with_w_eff():
     case = make_case(5, 6, 20, 3)
     x = torch.randn(40, 20)
     args = (x, case.weight[3], torch.randn(6), *case.packed, case.core, 3, 1, 0.5)
-    check("cur_linear", *args, False, False, x @ case.packed[1].T)
-    check("cur_linear", *args, True, False)
+    check("cur_linear", *args, False, x @ case.packed[1].T)
+    check("w_eff_linear", *args, False)
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -195,7 +195,7 @@ def test_a_core_per_token(transposed, slices):
     x, grad_y = torch.randn(5, 40, 9), torch.randn(5, 40, slices * 6)
     weight = case.weight[1 : 1 + slices].reshape(slices * 6, 9)
     tokens = grad_y if transposed else x
-    how = (*case.packed, cores, 1, slices, 0.5, False, transposed, None, False, ids)
+    how = (*case.packed, cores, 1, slices, 0.5, transposed, None, False, ids)
     check("cur_linear", tokens, weight, None, *how)
     check("core_grad_tokens", x, grad_y, *case.packed, 5, 1, slices, ids, 4)
 
@@ -203,7 +203,7 @@ def test_a_core_per_token(transposed, slices):
 def test_no_rows_and_ids_of_no_core():
     case = make_case(5, 6, 9, 3)
     cores, none = torch.randn(4, 5, 3, 3), torch.empty(0, dtype=torch.int64)
-    args = (*case.packed, cores, 1, 1, 0.5, False, False, None, False)
+    args = (*case.packed, cores, 1, 1, 0.5, False, None, False)
     check("cur_linear", torch.randn(0, 7, 9), case.weight[1], None, *args, none)
     x, grad_y = torch.randn(0, 7, 9), torch.randn(0, 7, 6)
     check("core_grad_tokens", x, grad_y, *case.packed, 5, 1, 1, none, 4)
@@ -226,4 +226,4 @@ def test_precisions_keep_their_promise(precision, n3):
     check_promise("core_grad_dense", precision, factors, [torch.randn_like(case.weight)])
     check_promise("core_grad_tokens", precision, factors, [x, grad_y], n3, *where)
     linear = [x, None, None]
-    check_promise("cur_linear", precision, factors, linear, case.core, *where, 0.5, False, False)
+    check_promise("cur_linear", precision, factors, linear, case.core, *where, 0.5, False)

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..contract import CoreGradDense
 from . import launch
 from .blocks import core_gradient
 from .contract import check_factors, expect
@@ -137,8 +138,9 @@ def _folded_kernel(
 _FORMS = {"direct": _direct_kernel, "folded": _folded_kernel}
 
 
-def run(grad: Tensor, lateral_hat: Tensor, horizontal_hat: Tensor, precision: str) -> Tensor:
+def run(a: CoreGradDense, precision: str) -> Tensor:
     """Launches the kernels: the gradient of the core, [n3, r, r]."""
+    grad, lateral_hat, horizontal_hat = a
     n3, n1, n2 = grad.shape
     rank = lateral_hat.shape[1] // n3
     check_factors(lateral_hat, horizontal_hat, n3, rank, None)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..contract import CoreOfPacked
 from . import launch
 from .blocks import core_of_partials
 from .contract import expect
 
 
-def run(packed: Tensor, scale: float) -> Tensor:
-    """Launches the kernel: the gradient of the core, [n3, r, r]."""
+def run(a: CoreOfPacked, precision: str) -> Tensor:
+    """Launches the kernel: the gradient of the core, [n3, r, r], exact in any precision."""
+    packed = a.packed
     if packed.ndim != 4:
         raise ValueError(f"packed: expected [m, n3, r, r], got {list(packed.shape)}")
     expect("packed", packed, [*packed.shape[:3], packed.shape[2]])
@@ -19,4 +21,4 @@ def run(packed: Tensor, scale: float) -> Tensor:
         raise TypeError(f"packed: expected float32, got {packed.dtype}")
     arch = launch.arch_of(packed.device)
     exact, _ = launch.dot_precisions(arch, "ieee", packed.dtype)
-    return core_of_partials(packed.contiguous(), scale, arch, exact)
+    return core_of_partials(packed.contiguous(), a.scale, arch, exact)

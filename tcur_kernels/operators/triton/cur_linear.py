@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..contract import CurLinear
 from . import launch
 from .contract import check_factors, check_tokens, expect
 from .launch import wrap_triton
@@ -118,76 +119,52 @@ def _apply_kernel(
     tl.store(out_ptr + at + rank, m_im, mask=mask)
 
 
-def run(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    lateral_hat: Tensor,
-    horizontal_hat: Tensor,
-    core: Tensor,
-    slice_index: int,
-    slices: int,
-    scale: float,
-    materialized: bool,
-    transposed: bool,
-    z: Tensor | None,
-    adapter_ids: Tensor | None,
-    precision: str,
-) -> Tensor:
+def run(a: CurLinear, precision: str) -> Tensor:
     """Launches the kernels: y of the dtype of ``x``."""
+    x, lateral_hat, horizontal_hat, slices = a.x, a.lateral_hat, a.horizontal_hat, a.slices
     n1, q = lateral_hat.shape
-    n3, _, rank = core.shape[-3:]
+    n3, _, rank = a.core.shape[-3:]
     n2 = horizontal_hat.shape[1]
     tokens = math.prod(x.shape[:-1])
-    check_factors(lateral_hat, horizontal_hat, n3, rank, core)
-    check_tokens(n3, slice_index, slices, tokens, adapter_ids)
-    expect("x", x, [*x.shape[:-1], slices * n1 if transposed else n2])
-    if z is not None:
-        expect("z", z, [*x.shape[:-1], q])
+    check_factors(lateral_hat, horizontal_hat, n3, rank, a.core)
+    check_tokens(n3, a.slice_index, slices, tokens, a.adapter_ids)
+    expect("x", x, [*x.shape[:-1], slices * n1 if a.transposed else n2])
+    if a.z is not None:
+        expect("z", a.z, [*x.shape[:-1], q])
     base: Tensor | None = None
-    if weight is not None:
-        base = x @ weight if transposed else torch.nn.functional.linear(x, weight, bias)
+    if a.weight is not None:
+        base = x @ a.weight if a.transposed else torch.nn.functional.linear(x, a.weight, a.bias)
         base = base.contiguous()
-    if materialized:
-        assert base is not None
-        return base
     arch = launch.arch_of(x.device)
     exact, precision = launch.dot_precisions(arch, precision, lateral_hat.dtype)
-    if transposed:
+    if a.transposed:
         projected = product(x.reshape(tokens * slices, n1), lateral_hat, arch, precision)
-    elif z is None:
+    elif a.z is None:
         projected = product(x.reshape(tokens, x.shape[-1]), horizontal_hat.mT, arch, precision)
     else:
-        projected = z.reshape(tokens, q).contiguous()
-    blocks = (slices, 1) if transposed else (1, slices)
-    mixed = _apply_core(
-        projected, core, slice_index, slices, scale, transposed, adapter_ids, tokens, arch, exact
-    )
-    features = n2 if transposed else n1
-    right = horizontal_hat if transposed else lateral_hat.mT
-    shape = (*x.shape[:-1], blocks[1] * features)
+        projected = a.z.reshape(tokens, q).contiguous()
+    mixed = _apply_core(projected, a, tokens, arch, exact)
+    out_slices, features = (1, n2) if a.transposed else (slices, n1)
+    right = horizontal_hat if a.transposed else lateral_hat.mT
+    shape = (*x.shape[:-1], out_slices * features)
     if base is None:
         update = product(mixed, right, arch, precision)
         return update.to(x.dtype).reshape(shape)
-    y = base.view(tokens * blocks[1], features)
+    y = base.view(tokens * out_slices, features)
     return product(mixed, right, arch, precision, out=y).view(shape)
 
 
 def _apply_core(
     projected: Tensor,  # [tokens * in_slices, q]
-    core: Tensor,
-    slice_index: int,
-    slices: int,
-    scale: float,
-    transposed: bool,
-    adapter_ids: Tensor | None,
+    a: CurLinear,
     tokens: int,
     arch: str,
     precision: str,
 ) -> Tensor:
     """[tokens * out_slices, q]: the projected tokens times M_l of their core."""
+    core, adapter_ids, slices = a.core, a.adapter_ids, a.slices
     n3, rank = core.shape[-3:-1]
-    in_slices, out_slices = (slices, 1) if transposed else (1, slices)
+    in_slices, out_slices = (slices, 1) if a.transposed else (1, slices)
     batch = 1 if adapter_ids is None else adapter_ids.shape[0]
     turned = core.new_empty(batch * slices, n3, rank, rank)
     mixed = core.new_empty(tokens * out_slices, n3 * rank)
@@ -200,13 +177,13 @@ def _apply_core(
     ids = core if adapter_ids is None else adapter_ids.contiguous()
     cores = 1 if adapter_ids is None else core.shape[0]
     wrap_triton(_turn_kernel)[(batch * slices, bins, tiles * tiles)](
-        core.contiguous(), ids, turned, cores, n3, rank, scale, slices, slice_index,
+        core.contiguous(), ids, turned, cores, n3, rank, a.scale, slices, a.slice_index,
         SLICES=turn.slices, PARTS=launch.PARTS, IDS=adapter_ids is not None,
         num_warps=turn.warps, num_stages=turn.stages,
     )  # fmt: skip
     wrap_triton(_apply_kernel)[(programs, bins, tiles * out_slices)](
         projected, turned, mixed, per_row, n3, rank, slices, in_slices, out_slices,
-        ROWS=apply.rows, PARTS=launch.PARTS, TRANSPOSED=transposed, PRECISION=precision,
+        ROWS=apply.rows, PARTS=launch.PARTS, TRANSPOSED=a.transposed, PRECISION=precision,
         num_warps=apply.warps, num_stages=apply.stages,
     )  # fmt: skip
     return mixed

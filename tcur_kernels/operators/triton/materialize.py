@@ -23,12 +23,14 @@ import itertools
 import math
 from collections.abc import Sequence
 from functools import cache
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..contract import MaterializeOut
 from . import launch
 from .contract import check_factors, expect
 from .launch import wrap_triton
@@ -319,66 +321,34 @@ def _direct_kernel(
 _FORMS = {"direct": _direct_kernel, "dense": _dense_kernel, "folded": _folded_kernel}
 
 
-def run(
-    weights: Sequence[Tensor],
-    lateral_hat: Tensor,
-    horizontal_hat: Tensor,
-    core: Tensor,
-    scale: float,
-    out: Tensor,
-    precision: str,
-) -> None:
-    """Launches the kernels; writes ``out``, contiguous.
+class _Base(NamedTuple):
+    """What the update is added to, as the kernels take it."""
 
-    [n3, n1, n2], or where layers hold slices side by side flat, see `ops`.
-    """
-    n3, _, rank = core.shape
-    n1, n2 = lateral_hat.shape[0], horizontal_hat.shape[1]
-    check_factors(lateral_hat, horizontal_hat, n3, rank, core)
-    layers = len(weights) > 0 and weights[0].ndim == 2
-    # Slices that each layer holds, side by side; a stack holds them one after the other.
-    counts = [max(1, weight.shape[-1] // max(1, n2)) if layers else 1 for weight in weights]
-    if len(weights) > 0 and sum(counts) != (n3 if layers else 1):
-        raise ValueError(f"weights: expected {n3 if layers else 1}, got {sum(counts)}")
-    beside = layers and len(weights) < n3
-    expect("out", out, [n3 * n1 * n2] if beside else [n3, n1, n2])
-    for weight, count in zip(weights, counts, strict=True):
-        expect("weights", weight, [n1, count * n2] if layers else [n3, n1, n2])
-        if weight.dtype != weights[0].dtype:
-            raise TypeError(f"weights: expected {weights[0].dtype}, got {weight.dtype}")
-    arch = launch.arch_of(core.device)
-    exact, precision = launch.dot_precisions(arch, precision, lateral_hat.dtype)
-    lateral_hat, horizontal_hat = lateral_hat.contiguous(), horizontal_hat.contiguous()
+    tensor: Tensor
+    places: Tensor  # of slices in separate layers, see `_table`
+    kind: str = "none"
+    aligned: int = 1  # elements that a thread loads at once
+
+
+def run(a: MaterializeOut, precision: str) -> None:
+    """Launches the kernels; writes ``out``, contiguous."""
+    n3, _, rank = a.core.shape
+    n1, n2 = a.lateral_hat.shape[0], a.horizontal_hat.shape[1]
+    counts = _counts_of(a)
+    arch = launch.arch_of(a.core.device)
+    exact, precision = launch.dot_precisions(arch, precision, a.lateral_hat.dtype)
     ranks = launch.padded(rank, launch.PART)
-    mixed = core.new_empty(n3, n1, ranks)
-    roots = core.new_empty(2, n3 // 2 + 1, n3)
+    mixed = a.core.new_empty(n3, n1, ranks)
+    roots = a.core.new_empty(2, n3 // 2 + 1, n3)
     mix = launch.row("mix", arch, n3)
     wrap_triton(_mix_kernel)[(n3 // 2 + 1, triton.cdiv(n1, mix.rows))](
-        lateral_hat, core.contiguous(), mixed, roots, n1, n3, rank, scale,
+        a.lateral_hat.contiguous(), a.core.contiguous(), mixed, roots, n1, n3, rank, a.scale,
         ROWS=mix.rows, RANKS=ranks, PARTS=launch.PARTS, SLICES=mix.slices, PRECISION=exact,
         num_warps=mix.warps, num_stages=mix.stages,
     )  # fmt: skip
-    base, places, kind, aligned = mixed, mixed, "none", 1
-    if layers and not all(weight.is_contiguous() for weight in weights):
-        # A copy in any case; of one tensor, so that no table is kept for addresses of copies.
-        if beside:
-            copy = torch.cat([weight.flatten() for weight in weights])
-            parts = copy.split([weight.numel() for weight in weights])
-            weights = [part.view(n1, -1) for part in parts]
-        else:
-            weights, layers = [torch.stack(list(weights))], False
-    if weights:
-        base, kind = weights[0].contiguous(), "layers" if layers else "stack"
-    if layers:
-        addresses = [weight.data_ptr() for weight in weights]
-        size = base.element_size()
-        distances = tuple((address - addresses[0]) // size for address in addresses)
-        if all(address % 16 == 0 for address in addresses):
-            aligned = 16 // size  # what a thread loads at once
-        if beside:
-            kind, aligned = "beside", math.gcd(aligned, n2)
-            distances = _places_beside(distances, counts, n1, n2)
-        places = _table(distances, core.device)
+    base = _Base(mixed, mixed)
+    if len(a.weights) > 0:
+        base = _base_of(a.weights, counts, n1, n2, mixed)
     chosen = launch.row("materialize", arch, n3)
     kernel = _FORMS[chosen.form]
     tiles = triton.cdiv(n1, chosen.rows) * triton.cdiv(n2, chosen.cols)
@@ -391,11 +361,55 @@ def run(
         count = count if is_beside else n3 // 2 + 1
         extra = {"MIDDLE": is_beside}
     wrap_triton(kernel)[(tiles, triton.cdiv(count, chosen.slices))](
-        base, places, mixed, horizontal_hat, roots, out, n1, n2, n3, rank,
+        base.tensor, base.places, mixed, a.horizontal_hat.contiguous(), roots, a.out,
+        n1, n2, n3, rank,
         ROWS=chosen.rows, COLS=chosen.cols, RANKS=ranks, PARTS=launch.PARTS,
-        BINS=chosen.bins, SLICES=chosen.slices, BASE=kind, ALIGNED=aligned,
+        BINS=chosen.bins, SLICES=chosen.slices, BASE=base.kind, ALIGNED=base.aligned,
         PRECISION=precision, **extra, num_warps=chosen.warps, num_stages=chosen.stages,
     )  # fmt: skip
+
+
+def _counts_of(a: MaterializeOut) -> list[int]:
+    """Slices that each layer holds, side by side, or of a stack [1]; refuses what does not fit."""
+    n3, _, rank = a.core.shape
+    n1, n2 = a.lateral_hat.shape[0], a.horizontal_hat.shape[1]
+    check_factors(a.lateral_hat, a.horizontal_hat, n3, rank, a.core)
+    layers = len(a.weights) > 0 and a.weights[0].ndim == 2
+    counts = [max(1, weight.shape[-1] // max(1, n2)) if layers else 1 for weight in a.weights]
+    if len(a.weights) > 0 and sum(counts) != (n3 if layers else 1):
+        raise ValueError(f"weights: expected {n3 if layers else 1}, got {sum(counts)}")
+    is_flat = layers and len(counts) < n3
+    expect("out", a.out, [n3 * n1 * n2] if is_flat else [n3, n1, n2])
+    for weight, count in zip(a.weights, counts, strict=True):
+        expect("weights", weight, [n1, count * n2] if layers else [n3, n1, n2])
+        if weight.dtype != a.weights[0].dtype:
+            raise TypeError(f"weights: expected {a.weights[0].dtype}, got {weight.dtype}")
+    return counts
+
+
+def _base_of(
+    weights: Sequence[Tensor], counts: Sequence[int], n1: int, n2: int, unused: Tensor
+) -> _Base:
+    layers, beside = weights[0].ndim == 2, len(counts) < sum(counts)
+    if layers and not all(weight.is_contiguous() for weight in weights):
+        # A copy in any case; of one tensor, so that no table is kept for addresses of copies.
+        if beside:
+            copy = torch.cat([weight.flatten() for weight in weights])
+            parts = copy.split([weight.numel() for weight in weights])
+            weights = [part.view(n1, -1) for part in parts]
+        else:
+            weights, layers = [torch.stack(list(weights))], False
+    base = weights[0].contiguous()
+    if not layers:
+        return _Base(base, unused, "stack")
+    addresses = [weight.data_ptr() for weight in weights]
+    size = base.element_size()
+    distances = tuple((address - addresses[0]) // size for address in addresses)
+    aligned = 16 // size if all(address % 16 == 0 for address in addresses) else 1
+    if not beside:
+        return _Base(base, _table(distances, base.device), "layers", aligned)
+    places = _places_beside(distances, counts, n1, n2)
+    return _Base(base, _table(places, base.device), "beside", math.gcd(aligned, n2))
 
 
 def _places_beside(

@@ -10,14 +10,17 @@ opaque.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
 from .. import contract
+from ..contract import Materialize, MaterializeOut
 from . import core_grad_dense, core_grad_tokens, core_of_packed, cur_linear, materialize
 from .products import product_kernel
 
@@ -33,116 +36,41 @@ def _device_of(tensor: Tensor) -> AbstractContextManager[object]:
     return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else nullcontext()
 
 
+def _add(name: str, language: str, run: Callable[[Any], Tensor | None], opaque: bool) -> None:
+    """Defines an operator of the contract by a function of its record."""
+    entry = contract.OPERATORS[name]
+
+    def kernel(*args: Any) -> Tensor | None:
+        arguments = entry.arguments(*args)
+        with _device_of(next(each for each in arguments if isinstance(each, Tensor))):
+            return run(arguments)
+
+    # `triton_op` takes no schema but infers one (torch 2.13), from the signature.
+    kernel.__signature__ = contract.signature_of(entry.arguments)  # type: ignore[attr-defined]
+    register = torch.library.custom_op if opaque or INTERPRETED else torch.library.triton_op
+    written = contract.written_by(entry.arguments)
+    qualified = contract.qualified(name, language)
+    register(qualified, kernel, mutates_args=written, schema=entry.schema)
+
+
 def _define(language: str, precision: str) -> None:
-    operator = torch.library.custom_op if INTERPRETED else torch.library.triton_op
+    run = partial(materialize.run, precision=precision)
 
-    def qualified(name: str) -> str:
-        return f"tcur::{name}_{language}"
-
-    @torch.library.custom_op(qualified("materialize_out"), mutates_args=("out",))
-    def materialize_out(
-        weights: Sequence[Tensor],
-        lateral_hat: Tensor,
-        horizontal_hat: Tensor,
-        core: Tensor,
-        scale: float,
-        out: Tensor,
-    ) -> None:
-        with _device_of(out):
-            materialize.run(weights, lateral_hat, horizontal_hat, core, scale, out, precision)
-
-    @operator(qualified("materialize"), mutates_args=())
-    def _materialize(
-        weights: Sequence[Tensor],
-        lateral_hat: Tensor,
-        horizontal_hat: Tensor,
-        core: Tensor,
-        scale: float,
-        out_dtype: torch.dtype,
-    ) -> Tensor:
-        shape = (core.shape[0], lateral_hat.shape[0], horizontal_hat.shape[1])
-        out = core.new_empty(shape, dtype=out_dtype)
-        args = (weights, lateral_hat, horizontal_hat, core, scale, out)
-        if len(weights) > 0 and weights[0].ndim == 2:
-            materialize_out(*args)
+    def into_new_memory(a: Materialize) -> Tensor:
+        shape = (a.core.shape[0], a.lateral_hat.shape[0], a.horizontal_hat.shape[1])
+        out = a.core.new_empty(shape, dtype=a.out_dtype)
+        written = MaterializeOut(*a[:-1], out)
+        if len(a.weights) > 0 and a.weights[0].ndim == 2:
+            contract.operator("materialize_out", language)(*written)
         else:
-            with _device_of(out):
-                materialize.run(*args, precision)
+            run(written)
         return out
 
-    @operator(qualified("core_grad_dense"), mutates_args=())
-    def _core_grad_dense(grad: Tensor, lateral_hat: Tensor, horizontal_hat: Tensor) -> Tensor:
-        with _device_of(grad):
-            return core_grad_dense.run(grad, lateral_hat, horizontal_hat, precision)
-
-    @operator(qualified("core_grad_tokens"), mutates_args=())
-    def _core_grad_tokens(
-        x: Tensor,
-        grad_y: Tensor | None,
-        lateral_hat: Tensor,
-        horizontal_hat: Tensor | None,
-        n3: int,
-        slice_index: int,
-        slices: int,
-        adapter_ids: Tensor | None = None,
-        adapters: int = 1,
-        packed: bool = False,
-    ) -> Tensor:
-        with _device_of(x):
-            return core_grad_tokens.run(
-                x,
-                grad_y,
-                lateral_hat,
-                horizontal_hat,
-                n3,
-                slice_index,
-                slices,
-                adapter_ids,
-                adapters,
-                packed,
-                precision,
-            )
-
-    @operator(qualified("core_of_packed"), mutates_args=())
-    def _core_of_packed(packed: Tensor, scale: float) -> Tensor:
-        with _device_of(packed):
-            return core_of_packed.run(packed, scale)
-
-    @operator(qualified("cur_linear"), mutates_args=())
-    def _cur_linear(
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        lateral_hat: Tensor,
-        horizontal_hat: Tensor,
-        core: Tensor,
-        slice_index: int,
-        slices: int,
-        scale: float,
-        materialized: bool,
-        transposed: bool,
-        z: Tensor | None = None,
-        dense_grad: bool = False,
-        adapter_ids: Tensor | None = None,
-    ) -> Tensor:
-        with _device_of(x):
-            return cur_linear.run(
-                x,
-                weight,
-                bias,
-                lateral_hat,
-                horizontal_hat,
-                core,
-                slice_index,
-                slices,
-                scale,
-                materialized,
-                transposed,
-                z,
-                adapter_ids,
-                precision,
-            )
-
+    _add("materialize_out", language, run, opaque=True)
+    _add("materialize", language, into_new_memory, opaque=False)
+    for module in (core_grad_dense, core_grad_tokens, core_of_packed, cur_linear):
+        name = module.__name__.rpartition(".")[2]
+        _add(name, language, partial(module.run, precision=precision), opaque=False)
     contract.complete(language)
 
 

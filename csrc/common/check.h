@@ -1,0 +1,157 @@
+// Checks of the operators' arguments, and the sizes that are read off them.
+//
+// The Python layer has refused bad input by name long before; these checks only make sure that no
+// kernel ever reads or writes outside its tensors when an operator is called directly.
+#pragma once
+
+#include "arguments.h"
+
+#include <initializer_list>
+
+namespace tcur {
+
+inline void check_shape(
+    const char* name, const Tensor& tensor, std::initializer_list<int64_t> shape) {
+  bool same = tensor.dim() == static_cast<int64_t>(shape.size());
+  int64_t d = 0;
+  for (auto it = shape.begin(); same && it != shape.end(); ++it, ++d) {
+    same = tensor.size(d) == *it;
+  }
+  STD_TORCH_CHECK(same, "tcur: ", name, " has an unexpected shape");
+}
+
+inline void check_dtype(const char* name, const Tensor& tensor, ScalarType dtype) {
+  STD_TORCH_CHECK(tensor.scalar_type() == dtype, "tcur: ", name, " has an unexpected dtype");
+}
+
+// Sizes shared by all operators, read off the packed factors and the number of slices.
+struct Sizes {
+  int64_t n1, n2, n3, rank;
+
+  int64_t q() const {
+    return n3 * rank;
+  }
+};
+
+// Packed factors. Operators on tokens may go without R̂, where the tokens are projected already: n2
+// is then n3*rank.
+inline Sizes check_packed(
+    const Tensor& lateral_hat, const std::optional<Tensor>& horizontal_hat, int64_t n3) {
+  STD_TORCH_CHECK(n3 >= 1, "tcur: n3 must be positive");
+  STD_TORCH_CHECK(lateral_hat.dim() == 2, "tcur: lateral_hat must be [n1, n3*rank]");
+  const int64_t q = lateral_hat.size(1);
+  STD_TORCH_CHECK(q > 0 && q % n3 == 0, "tcur: lateral_hat must be [n1, n3*rank]");
+  if (!horizontal_hat.has_value()) {
+    return {lateral_hat.size(0), q, n3, q / n3};
+  }
+  STD_TORCH_CHECK(
+      horizontal_hat->dim() == 2 && horizontal_hat->size(0) == q,
+      "tcur: horizontal_hat must be [n3*rank, n2]");
+  check_dtype("horizontal_hat", *horizontal_hat, lateral_hat.scalar_type());
+  return {lateral_hat.size(0), horizontal_hat->size(1), n3, q / n3};
+}
+
+// Operators on tokens take factors in bf16 too, for projections in that precision.
+inline void check_token_factors(const Tensor& lateral_hat) {
+  STD_TORCH_CHECK(
+      is_compute_dtype(compute_dtype(lateral_hat.scalar_type())),
+      "tcur: lateral_hat must be fp32, fp64 or bf16");
+}
+
+inline Sizes check_materialize(const MaterializeArguments& a) {
+  STD_TORCH_CHECK(a.core.dim() == 3, "tcur: core must be [n3, rank, rank]");
+  const Sizes sizes = check_packed(a.lateral_hat, a.horizontal_hat, a.core.size(0));
+  check_shape("core", a.core, {sizes.n3, sizes.rank, sizes.rank});
+  return sizes;
+}
+
+inline Sizes check_core_grad_dense(const CoreGradDenseArguments& a) {
+  STD_TORCH_CHECK(a.grad.dim() == 3, "tcur: grad must be [n3, n1, n2]");
+  const Sizes sizes = check_packed(a.lateral_hat, a.horizontal_hat, a.grad.size(0));
+  check_shape("grad", a.grad, {sizes.n3, sizes.n1, sizes.n2});
+  return sizes;
+}
+
+struct TokenSizes : Sizes {
+  int64_t tokens;
+};
+
+inline TokenSizes check_core_grad_tokens(const CoreGradTokensArguments& a) {
+  check_token_factors(a.lateral_hat);
+  const Sizes sizes = check_packed(a.lateral_hat, a.horizontal_hat, a.n3);
+  STD_TORCH_CHECK(
+      a.slice_index >= 0 && a.slices >= 1 && a.slice_index + a.slices <= a.n3,
+      "tcur: slice_index out of range");
+  STD_TORCH_CHECK(
+      a.x.dim() >= 1 && a.x.size(a.x.dim() - 1) == sizes.n2,
+      "tcur: x must be [..., n2], or [..., q]");
+  const int64_t tokens = sizes.n2 == 0 ? 0 : a.x.numel() / sizes.n2;
+  if (a.grad_y.has_value()) {
+    STD_TORCH_CHECK(
+        a.grad_y->dim() >= 1 && a.grad_y->size(a.grad_y->dim() - 1) == a.slices * sizes.n1,
+        "tcur: grad_y must be [..., slices*n1]");
+    STD_TORCH_CHECK(
+        a.grad_y->numel() == tokens * a.slices * sizes.n1,
+        "tcur: x and grad_y must have the same tokens");
+  } else {
+    STD_TORCH_CHECK(
+        a.slices == 1 && tokens == sizes.n1, "tcur: without grad_y, x must be one slice of G");
+    STD_TORCH_CHECK(!a.adapter_ids.has_value(), "tcur: adapter_ids goes without a dense gradient");
+  }
+  STD_TORCH_CHECK(a.adapters >= 0, "tcur: adapters must not be negative");
+  STD_TORCH_CHECK(
+      !a.packed || !a.adapter_ids.has_value(), "tcur: adapter_ids goes without packed gradients");
+  return {sizes, tokens};
+}
+
+struct PackedSizes {
+  int64_t count, n3, rank;
+};
+
+inline PackedSizes check_core_of_packed(const CoreOfPackedArguments& a) {
+  const Tensor& packed = a.packed;
+  STD_TORCH_CHECK(
+      packed.dim() == 4 && packed.size(1) >= 1 && packed.size(2) >= 1 &&
+          packed.size(2) == packed.size(3),
+      "tcur: packed must be [m, n3, rank, rank]");
+  return {packed.size(0), packed.size(1), packed.size(2)};
+}
+
+struct LinearSizes : TokenSizes {
+  int64_t in_features, out_features;
+};
+
+inline LinearSizes check_cur_linear(const CurLinearArguments& a) {
+  const bool many = a.adapter_ids.has_value();
+  STD_TORCH_CHECK(
+      a.core.dim() == (many ? 4 : 3),
+      "tcur: core must be [n3, rank, rank], and [adapters, n3, rank, rank] with adapter_ids");
+  STD_TORCH_CHECK(
+      !many || !a.dense_grad, "tcur: adapter_ids goes by the factors, without a dense gradient");
+  const int64_t n3 = a.core.size(a.core.dim() - 3);
+  check_token_factors(a.lateral_hat);
+  const Sizes sizes = check_packed(a.lateral_hat, a.horizontal_hat, n3);
+  STD_TORCH_CHECK(
+      a.core.size(a.core.dim() - 2) == sizes.rank && a.core.size(a.core.dim() - 1) == sizes.rank,
+      "tcur: core has an unexpected shape");
+  check_dtype("core", a.core, compute_dtype(a.lateral_hat.scalar_type()));
+  STD_TORCH_CHECK(
+      a.slice_index >= 0 && a.slices >= 1 && a.slice_index + a.slices <= n3,
+      "tcur: slice_index out of range");
+  const int64_t rows = a.slices * sizes.n1;
+  const int64_t in_features = a.transposed ? rows : sizes.n2;
+  STD_TORCH_CHECK(
+      a.x.dim() >= 1 && a.x.size(a.x.dim() - 1) == in_features,
+      "tcur: x has an unexpected last dimension");
+  STD_TORCH_CHECK(
+      !a.bias.has_value() || (a.weight.has_value() && !a.transposed),
+      "tcur: bias goes with a weight, forwards");
+  if (a.weight.has_value()) {
+    check_shape("weight", *a.weight, {rows, sizes.n2});
+  }
+  STD_TORCH_CHECK(!a.z.has_value() || !a.transposed, "tcur: z goes with a forward map");
+  const int64_t tokens = in_features == 0 ? 0 : a.x.numel() / in_features;
+  return {{sizes, tokens}, in_features, a.transposed ? sizes.n2 : rows};
+}
+
+}  // namespace tcur

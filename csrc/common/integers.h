@@ -1,0 +1,27 @@
+// Integer arithmetic of sizes and addresses.
+#pragma once
+
+#include "host_device.h"
+
+#include <cstdint>
+#include <type_traits>
+
+namespace tcur {
+
+// How many pieces of a length cover a size that is not negative.
+template <class Size, class Piece>
+TCUR_HOST_DEVICE constexpr std::common_type_t<Size, Piece> ceil_div(Size size, Piece piece) {
+  return (size + piece - 1) / piece;
+}
+
+template <class Size, class Piece>
+TCUR_HOST_DEVICE constexpr std::common_type_t<Size, Piece> round_up(Size size, Piece multiple) {
+  return ceil_div(size, multiple) * multiple;
+}
+
+// Whether an address is a multiple of so many bytes.
+inline bool is_aligned(const void* data, int64_t bytes) {
+  return reinterpret_cast<uintptr_t>(data) % static_cast<uintptr_t>(bytes) == 0;
+}
+
+}  // namespace tcur

@@ -1,0 +1,5 @@
+#include "isa.h"
+
+#ifdef TCUR_ISA
+#include "../transforms_kernel.h"
+#endif

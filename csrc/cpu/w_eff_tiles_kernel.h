@@ -1,0 +1,355 @@
+// Tiles of W_eff = W + scale * C*U*R, all slices at once, for a consumer that says what becomes of
+// their numbers.
+//
+// One task makes kRowBlock rows of every slice. P_k = Ĉ_k Û_k is formed once per row block; then,
+// block by block of columns, S_k = P_k R̂_k in registers and the inverse DFT of the packed planes,
+// both in the first-level cache, until a tile is full; then a sweep of the tile, slice by slice,
+// adds the base and hands the numbers on. A tile of all slices and its base stay in the
+// second-level cache.
+//
+// A consumer gives a sink for each slice of a tile, and finishes what a task began:
+//     Sink sink(int64_t slice, int64_t first, int64_t stride) const   number `first` of the slice
+//                                                                      is the sink's number 0
+//     void finish() const
+// A sink takes the numbers of W_eff out of registers, block by block:
+//     bool takes_whole_blocks() const              or it takes them row by row too
+//     void put_whole(int64_t at, Vec<T> v) const   numbers at … of a whole block
+//     Row row(int64_t at) const                    for a row of any other block from `at` on
+// and a row takes them in order, `at` counted from where it begins:
+//     void put(int64_t at, Vec<T> v) const
+//     void put(int64_t at, T value) const
+// materialize_kernel.h has the consumer that writes them. Members carry TCUR_TARGET; lambdas would
+// not inherit it.
+#pragma once
+
+#include "compiled_kernels.h"
+#include "convert_kernel.h"
+
+namespace tcur::TCUR_ISA {
+
+// P = Ĉ Û for the rows of one block, packed: products[plane][b][row]; zeros past the last row.
+template <class T>
+TCUR_TARGET void lateral_core_products(
+    const WEffArgs<T>& m,
+    int64_t row,
+    int64_t rows,
+    T* products,  // [n3, rank, kRowBlock]
+    T* lines) {   // scratch: 2 * kRowBlock vectors
+  constexpr int lanes = Simd<T>::lanes;
+  const int64_t r = m.f.rank, size = r * m.core_stride;
+  const T* c[kRowBlock];
+  for (int64_t i = 0; i < kRowBlock; ++i) {
+    c[i] = m.f.lateral_hat + (i < rows ? row + i : row) * m.f.q();
+  }
+  for (Bin bin(m.f.n3); bin.is_there(); bin.next()) {
+    const int64_t plane = bin.plane;
+    const bool pair = bin.is_pair;
+    for (int64_t first = 0; first < r; first += lanes) {
+      const T* u = m.core_hat + plane * size + first;
+      Vec<T> re[kRowBlock], im[kRowBlock];
+      for (int i = 0; i < kRowBlock; ++i) {
+        re[i] = im[i] = Vec<T>{};
+      }
+      for (int64_t a = 0; a < r; ++a, u += m.core_stride) {
+        const Vec<T> u_re = load(u), u_im = pair ? load(u + size) : Vec<T>{};
+        for (int i = 0; i < kRowBlock; ++i) {
+          const T c_re = c[i][plane * r + a], c_im = pair ? c[i][(plane + 1) * r + a] : T(0);
+          re[i] += c_re * u_re;
+          re[i] -= c_im * u_im;
+          im[i] += c_re * u_im;
+          im[i] += c_im * u_re;
+        }
+      }
+      for (int i = 0; i < kRowBlock; ++i) {
+        const T keep = i < rows ? T(1) : T(0);
+        store(lines + i * lanes, Vec<T>(keep * re[i]));
+        store(lines + (kRowBlock + i) * lanes, Vec<T>(keep * im[i]));
+      }
+      const int64_t last = r - first < lanes ? r - first : lanes;
+      for (int64_t part = 0; part < bin.planes(); ++part) {
+        T* target = products + ((plane + part) * r + first) * kRowBlock;
+        for (int64_t b = 0; b < last; ++b) {
+          for (int i = 0; i < kRowBlock; ++i) {
+            target[b * kRowBlock + i] = lines[(part * kRowBlock + i) * lanes + b];
+          }
+        }
+      }
+    }
+  }
+}
+
+// S = P R̂ of one real bin at COLUMNS vectors.
+template <class T, int COLUMNS>
+TCUR_TARGET inline void real_bin(
+    const T* p,      // [rank, kRowBlock]
+    const T* r_hat,  // [rank, kColumnBlock]
+    int64_t rank,
+    T* s) {  // [kRowBlock, kColumnBlock]
+  constexpr int lanes = Simd<T>::lanes;
+  Vec<T> acc[kRowBlock][COLUMNS];
+  for (int i = 0; i < kRowBlock; ++i) {
+    for (int v = 0; v < COLUMNS; ++v) {
+      acc[i][v] = Vec<T>{};
+    }
+  }
+  for (int64_t b = 0; b < rank; ++b) {
+    for (int v = 0; v < COLUMNS; ++v) {
+      const Vec<T> x = load(r_hat + b * kColumnBlock + v * lanes);
+      for (int i = 0; i < kRowBlock; ++i) {
+        acc[i][v] += p[b * kRowBlock + i] * x;
+      }
+    }
+  }
+  for (int i = 0; i < kRowBlock; ++i) {
+    for (int v = 0; v < COLUMNS; ++v) {
+      store(s + i * kColumnBlock + v * lanes, acc[i][v]);
+    }
+  }
+}
+
+// S = P R̂ of one complex bin; its two planes follow each other in every array.
+template <class T, int COLUMNS>
+TCUR_TARGET inline void complex_bin(
+    const T* p,      // [2, rank, kRowBlock]
+    const T* r_hat,  // [2, rank, kColumnBlock]
+    int64_t rank,
+    T* s,
+    int64_t plane_stride) {
+  constexpr int lanes = Simd<T>::lanes;
+  const T* p_im = p + rank * kRowBlock;
+  const T* r_im = r_hat + rank * kColumnBlock;
+  Vec<T> re[kRowBlock][COLUMNS], im[kRowBlock][COLUMNS];
+  for (int i = 0; i < kRowBlock; ++i) {
+    for (int v = 0; v < COLUMNS; ++v) {
+      re[i][v] = im[i][v] = Vec<T>{};
+    }
+  }
+  for (int64_t b = 0; b < rank; ++b) {
+    for (int v = 0; v < COLUMNS; ++v) {
+      const Vec<T> x = load(r_hat + b * kColumnBlock + v * lanes);
+      const Vec<T> y = load(r_im + b * kColumnBlock + v * lanes);
+      for (int i = 0; i < kRowBlock; ++i) {
+        const T pr = p[b * kRowBlock + i], pi = p_im[b * kRowBlock + i];
+        re[i][v] += pr * x;
+        re[i][v] -= pi * y;
+        im[i][v] += pr * y;
+        im[i][v] += pi * x;
+      }
+    }
+  }
+  for (int i = 0; i < kRowBlock; ++i) {
+    for (int v = 0; v < COLUMNS; ++v) {
+      store(s + i * kColumnBlock + v * lanes, re[i][v]);
+      store(s + plane_stride + i * kColumnBlock + v * lanes, im[i][v]);
+    }
+  }
+}
+
+// Asks for the base weights of one block of a slice, elements of BYTES: they travel behind the
+// arithmetic and wait in the second-level cache for the sweep.
+template <int BYTES, class T>
+TCUR_TARGET inline void fetch_base(const WEffArgs<T>& m, int64_t slice, int64_t row, int64_t col) {
+  const int64_t stride = m.base[slice].stride;
+  const char* base = static_cast<const char*>(m.base[slice].data) + (row * stride + col) * BYTES;
+#pragma GCC unroll 4
+  for (int i = 0; i < kRowBlock; ++i) {
+#pragma GCC unroll 4
+    for (int at = 0; at < kColumnBlock * BYTES; at += 64) {
+      fetch<Cache::second>(base + i * stride * BYTES + at);
+    }
+  }
+}
+
+// planes: [n3, kRowBlock, kColumnBlock], plane_stride apart, = P R̂ of the block at (row, col).
+template <class T, int BASE_BYTES>
+TCUR_TARGET void product_planes(
+    const WEffArgs<T>& m,
+    const T* products,
+    int64_t row,
+    int64_t col,
+    T* planes,
+    int64_t plane_stride) {
+  constexpr int columns = TCUR_REGISTERS == 32 ? 2 : 1;  // 8 accumulators per column vector
+  constexpr int step = columns * Simd<T>::lanes;
+  static_assert(kColumnBlock % step == 0);
+  const int64_t n3 = m.f.n3, rank = m.f.rank;
+  for (Bin bin(n3); bin.is_there(); bin.next()) {
+    const int64_t plane = bin.plane;
+    const bool pair = bin.is_pair;
+    const T* p = products + plane * rank * kRowBlock;
+    const T* x = m.f.panel(col) + plane * rank * kColumnBlock;
+    T* s = planes + plane * plane_stride;
+    if constexpr (BASE_BYTES > 0) {
+      fetch_base<BASE_BYTES>(m, plane, row, col);
+      if (pair) {
+        fetch_base<BASE_BYTES>(m, plane + 1, row, col);
+      }
+    }
+    for (int64_t c = 0; c < kColumnBlock; c += step) {
+      if (pair) {
+        complex_bin<T, columns>(p, x + c, rank, s + c, plane_stride);
+      } else {
+        real_bin<T, columns>(p, x + c, rank, s + c);
+      }
+    }
+  }
+}
+
+template <class T>
+using ProductPlanes = void (*)(const WEffArgs<T>&, const T*, int64_t row, int64_t col, T*, int64_t);
+
+template <class T>
+ProductPlanes<T> product_planes_for(Element base) {
+  if (base == Element::none) {
+    return &product_planes<T, 0>;
+  }
+  return with_any_element(base, [](auto element) -> ProductPlanes<T> {
+    return &product_planes<T, bytes_of(element.value)>;
+  });
+}
+
+// Bytes of the base that come from the second-level cache while others are added: a fraction of the
+// first level.
+constexpr int64_t kBytesAhead = 12 * 1024;
+
+// One whole block of a slice, kRowBlock rows row_stride apart. The same block of a later slice's
+// base is fetched line by line as this one is used: the pieces are too short for the processor to
+// see them coming.
+template <bool BASE, class T, class S, class Sink>
+TCUR_TARGET inline void sweep_block(
+    const S* base,
+    const S* later,
+    int64_t later_stride,
+    const T* tubes,
+    int64_t row_stride,
+    const Sink& sink,
+    int64_t at) {
+  constexpr int lanes = Simd<T>::lanes, line = 64 / sizeof(S);
+#pragma GCC unroll 4
+  for (int i = 0; i < kRowBlock; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; BASE && j < kColumnBlock; j += line) {
+      fetch<Cache::first>(later + i * later_stride + j);
+    }
+#pragma GCC unroll 4
+    for (int j = 0; j < kColumnBlock; j += lanes) {
+      Vec<T> v = load(tubes + i * kColumnBlock + j);
+      if (BASE) {
+        v += load_widened<T>(base + i * row_stride + j);
+      }
+      sink.put_whole(at + i * row_stride + j, v);
+    }
+  }
+}
+
+// n numbers of a row. Such rows are few, and the code is long where the compiler has to spell out
+// conversions: one copy serves all that sweep.
+template <bool BASE, class T, class S, class Row>
+TCUR_TARGET __attribute__((noinline)) void sweep_row(
+    const S* base, const T* tubes, int64_t n, const Row to) {
+  constexpr int lanes = Simd<T>::lanes;
+  int64_t j = 0;
+  for (; j + lanes <= n; j += lanes) {
+    Vec<T> v = load(tubes + j);
+    if (BASE) {
+      v += load_widened<T>(base + j);
+    }
+    to.put(j, v);
+  }
+  for (; j < n; ++j) {
+    to.put(j, BASE ? widen<T>(base[j]) + tubes[j] : tubes[j]);
+  }
+}
+
+// The update of a computed tile: rows x n values of every slice from (row, col) on.
+template <class T>
+struct UpdateTile {
+  const T* tubes;
+  int64_t row, rows, col, n;
+};
+
+// W_eff of a tile, from a base of numbers S.
+template <bool BASE, class T, class S, class Consumer>
+TCUR_TARGET void sweep(const WEffArgs<T>& m, const UpdateTile<T>& tile, const Consumer& consumer) {
+  const int64_t n3 = m.f.n3;
+  const int64_t slice_bytes = tile.rows * tile.n * static_cast<int64_t>(sizeof(S));
+  const int64_t ahead = ceil_div(kBytesAhead, slice_bytes);
+  for (int64_t slice = 0; slice < n3; ++slice) {
+    const T* values = tile.tubes + slice * tile_stride(m.tile_blocks);
+    const BaseSlice own = m.base[slice];
+    const BaseSlice then = m.base[slice + ahead < n3 ? slice + ahead : n3 - 1];
+    const int64_t stride = own.stride, here = tile.row * stride + tile.col;
+    const int64_t there = tile.row * then.stride + tile.col;
+    const S* base = BASE ? static_cast<const S*>(own.data) + here : nullptr;
+    const S* later = BASE ? static_cast<const S*>(then.data) + there : nullptr;
+    const auto sink = consumer.sink(slice, here, stride);
+    for (int64_t at = 0; at < tile.n; at += kColumnBlock, values += kBlock) {
+      const int64_t width = tile.n - at < kColumnBlock ? tile.n - at : kColumnBlock;
+      const S* from = BASE ? base + at : nullptr;
+      if (tile.rows == kRowBlock && width == kColumnBlock && sink.takes_whole_blocks()) {
+        const S* next = BASE ? later + at : nullptr;
+        sweep_block<BASE>(from, next, then.stride, values, stride, sink, at);
+        continue;
+      }
+      for (int64_t i = 0; i < tile.rows; ++i) {
+        const S* row = BASE ? from + i * stride : nullptr;
+        sweep_row<BASE>(row, values + i * kColumnBlock, width, sink.row(i * stride + at));
+      }
+    }
+  }
+}
+
+template <class T, class Consumer>
+using Sweep = void (*)(const WEffArgs<T>&, const UpdateTile<T>&, const Consumer&);
+
+template <class T, class Consumer>
+Sweep<T, Consumer> sweep_for(Element base) {
+  if (base == Element::none) {
+    return &sweep<false, T, float, Consumer>;
+  }
+  return with_any_element(base, [](auto element) -> Sweep<T, Consumer> {
+    return &sweep<true, T, NumberOfConstant<decltype(element)>, Consumer>;
+  });
+}
+
+// Numbers of T that a task needs room for.
+template <class T>
+TCUR_TARGET int64_t w_eff_scratch(const WEffArgs<T>& m) {
+  const int64_t planes = m.f.n3 * (kBlock + kPad), tubes = m.f.n3 * tile_stride(m.tile_blocks);
+  return planes + tubes + m.f.q() * kRowBlock + 2 * kRowBlock * Simd<T>::lanes;
+}
+
+template <class T, class Consumer>
+TCUR_TARGET void w_eff_tiles(
+    const WEffArgs<T>& m, int64_t task, T* scratch, const Consumer& consumer) {
+  const Factors<T>& f = m.f;
+  constexpr int64_t plane_stride = kBlock + kPad;
+  const int64_t tube_stride = tile_stride(m.tile_blocks), tile = m.tile_blocks * kColumnBlock;
+  T* planes = scratch;  // of one block
+  T* tubes = planes + f.n3 * plane_stride;
+  T* products = tubes + f.n3 * tube_stride;
+  T* lines = products + f.q() * kRowBlock;
+
+  const int64_t row = task / m.column_chunks * kRowBlock;
+  const int64_t rows = f.n1 - row < kRowBlock ? f.n1 - row : kRowBlock;
+  const int64_t tiles = ceil_div(f.n2, tile);
+  const int64_t chunk = task % m.column_chunks;
+  const int64_t first = tiles * chunk / m.column_chunks;
+  const int64_t last = tiles * (chunk + 1) / m.column_chunks;
+  const ProductPlanes<T> form_planes = product_planes_for<T>(m.base_element);
+  const Sweep<T, Consumer> sweep_tile = sweep_for<T, Consumer>(m.base_element);
+
+  lateral_core_products(m, row, rows, products, lines);
+  for (int64_t t = first; t < last; ++t) {
+    const int64_t col = t * tile;
+    const int64_t n = f.n2 - col < tile ? f.n2 - col : tile;
+    for (int64_t at = 0; at < n; at += kColumnBlock) {
+      form_planes(m, products, row, col + at, planes, plane_stride);
+      inverse_dft(*f.dft, planes, plane_stride, tubes + at * kRowBlock, tube_stride, kBlock);
+    }
+    sweep_tile(m, {tubes, row, rows, col, n}, consumer);
+  }
+  consumer.finish();
+}
+
+}  // namespace tcur::TCUR_ISA

@@ -1,0 +1,308 @@
+// Numbers in memory, four side by side at a time.
+#pragma once
+
+#include "../common/codelets.h"
+#include "../common/elements.h"
+#include "launch.h"
+
+#ifdef __CUDACC__
+#include <cuda_bf16.h>
+#else
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+#endif
+
+#include <cstring>
+#include <type_traits>
+
+namespace tcur {
+
+// W neighbours in registers, read and written at once; the codelets compute with them.
+template <int W>
+struct alignas(4 * W) Lanes {
+  float v[W];
+
+  template <class F>
+  TCUR_HOST_DEVICE static Lanes of(F&& f) {
+    Lanes made;
+#pragma unroll
+    for (int i = 0; i < W; ++i) {
+      made.v[i] = f(i);
+    }
+    return made;
+  }
+  TCUR_HOST_DEVICE friend Lanes operator+(const Lanes& x, const Lanes& y) {
+    return of([&](int i) __attribute__((always_inline)) { return x.v[i] + y.v[i]; });
+  }
+  TCUR_HOST_DEVICE friend Lanes operator-(const Lanes& x, const Lanes& y) {
+    return of([&](int i) __attribute__((always_inline)) { return x.v[i] - y.v[i]; });
+  }
+  TCUR_HOST_DEVICE friend Lanes operator*(float factor, const Lanes& x) {
+    return of([&](int i) __attribute__((always_inline)) { return factor * x.v[i]; });
+  }
+  TCUR_HOST_DEVICE Lanes operator-() const {
+    return of([&](int i) __attribute__((always_inline)) { return -v[i]; });
+  }
+
+  // Its first (0) or second (1) half.
+  template <int WHICH>
+  TCUR_HOST_DEVICE Lanes<W / 2> half() const {
+    return Lanes<W / 2>::of([&](int i)
+                                __attribute__((always_inline)) { return v[WHICH * (W / 2) + i]; });
+  }
+  template <int WHICH>
+  TCUR_HOST_DEVICE void half(const Lanes<W / 2>& x) {
+#pragma unroll
+    for (int i = 0; i < W / 2; ++i) {
+      v[WHICH * (W / 2) + i] = x.v[i];
+    }
+  }
+};
+using Pair = Lanes<2>;
+using Quad = Lanes<4>;
+
+// CUDA's vector of as many: what is read and written by one instruction.
+template <int W>
+struct VectorOf;
+template <>
+struct VectorOf<1> {
+  using Type = float;
+};
+template <>
+struct VectorOf<2> {
+  using Type = float2;
+};
+template <>
+struct VectorOf<4> {
+  using Type = float4;
+};
+
+// W numbers of shared memory, from a multiple of W on.
+template <int W>
+TCUR_DEVICE Lanes<W> load_lanes(const float* from) {
+  const auto vector = *reinterpret_cast<const typename VectorOf<W>::Type*>(from);
+  Lanes<W> lanes;
+  memcpy(&lanes, &vector, sizeof lanes);
+  return lanes;
+}
+
+template <int W>
+TCUR_DEVICE void store_lanes(float* to, const Lanes<W>& lanes) {
+  typename VectorOf<W>::Type vector;
+  memcpy(&vector, &lanes, sizeof lanes);
+  *reinterpret_cast<typename VectorOf<W>::Type*>(to) = vector;
+}
+
+// Four numbers of device memory, aligned, that no kernel writes meanwhile.
+TCUR_DEVICE Quad load_constant(const float* from) {
+  const auto* vector = reinterpret_cast<const float4*>(from);
+#ifdef __CUDACC__
+  const float4 x = __ldg(vector);
+#else
+  const float4 x = *vector;
+#endif
+  return {x.x, x.y, x.z, x.w};
+}
+
+// Kernels take numbers of 4 and of 2 bytes: f of their bytes as a constant.
+template <class F>
+TCUR_DEVICE void with_bytes(Element element, F&& f) {
+  if (element == Element::f32) {
+    f(Constant<4>{});
+  } else {
+    f(Constant<2>{});
+  }
+}
+
+TCUR_DEVICE float widen(unsigned short bits, Element element) {
+#ifdef __CUDACC__
+  return element == Element::bf16 ? __bfloat162float(__ushort_as_bfloat16(bits))
+                                  : __half2float(__ushort_as_half(bits));
+#else
+  return element == Element::bf16 ? c10::detail::f32_from_bits(bits)
+                                  : c10::detail::fp16_ieee_to_fp32_value(bits);
+#endif
+}
+
+TCUR_DEVICE unsigned short narrow(float value, Element element) {
+#ifdef __CUDACC__
+  return element == Element::bf16 ? __bfloat16_as_ushort(__float2bfloat16_rn(value))
+                                  : __half_as_ushort(__float2half_rn(value));
+#else
+  return element == Element::bf16 ? c10::detail::round_to_nearest_even(value)
+                                  : c10::detail::fp16_ieee_from_fp32_value(value);
+#endif
+}
+
+// Two numbers side by side, by one instruction on a GPU.
+TCUR_DEVICE unsigned narrow_pair(float first, float second, Element element) {
+#ifdef __CUDACC__
+  unsigned bits;
+  if (element == Element::bf16) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(first, second);
+    memcpy(&bits, &pair, sizeof bits);
+  } else {
+    const __half2 pair = __floats2half2_rn(first, second);
+    memcpy(&bits, &pair, sizeof bits);
+  }
+  return bits;
+#else
+  return narrow(first, element) | static_cast<unsigned>(narrow(second, element)) << 16;
+#endif
+}
+
+// One number of either kind.
+TCUR_DEVICE float load_number(const void* data, int64_t at, Element element) {
+  return element == Element::f32 ? static_cast<const float*>(data)[at]
+                                 : widen(static_cast<const unsigned short*>(data)[at], element);
+}
+
+TCUR_DEVICE void store_number(void* data, int64_t at, float value, Element element) {
+  if (element == Element::f32) {
+    static_cast<float*>(data)[at] = value;
+  } else {
+    static_cast<unsigned short*>(data)[at] = narrow(value, element);
+  }
+}
+
+// Four neighbours as they lie in memory, by the bytes of one.
+template <int BYTES>
+struct Four;
+template <>
+struct Four<4> {
+  using Raw = Quad;
+  using Scalar = float;
+  TCUR_DEVICE static Quad widened(const Raw& raw, Element) {
+    return raw;
+  }
+  TCUR_DEVICE static Raw narrowed(const Quad& value, Element) {
+    return value;
+  }
+};
+template <>
+struct Four<2> {
+  using Raw = uint2;
+  using Scalar = unsigned short;
+  TCUR_DEVICE static Quad widened(const Raw& raw, Element element) {
+    return Quad::of([&](int i) __attribute__((always_inline)) {
+      return widen(static_cast<unsigned short>((i < 2 ? raw.x : raw.y) >> (i % 2 * 16)), element);
+    });
+  }
+  TCUR_DEVICE static Raw narrowed(const Quad& value, Element element) {
+    unsigned bits[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      bits[i] = narrow(value.v[i], element);
+    }
+    return {bits[0] | bits[1] << 16, bits[2] | bits[3] << 16};
+  }
+};
+
+// W neighbours as they lie in memory, of elements of some bytes, read once or written once: they
+// leave the caches to others. W elements are aligned.
+template <int BYTES, int W>
+struct Raw {
+  using Type = std::conditional_t<
+      BYTES == 4,
+      typename VectorOf<W>::Type,
+      std::conditional_t<W == 4, uint2, unsigned>>;
+
+  TCUR_DEVICE static Type load(const void* data, unsigned index) {
+    const auto* from = reinterpret_cast<const Type*>(
+        static_cast<const char*>(data) + static_cast<uint64_t>(index) * BYTES);
+#ifdef __CUDACC__
+    return __ldcs(from);
+#else
+    return *from;
+#endif
+  }
+  TCUR_DEVICE static void store(void* data, unsigned index, const Type& raw) {
+    auto* to =
+        reinterpret_cast<Type*>(static_cast<char*>(data) + static_cast<uint64_t>(index) * BYTES);
+#ifdef __CUDACC__
+    __stcs(to, raw);
+#else
+    *to = raw;
+#endif
+  }
+
+  TCUR_DEVICE static Lanes<W> widened(const Type& raw, Element element) {
+    Lanes<W> lanes;
+    if constexpr (BYTES == 4) {
+      memcpy(&lanes, &raw, sizeof lanes);
+    } else {
+      unsigned words[W / 2];
+      memcpy(words, &raw, sizeof words);
+#pragma unroll
+      for (int i = 0; i < W; ++i) {
+        lanes.v[i] = widen(static_cast<unsigned short>(words[i / 2] >> (i % 2 * 16)), element);
+      }
+    }
+    return lanes;
+  }
+  TCUR_DEVICE static Type narrowed(const Lanes<W>& lanes, Element element) {
+    Type raw;
+    if constexpr (BYTES == 4) {
+      memcpy(&raw, &lanes, sizeof raw);
+    } else {
+      unsigned words[W / 2];
+#pragma unroll
+      for (int i = 0; i < W / 2; ++i) {
+        words[i] = narrow_pair(lanes.v[2 * i], lanes.v[2 * i + 1], element);
+      }
+      memcpy(&raw, words, sizeof raw);
+    }
+    return raw;
+  }
+};
+
+// `count` of the four are there; all at once if `vector`, which promises alignment.
+template <int BYTES>
+TCUR_DEVICE typename Four<BYTES>::Raw load_four(
+    const void* data, int64_t index, int64_t count, bool vector) {
+  typename Four<BYTES>::Raw raw{};
+  const auto* from = static_cast<const typename Four<BYTES>::Scalar*>(data) + index;
+  if (vector) {
+    if (count > 0) {
+      raw = *reinterpret_cast<const typename Four<BYTES>::Raw*>(from);
+    }
+    return raw;
+  }
+  unsigned bits[4] = {0, 0, 0, 0};
+  for (int i = 0; i < 4; ++i) {
+    if (i < count) {
+      if constexpr (BYTES == 4) {
+        raw.v[i] = from[i];
+      } else {
+        bits[i] = from[i];
+      }
+    }
+  }
+  if constexpr (BYTES == 2) {
+    raw = {bits[0] | bits[1] << 16, bits[2] | bits[3] << 16};
+  }
+  return raw;
+}
+
+template <int BYTES>
+TCUR_DEVICE void store_four(
+    void* data, int64_t index, int64_t count, bool vector, const typename Four<BYTES>::Raw& raw) {
+  auto* to = static_cast<typename Four<BYTES>::Scalar*>(data) + index;
+  if (vector) {
+    if (count > 0) {
+      *reinterpret_cast<typename Four<BYTES>::Raw*>(to) = raw;
+    }
+    return;
+  }
+  for (int i = 0; i < 4; ++i) {
+    if (i < count) {
+      if constexpr (BYTES == 4) {
+        to[i] = raw.v[i];
+      } else {
+        to[i] = static_cast<unsigned short>((i < 2 ? raw.x : raw.y) >> (i % 2 * 16));
+      }
+    }
+  }
+}
+
+}  // namespace tcur

@@ -1,0 +1,238 @@
+"""What the entry points refuse: shapes, dtypes, devices, and what would be trained unseen.
+
+Errors name the argument, what was expected and what came.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import eager
+from .factors import CURFactors, check_device, check_dtype, check_floating, check_frozen
+
+
+def _check_width(name: str, weight: Tensor, factors: CURFactors) -> None:
+    if weight.dtype == torch.float64 and factors.dtype != torch.float64:
+        raise TypeError(
+            f"{name}: expected at most the precision of fp32 factors, got torch.float64"
+        )
+
+
+def check_core(core: Tensor, factors: CURFactors) -> None:
+    """Refuses a core that is not ``[n3, r, r]`` for these factors."""
+    if not isinstance(factors, CURFactors):
+        raise TypeError(f"factors: expected CURFactors, got {type(factors).__name__}")
+    check_floating("core", core)
+    shape = (factors.n3, factors.rank, factors.rank)
+    if core.shape != shape:
+        raise ValueError(f"core: expected {list(shape)}, got {list(core.shape)}")
+    check_dtype("core", core, factors.dtype)
+    check_device("core", core, factors.device)
+
+
+def check_cores(cores: Tensor, factors: CURFactors, adapter_ids: Tensor) -> None:
+    """Refuses cores that are not ``[A, n3, r, r]`` for these factors, and ids that are not int64.
+
+    Ids must be ``[B]`` on that device, each 0 to A - 1.
+    """
+    if not isinstance(factors, CURFactors):
+        raise TypeError(f"factors: expected CURFactors, got {type(factors).__name__}")
+    check_floating("core", cores)
+    shape = [factors.n3, factors.rank, factors.rank]
+    if cores.ndim != 4 or list(cores.shape[1:]) != shape:
+        expected = ", ".join(map(str, ["adapters", *shape]))
+        raise ValueError(f"core: expected [{expected}], got {list(cores.shape)}")
+    check_dtype("core", cores, factors.dtype)
+    check_device("core", cores, factors.device)
+    check_adapter_ids(adapter_ids, cores.shape[0], factors.device)
+
+
+def check_nested(
+    x: Tensor, factors: CURFactors, z: Tensor | None, adapter_ids: Tensor | None
+) -> None:
+    """Refuses nested tensors of the old layout, and what has no meaning for rows that differ."""
+    if x.layout != torch.jagged:
+        raise ValueError(f"x: expected layout torch.jagged of a nested tensor, got {x.layout}")
+    if x.shape[-1] != factors.n2:  # the axis that differs from row to row, for one
+        raise ValueError(f"x: expected [..., {factors.n2}], got {list(x.shape)}")
+    for name, given in (("z", z), ("adapter_ids", adapter_ids)):
+        if given is not None:
+            raise ValueError(f"{name}: expected None with a nested x, got a tensor")
+
+
+def check_x(x: Tensor, factors: CURFactors) -> None:
+    """Refuses tokens that are not ``[..., n2]``."""
+    if x.ndim < 1 or x.shape[-1] != factors.n2:
+        raise ValueError(f"x: expected [..., {factors.n2}], got {list(x.shape)}")
+
+
+def check_effective(effective: Tensor, weight: Tensor, x: Tensor) -> None:
+    """Refuses a W_eff that is not frozen, or not of the shape of the weight."""
+    check_frozen("effective", effective)
+    check_dtype("effective", effective, x.dtype)
+    check_device("effective", effective, x.device)
+    if effective.shape != weight.shape:
+        raise ValueError(f"effective: expected {list(weight.shape)}, got {list(effective.shape)}")
+
+
+def check_z(z: Tensor, x: Tensor, factors: CURFactors) -> None:
+    """Refuses a z that is not ``[..., n3 * r]`` with the tokens of ``x``."""
+    check_floating("z", z)
+    check_device("z", z, x.device)
+    shape = (*x.shape[:-1], factors.n3 * factors.rank)
+    if z.shape != shape:
+        raise ValueError(f"z: expected {list(shape)}, got {list(z.shape)}")
+
+
+def check_rows(adapter_ids: Tensor, x: Tensor) -> None:
+    """Refuses ids that are not one for each of the rows that the tokens divide into."""
+    if x.ndim:
+        rows, tokens = adapter_ids.shape[0], math.prod(x.shape[:-1])
+        if tokens % rows if rows else tokens:
+            raise ValueError(
+                f"adapter_ids: expected as many as x {list(x.shape)} has rows, got {rows}"
+            )
+
+
+def check_adapter_ids(adapter_ids: Tensor, adapters: int, device: torch.device) -> None:
+    """Refuses anything but int64 [B] on that device, each 0 to adapters - 1."""
+    if not isinstance(adapter_ids, Tensor):
+        raise TypeError(f"adapter_ids: expected a torch.Tensor, got {type(adapter_ids).__name__}")
+    check_dtype("adapter_ids", adapter_ids, torch.int64)
+    if adapter_ids.ndim != 1:
+        raise ValueError(f"adapter_ids: expected [B], got {list(adapter_ids.shape)}")
+    check_device("adapter_ids", adapter_ids, device)
+    # Elsewhere a look at the values would wait for the device, or there are none to look at.
+    if adapter_ids.device.type != "cpu" or eager.is_traced():
+        return
+    if adapter_ids.numel() and not 0 <= adapter_ids.min() <= adapter_ids.max() < adapters:
+        raise ValueError(
+            f"adapter_ids: expected 0 to {adapters - 1} for {adapters} cores, got "
+            f"{adapter_ids.min()} to {adapter_ids.max()}"
+        )
+
+
+def check_weights(
+    weight: Tensor | Sequence[Tensor], factors: CURFactors, beside: bool
+) -> list[Tensor]:
+    """The weights as a list; ``beside``: layers may hold several slices side by side."""
+    n1, n2, n3 = factors.n1, factors.n2, factors.n3
+    if isinstance(weight, Tensor):
+        weights, shape = [weight], [n3, n1, n2]
+    else:
+        weights, shape = list(weight), [n1, n2]
+        if not weights or (len(weights) != n3 and not beside):
+            raise ValueError(f"weight: expected {n3} tensors [{n1}, {n2}], got {len(weights)}")
+    slices = 0
+    for tensor in weights:
+        check_floating("weight", tensor)
+        check_frozen("weight", tensor)
+        count = max(1, tensor.shape[-1] // n2) if beside and tensor.ndim == 2 else 1
+        if list(tensor.shape) != [*shape[:-1], count * n2]:
+            expected = f"[{n1}, slices * {n2}]" if beside and len(shape) == 2 else shape
+            raise ValueError(f"weight: expected {expected}, got {list(tensor.shape)}")
+        slices += count
+        check_dtype("weight", tensor, weights[0].dtype)
+        check_device("weight", tensor, factors.device)
+    if len(shape) == 2 and slices != n3:
+        raise ValueError(f"weight: expected {n3} slices [{n1}, {n2}] together, got {slices}")
+    _check_width("weight", weights[0], factors)
+    return weights
+
+
+def check_out(
+    out: Tensor, out_dtype: torch.dtype | None, factors: CURFactors, is_flat: bool
+) -> None:
+    """Refuses a buffer that cannot hold W_eff; ``is_flat``: matrices one after the other."""
+    check_floating("out", out)
+    shape: tuple[int, ...] = (factors.n3, factors.n1, factors.n2)
+    if is_flat:
+        shape = (math.prod(shape),)
+    if out.shape != shape or not out.is_contiguous():
+        raise ValueError(f"out: expected a contiguous {list(shape)}, got {list(out.shape)}")
+    if out_dtype is not None:
+        check_dtype("out", out, out_dtype)
+    check_device("out", out, factors.device)
+
+
+def check_layer(weight: Tensor, bias: Tensor | None, factors: CURFactors, slice_index: int) -> int:
+    """Refuses a layer that is not frozen or does not fit the factors; how many slices it has."""
+    check_floating("weight", weight)
+    check_frozen("weight", weight)
+    n1, n2 = factors.n1, factors.n2
+    if weight.ndim != 2 or weight.shape[1] != n2 or weight.shape[0] % n1 or weight.shape[0] == 0:
+        raise ValueError(
+            f"weight: expected [slices * {n1}, {n2}] for these factors, got {list(weight.shape)}"
+        )
+    _check_width("weight", weight, factors)
+    check_device("weight", weight, factors.device)
+    if bias is not None:
+        check_frozen("bias", bias)
+        check_dtype("bias", bias, weight.dtype)
+        check_device("bias", bias, factors.device)
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(f"bias: expected [{weight.shape[0]}], got {list(bias.shape)}")
+    slices = weight.shape[0] // n1
+    check_slice(slice_index, slices, factors.n3)
+    return slices
+
+
+def check_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    factors: CURFactors,
+    core: Tensor,
+    slice_index: int,
+    scale: float,
+    *,
+    effective: Tensor | None,
+    z: Tensor | None,
+    dense_grad: bool,
+    adapter_ids: Tensor | None,
+) -> int:
+    """Refuses what `functional.cur_linear` cannot work on; how many slices the layer has."""
+    if adapter_ids is None:
+        check_core(core, factors)
+    else:
+        check_cores(core, factors, adapter_ids)
+        check_rows(adapter_ids, x)
+    slices = check_layer(weight, bias, factors, slice_index)
+    check_scale(scale)
+    check_x(x, factors)
+    check_dtype("x", x, weight.dtype)
+    check_device("x", x, factors.device)
+    if effective is not None:
+        check_effective(effective, weight, x)
+    if z is not None:
+        check_z(z, x, factors)
+        if dense_grad:
+            raise ValueError("dense_grad: expected False where z is given, got True")
+    if adapter_ids is not None and (effective is not None or dense_grad):
+        raise ValueError(
+            "adapter_ids: expected None with effective or dense_grad, which have one core, got ids"
+        )
+    return slices
+
+
+def check_scale(scale: float) -> None:
+    """Refuses a tensor, and what is not finite."""
+    if isinstance(scale, Tensor):  # a gradient would not reach it
+        raise TypeError("scale: expected a number, got a torch.Tensor")
+    if not torch.compiler.is_compiling() and not math.isfinite(scale):
+        raise ValueError(f"scale: expected a finite number, got {scale}")
+
+
+def check_slice(slice_index: int, slices: int, n3: int) -> None:
+    """Refuses slices outside of the tube."""
+    if isinstance(slice_index, bool) or not isinstance(slice_index, int):
+        raise TypeError(f"slice_index: expected an int, got {type(slice_index).__name__}")
+    if not 0 <= slice_index <= n3 - slices:
+        raise ValueError(
+            f"slice_index: expected 0 to {n3 - slices} for {slices} of {n3} slices, "
+            f"got {slice_index}"
+        )

@@ -1,0 +1,85 @@
+"""The gradient of a core by one layer, by way of z, of x or of G = dyᵀx."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .contract import HALVES, CoreGradTokens
+
+#: Tokens that are widened to fp32 together.
+_BLOCK = 4096
+
+
+def core_gradient(
+    core_grad_tokens: torch._ops.OpOverload,
+    *,
+    x: Tensor | None,
+    z: Tensor | None,
+    grad_y: Tensor,
+    lateral_hat: Tensor,
+    horizontal_hat: Tensor,
+    core: Tensor,
+    slice_index: int,
+    slices: int,
+    dense_grad: bool,
+    adapter_ids: Tensor | None = None,
+    packed: bool = False,
+) -> Tensor:
+    """The gradient of ``core`` by a layer of scale 1: from z, from x, or ``dense_grad`` from dyᵀx.
+
+    Other arguments as for `core_grad_tokens`, the operator; ``x`` may be absent where z is given.
+    """
+    tokens = x if z is None else z
+    assert tokens is not None
+    a = CoreGradTokens(
+        x=tokens,
+        grad_y=grad_y,
+        lateral_hat=lateral_hat,
+        horizontal_hat=horizontal_hat if z is None else None,
+        n3=core.shape[-3],
+        slice_index=slice_index,
+        slices=slices,
+        adapter_ids=adapter_ids,
+        adapters=1 if adapter_ids is None else core.shape[0],
+        packed=packed,
+    )
+    if dense_grad and z is None:
+        return _by_dense_gradient(core_grad_tokens, a, grad_y)
+    grad: Tensor = core_grad_tokens(*a)
+    return grad
+
+
+def _by_dense_gradient(
+    core_grad_tokens: torch._ops.OpOverload, a: CoreGradTokens, grad_y: Tensor
+) -> Tensor:
+    count = math.prod(a.x.shape[:-1])
+    tokens, grads = (t.reshape(count, t.shape[-1]) for t in (a.x, grad_y))
+    total = _sum_over_tokens(grads, tokens)
+    each = total.view(a.slices, total.shape[0] // a.slices, total.shape[1])
+    parts = [
+        core_grad_tokens(
+            *a._replace(x=each[s], grad_y=None, slice_index=a.slice_index + s, slices=1)
+        )
+        for s in range(a.slices)
+    ]
+    return parts[0] if a.slices == 1 else torch.stack(parts).sum(0)
+
+
+def _sum_over_tokens(grads: Tensor, tokens: Tensor) -> Tensor:
+    """G = dyᵀx, in fp32 for tokens in 16 bits, whose own dtype loses digits or overflows."""
+    if tokens.dtype not in HALVES:
+        return grads.mT @ tokens
+    is_recorded = torch.is_grad_enabled() and (grads.requires_grad or tokens.requires_grad)
+    if is_recorded or torch.compiler.is_compiling():
+        return grads.float().mT @ tokens.float()
+    if tokens.numel() and tokens.device.type == "cuda" and torch.version.hip is None:
+        return torch.mm(grads.mT, tokens, out_dtype=torch.float32)
+    # No other device has such a product. Copies of all tokens in fp32 may be more than there is
+    # memory for.
+    total = tokens.new_zeros(grads.shape[1], tokens.shape[1], dtype=torch.float32)
+    for some_grads, some in zip(grads.split(_BLOCK), tokens.split(_BLOCK), strict=True):
+        total = total + some_grads.float().mT @ some.float()  # not in place: may be a batch
+    return total

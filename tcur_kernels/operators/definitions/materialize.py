@@ -1,0 +1,61 @@
+"""``materialize``: W_eff = W + scale C*U*R for all slices; without weights the product alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import contract, reference
+from ..contract import CoreGradDense, Derivative, Materialize, Operator, gradients
+from ..flops import per_bin
+from .spectra import unpacked
+
+
+def _fake(a: Materialize) -> Tensor:
+    shape = (a.core.shape[0], a.lateral_hat.shape[0], a.horizontal_hat.shape[1])
+    return a.core.new_empty(shape, dtype=a.out_dtype)
+
+
+def plain(a: Materialize) -> Tensor:
+    """The kernel in plain torch."""
+    spectra = unpacked(a.lateral_hat, a.horizontal_hat, a.core.shape[0])
+    return reference.materialize(_stacked(a.weights), *spectra, a.core, a.scale).to(a.out_dtype)
+
+
+def _stacked(weights: Sequence[Tensor]) -> Tensor | None:
+    if not weights:
+        return None
+    return weights[0] if weights[0].ndim == 3 else torch.stack(list(weights))
+
+
+def _save(ctx: Any, a: Materialize) -> None:
+    ctx.save_for_backward(a.lateral_hat, a.horizontal_hat)
+    ctx.scale = a.scale
+    ctx.no_weights = [None] * len(a.weights)
+
+
+def _backward(ctx: Any, grad: Tensor, language: str) -> tuple[Any, ...]:
+    lateral_hat, horizontal_hat = ctx.saved_tensors
+    core_grad = contract.run(language, CoreGradDense(grad, lateral_hat, horizontal_hat))
+    return gradients(Materialize, weights=ctx.no_weights, core=ctx.scale * core_grad)
+
+
+def flops(a: Any) -> int:
+    """Multiplications and additions of C*U*R."""
+    n3, rank = a.core[:2]
+    return per_bin(n3) * a.lateral_hat[0] * rank * (rank + a.horizontal_hat[1])
+
+
+contract.add(
+    Operator(
+        "materialize",
+        Materialize,
+        fake=_fake,
+        plain=plain,
+        flops=flops,
+        derivative=Derivative(_backward, _save),
+    )
+)
