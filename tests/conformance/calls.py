@@ -4,26 +4,10 @@ import torch
 
 from tcur_kernels.operators import contract
 
-#: Where W_eff is handed over, the contract has an operator of its own, or a flag of another one.
-W_EFF, FLAG = "w_eff_linear", "materialized"
-
 
 def schema(name, language):
     """The registered schema of ``tcur::name`` in a language."""
     return contract.operator(name, language)._schema
-
-
-def registered(name, given):
-    """The operator and its arguments as the contract here has them."""
-    has_flag = any(
-        argument.name == FLAG for argument in schema("cur_linear", "reference").arguments
-    )
-    if not has_flag or name not in (W_EFF, "cur_linear"):
-        return name, given
-    given = {**given, FLAG: name == W_EFF}
-    if name == W_EFF:
-        given["weight"] = given.pop("w_eff")
-    return "cur_linear", given
 
 
 def bound(name, language, given):
@@ -39,14 +23,12 @@ def bound(name, language, given):
 
 def call(name, language, /, **given):
     """What ``tcur::name`` of a language makes of these arguments."""
-    name, given = registered(name, given)
     args, keywords = bound(name, language, given)
     return contract.operator(name, language)(*args, **keywords)
 
 
 def prepared(name, language, of, /, **given):
     """A function of the arguments that ``of`` names, which a graph sees as the operator alone."""
-    name, given = registered(name, given)
     args, keywords = bound(name, language, given)
     names = [argument.name for argument in schema(name, language).arguments]
     places, operator = [names.index(each) for each in of], contract.operator(name, language)
@@ -62,12 +44,10 @@ def prepared(name, language, of, /, **given):
 
 def plain(name, /, **given):
     """The same by functions of torch alone, which torch's own autograd differentiates."""
-    name, given = registered(name, given)
     args, keywords = bound(name, "reference", given)
     return contract.plain(name)(*args, **keywords)
 
 
 def opcheck(name, language, /, **given):
     """Schema, fake, autograd registration and traced behaviour, as torch itself checks them."""
-    name, given = registered(name, given)
     torch.library.opcheck(contract.operator(name, language), *bound(name, language, given))

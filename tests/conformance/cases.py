@@ -607,6 +607,7 @@ def precision_cases():
             "cur_linear",
             n3,
             (rank, rank, rank),
+            elements=(BF16,),
             precision="bf16",
             tokens=(333,),
             slices=slices,

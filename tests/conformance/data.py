@@ -170,7 +170,8 @@ def cur_linear(case, stack):
 def w_eff_linear(case, stack):
     """The same by W_eff of these slices, which is at hand."""
     given = cur_linear(case, stack)
-    return {**given, "w_eff": given.pop("weight")}
+    w_eff = given.pop("weight")
+    return {**given, "w_eff": w_eff}
 
 
 MAKERS = {

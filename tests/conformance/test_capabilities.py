@@ -9,12 +9,11 @@ from tcur_kernels.operators import contract
 from tolerance import PROMISE, assert_close, relative_error, same_mathematics
 
 from .backends import BACKENDS, INTERPRETED, INTERPRETER, absence
-from .calls import W_EFF, registered
 from .cases import CASES, F32, F64, case
 from .data import arguments, compute, expected
 
 LANGUAGES = {language for each in BACKENDS.values() for language in each.languages.values()}
-OPERATORS = {registered(each.operator, {"w_eff": None})[0] for each in CASES}
+OPERATORS = {each.operator for each in CASES}
 
 #: One call of each operator, by which a capability shows.
 CALLS = {
@@ -24,7 +23,7 @@ CALLS = {
     "core_grad_tokens": {"tokens": (3,)},
     "core_of_packed": {"count": 2},
     "cur_linear": {"tokens": (3,)},
-    W_EFF: {"tokens": (3,)},
+    "w_eff_linear": {"tokens": (3,)},
 }
 PROBES = {
     "factors in fp64": {"factors": F64, "elements": (F64,)},
@@ -45,7 +44,7 @@ def test_every_operator_and_language_has_its_place():
         assert operator, f"{name}: no case of tests/conformance/cases.py"
         assert language in LANGUAGES, f"{name}: no backend of tests/conformance/backends.py"
     assert {*contract.LANGUAGES, contract.CUDA_TF32} <= LANGUAGES
-    assert set(CALLS) == {each.operator for each in CASES}
+    assert set(CALLS) == OPERATORS == set(contract.OPERATORS)
 
 
 def test_every_backend_that_users_can_ask_for_is_in_the_table():
@@ -99,7 +98,9 @@ def test_it_can_do_what_it_says_and_refuses_the_rest(backend, what, name):
 
 def serves_itself(name, what):
     """A map by W_eff is torch's own in every language; packed gradients have one dtype."""
-    return name == W_EFF or (name == "core_of_packed" and what.split()[-1] in ("fp64", "bf16"))
+    return name == "w_eff_linear" or (
+        name == "core_of_packed" and what.split()[-1] in ("fp64", "bf16")
+    )
 
 
 def test_a_precision_that_it_has_not_is_refused(backend):

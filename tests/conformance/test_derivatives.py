@@ -6,10 +6,15 @@ import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
 
-from tolerance import assert_composition_close, assert_equal_in_float64
+from tolerance import (
+    PROMISE,
+    assert_composition_close,
+    assert_equal_in_float64,
+    relative_error,
+)
 
 from .calls import call, plain
-from .cases import ALL_SLOW, EMULATOR, F64, case
+from .cases import ALL_SLOW, BF16, EMULATOR, F64, case
 from .data import arguments
 
 SIZES = (5, (3, 4, 2))
@@ -132,8 +137,13 @@ def test_every_way_to_the_gradient_of_the_core(case, backend, way):
 
 
 LAYERS = [
-    case("core_grad_tokens", n3, (6, 9, 3), meant_for=EMULATOR, tokens=(2, 20), packed=True)
+    case("core_grad_tokens", n3, (6, 9, 3), tokens=(2, 20), packed=True, **how)
     for n3 in (1, 5, 12)
+    for how in (
+        {"meant_for": EMULATOR},
+        {"meant_for": EMULATOR, "precision": "bf16", "elements": (BF16,)},
+        {"meant_for": (), "factors": F64, "elements": (F64,)},
+    )
 ]
 
 
@@ -141,24 +151,32 @@ LAYERS = [
 def test_packed_gradients_end_as_the_gradient_does(case, backend):
     """Of all slices, added up and transformed once: the sum of the gradients."""
     given, exact = ({**each, "packed": False} for each in arguments(case))
-    each = [torch.randn(2, 2, 20, n) for n in (9, 6)]
-    tokens = [{"x": x, "grad_y": y} for x, y in zip(*each, strict=True)]
-    where = [{"slice_index": i * (case.n3 - 1)} for i in range(2)]
-    parts = [
-        backend.run(case.operator, **{**given, **t, **w, "packed": True})
-        for t, w in zip(tokens, where, strict=True)
+    dtype = case.elements[0]
+    tokens = [
+        {"x": torch.randn(2, 20, 9).to(dtype), "grad_y": torch.randn(2, 20, 6).to(dtype)}
+        | {"slice_index": index}
+        for index in range(case.n3)
     ]
+    run = backend.run_case(case)
+    parts = [run(case.operator, **{**given, **each, "packed": True}) for each in tokens]
     actual = backend.run("core_of_packed", packed=torch.stack(parts), scale=0.7).cpu()
+    assert actual.dtype == torch.promote_types(dtype, torch.float32)
 
     def summed(given, dtype):
         found = [
-            plain(case.operator, **{**given, **{k: v.to(dtype) for k, v in t.items()}, **w})
-            for t, w in zip(tokens, where, strict=True)
+            plain(
+                case.operator,
+                **{**given, **each, **{name: each[name].to(dtype) for name in ("x", "grad_y")}},
+            )
+            for each in tokens
         ]
         return 0.7 * torch.stack(found).sum(0)
 
     wanted = summed(exact, F64)
-    assert_composition_close(actual, lambda: summed(given, torch.float32), wanted)
+    if case.precision == "bf16":
+        assert relative_error(actual, wanted) <= PROMISE["bf16"]
+    else:
+        assert_composition_close(actual, lambda: summed(given, dtype), wanted)
 
 
 @pytest.mark.once
