@@ -33,8 +33,8 @@ build: $(VENV)/.demo
 
 # The kernels of the CPU library, without the emulator of CUDA and without a compiler of Python.
 quick: $(VENV)/.tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/test_isa.py tests/test_ops.py tests/test_token_cores.py \
-		-k 'test_isa or (compiled and not opcheck and not fullgraph and not derivatives)'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/test_isa.py tests/conformance \
+		-k 'test_isa or (cpu_ and not opcheck and not fullgraph and not derivatives)'
 
 # One process for each core, each with one thread.
 test: $(VENV)/.built_tests $(VENV)/.oldest_peft $(VENV)/.oldest_triton
@@ -60,7 +60,7 @@ test-versions: $(VENV)/.torch
 
 # More lengths, ranks and precisions of the Triton kernels: interpreted, then compiled.
 test-matrix: $(VENV)/.built_tests
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m matrix tests/interpreted
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m matrix tests/conformance
 	$(BIN)/python -m pytest -m matrix tests/test_triton_compile.py
 
 # peft's own tests with tCUR, from the checkout that PEFT names; the table of docs/peft.md.

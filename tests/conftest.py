@@ -1,12 +1,17 @@
 """Starts every test with the same seed, and fills uninitialised memory with NaN."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
 
+#: Tests that place their tensors themselves, whatever the default device is.
+PLACED = (Path(__file__).parent / "conformance", Path(__file__).parent / "test_device.py")
+
 # Tests of Triton kernels on the CPU need Triton's interpreter, which is chosen when Triton is
-# imported. They only run in a separate session, which `test_triton.py` starts.
+# imported. They only run in a separate session, which `test_triton.py` starts. Those of
+# `conformance` run in both.
 collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreted"]
 
 
@@ -36,9 +41,9 @@ def _reproducible(request):
 
 @pytest.fixture(autouse=True)
 def _default_device(request):
-    """Makes tensors on the tested device by default; `test_device` places its own."""
+    """Makes tensors on the tested device by default, unless a test places its own."""
     device = request.config.getoption("--device")
-    if device == "cpu" or request.path.name == "test_device.py":
+    if device == "cpu" or any(path in (request.path, request.path.parent) for path in PLACED):
         yield
         return
     with torch.device(device):

@@ -31,7 +31,7 @@ def modules():
     """Test files that use a bound."""
     return [
         path
-        for path in sorted(TESTS.glob("test_*.py"))
+        for path in sorted([*TESTS.glob("test_*.py"), *(TESTS / "conformance").glob("test_*.py")])
         if path.name not in LEFT_OUT and "from tolerance import" in path.read_text()
     ]
 

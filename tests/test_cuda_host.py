@@ -1,6 +1,6 @@
-"""The CUDA kernels' own source, built for the host: values, edges, and the order of threads.
+"""The CUDA kernels' own source, built for the host: their sizes, and the order of threads.
 
-The operators on tokens are in `test_cuda_host_tokens.py`.
+What every backend is asked is in `conformance`, operators on tokens in `test_cuda_host_tokens.py`.
 """
 
 import shutil
@@ -13,14 +13,10 @@ import torch
 
 import cuda_host
 import oracle
-from cases import N3, counts_of, make_case, side_by_side, slices_of
-from cuda_host import DTYPES, operator, shifted
-from plain import product as product_of
+from cases import counts_of, make_case, side_by_side, slices_of
+from cuda_host import operator, shifted
 from tcur_kernels.operators import cost, reference
-from tolerance import PROMISE, assert_close, assert_composition_close, relative_error
-
-#: (n1, n2, rank): one number; a ragged edge; several tiles; rows that are no multiple of 16 bytes.
-SHAPES = ((1, 1, 1), (3, 5, 3), (17, 136, 8), (9, 45, 9))
+from tolerance import PROMISE, assert_close, relative_error
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -38,17 +34,6 @@ def check_both_transforms(case):
     exact = reference.core_grad_dense(double.weight, *double.spectra)
     same = reference.core_grad_dense(case.weight, *case.spectra)
     assert_close(operator("core_grad_dense")(case.weight, *case.packed), same, exact)
-
-
-@pytest.mark.parametrize("n3", N3)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_materialize_update(n3, shape):
-    case = make_case(n3, *shape)
-    exact = oracle.cur_product(case.lateral, case.core, case.horizontal)
-    product = operator("materialize")([], *case.packed, case.core, 1.0, torch.float32)
-    assert product.is_contiguous()
-    assert_close(product, reference.cur_product(case.spectra[0], case.core, case.spectra[1]), exact)
-    assert relative_error(product, exact) <= PROMISE["ieee"]
 
 
 @pytest.mark.parametrize(
@@ -136,25 +121,6 @@ def test_rounded_operands_keep_their_promise(n3, rank, precision):
         assert (error > PROMISE["ieee"]) != by_registers
 
 
-@pytest.mark.parametrize("layers", [False, True], ids=["stack", "layers"])
-@pytest.mark.parametrize("weight_dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("out_dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("n2", [37, 40], ids=["scalar", "vector"])
-@pytest.mark.parametrize("n3", [12, 17], ids=["codelet", "matrix"])
-def test_materialize_dtypes(layers, weight_dtype, out_dtype, n2, n3):
-    case = make_case(n3, 6, n2, 3, torch.float32, weight_dtype)
-    double = case.double()
-    exact = oracle.w_eff(double.weight, double.lateral, double.core, double.horizontal, 0.5)
-    torch_same = reference.materialize(case.weight, *case.spectra, case.core, 0.5).to(out_dtype)
-    weights = [w.clone() for w in case.weight] if layers else [case.weight]
-    w_eff = operator("materialize")(weights, *case.packed, case.core, 0.5, out_dtype)
-    assert w_eff.dtype == out_dtype
-    assert_close(w_eff, torch_same, exact)
-    out = torch.full_like(w_eff, float("nan"))
-    operator("materialize_out")(weights, *case.packed, case.core, 0.5, out=out)
-    assert torch.equal(out, w_eff)
-
-
 def check_side_by_side(case, out_dtype=torch.float32, given=None):
     """W_eff from matrices of several slices: within the bound, and the bits of single slices."""
     n3, n1, n2 = case.weight.shape
@@ -192,138 +158,11 @@ def test_side_by_side(n3, n1, n2, rank):
     check_side_by_side(make_case(n3, n1, n2, rank))
 
 
-@pytest.mark.parametrize("weight_dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("out_dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("n2", [37, 40], ids=["scalar", "vector"])
-@pytest.mark.parametrize("n3", [12, 17], ids=["codelet", "matrix"])
-def test_side_by_side_dtypes(weight_dtype, out_dtype, n2, n3):
-    check_side_by_side(make_case(n3, 6, n2, 3, torch.float32, weight_dtype), out_dtype)
-
-
 @pytest.mark.parametrize("n3", [12, 17], ids=["codelet", "matrix"])
 def test_side_by_side_at_odd_addresses(n3):
     case = make_case(n3, 9, 36, 3)
     matrices = side_by_side(case.weight, counts_of(n3))
     check_side_by_side(case, given=[shifted(matrices[0]), *matrices[1:]])
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_zero_core_gives_the_weights_back(dtype):
-    case = make_case(7, 5, 37, 3, torch.float32, dtype)
-    case.core.zero_()
-    case.weight[0, 0, :3] = torch.tensor([float("inf"), float("-inf"), float("nan")])
-    w_eff = operator("materialize")([case.weight], *case.packed, case.core, 0.5, dtype)
-    assert torch.equal(torch.nan_to_num(w_eff), torch.nan_to_num(case.weight))
-    assert torch.equal(torch.isnan(w_eff), torch.isnan(case.weight))
-
-
-def test_nan_in_the_core_is_seen():
-    case = make_case(5, 4, 6, 2)
-    case.core[0, 0, 0] = float("nan")
-    w_eff = operator("materialize")([case.weight], *case.packed, case.core, 0.5, torch.float32)
-    assert torch.isnan(w_eff).all()
-
-
-@pytest.mark.parametrize("n3", N3)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_core_grad_dense(n3, shape):
-    case = make_case(n3, *shape)
-    grad = torch.randn_like(case.weight)
-    exact = reference.core_grad_dense(grad.double(), *case.double().spectra)
-    same = reference.core_grad_dense(grad, *case.spectra)
-    actual = operator("core_grad_dense")(grad, *case.packed)
-    assert actual.is_contiguous()
-    assert_close(actual, same, exact)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("n3", [12, 17], ids=["codelet", "matrix"])
-def test_core_grad_dense_dtypes(dtype, n3):
-    case = make_case(n3, 6, 70, 3)
-    grad = torch.randn(n3, 6, 70).to(dtype)
-    exact = reference.core_grad_dense(grad.double(), *case.double().spectra)
-    same = reference.core_grad_dense(grad.float(), *case.spectra)
-    assert_close(operator("core_grad_dense")(grad, *case.packed), same, exact)
-
-
-def test_derivatives_agree_with_the_reference():
-    case = make_case(5, 6, 9, 2)
-    x = torch.randn(7, 9, requires_grad=True)
-    core = case.core.requires_grad_()
-
-    y = operator("cur_linear")(x, case.weight[1], None, *case.packed, core, 1, 1, 0.5, False)
-    w = operator("materialize")([case.weight], *case.packed, core, 0.5, torch.float32)
-    actual = torch.autograd.grad(y.square().sum() + w.square().sum(), (x, core))
-
-    def by_torch(dtype):
-        leaves = [t.detach().to(dtype, copy=True).requires_grad_() for t in (x, core)]
-        weight, lateral, horizontal = (
-            t.to(dtype) for t in (case.weight, case.lateral, case.horizontal)
-        )
-        w = weight + 0.5 * product_of(lateral, leaves[1], horizontal)
-        return torch.autograd.grad((leaves[0] @ w[1].T).square().sum() + w.square().sum(), leaves)
-
-    assert_composition_close(actual, lambda: by_torch(torch.float32), by_torch(torch.float64))
-
-
-@pytest.mark.parametrize("permuted", [False, True], ids=["contiguous", "permuted"])
-def test_opcheck(permuted):
-    case = make_case(5, 6, 9, 2)
-
-    def lay_out(tensor):
-        return tensor.mT.contiguous().mT if permuted else tensor
-
-    factors, core = [lay_out(t) for t in case.packed], lay_out(case.core).requires_grad_()
-    weights = [lay_out(w) for w in case.weight]
-    x, grad_y = lay_out(torch.randn(7, 9)), lay_out(torch.randn(7, 12))
-
-    def check(name, *args, **kwargs):
-        torch.library.opcheck(operator(name), args, kwargs)
-
-    check("materialize", weights, *factors, core, 0.5, torch.float32)
-    out = torch.zeros(5, 6, 9)
-    check("materialize_out", weights, *factors, core.detach(), 0.5, out=out)
-    beside = [lay_out(w) for w in side_by_side(case.weight, [3, 2])]
-    check("materialize_out", beside, *factors, core.detach(), 0.5, out=torch.zeros(270))
-    check("core_grad_dense", lay_out(torch.randn(5, 6, 9)).requires_grad_(), *factors)
-    check("core_grad_tokens", x.requires_grad_(), grad_y.requires_grad_(), *factors, 5, 2, 2)
-    tokens = (x.detach(), grad_y.detach())  # packed there is no derivative
-    check("core_grad_tokens", *tokens, *factors, 5, 2, 2, None, 1, True)
-    check("core_of_packed", lay_out(torch.randn(3, 5, 2, 2)), 0.7)
-    weight = torch.cat(weights[2:4])
-    check("cur_linear", x, weight, torch.randn(12), *factors, core, 2, 2, 0.5, False)
-    check("cur_linear", grad_y, weight, None, *factors, core, 2, 2, 0.5, True)
-    check("w_eff_linear", x, weight, None, *factors, core, 2, 2, 0.5, False)
-
-
-def test_what_the_kernels_cannot_do_is_refused():
-    double = make_case(4, 6, 9, 2, torch.float64)
-    with pytest.raises(RuntimeError, match="lateral_hat must be fp32, bf16 or fp16 for CUDA"):
-        operator("materialize")([], *double.packed, double.core, 1.0, torch.float32)
-    case = make_case(2049, 1, 1, 1)
-    with pytest.raises(RuntimeError, match="at most 2048 slices, got 2049"):
-        operator("materialize")([], *case.packed, case.core, 1.0, torch.float32)
-    case = make_case(4, 6, 9, 2)
-    with pytest.raises(RuntimeError, match=r"packed must be \[m, n3, rank, rank\]"):
-        operator("core_of_packed")(case.core, 1.0)
-    with pytest.raises(RuntimeError, match="packed must be fp32, bf16 or fp16 for CUDA"):
-        operator("core_of_packed")(case.core[None].double(), 1.0)
-    with pytest.raises(RuntimeError, match="packed has an unexpected dtype"):
-        operator("core_of_packed")(case.core[None].half(), 1.0)
-    tokens, ids = (torch.ones(2, 9), torch.ones(2, 6)), torch.zeros(2, dtype=torch.int64)
-    with pytest.raises(RuntimeError, match="adapter_ids goes without packed gradients"):
-        operator("core_grad_tokens")(*tokens, *case.packed, 4, 0, 1, ids, 1, True)
-    with pytest.raises(RuntimeError, match="core has an unexpected shape"):
-        operator("materialize")([], *case.packed, case.core[:, :1], 1.0, torch.float32)
-    with pytest.raises(RuntimeError, match="weights has an unexpected shape"):
-        operator("materialize")([case.weight[:, :3]], *case.packed, case.core, 1.0, torch.float32)
-    beside = side_by_side(case.weight, [3, 1])
-    with pytest.raises(RuntimeError, match="out has an unexpected shape"):
-        operator("materialize")(beside, *case.packed, case.core, 1.0, torch.float32)
-    with pytest.raises(RuntimeError, match="weights must have n3 slices together"):
-        operator("materialize_out")(
-            beside[:1], *case.packed, case.core, 1.0, out=torch.empty(4 * 54)
-        )
 
 
 def test_the_order_of_threads_makes_no_difference(host):

@@ -1,16 +1,15 @@
-"""Every compiled instruction-set variant, forced; threads; the suite's own teeth."""
+"""The instruction sets: every length of a transform, conversions, and the teeth of the bound.
+
+Values of every operator under each of them are tested in `conformance`.
+"""
 
 import pytest
 import torch
 
-from cases import counts_of, flat, make_case, side_by_side
+from cases import make_case
 from tcur_kernels import _cpu
 from tcur_kernels.operators import contract, reference
 from tolerance import assert_close, bound, relative_error
-
-#: n3 that meet every branch of the DFTs: no pair, one line, one codelet, two with an odd and an
-#: even outer length, levels with full blocks of lines and a rest, even lengths by levels.
-N3 = (1, 2, 3, 5, 8, 13, 45, 48, 94, 97)
 
 
 @pytest.fixture(params=_cpu.compiled_isas())
@@ -21,53 +20,6 @@ def isa(request):
     _cpu.use_isa(request.param)
     yield request.param
     _cpu.use_isa(before)
-
-
-@pytest.mark.parametrize("n3", N3)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_every_variant_is_right(isa, n3, dtype):
-    case = make_case(n3, 11, 150, 5, dtype)
-    w_eff = torch.ops.tcur.materialize([case.weight], *case.packed, case.core, 0.5, dtype)
-    exact = reference.materialize(
-        case.double().weight, *case.double().spectra, case.double().core, 0.5
-    )
-    same = reference.materialize(case.weight, *case.spectra, case.core, 0.5)
-    assert_close(w_eff, same, exact)
-    counts = counts_of(n3)
-    if len(counts) < n3:
-        out = torch.empty(w_eff.numel(), dtype=dtype)
-        matrices = side_by_side(case.weight, counts)
-        torch.ops.tcur.materialize_out(matrices, *case.packed, case.core, 0.5, out=out)
-        assert torch.equal(out, flat(side_by_side(w_eff, counts)))
-
-    grad = torch.randn_like(case.weight)
-    exact = reference.core_grad_dense(grad.double(), *case.double().spectra)
-    same = reference.core_grad_dense(grad, *case.spectra)
-    assert_close(torch.ops.tcur.core_grad_dense(grad, *case.packed), same, exact)
-
-    x, grad_y = torch.randn(70, 150, dtype=dtype), torch.randn(70, 11, dtype=dtype)
-    exact = reference.core_grad_tokens(
-        x.double(), grad_y.double(), *case.double().spectra, n3, n3 - 1
-    )
-    same = reference.core_grad_tokens(x, grad_y, *case.spectra, n3, n3 - 1)
-    tokens = torch.ops.tcur.core_grad_tokens(x, grad_y, *case.packed, n3, n3 - 1, 1)
-    assert_close(tokens, same, exact)
-
-    args = (n3, n3 - 1, 1, None, 1, True)
-    packed = torch.ops.tcur.core_grad_tokens(x, grad_y, *case.packed, *args)
-    same = reference.core_grad_tokens(x, grad_y, *case.spectra, *args)
-    tokens = (x.double(), grad_y.double())
-    assert_close(packed, same, reference.core_grad_tokens(*tokens, *case.double().spectra, *args))
-    parts = torch.randn(3, n3, 5, 5, dtype=dtype)
-    exact = reference.core_of_packed(parts.double(), 0.7)
-    same = reference.core_of_packed(parts, 0.7)
-    assert_close(torch.ops.tcur.core_of_packed(parts, 0.7), same, exact)
-
-    args = (case.core, n3 - 1, 1, 0.5)
-    y = torch.ops.tcur.cur_linear(x, None, None, *case.packed, *args, False)
-    exact_args = (case.double().core, n3 - 1, 1, 0.5)
-    exact = reference.slice_update(x.double(), *case.double().spectra, *exact_args)
-    assert_close(y, reference.slice_update(x, *case.spectra, *args), exact)
 
 
 def test_every_length_is_transformed_right(isa):
@@ -111,29 +63,6 @@ def test_an_unknown_variant_is_refused():
     runnable = ", ".join(_cpu.runnable_isas())
     with pytest.raises(ValueError, match=f"name: expected one of {runnable}, got avx1024"):
         _cpu.use_isa("avx1024")
-
-
-def test_results_do_not_depend_on_the_number_of_threads():
-    case = make_case(12, 75, 300, 4)
-    grad = torch.randn_like(case.weight)
-    threads = torch.get_num_threads()
-    results = []
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            results.append(
-                [
-                    torch.ops.tcur.materialize(
-                        [case.weight], *case.packed, case.core, 0.5, torch.float32
-                    ),
-                    torch.ops.tcur.core_grad_dense(grad, *case.packed),
-                ]
-            )
-    finally:
-        torch.set_num_threads(threads)
-    for other in results[1:]:
-        for a, b in zip(results[0], other, strict=True):
-            assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize(

@@ -4,19 +4,25 @@ import ast
 import math
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from torch import nn
 
 import tcur_kernels as tcur
+from conformance.cases import case
+from conformance.data import arguments, expected, lengths, norm_of_terms
 from models import Tiny
 from plain import Plain
 from tolerance import (
     CHANCE,
     ORDERS,
+    ROUNDING,
     assert_close,
     assert_composition_close,
     assert_equal_in_float64,
+    assert_sum_close,
+    bound_of_sum,
     relative_error,
     run,
 )
@@ -80,6 +86,68 @@ def test_the_bound_of_compositions_has_teeth(damage):
     assert_composition_close(adapter.model(x), lambda: plain(x), exact)
     with pytest.raises(AssertionError, match="exceeds the bound"):
         assert_composition_close(damage(adapter, x), lambda: plain(x), exact)
+
+
+def one_after_another(p, z):
+    """Σ pᵀz in fp32, token after token."""
+    return torch.from_numpy(numpy.add.accumulate((p[:, :, None] * z[:, None]).numpy())[-1])
+
+
+def by_blocks(p, z):
+    """The same, 256 tokens after one another, and the blocks in float64."""
+    blocks = zip(p.split(256), z.split(256), strict=True)
+    return torch.stack([one_after_another(*block) for block in blocks]).double().sum(0).float()
+
+
+def in_half_precision(p, z):
+    """The same by blocks, whose sums are added up in bf16."""
+    total = torch.zeros(p.shape[1], z.shape[1], dtype=torch.bfloat16)
+    for block in zip(p.split(256), z.split(256), strict=True):
+        total += one_after_another(*block).bfloat16()
+    return total.float()
+
+
+@pytest.mark.parametrize("mean", [0.0, 3.0])
+@pytest.mark.parametrize(
+    ("kernel", "is_honest"),
+    [(by_blocks, True), (one_after_another, False), (in_half_precision, False)],
+)
+def test_a_long_sum_is_not_measured_by_torch(kernel, is_honest, mean):
+    """Torch adds up these tokens as badly as the worse kernel does: its error would admit it."""
+    long = case("core_grad_tokens", 1, (6, 9, 3), tokens=(50_000,), mean=mean)
+    (given, _), (_, exact) = arguments(long), expected(long)
+    z, p = given["x"] @ given["horizontal_hat"].T, given["grad_y"] @ given["lateral_hat"]
+    found = kernel(p, z)[None]
+    size = norm_of_terms(long), lengths(long)
+    no_better = one_after_another(p, z)[None]
+    assert (relative_error(found, exact) <= bound_of_sum(exact, *size)) == is_honest
+    if is_honest:
+        assert_sum_close(found, no_better, exact, *size)
+        return
+    if kernel is one_after_another:
+        assert_close(found, no_better, exact)  # torch's own error as it may be
+    with pytest.raises(AssertionError, match="exceeds the bound"):
+        assert_sum_close(found, no_better, exact, *size)
+
+
+def test_a_rounding_is_as_large_as_derived():
+    """Of numbers whose logarithms are uniform, as mantissas of results are."""
+    exact = torch.exp2(torch.linspace(0, 8, 100_001, dtype=torch.float64))
+    unit = torch.finfo(torch.float32).eps / 2
+    each = (exact.float().double() - exact) / exact / unit
+    assert float(each.square().mean().sqrt()) == pytest.approx(ROUNDING, rel=0.02)
+
+
+def test_the_error_of_a_sum_is_as_large_as_derived():
+    """Of many sums in fp32, one term after another: as many roundings as terms before the last."""
+    for mean in (0.0, 3.0):
+        terms = mean + torch.randn(4000, 500)
+        exact = terms.double().sum(0)
+        found = torch.from_numpy(numpy.add.accumulate(terms.numpy())[-1])
+        size = (terms.double().square().sum() + exact.square().sum()).sqrt() / exact.norm()
+        unit = torch.finfo(torch.float32).eps / 2
+        derived = ROUNDING * unit * math.sqrt(4000 / 2) * float(size)
+        assert derived / 3 < relative_error(found, exact) < derived
 
 
 def test_orders_are_orders():

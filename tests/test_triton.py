@@ -22,10 +22,17 @@ TESTS = Path(__file__).parent
     triton.__version__.startswith("3.6.") and NumpyVersion(numpy.__version__) >= "2.4.0",
     reason="its interpreter does not know numpy 2.4 and later",
 )
-@pytest.mark.parametrize("file", sorted(p.name for p in (TESTS / "interpreted").glob("test_*.py")))
+@pytest.mark.parametrize(
+    "file",
+    sorted(
+        str(path.relative_to(TESTS))
+        for folder in ("interpreted", "conformance")
+        for path in (TESTS / folder).glob("test_*.py")
+    ),
+)
 def test_in_the_interpreter(file):
     """Triton asks for its interpreter when it is imported: hence a process for these tests."""
-    command = [sys.executable, "-m", "pytest", "-q", f"interpreted/{file}"]
+    command = [sys.executable, "-m", "pytest", "-q", file]
     # By the interpreter of Triton 3.6, where numpy still allows what it does.
     command += ["-W", "ignore:Conversion of an array with ndim:DeprecationWarning"]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}

@@ -1,4 +1,4 @@
-"""The error bounds of the suite: one for an operator, one for a composition, two for float64.
+"""The error bounds of the suite: for an operator, a long sum, a composition, and for float64.
 
 Let E(y) = ‖y - exact‖_F / ‖exact‖_F, where ``exact`` is computed in float64.
 
@@ -13,6 +13,36 @@ where eps belongs to the dtype of the result. The second term is there because t
 be zero by chance: for n3 = 1, or where a result is exact. ORACLE is the error of ``exact`` itself,
 which is a float64 result like any other: sums of some hundreds of products, so sqrt(256) = 16 times
 the float64 eps. It only matters to kernels that compute in float64.
+
+**A long sum** over tokens, elements of a matrix or layers. Here the constants differ by more than
+two: plain torch may add up its terms one after another, and its own error is then no yardstick.
+What a kernel has to keep is derived from the sum itself (Higham and Mary, "A new approach to
+probabilistic rounding error analysis", 2019). Let t_1 … t_m be the terms, u = eps / 2, and let s_j
+be the partial sums that are formed, each of them rounded to (1 + δ_j) s_j. The error is Σ δ_j s_j.
+
+* Roundings are independent and have no mean, so its variance is Σ E[δ_j²] s_j². A rounding is
+  uniform in ±u 2^e for numbers from 2^e to 2^(e+1), and mantissas have logarithms that are uniform,
+  so E[δ²] = u² / 3 · (1 / ln 2) ∫₁² m⁻³ dm = u² / (8 ln 2), and the root of it is `ROUNDING` u.
+* The order of the terms has nothing to do with their values. A sum of n of the m terms then has
+  E[s²] <= n/m · (Σ t² + (Σ t)²): it grows like √n for terms of either sign, and like n for terms of
+  one. The sum of all n_j / m is the number of additions that a term goes through, on average.
+* That is what a kernel can choose. Adding up blocks of b terms one after another and the blocks in
+  a tree, a term goes through b/2 + log2(m/b) additions, m/2 of them without blocks. Promised is
+  `BLOCK` = 256, as long as the chunks of tokens of the CPU kernels are. A product rounds once more.
+* Where the factors of a term are sums themselves, z = x R̂ᵀ and p = dy Ĉ, and where transforms
+  follow, each of these sums has its own number of additions, and they add up. Σ t² is then the sum
+  of the squares of all products of factors, where the square of a factor that is a sum is its own
+  plus those of its terms. Beside these sums are `BESIDE` roundings: of two spectra, of two roots of
+  one, and of the scale.
+
+So with d for the number of roundings that a term goes through, in the norm of all results,
+
+    E(kernel) <= SIGMAS * ROUNDING * u * √d * √(Σ t² + ‖exact‖²) / ‖exact‖
+
+and the bound is the smaller one of this and the one above. The norm is that of many numbers; if all
+of their errors were one normal number, it would be beyond three times its own deviation with a
+probability of 0.003. The error of a sum without blocks grows like √m instead and fails from some
+ten thousand terms on, whatever torch's is (`test_tolerance.py`).
 
 **A composition**: a layer with its base, a network, a training step. Here the roundings of one
 operator go through all that follow, and may be amplified or cancelled. One run of plain torch says
@@ -39,10 +69,21 @@ each precision promises to users. Decompositions, whose errors are those of thei
 limits of their own, in their tests.
 """
 
+import math
+
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 ORACLE = 16 * torch.finfo(torch.float64).eps
+
+#: Root mean square of a rounding, in units of u = eps / 2: 1 / √(8 ln 2).
+ROUNDING = 1 / math.sqrt(8 * math.log(2))
+#: Terms that a kernel may add up one after another.
+BLOCK = 256
+#: Roundings of a term beside those of the sums that it goes through.
+BESIDE = 5
+#: How many standard deviations the error of a long sum may have.
+SIGMAS = 3
 
 #: Orders of summation that plain torch computes a composition in: its own, and some at random.
 ORDERS = 9
@@ -76,6 +117,38 @@ def bound(same_dtype, exact):
 def assert_close(actual, same_dtype, exact):
     """Asserts the bound of one operator, given plain torch's result at the same dtype."""
     _check(actual, bound(same_dtype, exact), exact)
+
+
+def roundings_of_sum(terms):
+    """How many roundings a term goes through, on average, in a sum of that many."""
+    block = min(max(terms, 1), BLOCK)
+    return 1 + block / 2 + math.log2(max(terms, 1) / block)
+
+
+def bound_of_sum(exact, norm_of_terms, lengths):
+    """The bound of a long sum in fp32, apart from what plain torch makes of it.
+
+    Args:
+        exact: the result in float64.
+        norm_of_terms: √Σ t² over all terms of all results.
+        lengths: of the sums that a term goes through, one after another.
+    """
+    _check_exact(exact)
+    norm = float(exact.norm())
+    if norm == 0:
+        return ORACLE
+    roundings = BESIDE + sum(map(roundings_of_sum, lengths))
+    size = math.hypot(norm_of_terms, norm) / norm
+    unit = torch.finfo(torch.float32).eps / 2
+    return SIGMAS * ROUNDING * unit * math.sqrt(roundings) * size + ORACLE
+
+
+def assert_sum_close(actual, same_dtype, exact, norm_of_terms, lengths):
+    """Asserts the bound of a long sum in fp32: the smaller one of its own and an operator's."""
+    limit = bound(same_dtype, exact)
+    if same_dtype.dtype == torch.float32:
+        limit = min(limit, bound_of_sum(exact, norm_of_terms, lengths))
+    _check(actual, limit, exact)
 
 
 def assert_composition_close(actual, plain, exact):

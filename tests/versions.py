@@ -34,7 +34,7 @@ IGNORED = "ignore:The .grad attribute of a Tensor:UserWarning:torch._subclasses.
 PACKAGES = ("pybind11", "ninja", "safetensors", "tqdm", "filelock", "hypothesis", "matplotlib")
 PACKAGES += ("peft", "pytest", "pytest-xdist", "setuptools>=77")
 #: Tests of a binary under a release, and those of a release.
-OPERATORS = ("ops", "functional", "isa", "token_cores", "device", "cuda", "reference")
+OPERATORS = ("functional", "isa", "token_cores", "device", "cuda", "reference")
 RELEASE = ("eager", "gradient_sum", "nn", "kept", "graph", "stack", "batch", "build")
 RELEASE += ("gpu_harness", "triton", "triton_compile")
 
@@ -116,7 +116,7 @@ class Release:
 
     def test(self, binary, names):
         """How tests of a build ended under this release."""
-        files = [f"tests/test_{name}.py" for name in names]
+        files = ["tests/conformance", *(f"tests/test_{name}.py" for name in names)]
         options = ["-q", "-p", "no:cacheprovider", "-n", "logical", "--maxprocesses", "8"]
         command = [self.python, "-m", "pytest", *options, *files]
         # By way of variables, because tests start programs, and pytest, too.

@@ -1,0 +1,167 @@
+"""Layouts of what is given, numbers that are no numbers, and ids that no core has."""
+
+import pytest
+import torch
+
+from tolerance import assert_close
+
+from .cases import ALL_SLOW, BF16, EVERYWHERE, F32, HALVES, case
+from .data import arguments, by_torch, compute, expected
+
+SIZES = (6, (8, 20, 2))
+LAID_OUT = [
+    *[case("materialize", *SIZES, meant_for=EVERYWHERE, weights=w) for w in ("stack", "layers")],
+    case("materialize_out", *SIZES, meant_for=EVERYWHERE, weights="beside"),
+    case("materialize_out", 12, (9, 36, 3), weights="beside"),
+    case("materialize_out", 17, (9, 36, 3), weights="beside"),
+    case("core_grad_dense", *SIZES, meant_for=EVERYWHERE),
+    case("core_grad_tokens", *SIZES, meant_for=EVERYWHERE, tokens=(7,), first=1),
+    case("core_of_packed", *SIZES, meant_for=EVERYWHERE, count=2),
+    *[
+        case("core_of_packed", 12, (rank, rank, rank), meant_for=EVERYWHERE, count=48)
+        for rank in (1, 3, 8)
+    ],
+    case("cur_linear", *SIZES, meant_for=EVERYWHERE, tokens=(7,), first=1),
+    case("cur_linear", *SIZES, meant_for=EVERYWHERE, tokens=(7,), first=1, transposed=True),
+    case("w_eff_linear", *SIZES, meant_for=EVERYWHERE, tokens=(7,), first=1),
+]
+
+
+def turned(tensor):
+    """The same numbers, the last two dimensions exchanged in memory."""
+    return tensor.mT.contiguous().mT if tensor.ndim > 1 else tensor
+
+
+def every_second(tensor):
+    """The same numbers with others between them."""
+    return torch.stack([tensor, torch.full_like(tensor, 7)], -1)[..., 0]
+
+
+def shifted(tensor):
+    """The same numbers, contiguous, from an address that is no multiple of a vector."""
+    flat = torch.cat([tensor.new_zeros(1), tensor.flatten()])
+    return flat[1:].view(tensor.shape)
+
+
+def laid_out(given, layout):
+    """Every tensor of floating numbers in a layout, but the buffers that are written."""
+
+    def change(name, value):
+        if isinstance(value, list):
+            return [layout(each) for each in value]
+        is_input = isinstance(value, torch.Tensor) and value.is_floating_point() and name != "out"
+        return layout(value) if is_input else value
+
+    return {name: change(name, value) for name, value in given.items()}
+
+
+@pytest.mark.cases(LAID_OUT)
+@pytest.mark.parametrize("layout", [turned, every_second, shifted])
+def test_layouts(case, backend, layout):
+    given = arguments(case)[0]
+    same, exact = expected(case)
+    actual = compute(case, backend.run_case(case), laid_out(given, layout)).cpu()
+    # Known: the reference gives W_eff the strides of a stack, and its fake says contiguous.
+    is_stack = case.operator == "materialize" and case.get("weights") == "stack"
+    if not (backend.name == "reference" and is_stack and layout is turned):
+        assert actual.is_contiguous()
+    assert_close(actual, same, exact)
+
+
+@pytest.mark.cases([each for each in LAID_OUT if each.operator == "materialize"])
+def test_strided_weights_make_no_difference(case, backend):
+    given = arguments(case)[0]
+    strided = {**given, "weights": [every_second(each) for each in given["weights"]]}
+    run = backend.run_case(case)
+    assert torch.equal(compute(case, run, strided), compute(case, run, given))
+
+
+def test_tokens_that_repeat_or_lie_across(backend):
+    """A transposed x, and a gradient that is one column expanded."""
+    one = case("core_grad_tokens", *SIZES, meant_for=EVERYWHERE, tokens=(7,), first=1)
+    given, exact = ({**each} for each in arguments(one))
+    for each in (given, exact):
+        each["x"] = each["x"].T.contiguous().T
+        each["grad_y"] = each["grad_y"][:, :1].expand(7, 8)
+    run, plain = backend.run_case(one), expected_of(one)
+    assert_close(compute(one, run, given).cpu(), plain(given), plain(exact))
+
+
+def expected_of(case):
+    """What plain torch makes of other arguments of a case."""
+    return lambda given: compute(case, by_torch, given)
+
+
+SPECIAL = [
+    case("materialize", n3, (5, 37, 3), elements=(dtype,), meant_for=EVERYWHERE)
+    for n3 in (3, 7, 18)
+    for dtype in (F32, *HALVES)
+]
+SPECIAL.append(case("materialize", 7, (5, 37, 3), factors=torch.float64, elements=(torch.float64,)))
+
+
+@pytest.mark.cases(SPECIAL)
+def test_a_zero_core_gives_the_weights_back(case, backend):
+    """And what is no number, or a denormal one, passes through."""
+    given = arguments(case)[0]
+    weight = given["weights"][0].clone()
+    weight[0, 0, :3] = torch.tensor([float("inf"), float("-inf"), float("nan")])
+    if not (backend.name == "triton_interpreted" and BF16 in case.elements):
+        weight[1, 0, 0] = 1e-40  # the interpreter has no denormals in bf16
+    changed = {**given, "weights": [weight], "core": torch.zeros_like(given["core"])}
+    for dtype in case.elements if case.factors != F32 else (F32, *HALVES):
+        if backend.name == "triton_interpreted" and dtype != weight.dtype:
+            continue
+        w_eff = backend.run("materialize", **{**changed, "out_dtype": dtype}).cpu()
+        wanted = weight.to(dtype)
+        assert torch.equal(w_eff.isnan(), wanted.isnan())
+        assert torch.equal(w_eff.nan_to_num(), wanted.nan_to_num())
+
+
+def test_nan_in_the_core_is_seen(backend):
+    given = arguments(case("materialize", 5, (4, 6, 2)))[0]
+    core = given["core"].clone()
+    core[0, 0, 0] = float("nan")
+    assert backend.run("materialize", **{**given, "core": core}).isnan().all()
+
+
+BAD_IDS = [
+    case("cur_linear", 4, (6, 7, 2), meant_for=ALL_SLOW, tokens=(6, 2), weight=False, ids="mixed")
+]
+
+
+@pytest.mark.cases(BAD_IDS)
+@pytest.mark.parametrize("bad", [5, -1])
+def test_an_id_of_no_core_reads_nothing(case, backend, bad):
+    """It is refused, or gives NaN in its own rows, where asking the GPU would wait for it."""
+    given = arguments(case)[0]
+    ids = given["adapter_ids"].clone()
+    ids[2] = bad
+    changed = {**given, "adapter_ids": ids}
+    if backend.bad_id == "refused":
+        with pytest.raises((RuntimeError, IndexError)):
+            backend.run("cur_linear", **changed)
+        return
+    y = backend.run("cur_linear", **changed).cpu()
+    assert y[2].isnan().all()
+    assert torch.equal(y[:2], backend.run("cur_linear", **given)[:2].cpu())
+    assert y[3:].isfinite().all()
+
+
+def test_rows_of_no_core_count_for_none(backend):
+    one = case("core_grad_tokens", 5, (6, 7, 2), tokens=(6, 3), first=1, ids="mixed")
+    given, exact = arguments(one)
+    bad, kept = torch.tensor([3, 9, 3, -1, 0, 3]), torch.tensor([0, 2, 4, 5])
+    changed = {**given, "adapter_ids": bad}
+    if backend.bad_id == "refused":
+        with pytest.raises((RuntimeError, IndexError)):
+            backend.run("core_grad_tokens", **changed)
+        return
+    actual = backend.run("core_grad_tokens", **changed).cpu()
+
+    def wanted(given):
+        rows = {name: given[name][kept] for name in ("x", "grad_y")}
+        return expected_of(one)({**given, **rows, "adapter_ids": bad[kept]})
+
+    assert_close(actual, wanted(given), wanted(exact))
+    assert not actual[1].any()
