@@ -8,8 +8,9 @@ import torch
 from cases import make_case, side_by_side
 
 from .backends import INTERPRETER
-from .cases import CASES, EVERYWHERE, case
+from .cases import EVERYWHERE, case
 from .data import arguments, compute
+from .table import CASES
 
 #: The interpreter is too slow to compute more than two of them twice.
 INTO_BUFFERS = [

@@ -9,8 +9,9 @@ from tcur_kernels.operators import contract
 from tolerance import PROMISE, assert_close, relative_error, same_mathematics
 
 from .backends import BACKENDS, INTERPRETED, INTERPRETER, absence
-from .cases import CASES, F32, F64, case
+from .cases import F32, F64, case
 from .data import arguments, compute, expected
+from .table import CASES
 
 LANGUAGES = {language for each in BACKENDS.values() for language in each.languages.values()}
 OPERATORS = {each.operator for each in CASES}

@@ -5,7 +5,8 @@ import torch
 
 from tolerance import assert_close
 
-from .cases import ALL_SLOW, BF16, EVERYWHERE, F32, HALVES, case
+from .backends import HALVES
+from .cases import ALL_SLOW, BF16, EVERYWHERE, F32, case
 from .data import arguments, by_torch, compute, expected
 
 SIZES = (6, (8, 20, 2))

@@ -12,8 +12,8 @@ from tolerance import (
 )
 
 from .calls import plain
-from .cases import CASES
 from .data import arguments, compute, expected, lengths, norm_of_terms
+from .table import CASES
 
 #: Operators whose results are of those sizes that the promise of a precision is about.
 UPDATE = ("materialize", "materialize_out")

@@ -1,0 +1,67 @@
+"""Calls with rounded operands."""
+
+import itertools
+
+from .backends import SINGLE
+from .cases import ALL_SLOW, BF16, FAST, STACKS, case
+
+
+def precision_cases():
+    """Arithmetic with rounded operands, which keeps the promise of its precision."""
+    for precision in ("tf32", "bf16"):
+        for n3 in (1, 12, 17, 2, 3, 47, 48):
+            is_matrix = n3 not in (1, 12, 17)
+            how = {"precision": precision, "meant_for": ALL_SLOW, "matrix": is_matrix}
+            yield case("materialize", n3, (24, 34, 8), weights="none", **how)
+            yield case("core_grad_dense", n3, (24, 34, 8), **how)
+            yield case("core_grad_tokens", n3, (24, 34, 8), tokens=(100,), first=n3 - 1, **how)
+            yield case(
+                "cur_linear", n3, (24, 34, 8), tokens=(100,), first=n3 - 1, weight=False, **how
+            )
+        for n3, rank in itertools.product((1, 12, 47), (3, 9, 33)):
+            for name in ("materialize", "materialize_out"):
+                yield case(name, n3, (34, 36, rank), precision=precision, weights="none")
+            yield case("core_grad_dense", n3, (34, 36, rank), precision=precision)
+        for n3, shape in STACKS:
+            yield case(
+                "materialize", n3, shape, precision=precision, meant_for=FAST, weights="none"
+            )
+    for n3 in (1, 12, 47):
+        yield case(
+            "cur_linear",
+            n3,
+            (40, 50, 8),
+            precision="bf16",
+            tokens=(300,),
+            first=n3 - 1,
+            weight=False,
+        )
+        for tokens, dtype in itertools.product((70, 300), SINGLE):
+            yield case(
+                "core_grad_tokens",
+                n3,
+                (40, 50, 8),
+                elements=(dtype,),
+                precision="bf16",
+                tokens=(tokens,),
+                first=n3 - 1,
+            )
+    for dtype in SINGLE:
+        yield case(
+            "cur_linear", 4, (37, 40, 3), elements=(dtype,), precision="bf16", tokens=(71,), first=2
+        )
+    for n3, rank, turned in itertools.product((1, 2, 12, 48), (1, 3, 8, 34), (False, True)):
+        rank, slices = min(rank, 400 // n3), min(n3, 2)
+        yield case(
+            "cur_linear",
+            n3,
+            (rank, rank, rank),
+            elements=(BF16,),
+            precision="bf16",
+            tokens=(333,),
+            slices=slices,
+            first=n3 - slices,
+            transposed=turned,
+            weight=False,
+            way="ones",
+        )
