@@ -226,7 +226,16 @@ def test_an_operator_that_a_backend_lacks_is_named(toys):
     operators = tcur.build_info()["operators"]
     assert operators["toy"][:2] == ["reference", "cpu"]
     assert "cpu" not in operators["toy_grad"]
-    assert all("cpu" in operators[name] for name in operators if not name.startswith("toy"))
+    assert all("cpu" in operators[name] for name in ("materialize", "cur_linear", "w_eff_linear"))
+
+
+def test_an_operator_without_a_derivative_refuses_to_have_one(toys):
+    alone = contract.operator("toy_grad", "reference")
+    x = torch.randn(3, requires_grad=True)
+    y = alone(x)
+    with pytest.raises(RuntimeError, match="toy_grad has no derivative"):
+        y.sum().backward()
+    torch.library.opcheck(alone, (x.detach(),))
 
 
 def test_a_gpu_takes_what_has_the_operator(toys, monkeypatch):

@@ -18,14 +18,12 @@ struct SlicePlace {
 struct SlicePlaces {
   Element element = Element::none;
   std::vector<SlicePlace> all;
+  bool any_beside = false;  // whether any lie side by side
 };
 
-// weights: one tensor [n3, n1, n2]; or layers [n1, count*n2]; or none; all contiguous. W_eff must
-// have room for them, [n3, n1, n2], or flat where any lie side by side.
-inline SlicePlaces place_slices(
-    const std::vector<Tensor>& weights, const Sizes& s, const Tensor& out) {
+// weights: one tensor [n3, n1, n2]; or layers [n1, count*n2]; or none; all contiguous.
+inline SlicePlaces place_base(const std::vector<Tensor>& weights, const Sizes& s) {
   SlicePlaces places;
-  bool is_flat = false;
   if (weights.empty()) {
     places.all.assign(s.n3, {nullptr, 1, 0});
   } else if (weights.size() == 1 && weights[0].dim() == 3) {
@@ -44,21 +42,29 @@ inline SlicePlaces place_slices(
       for (int64_t index = 0; index < count; ++index) {
         places.all.push_back({data + index * s.n2 * weight.element_size(), count, index});
       }
-      is_flat = is_flat || count > 1;
+      places.any_beside = places.any_beside || count > 1;
     }
     STD_TORCH_CHECK(
         static_cast<int64_t>(places.all.size()) == s.n3,
         "tcur: weights must have n3 slices together");
   }
-  if (is_flat) {
+  if (!weights.empty()) {
+    places.element = element_of(weights[0]);
+  }
+  return places;
+}
+
+// The same where W_eff is written: it must have room for them, [n3, n1, n2], or flat where any lie
+// side by side.
+inline SlicePlaces place_slices(
+    const std::vector<Tensor>& weights, const Sizes& s, const Tensor& out) {
+  const SlicePlaces places = place_base(weights, s);
+  if (places.any_beside) {
     check_shape("out", out, {s.n3 * s.n1 * s.n2});
   } else {
     check_shape("out", out, {s.n3, s.n1, s.n2});
   }
   STD_TORCH_CHECK(out.is_contiguous(), "tcur: out must be contiguous");
-  if (!weights.empty()) {
-    places.element = element_of(weights[0]);
-  }
   return places;
 }
 

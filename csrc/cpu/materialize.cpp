@@ -1,6 +1,5 @@
 // tcur::materialize, CPU: W_eff [n3, n1, n2] = W + scale * C*U*R.
-#include "../common/slice_places.h"
-#include "host.h"
+#include "w_eff.h"
 
 namespace tcur {
 namespace {
@@ -23,14 +22,6 @@ std::vector<void*> slices_of(const SlicePlaces& places, const Sizes& s, const Te
   return slices;
 }
 
-std::vector<BaseSlice> base_of(const SlicePlaces& places, const Sizes& s) {
-  std::vector<BaseSlice> base;
-  for (const SlicePlace& place : places.all) {
-    base.push_back({place.base, place.count * s.n2});
-  }
-  return base;
-}
-
 template <class T>
 void run(
     const Sizes& sizes,
@@ -40,27 +31,18 @@ void run(
     const Tensor& core,
     double scale,
     const Tensor& out) {
-  const TubeDft<T> dft(sizes.n3);
-  const PackedFactors<T> factors(sizes, lateral_hat, horizontal_hat, dft);
-  const std::vector<void*> slices = slices_of(places, sizes, out);
-  const std::vector<BaseSlice> base = base_of(places, sizes);
-  const Kernels<T>& k = kernels<T>();
-  const int64_t core_stride = round_up(sizes.rank, k.lanes);
-  const std::vector<T> core_hat =
-      weighted_core_spectrum(dft, core.const_data_ptr<T>(), sizes.rank, scale, core_stride);
-  const int64_t row_blocks = ceil_div(sizes.n1, kRowBlock);
-  const int64_t blocks = tile_blocks<T>(sizes.n2, sizes.n3);
-  const int64_t tiles = ceil_div(sizes.n2, blocks * kColumnBlock);
   // Enough tasks to balance the threads; more would form P of a row block again for nothing.
   const int64_t wanted = 8 * static_cast<int64_t>(torch::stable::get_num_threads());
-  const int64_t chunks = std::min(tiles, ceil_div(wanted, row_blocks));
+  const WEff<T> w_eff(sizes, places, lateral_hat, horizontal_hat, core, scale, wanted);
+  const std::vector<void*> slices = slices_of(places, sizes, out);
+  const Kernels<T>& k = kernels<T>();
   const MaterializeArgs<T> args{
-      {factors.view(), core_hat.data(), core_stride, base.data(), places.element, blocks, chunks},
+      w_eff.args(),
       slices.data(),
       element_of(out),
       out.numel() * static_cast<int64_t>(out.element_size()) >= kStreamBytes};
   const int64_t scratch_size = k.materialize_scratch(args);
-  torch::stable::parallel_for(0, row_blocks * chunks, 1, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, w_eff.tasks(), 1, [&](int64_t begin, int64_t end) {
     Scratch<T> scratch(scratch_size);
     for (int64_t task = begin; task < end; ++task) {
       k.materialize(args, task, scratch.data());
@@ -73,11 +55,7 @@ void materialize(const MaterializeArguments& a) {
   check_factors(a.lateral_hat);
   check_dtype("core", a.core, a.lateral_hat.scalar_type());
   check_element("out", a.out);
-  std::vector<Tensor> weights;
-  for (const Tensor& weight : a.weights) {
-    check_element("weights", weight);
-    weights.push_back(torch::stable::contiguous(weight));
-  }
+  const std::vector<Tensor> weights = contiguous_weights(a.weights);
   const SlicePlaces places = place_slices(weights, sizes, a.out);
   if (a.out.numel() == 0) {
     return;

@@ -419,8 +419,19 @@ def _complete(entry: Operator[Any], language: str) -> None:
         _register_fresh_results(entry.name, language)
     if entry.derivative is not None:
         _register_derivative(entry, entry.derivative, language)
+    elif not written_by(entry.arguments):
+        _register_derivative(entry, Derivative(_refuse_for(entry.name)), language)
     packet = operator(entry.name, language).overloadpacket
     flops.count(packet, _of_arguments(entry, entry.flops))
+
+
+def _refuse_for(name: str) -> Callable[..., tuple[Any, ...]]:
+    """The backward of an operator that has none: no gradient, rather than one that is wrong."""
+
+    def backward(ctx: Any, grad: Tensor, language: str) -> tuple[Any, ...]:
+        raise RuntimeError(f"tcur: {name} has no derivative")
+
+    return backward
 
 
 def _register_derivative(entry: Operator[Any], derivative: Derivative[Any], language: str) -> None:

@@ -1,0 +1,66 @@
+// What the operators that make tiles of W_eff = W + scale * C*U*R give their kernels.
+#pragma once
+
+#include "../common/slice_places.h"
+#include "host.h"
+
+namespace tcur {
+
+// Weights as the kernels read them.
+inline std::vector<Tensor> contiguous_weights(const std::vector<Tensor>& weights) {
+  std::vector<Tensor> contiguous;
+  for (const Tensor& weight : weights) {
+    check_element("weights", weight);
+    contiguous.push_back(torch::stable::contiguous(weight));
+  }
+  return contiguous;
+}
+
+// The arguments of the tiles, and the memory that they point into.
+template <class T>
+class WEff {
+ public:
+  // wanted: tasks, of which there are never fewer than blocks of rows. Whoever adds up over tasks
+  // must not let it depend on the number of threads.
+  WEff(
+      const Sizes& sizes,
+      const SlicePlaces& places,
+      const Tensor& lateral_hat,
+      const Tensor& horizontal_hat,
+      const Tensor& core,
+      double scale,
+      int64_t wanted)
+      : dft_(sizes.n3), factors_(sizes, lateral_hat, horizontal_hat, dft_) {
+    for (const SlicePlace& place : places.all) {
+      base_.push_back({place.base, place.count * sizes.n2});
+    }
+    const int64_t stride = round_up(sizes.rank, kernels<T>().lanes);
+    core_hat_ = weighted_core_spectrum(dft_, core.const_data_ptr<T>(), sizes.rank, scale, stride);
+    const int64_t row_blocks = ceil_div(sizes.n1, kRowBlock);
+    const int64_t blocks = tile_blocks<T>(sizes.n2, sizes.n3);
+    const int64_t tiles = ceil_div(sizes.n2, blocks * kColumnBlock);
+    const int64_t chunks = std::min(tiles, ceil_div(wanted, row_blocks));
+    args_ = {
+        factors_.view(), core_hat_.data(), stride, base_.data(), places.element, blocks, chunks};
+    tasks_ = row_blocks * chunks;
+  }
+  WEff(const WEff&) = delete;
+  WEff& operator=(const WEff&) = delete;
+
+  const WEffArgs<T>& args() const {
+    return args_;
+  }
+  int64_t tasks() const {
+    return tasks_;
+  }
+
+ private:
+  TubeDft<T> dft_;
+  PackedFactors<T> factors_;
+  std::vector<BaseSlice> base_;
+  std::vector<T> core_hat_;
+  WEffArgs<T> args_;
+  int64_t tasks_;
+};
+
+}  // namespace tcur
