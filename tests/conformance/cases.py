@@ -20,9 +20,12 @@ ALL_SLOW, EVERY_ISA, EVERYWHERE = (
 
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
 
-#: Rows of a batch by the cores they name: often, out of order, not at all.
+#: Rows of a batch by the cores they name: often, out of order, not at all; fewer cores than rows,
+#: and more.
 IDS = {"mixed": [3, 0, 3, 1, 0, 3], "one": [2], "same": [1, 1, 1, 1], "falling": [4, 3, 2, 1, 0]}
-IDS["many"] = [row * row % 5 for row in range(64)]
+IDS |= {"three": [2, 0, 2], "fewer": [2, 0, 2, 1], "more": [5, 6, 0, 5]}
+IDS["many"] = [row * row % 40 for row in range(64)]
+#: Cores of a batch where a case does not say how many.
 ADAPTERS = 5
 
 

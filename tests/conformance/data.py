@@ -112,7 +112,7 @@ def core_grad_tokens(case, stack):
     tokens, dtype, mean = case.get("tokens"), case.elements[0], case.get("mean", 0.0)
     where = {"n3": case.n3, "slice_index": case.get("first", 0), "slices": slices}
     if case.get("ids"):
-        where |= {"adapter_ids": ids_of(case), "adapters": ADAPTERS}
+        where |= {"adapter_ids": ids_of(case), "adapters": case.get("adapters", ADAPTERS)}
     else:
         where["packed"] = case.get("packed", False)
     if way == "ones":
@@ -159,7 +159,9 @@ def cur_linear(case, stack):
     if case.get("bias"):
         given["bias"] = torch.randn(slices * n1).to(dtype)
     if case.get("ids"):
-        cores = torch.randn(ADAPTERS, *stack.core.shape, dtype=stack.core.dtype)
+        cores = torch.randn(
+            case.get("adapters", ADAPTERS), *stack.core.shape, dtype=stack.core.dtype
+        )
         given |= {"core": cores, "adapter_ids": ids_of(case)}
     x = torch.randn(*tokens, slices * n1 if turned else n2).to(dtype)
     if case.get("z"):

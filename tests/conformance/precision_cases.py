@@ -2,8 +2,10 @@
 
 import itertools
 
+import torch
+
 from .backends import SINGLE
-from .cases import ALL_SLOW, BF16, FAST, STACKS, case
+from .cases import ALL_SLOW, BF16, F32, FAST, STACKS, case
 
 
 def precision_cases():
@@ -26,17 +28,19 @@ def precision_cases():
             yield case(
                 "materialize", n3, shape, precision=precision, meant_for=FAST, weights="none"
             )
-    for n3 in (1, 12, 47):
-        yield case(
-            "cur_linear",
-            n3,
-            (40, 50, 8),
-            precision="bf16",
-            tokens=(300,),
-            first=n3 - 1,
-            weight=False,
-        )
-        for tokens, dtype in itertools.product((70, 300), SINGLE):
+    for n3, tokens in itertools.product((1, 12, 47), (70, 300)):
+        for dtype, weight in ((F32, True), (BF16, True), (torch.float16, True), (F32, False)):
+            yield case(
+                "cur_linear",
+                n3,
+                (40, 50, 8),
+                elements=(dtype,),
+                precision="bf16",
+                tokens=(tokens,),
+                first=n3 - 1,
+                weight=weight,
+            )
+        for dtype in SINGLE:
             yield case(
                 "core_grad_tokens",
                 n3,

@@ -18,7 +18,7 @@ from .cases import ALL_SLOW, BF16, EMULATOR, F64, case
 from .data import arguments
 
 SIZES = (5, (3, 4, 2))
-ROWS = {"tokens": (6, 2), "ids": "mixed"}
+ROWS = {"tokens": (3, 2), "ids": "three", "adapters": 3}
 
 #: Operators and the arguments that are differentiated.
 DIFFERENTIABLE = {
@@ -29,7 +29,7 @@ DIFFERENTIABLE = {
 }
 
 
-def cases(sizes, meant_for=(), **how):
+def cases(sizes, meant_for=(), slow=False, **how):
     """Each operator, with one core and with many, both ways; dtypes by ``how``."""
     slices = min(2, sizes[0])
     where = {"slices": slices, "first": sizes[0] - slices}
@@ -39,11 +39,11 @@ def cases(sizes, meant_for=(), **how):
     for amount in ({"tokens": (3,)}, ROWS):
         yield case("core_grad_tokens", *sizes, **where, **amount, **how)
         yield case("cur_linear", *sizes, **where, **amount, **how)
-        yield case("cur_linear", *sizes, **where, **amount, **how, transposed=True)
+        yield case("cur_linear", *sizes, **where, **amount, **how, transposed=True, matrix=slow)
 
 
 IN_FP32 = [
-    *cases(SIZES, ALL_SLOW),
+    *cases(SIZES, ALL_SLOW, slow=True),
     *[
         case("cur_linear", 4, (5, 6, 2), meant_for=ALL_SLOW, tokens=(7,), first=1, way_back=way)
         for way in ("z", "dense")

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
+from cases import N3
 from tolerance import assert_close
 
 from .backends import HALVES
-from .cases import ALL_SLOW, BF16, EVERYWHERE, F32, case
+from .cases import ALL_SLOW, BF16, EMULATOR, EVERYWHERE, F32, F64, case
 from .data import arguments, by_torch, compute, expected
 
 SIZES = (6, (8, 20, 2))
@@ -19,8 +20,13 @@ LAID_OUT = [
     case("core_grad_tokens", *SIZES, meant_for=EVERYWHERE, tokens=(7,), first=1),
     case("core_of_packed", *SIZES, meant_for=EVERYWHERE, count=2),
     *[
-        case("core_of_packed", 12, (rank, rank, rank), meant_for=EVERYWHERE, count=48)
-        for rank in (1, 3, 8)
+        case("core_of_packed", n3, (rank, rank, rank), meant_for=EMULATOR, count=48)
+        for n3, rank in ((12, 1), (12, 3), (12, 8), (47, 3), (64, 3))
+    ],
+    *[
+        case("core_of_packed", n3, (2, 2, 2), factors=F64, elements=(F64,), meant_for=(), count=m)
+        for n3 in N3
+        for m in (0, 1, 48)
     ],
     case("cur_linear", *SIZES, meant_for=EVERYWHERE, tokens=(7,), first=1),
     case("cur_linear", *SIZES, meant_for=EVERYWHERE, tokens=(7,), first=1, transposed=True),

@@ -135,14 +135,14 @@ def linear_cases():
     name = "cur_linear"
     for n3, rank, turned, slices in itertools.product(N3, (1, 3, 8), (False, True), (1, 3)):
         slices = min(slices, n3)
-        for weight in (True, False):
-            meant_for = EMULATOR if rank == 3 else FAST
+        amounts = [((2, 70), FAST)] + ([((2, 35), EMULATOR)] if rank == 3 else [])
+        for weight, (tokens, meant_for) in itertools.product((True, False), amounts):
             yield case(
                 name,
                 n3,
                 (10, 9, rank),
                 meant_for=meant_for,
-                tokens=(2, 70),
+                tokens=tokens,
                 slices=slices,
                 first=n3 - slices,
                 transposed=turned,
@@ -194,6 +194,8 @@ def linear_cases():
         )
     for n3, dtype in itertools.product((1, 12, 47), SINGLE):
         yield case(name, n3, (40, 50, 8), elements=(dtype,), tokens=(70,), first=n3 - 1)
+    for n3 in (1, 12, 47):
+        yield case(name, n3, (40, 50, 8), tokens=(70,), first=n3 - 1, weight=False)
     for n3, rank, turned in itertools.product((1, 2, 12, 48), (1, 3, 8, 34), (False, True)):
         rank, slices = min(rank, 400 // n3), min(n3, 2)
         yield case(
@@ -291,8 +293,8 @@ def many_cores_cases():
             first=1,
             ids="mixed",
         )
-    for turned in (False, True):  # fewer rows than cores and more
-        for ids in ("one", "mixed"):
+    for turned in (False, True):  # more rows than cores and fewer
+        for ids, adapters in (("fewer", 3), ("more", 7)):
             yield case(
                 "cur_linear",
                 12,
@@ -303,6 +305,7 @@ def many_cores_cases():
                 transposed=turned,
                 weight=False,
                 ids=ids,
+                adapters=adapters,
             )
     yield case(
         "cur_linear",
@@ -313,6 +316,7 @@ def many_cores_cases():
         first=7,
         weight=False,
         ids="many",
+        adapters=40,
     )
     yield case(
         "core_grad_tokens",
@@ -322,8 +326,9 @@ def many_cores_cases():
         tokens=(64, 9),
         first=7,
         ids="many",
+        adapters=40,
     )
-    for ids in ("one", "mixed"):
+    for ids, adapters in (("fewer", 3), ("more", 7)):
         yield case(
             "core_grad_tokens",
             12,
@@ -332,6 +337,7 @@ def many_cores_cases():
             slices=2,
             first=4,
             ids=ids,
+            adapters=adapters,
         )
     for n3, shape in STACKS:
         yield case("cur_linear", n3, shape, meant_for=FAST, tokens=(6, 5), ids="mixed")
