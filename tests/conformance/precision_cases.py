@@ -1,4 +1,4 @@
-"""Calls with rounded operands."""
+"""Calls at every precision, most of them with rounded operands."""
 
 import itertools
 
@@ -10,7 +10,7 @@ from .cases import ALL_SLOW, BF16, F32, FAST, STACKS, case
 
 def precision_cases():
     """Arithmetic with rounded operands, which keeps the promise of its precision."""
-    for precision in ("tf32", "bf16"):
+    for precision in ("ieee", "tf32", "bf16"):
         for n3 in (1, 12, 17, 2, 3, 47, 48):
             is_matrix = n3 not in (1, 12, 17)
             how = {"precision": precision, "meant_for": ALL_SLOW, "matrix": is_matrix}
@@ -20,6 +20,7 @@ def precision_cases():
             yield case(
                 "cur_linear", n3, (24, 34, 8), tokens=(100,), first=n3 - 1, weight=False, **how
             )
+    for precision in ("tf32", "bf16"):
         for n3, rank in itertools.product((1, 12, 47), (3, 9, 33)):
             for name in ("materialize", "materialize_out"):
                 yield case(name, n3, (34, 36, rank), precision=precision, weights="none")
