@@ -14,7 +14,15 @@ from .gpu_build import finish, logged, start
 from .gpu_rows import Row
 
 WORKERS = 8
-SUITE = ("ops", "token_cores", "functional", "nn", "adapt", "tubal", "decompose")
+SUITE = (
+    "conformance",
+    "test_token_cores.py",
+    "test_functional.py",
+    "test_layers.py",
+    "test_adapt.py",
+    "test_t_product.py",
+    "test_decompose.py",
+)
 #: Time limits of the parts in seconds; a part that is stopped keeps its results so far.
 DEVICE_SECONDS, SUITE_SECONDS, SANITIZER_SECONDS = 75.0, 75.0, 120.0
 SHOWN = 12  # failures of a part that get a row, at most; the log has all of them
@@ -72,7 +80,7 @@ def tests(bench: Bench, out: Path) -> None:
         "device, cuda": ([ours, "-k", "cuda"], DEVICE_SECONDS),
         "device, triton": ([ours, "-k", "triton"], DEVICE_SECONDS),
         "device, others": ([ours, "-k", "not cuda and not triton"], DEVICE_SECONDS),
-        "suite": ([f"tests/test_{name}.py" for name in SUITE], SUITE_SECONDS),
+        "suite": ([f"tests/{name}" for name in SUITE], SUITE_SECONDS),
     }
     for name, (selected, limit) in parts.items():
         bench.piece("tests", name, lambda n=name, s=selected, x=limit: _part(bench, n, s, log, x))

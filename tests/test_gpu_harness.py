@@ -335,3 +335,8 @@ def test_the_last_words_of_pytest_are_understood(harness):
     assert found == "1 failed, 3 passed, 2 warnings in 4.56s"
     assert failures == ["tests/test_device.py::test_x[a - b] - assert"]
     assert checks.summary("nothing") == ("", [])
+
+
+def test_what_it_tests_is_there(harness):
+    checks = importlib.import_module("benchmarks.gpu_checks")
+    assert all((ROOT / "tests" / name).exists() for name in checks.SUITE)
