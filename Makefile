@@ -31,10 +31,10 @@ build: $(VENV)/.demo
 	rm -f $(VENV)/.built_*
 	TCUR_ISA='$(ISA)' TCUR_ONLY='$(ONLY)' TORCH_CUDA_ARCH_LIST='$(TEST_ARCHITECTURES)' $(BUILD)
 
-# The kernels of the CPU library, without the emulator of CUDA and without a compiler of Python.
+# Values of the kernels of the CPU library, in fp32, by each instruction set that was compiled.
 quick: $(VENV)/.tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/test_isa.py tests/conformance \
-		-k 'test_isa or (cpu_ and not opcheck and not fullgraph and not derivatives)'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/test_isa.py tests/conformance/test_values.py \
+		-k 'test_isa or (cpu_ and not float16 and not float64 and not ids)'
 
 # One process for each core, each with one thread.
 test: $(VENV)/.built_tests $(VENV)/.oldest_peft $(VENV)/.oldest_triton
