@@ -7,10 +7,9 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 from ..files.shards import read_index
 
@@ -70,8 +69,7 @@ def copy_rest(source: Path, shards: Iterable[Path], place: Path, out: Path) -> l
     """
     shards = set(shards)
     left_out: list[str] = []
-    modules = source / "modules.json"  # sentence-transformers: folders with further layers
-    own = _listed(modules, lambda entries: {entry["path"] for entry in entries}) or set()
+    own = _folders_of_modules(source / "modules.json")
     apart = {os.path.realpath(path) for path in (place, out)}  # may be below the source
 
     def copy(folder: Path, above: tuple[str, ...]) -> None:
@@ -103,12 +101,12 @@ def copy_rest(source: Path, shards: Iterable[Path], place: Path, out: Path) -> l
     return left_out
 
 
-def _listed(path: Path, read: Callable[[Any], set[str]]) -> set[str] | None:
-    """What ``read`` takes from a JSON file; None if it is missing or has another form."""
+def _folders_of_modules(path: Path) -> set[str]:
+    """Folders of the further layers of a sentence-transformers model; none without such a list."""
     try:
-        return read(json.loads(path.read_text(encoding="utf-8")))
+        return {entry["path"] for entry in json.loads(path.read_text(encoding="utf-8"))}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
+        return set()
 
 
 def _is_weights(source: Path, shards: set[Path], path: Path) -> bool:
