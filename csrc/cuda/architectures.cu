@@ -1,4 +1,4 @@
-// What was compiled, for `build_info`; no tensor passes here.
+// Tells `build_info` for which architectures the library was compiled.
 extern "C" __attribute__((visibility("default"))) const char* tcur_cuda_architectures() {
   return TCUR_ARCHITECTURES;
 }

@@ -1,13 +1,14 @@
 // tcur::core_grad_dense, CUDA: ∂U [n3, rank, rank] = Cᵀ * G * Rᵀ from G [n3, n1, n2].
 //
-// The adjoint of materialize.cu: a block reads tiles of all slices of G, 8 rows high, one after
-// another along its part of the columns. A tile is transformed along the tubes, by codelets as it
-// comes from memory (dft.h), or for other lengths as a product with the matrix (dft_matrix.h), into
-// packed planes in shared memory, and these are multiplied with R̂ on tensor cores:
+// The adjoint of materialize.cu. A block walks along its part of the columns and reads tiles of all
+// slices of G, 8 rows high. It transforms each tile along the tubes into packed planes in shared
+// memory. Codelets do this while the tile comes from memory (dft.h); other lengths use a product
+// with the DFT matrix (dft_matrix.h). Then the block multiplies the planes with R̂ on tensor cores:
 //     [z_re; z_im] = [G_re, G_im; -G_im, G_re] [R_reᵀ; R_imᵀ]
-// which is the conjugate of Ĝ_k R̂_kᴴ, [n1, n3*rank] in all: rows like those of projected tokens,
-// with Ĉ for their p. What is left is the work of products.h. G is never transformed as a whole,
-// and is read once; for lengths beyond 255 that have no two short factors once for every 128 bins.
+// This is the conjugate of Ĝ_k R̂_kᴴ. All of z is [n1, n3*rank]: its rows are like those of
+// projected tokens whose p is Ĉ, so products.h does the rest. G is never transformed as a whole. It
+// is read once, except for lengths beyond 255 that are not a product of two short factors; those
+// read it once for every 128 bins.
 //
 // Per element of G: 4 (2) bytes of device memory, 4*rank/8 bytes of R̂ from the second-level cache,
 // 16*rank operations of tensor cores, and the transform: by codelets 4 to 23 fp32 operations, or
@@ -34,7 +35,7 @@ TCUR_DEVICE Quad read_slice(const ProjectArgs& args, int slice, const Place& pla
   return Four<BYTES>::widened(raw, args.element);
 }
 
-// Slices -> what is between the two steps of dft.h.
+// Reads the slices of a tile and does the outer step of dft.h on them.
 template <int BYTES, int OUTER>
 TCUR_DEVICE void read_transformed(const ProjectArgs& args, const Corner& corner, float* rows) {
   const int positions = args.tile.positions(), quads = positions / 4, inner = args.n3 / OUTER;
@@ -53,8 +54,8 @@ TCUR_DEVICE void read_transformed(const ProjectArgs& args, const Corner& corner,
   }
 }
 
-// Slices first … first+count-1 and their mirror images -> A and B of dft_matrix.h, zeros beyond
-// n3/2.
+// Reads slices first … first+count-1 and their mirror images n3-l, and writes A and B of
+// dft_matrix.h, zeros beyond n3/2.
 template <int BYTES>
 TCUR_DEVICE void read_folded(
     const ProjectArgs& args, const Corner& corner, int first, int count, float* rows) {
@@ -77,7 +78,7 @@ TCUR_DEVICE void read_folded(
   }
 }
 
-// z += planes R̂ᵀ for some bins; every number of z has one thread of one block that adds to it.
+// z += planes R̂ᵀ for some bins. Only one thread of one block adds to any number of z.
 TCUR_DEVICE void project(
     const ProjectArgs& args,
     const Corner& corner,
@@ -103,7 +104,7 @@ TCUR_DEVICE void project(
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int k = k0 + t + 4 * (i / 2);
-        const bool is_lower = i % 2 == 1;  // rows 8 … 15: z_im
+        const bool is_lower = i % 2 == 1;  // rows 8 … 15 are z_im
         float value = 0.0f;
         if (k < depth && (is_pair || !is_lower)) {
           const int at = tile.position(g, k & (columns - 1));
@@ -137,7 +138,7 @@ TCUR_DEVICE void project(
   }
 }
 
-// The tiles of a block, one after another: `work(corner, z, is_first)` is what is done with each.
+// Calls work(corner, z, is_first) for each tile of a block, one after another.
 template <class F>
 TCUR_DEVICE void for_tiles(const ProjectArgs& args, F&& work) {
   const int split = blockIdx.x % args.splits;
@@ -146,7 +147,7 @@ TCUR_DEVICE void for_tiles(const ProjectArgs& args, F&& work) {
   for (int64_t i = 0; i < args.tiles_per_split; ++i) {
     corner.column = (split * args.tiles_per_split + i) * args.tile.columns();
     if (corner.column >= args.n2 && i > 0) {
-      return;  // all threads together; the first tile is there to clear z
+      return;  // all threads return together; the first tile always runs, because it clears z
     }
     work(corner, z, i == 0);
   }
@@ -203,7 +204,7 @@ auto kernel_for(int64_t outer, std::integer_sequence<int, I...>) {
   return all[outer - 1];
 }
 
-// The widest tile of which two fit a multiprocessor, or else one.
+// The widest tile of which two fit on a multiprocessor, or one if no two fit.
 Tile choose_tile(int64_t n3, const SharedLimits& limits) {
   constexpr int64_t reserved = 1024;
   const int64_t half = std::min(limits.block, limits.multiprocessor / 2 - reserved);
@@ -217,9 +218,9 @@ Tile choose_tile(int64_t n3, const SharedLimits& limits) {
   return {kRows, 3};
 }
 
-// What a block walks over: `per_split` tiles of a row of tiles, `splits` blocks for each. A few
-// blocks for each of 132 multiprocessors, by the shape alone: the sums are then the same on every
-// device.
+// How blocks walk over the tiles: `splits` blocks share each row of tiles, and each walks over
+// `per_split` of them. This makes a few blocks for each of 132 multiprocessors. It depends on the
+// shape alone, so that the sums are the same on every device.
 struct Walk {
   int splits;
   int64_t per_split, row_tiles;
@@ -239,7 +240,7 @@ ProjectTubesKernel tubes_kernel_for(int64_t n3) {
   return parts[tubes_part(n3)](n3);
 }
 
-// z by the kernels for tubes: [splits, n1, n3*rank].
+// Computes z [splits, n1, n3*rank] with the kernels for tubes.
 Tensor project_by_tubes(const Call& call, const Sizes& sizes, const Tensor& h, ProjectArgs args) {
   const ProjectTubesKernel tubes = tubes_kernel_for(sizes.n3);
   const int quads = static_cast<int>(ceil_div(sizes.rank, 4));
@@ -275,7 +276,7 @@ Tensor project_by_tubes(const Call& call, const Sizes& sizes, const Tensor& h, P
   return z;
 }
 
-// z by the kernels for any length, rank and alignment.
+// Computes z with the kernels for any length, rank and alignment.
 Tensor project_by_tiles(const Call& call, const Sizes& sizes, const Tensor& h, ProjectArgs args) {
   const bool has_factors = dft_factors(sizes.n3).outer > 0;
   args.lines = first_lines(args.n3);

@@ -1,4 +1,4 @@
-// What the operator hands to the kernels of `core_grad_dense`.
+// The arguments that the operator passes to the kernels of `core_grad_dense`.
 #pragma once
 
 #include "dft_matrix.h"
@@ -17,7 +17,7 @@ struct ProjectArgs {
   float* z;  // [splits, n1, n3*rank]
   int64_t n1, n2;
   int n3, rank, splits;
-  int quads, first_quad;  // of the rank, for tubes: all, and the first one of a launch
+  int quads, first_quad;  // of the rank, for tubes: how many, and the first one of a launch
   int64_t tiles_per_split;
   Precision precision;
   Tile tile;
@@ -26,7 +26,7 @@ struct ProjectArgs {
   bool vector;  // rows start at multiples of four elements
 };
 
-// A kernel made for one length of tubes and short ranks, and what it is launched with.
+// A kernel compiled for one length of tubes and short ranks, and the parameters of its launch.
 struct ProjectTubesKernel {
   void (*kernel)(ProjectArgs);
   int rows, columns;  // of its tile
@@ -35,7 +35,7 @@ struct ProjectTubesKernel {
   int64_t shared_bytes;
 };
 
-// That of a length for which `has_tubes` and `tubes_part` is PART.
+// Returns the kernel of a length that `has_tubes` and whose `tubes_part` is PART.
 template <int PART>
 ProjectTubesKernel project_tubes(int64_t n3);
 template <>

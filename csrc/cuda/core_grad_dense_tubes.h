@@ -1,11 +1,11 @@
-// Ĝ_k R̂_kᴴ for a length of two short factors and a short rank: the adjoint of materialize_tubes.h,
-// everything in fp32 registers.
+// Computes Ĝ_k R̂_kᴴ for a length of two short factors and a short rank. It is the adjoint of
+// materialize_tubes.h, and everything happens in fp32 registers.
 //
-// A thread reads OUTER slices of a few columns of G and does the outer factor's step on them. The
-// numbers cross to other threads by shared memory. Then a thread does the inner factor's step for
-// the bins of one k1, a row and four columns, and multiplies what comes out with R̂ at once. The
-// threads of a row share out the sums over its columns, and each keeps some of them in registers
-// until the block has walked over all of its tiles.
+// A thread reads OUTER slices of a few columns of G and does the outer step on them. The numbers
+// then pass through shared memory to other threads. There a thread does the inner step for the bins
+// of one k1, a few rows and four columns, and immediately multiplies the results with R̂. The
+// threads of a row divide the sums over its columns among them. Each keeps some of the sums in
+// registers until the block has walked over all of its tiles.
 #pragma once
 
 #include "core_grad_dense.h"
@@ -14,16 +14,17 @@
 
 namespace tcur {
 
-// Quads of the rank that one launch takes: each thread keeps its sums in registers.
+// Quads of the rank that one launch takes. There are few, because each thread keeps its sums in
+// registers.
 constexpr int kQuadsOfLaunch = 2;
 
-// Sums over the columns of a tile, made by the threads of a row together: of eight sums that each
-// of them has for its columns, each keeps one or two for all of them.
+// Sums over the columns of a tile. Each of the LANES threads of a row has eight sums over its own
+// columns. Together they add these up, and each thread keeps kKept of the eight totals.
 template <int LANES>
 struct RowSums {
   static constexpr int kSums = 8, kKept = LANES < kSums ? kSums / LANES : 1;
 
-  // Number of the first one that this thread keeps.
+  // Index of the first total that this thread keeps.
   TCUR_DEVICE static int first() {
     int first = 0;
     static_for<3>([&](auto step) __attribute__((always_inline)) {
@@ -33,7 +34,7 @@ struct RowSums {
     return first;
   }
 
-  // At each step two threads exchange halves of what is left.
+  // At each step two threads exchange halves of the sums that are left.
   TCUR_DEVICE static void add(float (&s)[kSums], float (&kept)[kKept]) {
     static_for<4>([&](auto step) __attribute__((always_inline)) {
       constexpr int bit = 1 << step, left = kSums >> (step + 1);
@@ -55,8 +56,8 @@ struct RowSums {
   }
 };
 
-// Ĝ_k for the bins of one k1, the rows and the four columns of a thread, and its share of the sums
-// Ĝ_k R̂_kᴴ over all columns that the block walks over.
+// What a thread holds: Ĝ_k for the bins of one k1 at its rows and four columns, and its share of
+// the sums Ĝ_k R̂_kᴴ over all columns that the block walks over.
 template <int N3>
 class Projected {
   using T = ForwardTubes<N3>;
@@ -64,7 +65,7 @@ class Projected {
   using Row = RowSums<T::kColumns / 4>;
 
  public:
-  // Reads what the outer factor's step left in `rows` and does the step of the inner factor.
+  // Reads from `rows` what the outer step wrote there, and does the inner step.
   TCUR_DEVICE void transform(int k1, const Tables& tables, const float* rows) {
     const float* from = rows + T::inner_row() * T::kColumns + T::inner_column();
     if (k1 == 0) {
@@ -77,7 +78,7 @@ class Projected {
     }
   }
 
-  // Adds the products with one staged quad of the rank, that of number QUAD of this launch.
+  // Adds the products with one staged quad of the rank, which is number QUAD of this launch.
   template <int QUAD>
   TCUR_DEVICE void add(int k1, const float* staged) {
     const HorizontalQuad<T> r{staged + T::inner_column()};
@@ -98,8 +99,8 @@ class Projected {
     }
   }
 
-  // z: [n1, n3*rank] at the first row of the tile, of which `rows` are there; ranks from `first`
-  // on.
+  // Writes the sums to z [n1, n3*rank]. `z` points to the first row of the tile, `rows` rows remain
+  // from there, and `first` is the first rank index of this launch.
   TCUR_DEVICE void store(int k1, float* z, int64_t rows, int rank, int first) const {
     static_for<kQuadsOfLaunch>([&](auto quad) __attribute__((always_inline)) {
       const auto store_bin = [&](int slot, int plane, bool is_pair) __attribute__((always_inline)) {
@@ -137,8 +138,7 @@ class Projected {
   }
 
  private:
-  // Of the numbers of real tubes, k1 = 0 (FIRST) or outer/2: their planes, and where their sums
-  // are.
+  // For number i of a real tube, k1 = 0 (FIRST) or outer/2: its plane, and the slot of its sums.
   template <bool FIRST>
   TCUR_DEVICE static constexpr int plane_of(int i) {
     return FIRST ? first_plane(kOuter, i) : last_plane(kOuter, kInner, i);
@@ -189,10 +189,10 @@ class Projected {
             b[l0] = root.x * y - root.y * x;
           }
         });
-        complex_inverse<kInner, float>(b, a);  // exchanged: the forward transform
+        complex_inverse<kInner, float>(b, a);  // exchanging re and im: the forward transform
         static_for<kInner>([&](auto k2) __attribute__((always_inline)) {
           re_[k2][m].template half<half>(a[k2]);
-          // The planes of the second half are those of n3 - bin.
+          // Bins of the second half are stored as n3 - bin, conjugate.
           im_[k2][m].template half<half>(2 * k2 >= kInner ? -b[k2] : b[k2]);
         });
       });
@@ -247,12 +247,14 @@ class Projected {
     });
   }
 
-  // Of the bins outer * k2 + k1; for k1 = 0 the real tubes of k1 = 0 and of k1 = outer/2.
+  // Ĝ of the bins outer * k2 + k1. For k1 = 0, re_ holds the real tubes of k1 = 0, and im_ those of
+  // k1 = outer/2.
   Quad re_[kInner][kTall], im_[kInner][kTall];
   float sums_[kQuadsOfLaunch][kInner + 1][kTall][Row::kKept] = {};
 };
 
-// Some columns of OUTER slices of G, transformed over them, into shared memory.
+// Reads a few columns of OUTER slices of G, does the outer step on them, and writes the results to
+// shared memory.
 template <int BYTES, int N3>
 TCUR_DEVICE void read_slices(
     const ProjectArgs& args, int l0, int64_t row, int64_t column, float* to) {
@@ -280,7 +282,7 @@ TCUR_DEVICE void read_slices(
   });
 }
 
-// Asks for the lines of a tile of all slices.
+// Prefetches a tile of all slices.
 template <int N3>
 TCUR_DEVICE void prefetch_slices(const ProjectArgs& args, int64_t row, int64_t column) {
   using T = ForwardTubes<N3>;
@@ -296,7 +298,7 @@ TCUR_DEVICE void prefetch_slices(const ProjectArgs& args, int64_t row, int64_t c
   }
 }
 
-// Shared memory: a tile, and the quads of R̂ of a launch.
+// Shared memory of a block: a tile, and the quads of R̂ that a launch takes.
 template <int N3>
 struct ProjectStages {
   using T = ForwardTubes<N3>;
@@ -316,14 +318,14 @@ project_tubes_kernel(const TCUR_PARAMETER ProjectArgs args) {
   const int64_t first_row = blockIdx.x / args.splits * static_cast<int64_t>(T::kRows);
   const int64_t first_tile = split * args.tiles_per_split;
   prefetch_slices<N3>(args, first_row, first_tile * T::kColumns);
-  wait_for_launch_before();  // which lays out R̂
+  wait_for_launch_before();  // the previous launch lays out R̂
   const int left = args.quads - args.first_quad;
   const int quads = left < kQuadsOfLaunch ? left : kQuadsOfLaunch;
   Projected<N3> projected;
   for (int64_t tile = first_tile; tile < first_tile + args.tiles_per_split; ++tile) {
     const int64_t first_column = tile * T::kColumns;
     if (first_column >= args.n2) {
-      break;  // all threads together
+      break;  // all threads leave together
     }
     const float* r = args.horizontal_hat + first_column * args.quads * (4 * N3);
     Staged<T, false>::ask(r, nullptr, args.first_quad, quads, staged);

@@ -1,12 +1,13 @@
-// tcur::core_grad_tokens, CUDA: ∂U [n3, rank, rank] from tokens, no n1 x n2 gradient in between.
+// tcur::core_grad_tokens, CUDA: ∂U [n3, rank, rank] from tokens, without an n1 x n2 gradient.
 //
-// z = x R̂ᵀ and p = dy Ĉ are ordinary matrix products of torch (cuBLAS), in fp32 or, for factors in
-// bf16, in that precision; only the diagonal blocks of pᵀz are formed (products.h). No R̂: x is z
-// already. No dy: the tokens are the rows of G = dyᵀx, and p = Ĉ.
+// z = x R̂ᵀ and p = dy Ĉ are ordinary matrix products of torch (cuBLAS), in fp32, or in bf16 if the
+// factors are bf16. Of pᵀz, only the diagonal blocks are computed (products.h). Without R̂, x is
+// already z. Without dy, the tokens are the rows of G = dyᵀx, and p = Ĉ.
 //
-// Beside these products: one launch for the blocks, and one that ends their sums and transforms
-// them (spectrum.h), with adapter_ids a third one that sorts rows by core (row_order.h). Packed,
-// the sums are all that is wanted: core_of_packed.cu transforms those of many layers at once.
+// Besides these products there are two launches. One computes the blocks; the other finishes their
+// sums and transforms them (spectrum.h). With adapter_ids, a third launch sorts rows by core
+// (row_order.h). With `packed`, the result is the sums themselves: core_of_packed.cu transforms
+// those of many layers at once.
 #include "../common/token_products.h"
 #include "products.h"
 
@@ -29,7 +30,7 @@ Tensor core_grad_tokens(const CoreGradTokensArguments& a) {
     call.check_device("adapter_ids", *a.adapter_ids);
   }
   Tensor z = project_tokens(a, sizes);
-  // What products.h reads: fp32, or bf16 beside bf16. Every fp16 is an fp32.
+  // products.h reads fp32, or bf16 for both p and z. Every fp16 is also an fp32.
   if (z.scalar_type() != a.lateral_hat.scalar_type()) {
     z = cast(z, ScalarType::Float);
   }
@@ -59,7 +60,7 @@ STABLE_TORCH_LIBRARY_IMPL(tcur, TCUR_DISPATCH_KEY, m) {
   m.impl(
       "core_grad_tokens" TCUR_LANGUAGE,
       TORCH_BOX(&positional::core_grad_tokens<&core_grad_tokens>));
-  // Products of tokens are torch's, and follow its own switch for TF32.
+  // torch computes the products of tokens, and follows its own switch for TF32.
   m.impl(
       "core_grad_tokens" TCUR_LANGUAGE_TF32,
       TORCH_BOX(&positional::core_grad_tokens<&core_grad_tokens>));

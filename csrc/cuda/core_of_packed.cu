@@ -1,6 +1,6 @@
-// tcur::core_of_packed, CUDA: packed ∂Û of several layers -> scale times the core's gradient.
+// tcur::core_of_packed, CUDA: packed ∂Û of several layers -> scale times the gradient of the core.
 //
-// One launch, that of spectrum.h, which sums parts in order and transforms the sums.
+// One launch does it: make_core of spectrum.h sums the parts in order and transforms the sums.
 #include "operators.h"
 
 namespace tcur {

@@ -3,16 +3,17 @@
 // forward    y = x Wᵀ + b + ((x R̂ᵀ) M_lᵀ) Ĉᵀ        x: [..., n2], y: [..., slices*n1]
 // transposed y = x W + Σ_l ((x_l Ĉ) M_l) R̂          x: [..., slices*n1], y: [..., n2]
 //
-// The products with W, R̂ and Ĉ are ordinary ones of torch (cuBLAS), the last of them adding to y in
-// place where the dtypes allow. What is left is the core in between, a complex rank x rank matrix
-// per bin: with z_c = z_re + i z_im it is v = e^{2πikl/n3} Û_k z_c, and v_re, -v_im go on. Layers
-// that share x share Û_k z_c.
+// torch (cuBLAS) computes the products with W, R̂ and Ĉ. The last of them adds to y in place if the
+// dtypes allow it. The kernels here apply the core in between, a complex rank x rank matrix for
+// each bin. With z_c = z_re + i z_im they compute v = e^{2πikl/n3} Û_k z_c, and pass on v_re and
+// -v_im. Layers that share x share Û_k z_c.
 //
-// A block takes some bins of a chunk of tokens: 64 numbers of a row or more, so that lines of
-// memory are whole. Û of its bins is in shared memory, in the order in which a warp reads it. A
-// thread makes four numbers of v for up to four tokens, and asks for four numbers of each ahead of
-// the ones it multiplies. Each number of z is read from memory once, by the rank/4 threads that
-// need it from the first-level cache; 2*rank fp32 multiplications per number. 2048 tokens of 48
+// A block takes some bins of a chunk of tokens. These are 64 numbers of a row or more, so that the
+// block reads whole lines of memory. Û of its bins is in shared memory, in the order in which a
+// warp reads it. A thread computes four numbers of v for up to four tokens. It loads the next four
+// numbers of each token before it multiplies the current ones. Each number of z is read from memory
+// once; the rank/4 threads that need it read it from the first-level cache. Each number takes
+// 2*rank fp32 multiplications. For 2048 tokens of 48
 // slices at rank 8 in bf16: 116 blocks of 7 bins and 72 tokens. Planned: 256 threads, up to 128
 // registers, 2 blocks per multiprocessor, up to 64 KiB of shared memory each at large ranks, 3.5
 // KiB at a rank of 8.
@@ -38,7 +39,7 @@ constexpr int kThreads = kTokenThreads;
 constexpr int kSlab = 32;         // columns of Û in shared memory at a time
 constexpr int kMostThreads = 64;  // for one token, so that a slab is at most 64 KiB
 
-// Tokens of a thread at most.
+// The most tokens that a thread takes.
 TCUR_HOST_DEVICE constexpr int tokens_of(Element element, bool transposed, bool vector) {
   return element == Element::f32 || transposed || !vector ? 2 : 4;
 }
@@ -47,14 +48,15 @@ struct ApplyArgs {
   const void* in;         // [tokens, q], or [tokens, slices*q] transposed
   void* out;              // [tokens, slices*q], or [tokens, q] transposed; q = n3*rank
   const float* core_hat;  // [entries, n3, rank, rank], weighted
-  CoreIds entries;        // of the rows of tokens
+  CoreIds entries;        // which entry of core_hat each row of tokens uses
   TokenGrid grid;
   Tables tables;
   int rank, slice_index, slices;
 };
 
-// Columns first … first+count-1 of Û (or of its transpose) for the bins and rows of this block:
-// [count, re and im, threads of a token, 4], zeros beyond the rank and without a core.
+// Loads columns first … first+count-1 of Û (or of its transpose) for the bins and rows of this
+// block, as [count, re and im, threads of a token, 4]. Numbers beyond the rank are zero, and so are
+// all numbers without a core.
 template <bool TRANSPOSED>
 TCUR_DEVICE void load_slab(
     const ApplyArgs& args,
@@ -215,7 +217,8 @@ struct AddArgs {
   int64_t size;
 };
 
-// y += delta, in fp32, rounded once. Two times four numbers of both are asked for together.
+// y += delta, computed in fp32 and rounded once. A thread loads two times four numbers of both
+// together.
 template <Element Y, Element DELTA, bool VECTOR>
 TCUR_KERNEL(kThreads, 2)
 add_kernel(const TCUR_PARAMETER AddArgs args) {
@@ -244,7 +247,7 @@ add_kernel(const TCUR_PARAMETER AddArgs args) {
 
 using AddKernel = void (*)(AddArgs);
 
-// Numbers of the same type are added by torch.
+// Only for different types: torch adds numbers of the same type.
 template <bool VECTOR>
 AddKernel add_kernel_for(Element y, Element delta) {
   if (delta == Element::f32) {
@@ -257,7 +260,7 @@ AddKernel add_kernel_for(Element y, Element delta) {
   });
 }
 
-// The projected tokens after the core: [tokens*slices, q], or [tokens, q] transposed.
+// Applies the core to the projected tokens. Returns [tokens*slices, q], or [tokens, q] transposed.
 Tensor apply_core(
     const Call& call,
     const CurLinearArguments& a,
@@ -266,7 +269,7 @@ Tensor apply_core(
   const int n3 = static_cast<int>(sizes.n3), rank = static_cast<int>(sizes.rank);
   const Tensor core = torch::stable::contiguous(a.core);
   const TokenCores cores(sizes.tokens, a.adapter_ids, core.size(0));
-  // Spectra of all cores, or of the cores of the rows, whichever are fewer.
+  // Computes the spectra of all cores or of the core of each row, whichever are fewer.
   const bool by_rows = a.adapter_ids.has_value() && cores.rows() < cores.cores();
   const CoreIds in_order{nullptr, by_rows ? cores.rows() : cores.cores()};
   const Spectrum spectrum(
@@ -363,7 +366,7 @@ Tensor cur_linear(const CurLinearArguments& a) {
 
 STABLE_TORCH_LIBRARY_IMPL(tcur, TCUR_DISPATCH_KEY, m) {
   m.impl("cur_linear" TCUR_LANGUAGE, TORCH_BOX(&positional::cur_linear<&cur_linear>));
-  // Products of tokens are torch's, and follow its own switch for TF32.
+  // torch computes the products of tokens, and follows its own switch for TF32.
   m.impl("cur_linear" TCUR_LANGUAGE_TF32, TORCH_BOX(&positional::cur_linear<&cur_linear>));
 }
 

@@ -1,11 +1,11 @@
-// Real DFT along the tubes of a tile in shared memory, for lengths of two short factors (DftFactors
-// in tubes.h), both by the codelets of codelets.h, in registers.
+// Real DFT along the tubes of a tile in shared memory, for lengths that are a product of two short
+// factors (DftFactors in tubes.h). The codelets of codelets.h transform both factors in registers.
 //
-// The rows of a tile are its packed planes. The step of the inner factor replaces, for each k1, the
-// planes of the bins outer * k2 + k1 by as many numbers, one or a pair for each l0. The step of the
-// outer factor takes those of one l0 to the slices inner * l1 + l0 or back: a thread does it for a
-// quad of positions between shared memory and device memory, so that no slice is ever in shared
-// memory. Lengths up to kLongestOuter have no inner step.
+// The rows of a tile are its packed planes. For each k1, the inner step replaces the planes of the
+// bins outer * k2 + k1 by as many middle planes, one or a pair for each l0. The outer step turns
+// the middle planes of one l0 into the slices inner * l1 + l0, or back. A thread does the outer
+// step for four positions, between shared memory and device memory, so shared memory never holds a
+// slice. Lengths up to kLongestOuter have no inner step.
 #pragma once
 
 #include "../common/codelets.h"
@@ -17,7 +17,8 @@ namespace tcur {
 template <int OUTER, int INNER>
 constexpr bool are_factors = dft_factors(OUTER * INNER).outer == OUTER;
 
-// f(j, row) for the packed half spectrum over k1 that belongs to one l0: its number j is in `row`.
+// For one l0, the middle planes are a packed half spectrum over k1. Calls f(j, row) for each of
+// its numbers: number j is in `row`.
 template <int OUTER, class F>
 TCUR_DEVICE void for_middle_rows(int n3, int l0, F&& f) {
   f(0, first_plane(OUTER, l0));
@@ -31,7 +32,7 @@ TCUR_DEVICE void for_middle_rows(int n3, int l0, F&& f) {
   }
 }
 
-// The step of the inner factor for one k1 and the W positions at `column`, in place.
+// Does the inner step in place, for one k1 and the W positions at `column`.
 template <bool INVERSE, int INNER, int W>
 TCUR_DEVICE void inner_step(float* column, int stride, int k1, const Tables& tables) {
   using V = Lanes<W>;
@@ -78,7 +79,7 @@ TCUR_DEVICE void inner_step(float* column, int stride, int k1, const Tables& tab
     im[l0] = root.x * y + sin * x;
   });
   if constexpr (!INVERSE) {
-    complex_inverse<INNER, float>(im, re);  // exchanged: the forward transform
+    complex_inverse<INNER, float>(im, re);  // exchanging re and im makes it the forward transform
     static_for<INNER>([&](auto k2) __attribute__((always_inline)) {
       im[k2] = 2 * k2 >= INNER ? -im[k2] : im[k2];
     });
@@ -90,12 +91,12 @@ TCUR_DEVICE void inner_step(float* column, int stride, int k1, const Tables& tab
   });
 }
 
-// The step of the inner factor on a whole tile, by all threads of the block. Its rows are complete
-// before; a barrier has to follow.
+// Does the inner step on a whole tile, with all threads of the block. The caller needs a barrier
+// before, so that the rows are complete, and one after.
 template <bool INVERSE, int OUTER>
 TCUR_DEVICE void inner_steps(float* rows, int positions, const Tables& tables) {
   static_for<kLongestInner - 1>([&](auto which) __attribute__((always_inline)) {
-    constexpr int INNER = which + 2, W = INNER > 6 ? 1 : 2;  // as registers allow
+    constexpr int INNER = which + 2, W = INNER > 6 ? 1 : 2;  // W: as registers allow
     if constexpr (are_factors<OUTER, INNER>) {
       if (tables.n3 == OUTER * INNER) {
         const int width = positions / W;

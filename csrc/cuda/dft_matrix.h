@@ -1,11 +1,12 @@
-// Real DFT along the tubes of a tile as a product with its matrix on tensor cores, for lengths that
-// have no two short factors: primes, and long ones. Folded as tubes.h says, it is two products of
-// half the size,
+// Real DFT along the tubes of a tile, as a product with the DFT matrix on tensor cores. It is for
+// lengths that are not a product of two short factors: primes and long lengths. After the folding
+// that tubes.h describes, it is two products of half the size:
 //     E_l = Σ_k cos(2πkl/n3) A_k    O_l = Σ_k sin(2πkl/n3) B_k    k, l = 0 … n3/2
-// with A and B the parts of the planes (inverse), or sums and differences of slices k and n3-k
-// (forward). A launch makes a part of the lines l, 16 for each warp or a few warps; a tile is as
-// wide as its warps allow. Rows 2j and 2j+1 of shared memory are A and B of its bins first, then
-// E and O of its lines.
+// In the inverse transform, A and B are the real and imaginary planes. In the forward transform,
+// they are the sums and differences of slices k and n3-k. One launch computes some of the lines l.
+// Each group of 16 lines belongs to one warp, or to a few warps that share the columns; the tile is
+// as wide as the warps can cover. Rows 2j and 2j+1 of shared memory hold first A and B of bin j,
+// then E and O of line j.
 #pragma once
 
 #include "fragments.h"
@@ -18,7 +19,7 @@ namespace tcur {
 constexpr int kWarps = 8, kWarpLines = 16, kWarpFragments = 8;
 constexpr int kMostLines = kWarps * kWarpLines;
 
-// Lines first … first+count-1 of one launch; `count` bins are in shared memory at a time.
+// One launch computes lines first … first+count-1. Shared memory holds `count` bins at a time.
 struct Lines {
   int first, count;  // count: kWarpLines times a power of two
 
@@ -36,7 +37,7 @@ inline Lines first_lines(int n3) {
   return {0, count};
 }
 
-// Eight rows high; what warps are not needed for lines makes it wider.
+// A tile has eight rows. Where the lines need fewer than all warps, the other warps make it wider.
 inline Tile matrix_tile(const Lines& lines) {
   int log_columns = 3;
   while (lines.count << (log_columns - 3) < kMostLines) {
@@ -45,8 +46,8 @@ inline Tile matrix_tile(const Lines& lines) {
   return {8, log_columns};
 }
 
-// Rows this far apart: 8 more than a multiple of 32 from A_k to A_{k+1}, so that the fragments that
-// a warp reads share no bank.
+// Distance between rows. It makes A_k and A_{k+1} lie 8 more than a multiple of 32 numbers apart,
+// so that a warp reads a fragment without bank conflicts.
 TCUR_HOST_DEVICE inline int matrix_stride(const Tile& tile) {
   return tile.positions() + 4;
 }
@@ -55,13 +56,13 @@ inline int64_t matrix_bytes(const Lines& lines, const Tile& tile) {
   return 2 * lines.count * static_cast<int64_t>(matrix_stride(tile) * sizeof(float));
 }
 
-// Bins of a chunk that begins with this one, rounded up to whole fragments.
+// Number of bins in the chunk that starts at bin `first`, rounded up to whole fragments.
 TCUR_DEVICE int chunk_bins(int n3, const Lines& lines, int first) {
   const int rest = round_up(n3 / 2 + 1 - first, 8);
   return rest < lines.count ? rest : lines.count;
 }
 
-// E and O of a warp: 16 lines, 64 positions.
+// The E and O that one warp computes, for 16 lines and 64 positions.
 class LineSums {
  public:
   TCUR_DEVICE explicit LineSums(const Lines& lines) {
@@ -70,7 +71,7 @@ class LineSums {
     column_ = warp / warps * 8 * kWarpFragments;
   }
 
-  // `bins` of A and B are in shared memory, from bin `first` on.
+  // Adds the products with A and B of `bins` bins, from bin `first` on, which are in shared memory.
   TCUR_DEVICE void add(
       const float* rows,
       int stride,
@@ -82,7 +83,7 @@ class LineSums {
     const int line = lines.first + line_ + g;
     const float* column = rows + 2 * t * stride + column_ + g;
     for (int k0 = 0; k0 < bins; k0 += 8, column += 16 * stride) {
-      int turns[4];  // of the roots, as a fragment lies in a warp
+      int turns[4];  // indices of the roots that this lane holds of the fragment
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         turns[i] = (line + 8 * (i % 2)) * (first + k0 + t + 4 * (i / 2)) % tables.n3;
@@ -92,7 +93,8 @@ class LineSums {
     }
   }
 
-  // Rows 2j and 2j+1: E and `sign` O of line j. Nobody reads A and B any more; a barrier follows.
+  // Writes E of line j to row 2j and sign * O to row 2j+1. This overwrites A and B, so all threads
+  // must have finished reading them. The caller needs a barrier before it reads the rows.
   TCUR_DEVICE void store(float* rows, int stride, float sign) const {
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
 #pragma unroll
@@ -107,7 +109,7 @@ class LineSums {
   }
 
  private:
-  // Eight bins: cosines (0) or sines (1) times rows.
+  // Adds eight bins: their rows times cosines (part 0) or sines (part 1).
   TCUR_DEVICE static void add_part(
       float (&sums)[kWarpFragments][4],
       int part,

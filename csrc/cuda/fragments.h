@@ -1,15 +1,15 @@
-// The product of small matrices by one warp on tensor cores, D [16, 8] += A [16, 8] B [8, 8], by
+// One warp multiplies small matrices on tensor cores, D [16, 8] += A [16, 8] B [8, 8]. It uses
 // mma.sync.m16n8k8 in TF32, which every architecture from sm_80 on has.
 //
 // A lane holds, with g = lane/4 and t = lane%4,
 //     A: (g, t) (g+8, t) (g, t+4) (g+8, t+4)    B: (t, g) (t+4, g)
 //     D: (g, 2t) (g, 2t+1) (g+8, 2t) (g+8, 2t+1)
 //
-// TF32 has 11 significant bits. A number is split into the TF32 nearest to it and the TF32 nearest
-// to the rest, which loses at most 2^-23 of it, and a product is made of all four products of
-// parts. The usual three (3xTF32) leave out up to 2^-22 of it, which is twice the eps of fp32: too
-// much where a sum is short. On request operands are rounded to TF32 or bf16 instead, and there is
-// one product.
+// TF32 has 11 significant bits. Each operand is split into two parts: the nearest TF32, and the
+// TF32 nearest to the rest. The split loses at most 2^-23 of the operand. A product is the sum of
+// all four products of parts. The usual three (3xTF32) leave out up to 2^-22 of the product, twice
+// the eps of fp32, which is too much when a sum is short. On request, operands are rounded to TF32
+// or bf16 instead, and one product is enough.
 #pragma once
 
 #include "launch.h"
@@ -37,7 +37,7 @@ TCUR_DEVICE float to_tf32(float x) {
 #endif
 }
 
-// The nearest bf16, ties to even, which is a TF32 too; NaN stays NaN.
+// The nearest bf16, ties to even. Every bf16 is also a TF32. NaN stays NaN.
 TCUR_DEVICE float to_bf16(float x) {
   if (x != x) {
     return x;
@@ -49,7 +49,8 @@ TCUR_DEVICE float to_bf16(float x) {
   return x;
 }
 
-// Of the operands of rank-r products: as good as fp32, or rounded to TF32 or bf16. Sums are fp32.
+// Precision of the operands of rank-r products: as exact as fp32, or rounded to TF32 or bf16. Sums
+// are always fp32.
 enum class Precision { ieee, tf32, bf16 };
 
 template <int N>
@@ -80,9 +81,9 @@ TCUR_DEVICE void multiply_tf32(float (&d)[4], const float (&a)[4], const float (
 #endif
 }
 
-// d += a b. In fp32 the parts of one step, the smallest first, are summed by the tensor cores and
-// added to d by an fp32 addition: tensor cores truncate their sums, fp32 additions round them, and
-// a long sum shows it (H. Ootomo, R. Yokota, 2022).
+// d += a b. With `Precision::ieee`, the tensor cores sum the four products of one step, the
+// smallest first, and an fp32 addition adds the step to d. Tensor cores truncate their sums, while
+// fp32 additions round, and the difference shows in long sums (H. Ootomo, R. Yokota, 2022).
 TCUR_DEVICE void multiply(
     float (&d)[4], const FragmentA& a, const FragmentB& b, Precision precision) {
   if (precision != Precision::ieee) {

@@ -1,4 +1,4 @@
-// Numbers in memory, four side by side at a time.
+// Reads and writes numbers in memory, mostly four neighbours at a time.
 #pragma once
 
 #include "../common/codelets.h"
@@ -17,7 +17,7 @@
 
 namespace tcur {
 
-// W neighbours in registers, read and written at once; the codelets compute with them.
+// W neighbouring numbers in registers, read and written at once. The codelets compute with them.
 template <int W>
 struct alignas(4 * W) Lanes {
   float v[W];
@@ -61,7 +61,7 @@ struct alignas(4 * W) Lanes {
 using Pair = Lanes<2>;
 using Quad = Lanes<4>;
 
-// CUDA's vector of as many: what is read and written by one instruction.
+// CUDA's vector of W numbers, which one instruction reads or writes.
 template <int W>
 struct VectorOf;
 template <>
@@ -77,7 +77,7 @@ struct VectorOf<4> {
   using Type = float4;
 };
 
-// W numbers of shared memory, from a multiple of W on.
+// Reads W numbers of shared memory. They start at a multiple of W.
 template <int W>
 TCUR_DEVICE Lanes<W> load_lanes(const float* from) {
   const auto vector = *reinterpret_cast<const typename VectorOf<W>::Type*>(from);
@@ -93,7 +93,7 @@ TCUR_DEVICE void store_lanes(float* to, const Lanes<W>& lanes) {
   *reinterpret_cast<typename VectorOf<W>::Type*>(to) = vector;
 }
 
-// Four numbers of device memory, aligned, that no kernel writes meanwhile.
+// Reads four aligned numbers of device memory. No kernel may write them meanwhile.
 TCUR_DEVICE Quad load_constant(const float* from) {
   const auto* vector = reinterpret_cast<const float4*>(from);
 #ifdef __CUDACC__
@@ -104,7 +104,7 @@ TCUR_DEVICE Quad load_constant(const float* from) {
   return {x.x, x.y, x.z, x.w};
 }
 
-// Kernels take numbers of 4 and of 2 bytes: f of their bytes as a constant.
+// Calls f with the bytes of a number as a constant. Kernels take numbers of 4 and of 2 bytes.
 template <class F>
 TCUR_DEVICE void with_bytes(Element element, F&& f) {
   if (element == Element::f32) {
@@ -134,7 +134,7 @@ TCUR_DEVICE unsigned short narrow(float value, Element element) {
 #endif
 }
 
-// Two numbers side by side, by one instruction on a GPU.
+// Narrows two numbers into one word, which takes one instruction on a GPU.
 TCUR_DEVICE unsigned narrow_pair(float first, float second, Element element) {
 #ifdef __CUDACC__
   unsigned bits;
@@ -151,7 +151,7 @@ TCUR_DEVICE unsigned narrow_pair(float first, float second, Element element) {
 #endif
 }
 
-// One number of either kind.
+// Reads one number of 4 or of 2 bytes.
 TCUR_DEVICE float load_number(const void* data, int64_t at, Element element) {
   return element == Element::f32 ? static_cast<const float*>(data)[at]
                                  : widen(static_cast<const unsigned short*>(data)[at], element);
@@ -165,7 +165,7 @@ TCUR_DEVICE void store_number(void* data, int64_t at, float value, Element eleme
   }
 }
 
-// Four neighbours as they lie in memory, by the bytes of one.
+// Four neighbouring numbers of BYTES each, as they lie in memory.
 template <int BYTES>
 struct Four;
 template <>
@@ -198,8 +198,8 @@ struct Four<2> {
   }
 };
 
-// W neighbours as they lie in memory, of elements of some bytes, read once or written once: they
-// leave the caches to others. W elements are aligned.
+// W neighbouring numbers of BYTES each, as they lie in memory, aligned together. They are read or
+// written only once, so loads and stores mark them as the first to leave the caches.
 template <int BYTES, int W>
 struct Raw {
   using Type = std::conditional_t<
@@ -256,7 +256,8 @@ struct Raw {
   }
 };
 
-// `count` of the four are there; all at once if `vector`, which promises alignment.
+// Reads four numbers, of which only `count` exist; the others become zero. With `vector`, which
+// promises alignment and that all four exist or none, it reads them at once.
 template <int BYTES>
 TCUR_DEVICE typename Four<BYTES>::Raw load_four(
     const void* data, int64_t index, int64_t count, bool vector) {

@@ -1,9 +1,9 @@
-// The one header between the kernels and what runs them: nvcc, or g++ on the host.
+// The only header that knows whether the kernels are compiled by nvcc, or by g++ for the host.
 //
-// Kernels use from CUDA: threadIdx.x, blockIdx.x, blockDim.x, gridDim.x, dynamic shared memory by
-// `shared_memory<T>()`, __syncthreads(), and the warp's matrix product of fragments.h. On the host
-// emulator/ stands for all of that: every CUDA thread is a fiber, so that the very source of the
-// kernels is tested on machines without a GPU. Blocks are one-dimensional, grids too.
+// The kernels use this much of CUDA: threadIdx.x, blockIdx.x, blockDim.x, gridDim.x, dynamic shared
+// memory through `shared_memory<T>()`, __syncthreads(), and the matrix product of fragments.h. On
+// the host, emulator/ replaces all of it. There every CUDA thread is a fiber, so machines without a
+// GPU can test the same source of the kernels. Blocks and grids are one-dimensional.
 #pragma once
 
 #include "../common/integers.h"
@@ -19,7 +19,7 @@
 
 namespace tcur {
 
-// Bytes of shared memory of a multiprocessor, and how many of them one block may have.
+// Bytes of shared memory that a multiprocessor has, and how many of them one block may use.
 struct SharedLimits {
   int64_t multiprocessor, block;
 };
@@ -33,7 +33,7 @@ struct SharedLimits {
 namespace tcur {
 
 #define TCUR_DEVICE __device__ __forceinline__
-// At most 65536 / (threads * blocks) registers: the occupancy a kernel is planned for.
+// Limits a kernel to 65536 / (threads * blocks) registers, which gives it its planned occupancy.
 #define TCUR_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
 #define TCUR_PARAMETER __grid_constant__
 
@@ -45,13 +45,15 @@ TCUR_DEVICE T* shared_memory() {
   return reinterpret_cast<T*>(tcur_shared);
 }
 
-// That number of the lane whose index differs in these bits; all lanes of the warp take part.
+// Returns the `x` of the lane whose index differs from this lane's in `bits`. All lanes of the warp
+// must call this.
 TCUR_DEVICE float exchange(float x, int bits) {
   return __shfl_xor_sync(0xFFFFFFFFU, x, bits);
 }
 
-// Copies 16 bytes from device to shared memory while the thread goes on; `wait_for_copies` waits
-// for those that the thread asked for, a barrier for those of others.
+// Starts a copy of 16 bytes from device to shared memory; the thread does not wait for it.
+// `wait_for_copies` waits for the copies of this thread. To read what other threads copied, a
+// barrier must follow.
 TCUR_DEVICE void copy_later(float* to_shared, const float* from) {
   const auto to = static_cast<unsigned>(__cvta_generic_to_shared(to_shared));
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" : : "r"(to), "l"(from) : "memory");
@@ -60,26 +62,27 @@ TCUR_DEVICE void wait_for_copies() {
   asm volatile("cp.async.wait_all;" : : : "memory");
 }
 
-// The same number, but the compiler cannot tell: what is computed with it stays in its loop.
+// Returns the same number, but the compiler does not know that. So it cannot move what depends on
+// the number out of a loop.
 TCUR_DEVICE int concealed(int number) {
   asm volatile("mov.b32 %0, %0;" : "+r"(number));
   return number;
 }
 
-// Asks for the line of this address, into the second-level cache.
+// Prefetches the cache line of this address into the second-level cache.
 TCUR_DEVICE void prefetch(const void* address) {
   asm volatile("prefetch.global.L2 [%0];" : : "l"(address));
 }
 
-// What the launch before leaves is there from here on. Only needed in kernels that are launched
-// early (`Launch::early`), and harmless elsewhere.
+// Waits until the previous launch has finished and its results can be read. Only kernels that are
+// launched early (`launch_early`) need this; in other kernels it does no harm.
 TCUR_DEVICE void wait_for_launch_before() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" : : : "memory");
 #endif
 }
 
-// Lets the next launch begin, if it is an early one, while this one still runs.
+// Allows the next launch, if it is an early one, to begin while this one still runs.
 TCUR_DEVICE void let_next_launch_begin() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");
@@ -108,8 +111,8 @@ inline bool can_launch_early(int device) {
   return device_attribute(cudaDevAttrComputeCapabilityMajor, device) >= 9;
 }
 
-// `begins_early`: the kernel may start before the launch before it ends, and waits for it by
-// `wait_for_launch_before`.
+// With `begins_early` the kernel may start before the previous launch ends. The kernel then waits
+// for that launch with `wait_for_launch_before`.
 template <class... Params, class... Args>
 void launch_kernel(
     bool begins_early,
@@ -158,7 +161,7 @@ void launch(
   launch_kernel(false, kernel, blocks, threads, shared_bytes, stream, args...);
 }
 
-// On a device that knows how, the kernel starts while the launch before it still runs.
+// Where the device supports it, the kernel may start while the previous launch still runs.
 template <class Kernel, class... Args>
 void launch_early(
     int device,

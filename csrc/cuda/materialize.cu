@@ -1,11 +1,12 @@
 // tcur::materialize, CUDA: W_eff [n3, n1, n2] = W + scale * C*U*R.
 //
-// A block makes one tile of all slices. Its warps form the packed planes S_k = P_k R̂_k on tensor
-// cores, bin by bin, into shared memory: a pair of planes is one real product
-// [P_re, -P_im; P_im, P_re] [R_re; R_im], with 8 rows of each kind in the 16 of a fragment.
-// Meanwhile the base of the tile comes into the second-level cache. Then the inverse DFT along the
-// tubes: by codelets, whose outputs meet the base in registers (dft.h), or for other lengths as a
-// product with its matrix on tensor cores (dft_matrix.h). The base is read and W_eff written once.
+// A block computes one tile of all slices. First its warps compute the packed planes S_k = P_k R̂_k
+// on tensor cores, bin by bin, and write them to shared memory. A pair of planes is one real
+// product [P_re, -P_im; P_im, P_re] [R_re; R_im]: of the 16 rows of a fragment, 8 are real parts
+// and 8 are imaginary parts. Meanwhile the base of the tile is prefetched into the second-level
+// cache. Then the block does the inverse DFT along the tubes. Codelets do it in registers, where
+// they also add the base (dft.h). Other lengths use a product with the DFT matrix on tensor cores
+// (dft_matrix.h). The base is read once, and W_eff is written once.
 //
 // Per element of W_eff: 8 bytes of device memory (6 for bf16), 4*rank/rows + 4*rank/columns bytes
 // of R̂ and P from the second-level cache, 16*rank operations of tensor cores, and by codelets 4 to
@@ -33,7 +34,7 @@ struct MixArgs {
 
 constexpr int kThreads = 256;
 
-// One thread per number of P.
+// Each thread computes one number of P.
 TCUR_KERNEL(kThreads, 4) mix_kernel(const TCUR_PARAMETER MixArgs args) {
   const int rank = args.rank, n3 = args.n3, q = n3 * rank;
   const int64_t square = static_cast<int64_t>(rank) * rank;
@@ -53,8 +54,8 @@ TCUR_KERNEL(kThreads, 4) mix_kernel(const TCUR_PARAMETER MixArgs args) {
       sum += left[a] * core[a * rank];
     }
   } else {
-    // Re P = C_re U_re - C_im U_im, Im P = C_im U_re + C_re U_im; the other plane of the pair lies
-    // after the real one and before the imaginary one.
+    // Re P = C_re U_re - C_im U_im, Im P = C_im U_re + C_re U_im. The imaginary plane follows the
+    // real one, so an imaginary number finds its real plane just before.
     const float* re = left - (is_imaginary ? rank : 0);
     const float* core_re = core - (is_imaginary ? square : 0);
     for (int a = 0; a < rank; ++a) {
@@ -81,8 +82,8 @@ TCUR_DEVICE void prefetch_base(const MaterializeArgs& args, const Corner& corner
   }
 }
 
-// The planes of the bins first … first+count-1 of the tile, zeros beyond n3/2. HALVES: of 16 rows,
-// 8 or all.
+// Computes the planes of the tile for `count` bins from planes.first on, zeros beyond n3/2. A
+// fragment gives 8 rows of the tile, so a tile of up to 8 * HALVES rows takes HALVES fragments.
 template <int HALVES>
 TCUR_DEVICE void form_planes(
     const MaterializeArgs& args, const Corner& corner, const Planes& planes, int count) {
@@ -106,7 +107,7 @@ TCUR_DEVICE void form_planes(
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const int k = k0 + t + 4 * (i / 2);
-          const bool is_lower = i % 2 == 1;  // rows 8 … 15: the imaginary plane
+          const bool is_lower = i % 2 == 1;  // rows 8 … 15 are the imaginary plane
           float value = 0.0f;
           if (8 * m < tile.rows && row < args.n1 && k < depth && (is_pair || !is_lower)) {
             value = p[!is_lower ? k : k < rank ? k + rank : k - rank];
@@ -157,7 +158,7 @@ TCUR_DEVICE void form_planes(
   }
 }
 
-// The numbers first, first + step, … of something.
+// The indices first, first + step, …
 struct Steps {
   int first, step;
 
@@ -166,7 +167,8 @@ struct Steps {
   }
 };
 
-// Of a slice that `Place` was made for as if it lay alone.
+// Offset of a place within the slice of a slot. The place itself assumes that the slice has a
+// matrix of its own.
 TCUR_DEVICE int64_t within(const MaterializeArgs& args, int slot, const Place& place) {
   return args.within(slot, place.row_start, place.at - place.row_start);
 }
@@ -199,7 +201,8 @@ TCUR_DEVICE void store_slices(
   }
 }
 
-// Some slices of W_eff for a quad of positions, from what is added to the base; `slots` of theirs.
+// Writes some slices of W_eff at four positions. x is the update, to which the base is added; the
+// arguments of the slices are in `slots`.
 template <int N>
 TCUR_DEVICE void write_slices(
     const MaterializeArgs& args,
@@ -302,7 +305,7 @@ Tile choose_tile(const Sizes& sizes, const SharedLimits& limits) {
   return {8, 3};
 }
 
-// Slice l goes to a slot of the arguments.
+// Puts slice l into a slot of the arguments.
 void put_slice(const SlicePlaces& slices, int64_t l, MaterializeArgs& args, int slot) {
   const SlicePlace& place = slices.all[l];
   args.base[slot] = place.base;
@@ -310,7 +313,7 @@ void put_slice(const SlicePlaces& slices, int64_t l, MaterializeArgs& args, int 
       static_cast<unsigned short>(place.count), static_cast<unsigned short>(place.index)};
 }
 
-// Whether every slice of the base starts at a multiple of so many numbers.
+// Whether every slice of the base starts at a multiple of `numbers` numbers.
 bool are_aligned_for(int64_t numbers, const SlicePlaces& slices) {
   return slices.element == Element::none ||
          std::all_of(slices.all.begin(), slices.all.end(), [&](const SlicePlace& place) {
@@ -318,7 +321,7 @@ bool are_aligned_for(int64_t numbers, const SlicePlaces& slices) {
          });
 }
 
-// Slices side by side in one matrix, at most.
+// The largest number of slices that lie side by side in one matrix.
 int64_t most_beside(const SlicePlaces& slices) {
   const auto fewer = [](const SlicePlace& a, const SlicePlace& b) { return a.count < b.count; };
   return std::max_element(slices.all.begin(), slices.all.end(), fewer)->count;
@@ -336,8 +339,8 @@ TubesKernel tubes_kernel_for(int64_t n3) {
   return parts[tubes_part(n3)](n3);
 }
 
-// Whether everything is as the kernels for tubes want it; their tiles are too large for some
-// devices.
+// Whether the kernels for tubes can take this call. On some devices their tiles do not fit into
+// shared memory.
 bool takes_tubes(
     const Call& call, const Sizes& sizes, const SlicePlaces& slices, const MaterializeArgs& args) {
   return fits_tubes(sizes.n1, sizes.n2, sizes.n3, sizes.rank, args.vector) &&
@@ -383,9 +386,9 @@ void launch_tubes(
   for (int l = 0; l < args.n3; ++l) {
     put_slice(slices, l, args, l);
   }
-  // Asking ahead pays while what all blocks ask for stays in the second-level cache; measured on an
-  // H100, with 50 MB of it: 6 % gained on stacks of 113 MB, 7 to 15 % lost on stacks of 1 GB and
-  // more.
+  // Prefetching helps as long as everything that the blocks prefetch stays in the second-level
+  // cache. On an H100, which has 50 MB of it, prefetching gained 6 % on stacks of 113 MB and lost
+  // 7 to 15 % on stacks of 1 GB and more.
   constexpr int64_t most = 512LL * 1024 * 1024;
   args.prefetches = args.base_element != Element::none &&
                     sizes.n1 * sizes.n2 * sizes.n3 * bytes_of(args.base_element) <= most;

@@ -1,4 +1,4 @@
-// What the operator hands to the kernels of `materialize`.
+// The arguments that the operator passes to the kernels of `materialize`.
 #pragma once
 
 #include "dft_matrix.h"
@@ -10,12 +10,13 @@
 
 namespace tcur {
 
-// Slices that one launch writes, at most: all that codelets take, or both mirror images of lines.
+// The most slices that one launch writes: all slices of a length that codelets transform, or two
+// slices, l and n3-l, for each line.
 constexpr int kMostBases = 2 * kMostLines;
 static_assert(kLongestOuter * kLongestInner <= kMostBases, "codelets take more slices");
 
-// Where a slice lies in a matrix [n1, count*n2], of the base and of W_eff alike: as the `index`-th
-// of `count` slices side by side. A slice that has its matrix for itself is {1, 0}.
+// Where a slice lies in a matrix [n1, count*n2], both in the base and in W_eff: it is the
+// `index`-th of `count` slices side by side. A slice with a matrix of its own is {1, 0}.
 struct Beside {
   unsigned short count, index;
 };
@@ -28,23 +29,24 @@ struct MaterializeArgs {
   int64_t n1, n2, tiles_in_row;
   int n3, rank;
   int quads;        // of the rank, for tubes
-  bool prefetches;  // for tubes: whether a block asks for its bases as it begins
+  bool prefetches;  // for tubes: whether a block prefetches its bases when it begins
   Precision precision;
   Tile tile;
   Lines lines;                        // of the product with the matrix
   Element base_element, out_element;  // base_element none: no base
   bool vector;                        // rows start at multiples of four elements
-  bool side_by_side;                  // whether any slices lie so
+  bool side_by_side;                  // whether any slices lie side by side in one matrix
   int bases;
-  // Of slice l; or of lines.first + j, then of their mirror images, null where there is none.
+  // With codelets, slot l is slice l. With the matrix, slot j is slice lines.first + j, and the
+  // slots from lines.count on are the slices n3-l of the same lines. Null where there is none.
   const void* base[kMostBases];  // its first number
   Beside beside[kMostBases];
 
-  // Number of a slice whose place is that of a slot, counted from its first number.
+  // Offset of a number from the first number of its slice, which lies as `slot` says.
   TCUR_DEVICE int64_t within(int slot, int64_t row_start, int64_t column) const {
     return row_start * beside[slot].count + column;
   }
-  // Its first number in `out`.
+  // Offset of the first number of a slice in `out`.
   TCUR_DEVICE int64_t first(int slot, int slice) const {
     const int index = beside[slot].index;
     return (static_cast<int64_t>(slice - index) * n1 + index) * n2;
@@ -52,7 +54,7 @@ struct MaterializeArgs {
 };
 static_assert(sizeof(MaterializeArgs) <= 4096, "what a launch takes at most");
 
-// A kernel made for one length of tubes and short ranks, and what it is launched with.
+// A kernel compiled for one length of tubes and short ranks, and the parameters of its launch.
 struct TubesKernel {
   void (*kernel)(MaterializeArgs);
   int rows, columns;  // of its tile
@@ -60,7 +62,7 @@ struct TubesKernel {
   int64_t shared_bytes;
 };
 
-// That of a length for which `has_tubes` and `tubes_part` is PART.
+// Returns the kernel of a length that `has_tubes` and whose `tubes_part` is PART.
 template <int PART>
 TubesKernel materialize_tubes(int64_t n3);
 template <>

@@ -1,11 +1,11 @@
-// W_eff for a length of two short factors and a short rank: everything in fp32 registers.
+// Computes W_eff for a length of two short factors and a short rank, all in fp32 registers.
 //
-// A thread forms S_k = P_k R̂_k for the bins of one k1, some rows and four columns by fp32
-// multiplications, 2*rank for each number of W_eff, and at once does the inner factor's step on
-// them. The numbers cross to other threads by shared memory, once. Then the outer factor's step:
-// its outputs meet the base in registers, and W_eff is written. While that waits for memory, other
-// blocks of the multiprocessor compute; the base is asked for, into the second-level cache, when
-// the block begins.
+// A thread computes S_k = P_k R̂_k for the bins of one k1, some rows and four columns. This takes
+// 2*rank fp32 multiplications for each number of W_eff. The thread immediately does the inner step
+// on the results. The numbers then pass once through shared memory to other threads. These do the
+// outer step, add the base to its outputs in registers, and write W_eff. While they wait for
+// memory, other blocks of the multiprocessor compute. When a block begins, it can prefetch its base
+// into the second-level cache.
 #pragma once
 
 #include "dft.h"
@@ -16,7 +16,7 @@
 
 namespace tcur {
 
-// Asks for the lines of a tile of all bases.
+// Prefetches a tile of all bases.
 template <int N3>
 TCUR_DEVICE void prefetch_bases(const MaterializeArgs& args, int64_t row, int64_t column) {
   using T = Tubes<N3>;
@@ -32,8 +32,8 @@ TCUR_DEVICE void prefetch_bases(const MaterializeArgs& args, int64_t row, int64_
   }
 }
 
-// S_k = P_k R̂_k for the bins of one k1, the rows and the four columns of a thread: formed, and then
-// transformed by the inner factor's step.
+// What a thread holds: S_k = P_k R̂_k for the bins of one k1 at its rows and four columns. It
+// computes them first, and then does the inner step on them.
 template <int N3>
 class Formed {
   using T = Tubes<N3>;
@@ -51,7 +51,7 @@ class Formed {
         add_real_tubes<false>(operands, im_);
       }
     } else {
-      // Planes count from that of bin k1, or from that of bin -k1.
+      // Planes are counted from the plane of bin k1, or from that of bin -k1.
       const Operands forward = operands.from_bin(k1), backward = operands.from_bin(-k1);
       static_for<kInner>([&](auto k2) __attribute__((always_inline)) {
         constexpr int plane = pair_plane(N3, kOuter * k2);
@@ -60,7 +60,7 @@ class Formed {
     }
   }
 
-  // Does the step and writes the planes; `rows`: shared memory of the tile.
+  // Does the inner step and writes the planes to `rows`, the shared memory of the tile.
   TCUR_DEVICE void transform(int k1, const Tables& tables, float* rows) {
     float* to = rows + T::inner_row() * T::kColumns + T::inner_column();
     if (k1 == 0) {
@@ -122,7 +122,7 @@ class Formed {
     }
   }
 
-  // k1 = 0 (FIRST), or outer/2: the tubes are real, x are their packed half spectra.
+  // For k1 = 0 (FIRST) and k1 = outer/2 the tubes are real, and x holds their packed half spectra.
   template <bool FIRST>
   TCUR_DEVICE static constexpr int plane_of(int i) {
     return FIRST ? first_plane(kOuter, i) : last_plane(kOuter, kInner, i);
@@ -163,7 +163,7 @@ class Formed {
         static_for<kInner>([&](auto k2) __attribute__((always_inline)) {
           a[k2] = re_[k2][m].template half<half>();
           b[k2] = im_[k2][m].template half<half>();
-          b[k2] = 2 * k2 >= kInner ? -b[k2] : b[k2];  // these planes are those of n3 - bin
+          b[k2] = 2 * k2 >= kInner ? -b[k2] : b[k2];  // stored as n3 - bin, conjugate
         });
         complex_inverse<kInner, float>(a, b);
         static_for<kInner>([&](auto l0) __attribute__((always_inline)) {
@@ -187,22 +187,24 @@ class Formed {
     });
   }
 
-  // Of the bins outer * k2 + k1; for k1 = 0 the real tubes of k1 = 0 and of k1 = outer/2.
+  // S of the bins outer * k2 + k1. For k1 = 0, re_ holds the real tubes of k1 = 0, and im_ those of
+  // k1 = outer/2.
   Quad re_[kInner][kTall] = {}, im_[kInner][kTall] = {};
 };
 
-// Where some numbers of a row begin, in every slice: row_start + column, were each slice alone.
+// Where some numbers of a row begin in every slice. In a slice with a matrix of its own that is
+// row_start + column.
 struct Spot {
   unsigned row_start, column;
 
-  // BESIDE: counted in a slice of the matrices of several slices.
+  // The offset within slice l. BESIDE: slices may lie side by side in a matrix.
   template <bool BESIDE>
   TCUR_DEVICE unsigned within(const MaterializeArgs& args, int l) const {
     return (BESIDE ? row_start * args.beside[l].count : row_start) + column;
   }
 };
 
-// x += the bases of slices l0, l0 + inner, …, all asked for before the first is used.
+// x += the bases of slices l0, l0 + inner, … The thread loads all of them before it uses the first.
 template <int BYTES, bool BESIDE, int N3>
 TCUR_DEVICE void add_bases(
     const MaterializeArgs& args,
@@ -245,7 +247,7 @@ TCUR_DEVICE void store_slices_of(
   }
 }
 
-// The step of the outer factor: W_eff of a tile whose middle numbers are in shared memory.
+// Does the outer step: reads the middle planes of a tile from shared memory and writes W_eff.
 template <bool BESIDE, int N3>
 TCUR_DEVICE void write_tile(
     const MaterializeArgs& args, const float* rows, int64_t first_row, int64_t first_column) {
@@ -273,7 +275,7 @@ TCUR_DEVICE void write_tile(
   });
 }
 
-// Quads of the rank that are staged at a time.
+// How many quads of the rank are staged at a time.
 template <int N3>
 struct Stages {
   using T = Tubes<N3>;
@@ -295,10 +297,10 @@ materialize_tubes_kernel(const TCUR_PARAMETER MaterializeArgs args) {
     prefetch_bases<N3>(args, first_row, first_column);
   }
   const int64_t numbers =
-      static_cast<int64_t>(args.quads) * 4 * N3;  // of a row of P, a column of R̂
+      static_cast<int64_t>(args.quads) * 4 * N3;  // in a row of P or a column of R̂
   const float* left = args.mixed + first_row * numbers;
   const float* right = args.horizontal_hat + first_column * numbers;
-  wait_for_launch_before();  // which makes P and R̂
+  wait_for_launch_before();  // the previous launch makes P and R̂
   const int k1 = T::turn();
   {
     Formed<N3> planes;
@@ -317,7 +319,7 @@ materialize_tubes_kernel(const TCUR_PARAMETER MaterializeArgs args) {
     planes.transform(k1, args.tables, rows);
   }
   __syncthreads();
-  if (args.side_by_side) {  // apart, so that other stacks pay nothing for it
+  if (args.side_by_side) {  // compiled separately, so that other stacks pay nothing for it
     write_tile<true, N3>(args, rows, first_row, first_column);
   } else {
     write_tile<false, N3>(args, rows, first_row, first_column);

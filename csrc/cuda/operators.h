@@ -1,6 +1,7 @@
-// What the operators do before and after their kernels, on the CUDA side. They are registered for
-// CUDA tensors; the host build registers the same functions for CPU tensors, as the language
-// "cudahost" of the tests. Languages that end in "_tf32" round the operands of rank-r products.
+// What the operators do before and after their kernels, on the CUDA side. The operators are
+// registered for CUDA tensors. The host build registers the same functions for CPU tensors, as the
+// language "cudahost" of the tests. Languages that end in "_tf32" round the operands of rank-r
+// products.
 #pragma once
 
 #include "../common/check.h"
@@ -28,7 +29,8 @@
 
 namespace tcur {
 
-// One call of an operator: its device, made the current one, and the current stream there.
+// One call of an operator. It makes the device of the tensors the current one, and knows the
+// current stream of that device.
 class Call {
  public:
   explicit Call(const Tensor& any)
@@ -56,11 +58,12 @@ class Call {
   SharedLimits limits() const {
     return shared_limits(device_);
   }
-  // New memory on the device, fp32, not initialised.
+  // A new fp32 tensor on the device, not initialised.
   Tensor floats(std::initializer_list<int64_t> shape) const {
     return torch::stable::new_empty(like_, shape, ScalarType::Float);
   }
-  // No kernel may meet memory of another device, or numbers of a type it does not read.
+  // These checks keep memory of another device, and numbers of a type that kernels do not read, out
+  // of the kernels.
   void check_device(const char* name, const Tensor& tensor) const {
     STD_TORCH_CHECK(
         tensor.get_device_index() == device_ && tensor.is_cuda() == like_.is_cuda(),
@@ -81,7 +84,7 @@ class Call {
     check(name, tensor);
     check_dtype(name, tensor, dtype);
   }
-  // What factors in fp32 or bf16 ask for.
+  // The precision of rank-r products for these factors, which must be both fp32 or both bf16.
   Precision precision(const Tensor& lateral_hat, const Tensor& horizontal_hat, bool tf32) const {
     const bool is_bf16 = lateral_hat.scalar_type() == ScalarType::BFloat16;
     const ScalarType dtype = is_bf16 ? ScalarType::BFloat16 : ScalarType::Float;
@@ -107,14 +110,14 @@ inline CoreIds core_ids(const TokenCores& cores) {
   return {cores.ids(), cores.cores()};
 }
 
-// The tables for a length, which are kept, and weighted spectra of cores, made by one launch.
+// The tables of a length, which are kept, and weighted spectra of cores, which one launch computes.
 class Spectrum {
  public:
-  // Tables alone: nothing is launched.
+  // Gives the tables alone and launches nothing.
   Spectrum(const Call& call, int64_t n3)
       : tables_(root_tables(call.device(), static_cast<int>(n3))) {
   }
-  // core: [..., n3, rank, rank]; `count` spectra of the cores that `ids` names.
+  // Computes `count` spectra of the cores that `ids` names. core: [..., n3, rank, rank].
   Spectrum(const Call& call, const Tensor& core, double scale, CoreIds ids, int64_t count)
       : Spectrum(call, core.size(core.dim() - 3)) {
     const int64_t rank = core.size(core.dim() - 1);

@@ -1,10 +1,10 @@
-// R̂ in tiles, and P_k = Ĉ_k Û_k in theirs.
+// Lays out R̂ in tiles, and computes P_k = Ĉ_k Û_k in tiles.
 //
-// The first blocks make P: each that of one bin for some rows. The core's spectrum, in fp64 so that
-// what is left is one rounding, is made anew by every block, which takes less time than a launch of
-// its own: a thread sums some of the slices of one number. The other blocks lay out R̂, a quad of
-// numbers for each thread; with rank/n1 of the bytes that the kernel after it moves, that is done
-// anew at every call too.
+// The first blocks compute P, each for one bin and some rows. Every such block computes the
+// spectrum of the core for its bin again, because that takes less time than a separate launch. A
+// thread sums some of the slices of one number, in fp64, and the result is rounded once. The other
+// blocks lay out R̂, four numbers for each thread. They do so again at every call, because that
+// moves only rank/n1 of the bytes that the next kernel moves.
 // Planned: 256 threads, up to 64 registers, 4 blocks per multiprocessor.
 #include "prepare.h"
 
@@ -45,13 +45,14 @@ TCUR_DEVICE void lay_out_horizontal(const PrepareArgs& args, unsigned index) {
   store_lanes(args.tiles + 4 * static_cast<int64_t>(index), values);
 }
 
-// Û of one bin, weighted, from the core: u [2, rank, rank] in shared memory, as `parts` are: twice
-// as many as the block has threads.
+// Computes Û of one bin, weighted, from the core: u [2, rank, rank]. Both u and `parts` are in
+// shared memory; `parts` has two numbers for each thread of the block.
 TCUR_DEVICE void transform_core(const PrepareArgs& args, int bin, double* parts, float* u) {
-  constexpr int kBatch = 12;  // loads under way
+  constexpr int kBatch = 12;  // slices that a thread loads at a time
   const int n3 = args.n3, square = args.rank * args.rank;
   const double weight = args.scale * inverse_weight(plane_of(bin), n3);
-  // Threads side by side take numbers side by side; what is left of them shares the slices.
+  // Neighbouring threads take neighbouring numbers. If there are more threads than numbers, several
+  // threads share the slices of a number.
   const int numbers = square < kThreads ? square : kThreads, shares = kThreads / numbers;
   const int share = static_cast<int>(threadIdx.x) / numbers;
   for (int first = 0; first < square; first += numbers) {
@@ -91,7 +92,7 @@ TCUR_DEVICE void transform_core(const PrepareArgs& args, int bin, double* parts,
   }
 }
 
-// Shared memory of a block that makes P.
+// Shared memory of a block that computes P.
 struct PrepareMemory {
   double* parts;     // [2, kThreads]
   float *u, *slice;  // [2, rank, rank]; rows of Ĉ_k [kRows, 2, rank]
@@ -117,7 +118,7 @@ TCUR_KERNEL(kThreads, 4) prepare_kernel(const TCUR_PARAMETER PrepareArgs args, B
   PrepareMemory memory{shared_memory<double>()};
   memory.u = reinterpret_cast<float*>(memory.parts + 2 * kThreads);
   memory.slice = memory.u + 2 * square;
-  // Ĉ_k comes while the core is transformed.
+  // Ĉ_k is loaded first, so that it arrives while the core is transformed.
   for (int i = threadIdx.x; i < kRows * width; i += kThreads) {
     const int row = i / width, a = i - row * width;
     const int64_t r = first + row < args.n1 ? first + row : args.n1 - 1;

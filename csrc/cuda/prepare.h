@@ -1,5 +1,5 @@
-// What kernels for tubes (tubes_in_registers.h) read, laid out as their threads want it: R̂, and for
-// `materialize` P_k = Ĉ_k Û_k, made from the core itself.
+// Prepares the inputs of the kernels for tubes (tubes_in_registers.h) in the layout that their
+// threads read: R̂, and for `materialize` also P_k = Ĉ_k Û_k, computed from the core itself.
 #pragma once
 
 #include "spectrum.h"
@@ -22,7 +22,7 @@ struct PrepareArgs {
   double scale;
 };
 
-// One launch, which the next one may overlap (`launch_early`).
+// Makes one launch. The next launch may overlap it (`launch_early`).
 void prepare(const PrepareArgs& args, Stream stream);
 
 }  // namespace tcur

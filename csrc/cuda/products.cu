@@ -1,15 +1,16 @@
-// ∂Û_k = Σ_t conj(Σ_s e^{2πi k l_s/n3} p_s[t, block]ᵀ z[t, block]) for every bin k, s over slices:
-// with p turned and summed over slices first,
+// ∂Û_k = Σ_t conj(Σ_s e^{2πi k l_s/n3} p_s[t, block]ᵀ z[t, block]) for every bin k, where s runs
+// over slices. With p turned and summed over slices first, this is
 //     re ∂Û = Σ p_re z_re - p_im z_im    im ∂Û = -Σ (p_re z_im + p_im z_re)
 //
-// A thread forms 4 x 4 numbers of both for some tokens of a chunk, straight from memory: what the
-// threads of a bin share comes from the first-level cache. Loads of a thread are asked for
-// together, 16 of them in bf16, 8 longer ones in fp32. The sums of the threads of a block are added
-// in order in shared memory, those of the chunks by spectrum.cu. Chunks are cut by the shape alone.
+// A thread computes 4 x 4 numbers of both parts for some tokens of a chunk. It reads p and z
+// directly from memory; what the threads of a bin share comes from the first-level cache. A thread
+// starts its loads together: 16 in bf16, 8 longer ones in fp32. The block adds the sums of its
+// threads in order in shared memory, and spectrum.cu adds those of the chunks. How rows are cut
+// into chunks depends on the shape alone.
 //
-// Per pair of numbers of p and z 4*rank/2 fp32 multiplications, below what a multiprocessor has to
-// spare up to a rank of 32. 2048 tokens of 48 slices at rank 8: 224 blocks of 4 bins and 64 tokens
-// read 3 MB in bf16, and write 32 partial sums, 0.4 MB.
+// Each pair of numbers of p and z takes 4*rank/2 fp32 multiplications. Up to a rank of 32 this is
+// less than a multiprocessor has to spare. For 2048 tokens of 48 slices at rank 8, 224 blocks of 4
+// bins and 64 tokens read 3 MB in bf16 and write 32 partial sums, 0.4 MB.
 // Planned: 256 threads, up to 128 registers, 2 blocks per multiprocessor, 33 KiB of shared memory
 // each.
 #include "products.h"
@@ -21,8 +22,8 @@ namespace tcur {
 namespace {
 
 constexpr int kThreads = kTokenThreads;
-constexpr int kStride = kThreads + 1;  // of the sums in shared memory: banks apart
-constexpr int kMostPerThread = 32;     // tokens: fp32 sums keep their digits
+constexpr int kStride = kThreads + 1;  // of the sums in shared memory, to avoid bank conflicts
+constexpr int kMostPerThread = 32;     // tokens, so few that fp32 sums stay exact enough
 
 struct ProductArgs {
   TokenRows p, z;
@@ -116,7 +117,7 @@ products_kernel(const TCUR_PARAMETER ProductArgs args) {
     sums[(16 + i) * kStride + threadIdx.x] = im[i / 4][i % 4];
   }
   __syncthreads();
-  // One thread per number: the groups' sums in order.
+  // Each thread adds the sums of the groups for one number, in order.
   const int square = rank * rank;
   float* out =
       args.parts + (share.row * grid.chunks + share.chunk) * static_cast<int64_t>(n3) * square;

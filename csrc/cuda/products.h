@@ -1,5 +1,5 @@
-// The diagonal blocks of pᵀz, turned by the phases of their slices: what the gradient of the core
-// is made of, whether from tokens or from a dense G.
+// The diagonal blocks of pᵀz, turned by the phases of their slices. The gradient of the core
+// consists of them, whether it comes from tokens or from a dense G.
 #pragma once
 
 #include "../common/token_rows.h"
@@ -8,8 +8,8 @@
 namespace tcur {
 
 // p: [tokens, slices*q], z: [tokens, q], q = n3*rank. out: [cores, n3, rank, rank], the gradients
-// of the cores; packed, with one core alone: ∂Û, not transformed back. Both are fp32 or bf16; z in
-// bf16 goes with p in bf16. Where p has fewer rows than z, they are taken again.
+// of the cores. With `packed`, which needs a single core, out is ∂Û, not transformed back. p and z
+// are fp32 or bf16; if z is bf16, so is p. If p has fewer rows than z, its rows repeat.
 void core_from_products(
     const Call& call,
     const TokenRows& p,

@@ -1,12 +1,12 @@
-// Rows of tokens in the order of the cores that they go by.
+// Sorts rows of tokens by the core that each row uses.
 #pragma once
 
 #include "operators.h"
 
 namespace tcur {
 
-// For every core the rows that belong to it, in their order. A row whose id is out of range belongs
-// to none. Nothing is launched where all rows go by one core.
+// Lists the rows of every core, in their original order. A row whose id is out of range belongs to
+// no core. If all rows use one core, nothing is launched.
 class SortedRows {
  public:
   SortedRows(const Call& call, const TokenCores& cores);

@@ -1,16 +1,17 @@
-// The DFT of a core, forwards and back, and the table of roots.
+// The DFT of a core and its inverse, and the table of roots.
 //
-// Sums are formed in fp64, so that what is left is one rounding, and the kernels after them start
-// from the exact spectrum. Both directions are the same two sums, E_l = Σ_k cos(2πkl/n3) A_k and
-// O_l = Σ_k sin(2πkl/n3) B_k, l, k = 0 … n3/2, over rows in the order of a packed spectrum (A_0,
-// A_1, B_1, …), which a block holds in shared memory for some entries of one core: eight of them,
-// one sector of memory, where cores are few and latency counts, up to 64 where they are many. A
-// thread forms L lines of an entry; with L = 4 a number that it reads is used four times, which
-// makes 8 fp64 multiplications per 8 reads: 4096 cores of 48 slices at rank 8 are 1.3e9 of them in
-// both sums, 40 µs of a GPU with 132 multiprocessors of 64 a cycle.
+// The sums are computed in fp64 and rounded once, so that the kernels after them start from an
+// exact spectrum. Both directions are the same two sums, E_l = Σ_k cos(2πkl/n3) A_k and
+// O_l = Σ_k sin(2πkl/n3) B_k for l, k = 0 … n3/2. A and B are rows in the order of a packed
+// spectrum (A_0, A_1, B_1, …). A block holds these rows in shared memory for some entries of one
+// core. Few cores make latency matter, so a block then takes eight entries, which is one sector of
+// memory; with many cores it takes up to 64. A thread computes L lines of an entry. With L = 4 it
+// uses each number that it reads four times, which makes 8 fp64 multiplications per 8 reads. 4096
+// cores of 48 slices at rank 8 take 1.3e9 multiplications for both sums, which is 40 µs on a GPU
+// with 132 multiprocessors that do 64 a cycle.
 //
-// Where parts are only added up, and not transformed, a block takes some of their numbers, 128
-// where there are 16 parts or more: 24 blocks for 48 slices at rank 8.
+// When the parts are only added and not transformed, a block takes some of their numbers: 128 if
+// there are 16 parts or more, which makes 24 blocks for 48 slices at rank 8.
 // Planned: 512 threads, up to 64 registers, 2 blocks per multiprocessor.
 #include "spectrum.h"
 
@@ -26,20 +27,20 @@ namespace tcur {
 namespace {
 
 constexpr int kThreads = 512;
-constexpr int kLines = 4;               // of a thread, where there are many
-constexpr int BATCH = 4;                // parts that a thread asks for at a time
+constexpr int kLines = 4;               // lines of a thread, if there are many
+constexpr int BATCH = 4;                // parts that a thread loads at a time
 constexpr int64_t kShared = 96 * 1024;  // at most, so that it fits every architecture
 
-// Entries of one core that a block transforms.
+// A block transforms 2^log_count entries of one core.
 struct Entries {
-  int log_count, blocks;  // for all entries of a core
+  int log_count, blocks;  // blocks: how many all entries of a core take
 
   TCUR_HOST_DEVICE int count() const {
     return 1 << log_count;
   }
 };
 
-// Rows of A and B in shared memory, [n3, entries.count()], and the roots behind them.
+// Rows of A and B in shared memory, [n3, entries.count()], and the roots, which lie before them.
 struct Rows {
   double* data;
   const double2* roots;
@@ -56,7 +57,7 @@ TCUR_DEVICE void load_roots(const Tables& tables, double2* roots) {
   }
 }
 
-// f(l, entry, E_l, O_l) for every line and entry.
+// Calls f(l, entry, E_l, O_l) for every line and entry.
 template <int L, class F>
 TCUR_DEVICE void transform(const Rows& rows, F&& f) {
   const int n3 = rows.n3, half = n3 / 2, last_pair = static_cast<int>(pairs(n3));
@@ -154,10 +155,10 @@ struct CoreBlock {
   CoreArgs args;
   Entries entries;
   double weight;  // of a bin that stands for itself alone
-  int groups;     // of threads that share the parts of a core
+  int groups;     // groups of threads among which the parts of a core are divided
 };
 
-// Neighbours of a part, read at once.
+// Reads W neighbouring numbers of a part at once.
 template <int W>
 TCUR_DEVICE void load_entries(const float* from, float (&to)[W]) {
   if constexpr (W == 4) {
@@ -171,8 +172,8 @@ TCUR_DEVICE void load_entries(const float* from, float (&to)[W]) {
   }
 }
 
-// Sums of the parts of a core, W entries of a plane at a time, each group of threads every
-// groups-th part, BATCH of them asked for at a time: [groups, n3, entries].
+// Sums the parts of a core into sums [groups, n3, entries]. A thread takes W entries of a plane at
+// a time. Each group of threads takes every groups-th part, and loads BATCH of them at a time.
 template <int BATCH, int W>
 TCUR_DEVICE void sum_parts(const CoreBlock& block, int core, int first, double* sums) {
   const CoreArgs& args = block.args;
@@ -240,7 +241,8 @@ core_kernel(const TCUR_PARAMETER CoreBlock block) {
   double2* roots = shared_memory<double2>();
   const Rows rows{reinterpret_cast<double*>(roots + n3), roots, n3, log_count};
   load_roots(args.tables, roots);
-  // Where cores are many, so are the blocks that wait for memory, and few the parts of each.
+  // With many cores, a smaller batch is enough: many blocks wait for memory at once, and each core
+  // has few parts.
   sum_parts<L == 1 ? 4 : 2, W>(block, core, first, rows.data);
   __syncthreads();
   for (int i = threadIdx.x; i < count; i += kThreads) {
@@ -265,7 +267,7 @@ core_kernel(const TCUR_PARAMETER CoreBlock block) {
 
 struct PackedBlock {
   PackedArgs args;
-  int groups, columns;  // threads that share the parts of the same W numbers; of them a block's
+  int groups, columns;  // a block has `columns` threads in each of `groups`, W numbers a thread
 };
 
 template <int W>
@@ -310,7 +312,7 @@ packed_kernel(const TCUR_PARAMETER PackedBlock block) {
   }
 }
 
-// By the shape alone: a sum must not depend on the device.
+// Depends on the shape alone, because a sum must not depend on the device.
 Entries choose_entries(int64_t cores, int n3, int rank) {
   constexpr int64_t enough = 264;
   const int square = rank * rank;
@@ -329,13 +331,13 @@ int64_t shared_bytes(const Entries& entries, int n3, int groups) {
              static_cast<int64_t>(sizeof(double));
 }
 
-// Whether threads have several lines to form anyway.
+// Whether there are so many lines that each thread computes several anyway.
 bool has_many_lines(const Entries& entries, int n3) {
   return (n3 / 2 + 1) << entries.log_count > 2 * kThreads;
 }
 
-// fp64 and fp32 behind it; angles are reduced to an eighth of a turn first, so that roots are
-// exact, zeros and ones among them.
+// Makes the roots in fp64, followed by the same roots in fp32. Angles are first reduced to an
+// eighth of a turn, so that roots of 0 and ±1 are exact.
 std::vector<double> make_roots(int n3) {
   std::vector<double> made(3 * static_cast<size_t>(n3));
   for (int64_t m = 0; m < n3; ++m) {
@@ -353,8 +355,8 @@ std::vector<double> make_roots(int n3) {
 
 #ifdef __CUDACC__
 
-// A capture that may be going on, in this thread or in another, forbids what may wait for all of
-// the device; with this it is allowed to this thread, and the capture does not take part in it.
+// While this thread or another one captures a CUDA graph, calls that may wait for the whole device
+// are forbidden. This object allows them to its thread; the capture does not record them.
 class OutsideOfCapture {
  public:
   OutsideOfCapture() {
@@ -370,8 +372,9 @@ class OutsideOfCapture {
   cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
 };
 
-// Memory of the driver's, not of torch: a capture's pool would be given back with its graph. The
-// stream is one of its own, since the capture's would only take the copy down.
+// The memory comes from the driver and not from torch: during a capture, torch would take it from
+// the pool of the graph, which is freed with the graph. The copy has a stream of its own, because
+// the stream of a capture would record the copy instead of doing it.
 double* copy_to_device(const std::vector<double>& numbers) {
   const OutsideOfCapture guard;
   const size_t bytes = numbers.size() * sizeof(double);
@@ -401,7 +404,7 @@ double* copy_to_device(const std::vector<double>& numbers) {
 
 Tables root_tables(int device, int n3) {
   static std::mutex mutex;
-  // Never destroyed, as the memory is never given back.
+  // The map is never destroyed, because its memory is never freed.
   static auto& kept = *new std::map<std::pair<int, int>, const double*>;
   const std::lock_guard<std::mutex> lock(mutex);
   const double*& data = kept[{device, n3}];
@@ -435,7 +438,7 @@ void make_core(const CoreArgs& args, Stream stream) {
   if (args.cores == 0) {
     return;
   }
-  // As many threads for the parts as there are, where a core may have several parts.
+  // If a core may have several parts, as many threads as possible share them.
   const bool by_four =
       entries.log_count >= 2 && args.rank % 2 == 0 && is_aligned(args.parts, sizeof(float4));
   const int columns = n3 << (by_four ? entries.log_count - 2 : entries.log_count);

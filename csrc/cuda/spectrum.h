@@ -18,12 +18,13 @@ struct Tables {
   }
 };
 
-// The tables of a length on the current device, whose number is `device`. They are made when first
-// asked for and stay for the life of the process: a CUDA graph may hold on to them.
+// The tables of a length on the current device, whose number is `device`. The first call creates
+// them. They live as long as the process, because a CUDA graph may keep pointers to them.
 Tables root_tables(int device, int n3);
 
-// Some of several cores: entry i stands for core ids[i], or for core i without ids. An id out of
-// range stands for a core of NaN: nothing is read past the end, and the result tells.
+// A selection of cores: entry i means core ids[i], or core i if there are no ids. An id that is out
+// of range means a core of NaN: the kernels read nothing past the end, and the NaN in the result
+// shows the mistake.
 struct CoreIds {
   const int64_t* ids;
   int64_t cores;
@@ -48,8 +49,8 @@ struct SpectrumArgs {
 
 void make_spectrum(const SpectrumArgs& args, Stream stream);
 
-// Rows in the order of their cores, as row_order.h makes it: those of core c are numbers
-// begin[c] … end[c]-1 of `rows`.
+// Rows sorted by their cores, as row_order.h sorts them: rows[begin[c]] … rows[end[c]-1] belong to
+// core c.
 struct RowOrder {
   const int *rows, *begin, *end;
 };

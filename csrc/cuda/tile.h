@@ -1,5 +1,5 @@
-// A tile of a stack, `rows` x `columns` numbers of its slices in shared memory, and its planes
-// there: a row of positions for each.
+// A tile of a stack is `rows` x `columns` numbers of every slice. In shared memory each of its
+// planes is one row of positions.
 #pragma once
 
 #include "launch.h"
@@ -8,8 +8,8 @@
 
 namespace tcur {
 
-// Slices whose core one block of spectrum.cu transforms: two entries of them and their roots take
-// 64 KiB of shared memory, which every architecture from sm_80 on has.
+// The most slices for which a block of spectrum.cu can transform a core. Two entries of so many
+// slices and the roots take 64 KiB of shared memory, which every architecture from sm_80 on has.
 constexpr int kMaxSlices = 2048;
 
 struct Tile {
@@ -21,8 +21,8 @@ struct Tile {
   TCUR_HOST_DEVICE int positions() const {
     return rows << log_columns;
   }
-  // Where a column of a row lies in the row: eight rows that a warp writes together would share
-  // banks otherwise. Groups of eight columns move, and a swizzled column swizzled is the column.
+  // Where a column lies within its row. Without this, the eight rows that a warp writes together
+  // would share banks. It moves groups of eight columns, and it is its own inverse.
   TCUR_HOST_DEVICE int swizzled(int row, int column) const {
     const int shift = log_columns < 5 ? 5 - log_columns : 0;
     const int mask = log_columns >= 5 ? 3 : log_columns == 4 ? 1 : 0;
@@ -33,15 +33,15 @@ struct Tile {
   }
 };
 
-// Planes of a tile: all of them, packed; or those of some bins, two rows for each, the second of
-// zeros for a real bin.
+// Planes of a tile. Either all of them, packed, or those of some bins with two rows for each bin;
+// the second row of a real bin is zero.
 struct Planes {
   float* rows;
   int stride;  // of rows
   int first;   // bin of the first row
   bool is_packed;
 
-  // Of the real part; the imaginary part is the next row.
+  // The row of the real part; the imaginary part is in the next row.
   TCUR_DEVICE float* real_row(int bin) const {
     const int packed = plane_of(bin);
     return rows + (is_packed ? packed : 2 * (bin - first)) * stride;
@@ -56,10 +56,10 @@ TCUR_DEVICE Corner corner_of(const Tile& tile, int64_t index, int64_t tiles_in_r
   return {index / tiles_in_row * tile.rows, index % tiles_in_row * tile.columns()};
 }
 
-// Where a quad of positions of a tile lies in a slice, and how many of its numbers are there.
+// Where four positions of a tile lie in a slice, and how many of them are inside the slice.
 struct Place {
   int64_t at, count;
-  int64_t row_start;  // what of `at` is whole rows
+  int64_t row_start;  // where the row of `at` begins
 };
 TCUR_DEVICE Place
 place_of(const Tile& tile, const Corner& corner, int64_t n1, int64_t n2, int position) {

@@ -1,9 +1,10 @@
-// Projected tokens, rows of q = n3*rank numbers, and how blocks of threads share them.
+// Projected tokens, which are rows of q = n3*rank numbers, and how blocks of threads share them.
 //
-// A row is a packed spectrum: bins side by side, each rank numbers, or rank real and rank imaginary
-// ones. Threads take four of each; the threads of neighbouring numbers and bins are neighbours, so
-// that a warp reads and writes whole lines. Rows of a multiple of four numbers that start at
-// multiples of 8 or 16 bytes are read by vectors, others number by number.
+// A row is a packed spectrum. Its bins lie side by side: a real bin is rank numbers, and a pair is
+// rank real and rank imaginary ones. A thread takes four real numbers and four imaginary ones.
+// Neighbouring threads take neighbouring numbers and bins, so that a warp reads and writes whole
+// cache lines. If the rank is a multiple of four and rows start at multiples of 8 or 16 bytes,
+// threads read vectors; otherwise they read number by number.
 #pragma once
 
 #include "operators.h"
@@ -18,7 +19,8 @@ struct Numbers {
   float v[4];
 };
 
-// Four neighbours as they lie in memory, so that loads can be asked for before they are needed.
+// Four neighbouring numbers as they lie in memory. Widening them is a separate step, so that a
+// thread can start loads before it needs the numbers.
 template <Element E>
 struct Packed;
 template <>
@@ -29,7 +31,7 @@ struct Packed<Element::f32> {
     return {{raw.x, raw.y, raw.z, raw.w}};
   }
 };
-// Two halves of a word each.
+// Four numbers in two words, two in each.
 template <Element E>
 struct PackedHalves {
   using Number = unsigned short;
@@ -60,7 +62,7 @@ TCUR_DEVICE Packed pack(const unsigned short (&bits)[4]) {
   return made;
 }
 
-// `count` numbers from `at` on, zeros behind them.
+// Reads `count` numbers from `at` on; the rest of the four are zero.
 template <Element E, bool VECTOR>
 TCUR_DEVICE Packed<E> load_packed(const void* data, int64_t at, int count) {
   using Number = typename Packed<E>::Number;
@@ -142,7 +144,7 @@ struct Pairs {
   }
 };
 
-// Number of bin * slice modulo n3 for one slice after the other.
+// Gives bin * slice modulo n3 for one slice after the other.
 struct Turn {
   int bin, n3, at;
 
@@ -156,10 +158,11 @@ struct Turn {
   }
 };
 
-// Division by what a launch fixes: a product and a shift in place of some thirty instructions,
-// which every thread of a short kernel would wait for. With value <= 2^s the factor, 2^(31+s)/value
-// rounded up, makes n * factor too large by less than 2^(31+s)/value for 0 <= n < 2^31, too little
-// to reach the next quotient; with 2^(s-1) < value it has 32 bits.
+// Division by a value that a launch fixes. A multiplication and a shift replace some thirty
+// instructions, for which every thread of a short kernel would wait. The factor is 2^(31+s)/value,
+// rounded up. With value <= 2^s, n * factor is too large by less than 2^(31+s)/value for
+// 0 <= n < 2^31, which is too little to reach the next quotient. With 2^(s-1) < value, the factor
+// has 32 bits.
 struct Divisor {
   int value = 1, shift = 31;
   unsigned factor = 1U << 31;
@@ -176,12 +179,12 @@ struct Divisor {
   }
 };
 
-// How a grid of blocks of kTokenThreads threads shares rows of tokens, row_length each: a block has
-// `groups` tokens side by side, each with `width` bins, and for each of them `tiles` threads.
+// How a grid of blocks of kTokenThreads threads shares rows of `row_length` tokens. A block works
+// on `groups` tokens at a time and on `width` bins of each, with `tiles` threads for each bin.
 struct TokenGrid {
   int bins, width, bin_blocks;
   int tiles_per_bin, tiles, tile_blocks;
-  int groups, chunk, chunks;  // tokens side by side, of a block, and blocks for a row of tokens
+  int groups, chunk, chunks;  // tokens of a block at a time, in all, and chunks in a row of tokens
   int64_t rows, row_length;
   Divisor by_bin_blocks, by_tile_blocks, by_chunks, by_threads_per_token, by_tiles;
 
@@ -193,8 +196,8 @@ struct TokenGrid {
   }
 };
 
-// Pieces of rows of at least 64 numbers, so that lines of 128 bytes are read whole, and of all bins
-// where a row of tokens is shorter than a block is wide.
+// Chooses the grid. A block takes at least 64 numbers of each token, so that it reads whole lines
+// of 128 bytes. If a row has too few tokens to fill a block, the block takes more bins, up to all.
 inline TokenGrid token_grid(
     int n3, int rank, int tiles_per_bin, int most_threads, const TokenCores& cores) {
   TokenGrid grid{};
@@ -213,7 +216,7 @@ inline TokenGrid token_grid(
   return grid;
 }
 
-// Cuts rows into chunks of `per_thread` tokens for each of the groups.
+// Cuts rows of tokens into chunks, so that each thread of a block takes `per_thread` tokens.
 inline void cut_rows(TokenGrid& grid, int64_t per_thread) {
   grid.chunk = static_cast<int>(grid.groups * per_thread);
   grid.chunks = static_cast<int>(ceil_div(grid.row_length, grid.chunk));
@@ -224,7 +227,7 @@ inline void cut_rows(TokenGrid& grid, int64_t per_thread) {
   grid.by_tiles = Divisor(grid.tiles);
 }
 
-// What a block of such a grid works on: its first bin and tile, its row of tokens, and the tokens.
+// What a block of the grid works on: its first bin and tile, its row of tokens, and its tokens.
 struct Share {
   int first_bin, first_tile, chunk;
   int64_t row, begin, end;
@@ -244,7 +247,7 @@ struct Share {
   }
 };
 
-// The number `item` of the threads that a block has for a token.
+// What the thread number `item`, of those that a block has for one token, works on.
 struct Item {
   int bin, plane, tile;
   bool is_pair, is_there;

@@ -1,10 +1,10 @@
-// A length of two short factors, known when it is compiled: its tile, and how threads share the two
-// steps of its transform. All offsets within a tile are constants then.
+// For a length of two short factors that is known at compile time: the tile, and how threads share
+// the two steps of the transform. All offsets within a tile are then constants.
 //
-// The rows of a tile in shared memory are its packed planes (dft.h). One step is the rank-r product
-// and the inner factor: a thread holds, for one k1, a few rows and four columns, the INNER bins
-// outer * k2 + k1 in registers. The other step is the outer factor: a thread holds, for one l0, a
-// few columns, the OUTER slices inner * l1 + l0. Between the two, each number is once in shared
+// The rows of a tile in shared memory are its packed planes (dft.h). The inner step includes the
+// rank-r product: for one k1, a few rows and four columns, a thread holds the INNER bins
+// outer * k2 + k1 in registers. In the outer step, for one l0 and a few columns, a thread holds the
+// OUTER slices inner * l1 + l0. Between the two steps, each number passes once through shared
 // memory.
 #pragma once
 
@@ -14,12 +14,13 @@
 
 namespace tcur {
 
-// Ranks up to which products of the factors are formed in fp32 registers. On an H100 the kernels on
-// tensor cores took 4 to 6 times as long at rank 32 as these at rank 16.
+// Up to this rank, fp32 registers compute the products of the factors. On an H100 the kernels on
+// tensor cores took 4 to 6 times as long at rank 32 as these kernels at rank 16.
 constexpr int kShortRank = 32;
 
-// Lengths that have kernels of their own: those of two short factors that numbers of layers have,
-// up to 16 or a multiple of 4. Each costs some seconds of compilation for every architecture.
+// Whether a length has a kernel of its own. Lengths of two short factors do, if they are likely
+// numbers of layers: up to 16, or a multiple of 4. Each takes some seconds to compile for every
+// architecture.
 TCUR_HOST_DEVICE constexpr bool has_tubes(int64_t n3) {
 #ifdef TCUR_FEW_LENGTHS  // builds of the tests that are made many times
   return n3 == 5 || n3 == 12 || n3 == 48;
@@ -28,36 +29,39 @@ TCUR_HOST_DEVICE constexpr bool has_tubes(int64_t n3) {
 #endif
 }
 
-// Whether they take these sizes: rows start at multiples of four numbers (`vector`), and 32 bits
-// reach every number of a slice, and every quad of R̂ as `prepare` lays it out.
+// Whether these kernels take such sizes. Rows must start at multiples of four numbers (`vector`).
+// 32 bits must suffice to index every number of a slice, and every quad of R̂ in the layout of
+// `prepare`.
 inline bool fits_tubes(int64_t n1, int64_t n2, int64_t n3, int64_t rank, bool vector) {
   return rank <= kShortRank && has_tubes(n3) && vector && n1 * n2 <= UINT32_MAX &&
          n2 * n3 * kShortRank <= UINT32_MAX;
 }
 
-// The sources that they are compiled in, by n3/4, so that all take the same time.
+// The kernels are compiled in this many sources. The sources take turns by n3/4, so that all
+// compile in about the same time.
 constexpr int kTubesParts = 4;
 constexpr int kTubesLengths = kLongestOuter * kLongestInner + 1;
 TCUR_HOST_DEVICE constexpr int tubes_part(int64_t n3) {
   return static_cast<int>(n3 / 4 % kTubesParts);
 }
 
-// FORWARD: from slices to bins, with the sums of `core_grad_dense` in registers too.
+// FORWARD: the transform goes from slices to bins, and the sums of `core_grad_dense` are in
+// registers too.
 template <int N3, bool FORWARD = false>
 struct Tubes {
   static constexpr int kLength = N3;
   static constexpr int kInner = dft_factors(N3).inner, kOuter = dft_factors(N3).outer;
 
-  // The step of the inner factor: rows of a thread, four columns each.
+  // Rows of a thread in the inner step, with four columns each.
   static constexpr int kTall = kInner == 1 || (kInner == 2 && !FORWARD) ? 4
                                : kInner <= (FORWARD ? 3 : 4)            ? 2
                                                                         : 1;
-  // Each k1 is the work of some warps, one share for each of their threads. Those with k1 = 0 take
-  // k1 = outer/2 too: the tubes of both are real, half as much work.
+  // Some warps work on each k1, and their threads share its positions. The warps of k1 = 0 also
+  // take k1 = outer/2: the tubes of both are real, so each is half as much work.
   static constexpr int kTurns = (kOuter + 1) / 2;
 
-  // As many positions as leave room for two blocks per multiprocessor beside the operands; enough
-  // of them for four warps.
+  // As many positions as leave room for two blocks per multiprocessor and their operands, but
+  // enough to give work to four warps.
   static constexpr int positions() {
     int count = FORWARD && kTall == 1 ? 128 : 512;
     while (count * N3 * 4 > 68 * 1024) {
@@ -76,12 +80,13 @@ struct Tubes {
   static constexpr int kWarps = kTurns * kParts, kThreads = 32 * kWarps;
   static_assert(kParts > 0 && kParts * 128 * kTall == kPositions, "whole warps for each k1");
 
-  // The step of the outer factor: columns of a thread.
+  // Columns of a thread in the outer step.
   static constexpr int kWide = kOuter > 8 ? 2 : 4;
   static constexpr int kVectors = kPositions / kWide;
   static_assert(kVectors % 32 == 0, "a warp works on one l0");
 
-  // Blocks per multiprocessor: a quarter of it has registers for four or five of these warps.
+  // Blocks per multiprocessor. A quarter of a multiprocessor has registers for four or five of
+  // these warps.
   static constexpr int most_blocks() {
     if (kWarps > 8 || kInner > (FORWARD ? 5 : 8) || (kOuter == 15 && kInner > 1) ||
         (FORWARD && kOuter == 16 && kInner == 5)) {
@@ -96,11 +101,11 @@ struct Tubes {
     return kWarps > 5 ? 2 : kWarps > 4 ? 3 : 4;
   }
   static constexpr int kBlocks = most_blocks();
-  // Shared memory of one of so many.
+  // The most shared memory that each of so many blocks can have.
   static constexpr int kMostBytes = (228 / kBlocks - 1) * 1024;
 
-  // The share of this thread in the step of the inner factor: k1, and a position. Its other rows
-  // follow at distances of kRowStep.
+  // The share of this thread in the inner step: its k1, and its first row and column. Its other
+  // rows follow, kRowStep apart.
   static constexpr int kRowStep = kRows / kTall;
   TCUR_DEVICE static int turn() {
     return static_cast<int>(threadIdx.x) / 32 / kParts;
@@ -115,8 +120,9 @@ struct Tubes {
     return 4 * (group() % (kColumns / 4));
   }
 
-  // f(l0, row, column) for each share of the outer step. CONCEALED: what depends on l0 alone is not
-  // to be computed before the loop, since no registers are left to keep it in.
+  // Calls f(l0, row, column) for each share of this thread in the outer step. CONCEALED keeps the
+  // compiler from computing before the loop what depends on l0 alone, since no registers are left
+  // to hold it.
   template <bool CONCEALED = false, class F>
   TCUR_DEVICE static void for_outer(F&& f) {
     constexpr int kInRow = kColumns / kWide, kShares = kVectors / 32;
@@ -131,15 +137,16 @@ struct Tubes {
 template <int N3>
 using ForwardTubes = Tubes<N3, true>;
 
-// Operands of a tile in shared memory, some quads of the rank at a time, as `prepare` lays them
-// out: of R̂ [n3, 4, kColumns], of P [n3, kRows, 4]. They come while threads do other work.
+// Operands of a tile in shared memory, some quads of the rank at a time, in the layout of
+// `prepare`: R̂ [n3, 4, kColumns] and P [n3, kRows, 4]. They are copied while threads do other work.
 template <class T, bool WITH_P>
 struct Staged {
   static constexpr int kRight = T::kLength * 4 * T::kColumns;
   static constexpr int kLeft = WITH_P ? T::kLength * 4 * T::kRows : 0;
   static constexpr int kFloats = kRight + kLeft;  // of one quad
 
-  // Quads first … first+count-1 of the tiles `right` and `left`; null: no new ones.
+  // Starts to copy quads first … first+count-1 of the tiles `right` and `left`. With `right` null,
+  // none of R̂ are copied.
   TCUR_DEVICE static void ask(
       const float* right, const float* left, int first, int count, float* to) {
     for (int quad = first; quad < first + count; ++quad, to += kFloats) {
@@ -160,8 +167,8 @@ struct Staged {
   }
 };
 
-// Four columns of R̂, or a row of P, where a thread needs them in a staged quad. Planes of other
-// bins count from that of a bin: their distance is a constant, and no instruction is spent on it.
+// Four columns of R̂ in a staged quad, as a thread reads them. Planes are counted from the plane of
+// some bin. Their distances are constants, so no instruction is spent on them.
 template <class T>
 struct HorizontalQuad {
   static constexpr int kColumns = T::kColumns;
@@ -170,15 +177,15 @@ struct HorizontalQuad {
   TCUR_DEVICE HorizontalQuad from_bin(int bin) const {
     return {at + bin * (2 * 4 * kColumns)};
   }
-  // Number i of the quad of the rank.
+  // The row of rank index i of the quad.
   template <int PLANE>
   TCUR_DEVICE Quad row(int i) const {
     return load_lanes<4>(at + (PLANE * 4 + i) * kColumns);
   }
 };
 
-// Number i of the numbers of a thread whose tubes are real, k1 = 0 (FIRST) or outer/2: whether it
-// is a real bin, or the real part of one whose imaginary part follows.
+// For number i of a thread whose tubes are real, k1 = 0 (FIRST) or outer/2: whether it is a real
+// bin, or the real part of a pair, whose imaginary part follows.
 template <int N3, bool FIRST>
 TCUR_HOST_DEVICE constexpr bool is_real_bin(int i) {
   constexpr int last = dft_factors(N3).inner - 1;
