@@ -70,9 +70,9 @@ TCUR_TARGET inline void stream_fence() {
 
 enum class Cache { first = 3, second = 2 };
 
-// Prefetches a cache line. For GCC, a prefetch is no effect, so it would drop calls of a function
-// that does nothing else, and calls of functions that only call such functions. The empty asm
-// statement counts as an effect.
+// Prefetches a cache line. GCC does not count a prefetch as an effect. It would drop calls of a
+// function that only prefetches, and calls of functions that only call such a function. The empty
+// asm statement counts as an effect.
 template <Cache LEVEL>
 TCUR_TARGET inline void fetch(const void* p) {
   __builtin_prefetch(p, 0, static_cast<int>(LEVEL));
