@@ -57,7 +57,7 @@ struct CurLinearArguments {
   int64_t slice_index, slices;
   double scale;
   bool transposed;
-  std::optional<Tensor> z;            // [..., n3*rank]: x R̂ᵀ, if it is at hand
+  std::optional<Tensor> z;            // [..., n3*rank]: x R̂ᵀ, if the caller has it
   bool dense_grad;                    // for the derivative alone
   std::optional<Tensor> adapter_ids;  // [rows]
 };

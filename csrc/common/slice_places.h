@@ -10,7 +10,7 @@ namespace tcur {
 // One slice: the `index`-th of `count` slices side by side in a matrix [n1, count*n2]. W_eff has
 // matrices of the same shapes as the base, one after the other.
 struct SlicePlace {
-  const void* base;  // first number of its weight; null without a base
+  const void* base;  // its first number in the weight; null without a base
   int64_t count, index;
 };
 

@@ -94,7 +94,7 @@ TCUR_TARGET inline void adjoint_bin(
   }
 }
 
-// The adjoint of a run of blocks, all bins.
+// Does the step of adjoint_bin for all bins, on a run of blocks.
 template <class T>
 TCUR_TARGET void adjoint_planes(
     const Factors<T>& f,

@@ -23,7 +23,8 @@ struct Rows {
   }
 };
 
-// `count` real transforms of length N, each from rows to rows that lie `*_apart` from the last.
+// Does `count` real transforms of length N. From one transform to the next, the rows lie in_apart
+// and out_apart further on.
 template <class T, bool INVERSE, int N>
 TCUR_TARGET void real_rows(
     Rows<T> in, int64_t in_apart, Rows<T> out, int64_t out_apart, int64_t count) {

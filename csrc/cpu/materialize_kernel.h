@@ -6,7 +6,7 @@
 
 namespace tcur::TCUR_ISA {
 
-// Numbers O from an address on.
+// Writes numbers of type O from an address on.
 template <class T, class O>
 struct StoreNumbers {
   O* to;
