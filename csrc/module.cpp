@@ -1,5 +1,5 @@
-// The Python face of the compiled library: facts about the build, and the choice of the instruction
-// set. No tensor passes here; operators are registered with torch by the files in cpu/.
+// The Python interface of the compiled library: facts about the build, and the choice of the
+// instruction set. No tensors pass through it; the files in cpu/ register the operators with torch.
 #include "cpu/isa.h"
 
 #include <pybind11/pybind11.h>

@@ -1,8 +1,8 @@
-// The arguments of the operators, each list stated once, as in the schemas of
-// tcur_kernels/operators/contract.py.
+// The arguments of the operators, in the order of the schemas in
+// tcur_kernels/operators/contract.py. Each list is written only once.
 //
-// A backend implements an operator as a function of its struct. For torch, which hands arguments
-// over one by one, the function of the same name in `positional` makes the struct of them:
+// A backend implements an operator as a function of its struct. torch passes the arguments one by
+// one; the function of the same name in `positional` builds the struct from them:
 //     m.impl("cur_linear", TORCH_BOX(&positional::cur_linear<&cur_linear>));
 #pragma once
 
@@ -39,7 +39,7 @@ struct CoreGradTokensArguments {
   int64_t n3, slice_index, slices;
   std::optional<Tensor> adapter_ids;  // [rows]
   int64_t adapters;
-  bool packed;  // ∂Û is wanted, not transformed back
+  bool packed;  // return ∂Û, not transformed back
 };
 
 struct CoreOfPackedArguments {
@@ -57,7 +57,7 @@ struct CurLinearArguments {
   int64_t slice_index, slices;
   double scale;
   bool transposed;
-  std::optional<Tensor> z;            // [..., n3*rank]: x R̂ᵀ, if it is at hand
+  std::optional<Tensor> z;            // [..., n3*rank]: x R̂ᵀ, if the caller has it
   bool dense_grad;                    // for the derivative alone
   std::optional<Tensor> adapter_ids;  // [rows]
 };
@@ -75,7 +75,7 @@ void materialize_out(
   run({std::move(weights), lateral_hat, horizontal_hat, core, scale, out});
 }
 
-// The same with room for W_eff [n3, n1, n2] that is made here.
+// The same, but it allocates W_eff [n3, n1, n2] itself.
 template <void (*run)(const MaterializeArguments&)>
 Tensor materialize(
     std::vector<Tensor> weights,

@@ -1,7 +1,7 @@
-// Checks of the operators' arguments, and the sizes that are read off them.
+// Checks the arguments of the operators, and reads the sizes from them.
 //
-// The Python layer has refused bad input by name long before; these checks only make sure that no
-// kernel ever reads or writes outside its tensors when an operator is called directly.
+// The Python layer has already rejected bad input with an error that names it. The checks here only
+// make sure that no kernel reads or writes outside its tensors when an operator is called directly.
 #pragma once
 
 #include "arguments.h"
@@ -24,7 +24,7 @@ inline void check_dtype(const char* name, const Tensor& tensor, ScalarType dtype
   STD_TORCH_CHECK(tensor.scalar_type() == dtype, "tcur: ", name, " has an unexpected dtype");
 }
 
-// Sizes shared by all operators, read off the packed factors and the number of slices.
+// Sizes that all operators share, read from the packed factors and the number of slices.
 struct Sizes {
   int64_t n1, n2, n3, rank;
 
@@ -33,8 +33,8 @@ struct Sizes {
   }
 };
 
-// Packed factors. Operators on tokens may go without R̂, where the tokens are projected already: n2
-// is then n3*rank.
+// Checks packed factors. Operators on tokens may omit R̂ if the tokens are already projected; n2 is
+// then n3*rank.
 inline Sizes check_packed(
     const Tensor& lateral_hat, const std::optional<Tensor>& horizontal_hat, int64_t n3) {
   STD_TORCH_CHECK(n3 >= 1, "tcur: n3 must be positive");
@@ -51,7 +51,7 @@ inline Sizes check_packed(
   return {lateral_hat.size(0), horizontal_hat->size(1), n3, q / n3};
 }
 
-// Operators on tokens take factors in bf16 too, for projections in that precision.
+// Operators on tokens also take factors in bf16, and then project in that precision.
 inline void check_token_factors(const Tensor& lateral_hat) {
   STD_TORCH_CHECK(
       is_compute_dtype(compute_dtype(lateral_hat.scalar_type())),

@@ -1,8 +1,8 @@
-// Straight-line discrete Fourier transforms of short length, in registers, generated from their
-// length by templates. V is what is transformed, a number or a vector of T; constants are worked
-// out by the compiler and products with 0 and ±1 are left out.
+// Discrete Fourier transforms of short length, as straight-line code in registers. Templates
+// generate the code from the length. V is the type of what is transformed, a number or a vector of
+// T. The compiler computes the constants, and the code leaves out products with 0 and ±1.
 //
-// All of them rest on two sums, Σ_k cos(2πkl/N) a_k and Σ_k sin(2πkl/N) b_k, which for even N fall
+// All transforms use two sums, Σ_k cos(2πkl/N) a_k and Σ_k sin(2πkl/N) b_k. For even N, these split
 // into sums of half the length (even l) and products of half the size (odd l).
 #pragma once
 
@@ -10,12 +10,13 @@
 
 #include <utility>
 
-// Always inline: the caller decides for which instruction set they are compiled.
+// Always inline, so that the caller decides for which instruction set they are compiled.
 #define TCUR_CODELET TCUR_HOST_DEVICE inline __attribute__((always_inline))
 
 namespace tcur {
 
-// cos and sin of 2πm/n for the compiler: series on the eighth of the circle around the next axis.
+// cos and sin of 2πm/n at compile time, from the series around the nearest axis, which is at most
+// an eighth of the circle away.
 TCUR_HOST_DEVICE constexpr double series(double x, int first) {
   double term = first == 0 ? 1 : x, total = term;
   for (int i = first + 1; i < 24; i += 2) {
@@ -27,7 +28,7 @@ TCUR_HOST_DEVICE constexpr double series(double x, int first) {
 
 TCUR_HOST_DEVICE constexpr double unit_cos(int m, int n) {
   m = (m % n + n) % n;
-  const int quarter = (4 * m + n / 2) / n;  // of the axis next to 2πm/n
+  const int quarter = (4 * m + n / 2) / n;  // number of the axis nearest to 2πm/n
   const double x = 2 * kPi * (4 * m - quarter * n) / (4.0 * n);
   const double axis[4] = {series(x, 0), -series(x, 1), -series(x, 0), series(x, 1)};
   return axis[quarter % 4];
@@ -37,7 +38,7 @@ TCUR_HOST_DEVICE constexpr double unit_sin(int m, int n) {
   return unit_cos(4 * m - n, 4 * n);
 }
 
-// An integer known by its type, as std::integral_constant, on the device too.
+// An integer in a type, like std::integral_constant, that also works on the device.
 template <int I>
 struct Constant {
   TCUR_HOST_DEVICE constexpr operator int() const {
@@ -45,7 +46,7 @@ struct Constant {
   }
 };
 
-// f(0) … f(N-1), each with its index as a constant.
+// Calls f(0) … f(N-1), each with its index as a constant.
 template <class F, int... I>
 TCUR_CODELET void static_for(F&& f, std::integer_sequence<int, I...>) {
   (f(Constant<I>{}), ...);
@@ -55,7 +56,7 @@ TCUR_CODELET void static_for(F&& f) {
   static_for(f, std::make_integer_sequence<int, N>{});
 }
 
-// A linear combination, one term at a time.
+// A linear combination that is built one term at a time.
 template <class T, class V>
 struct Combination {
   V value;
@@ -153,7 +154,7 @@ TCUR_CODELET void sine_sums(const V (&b)[N / 2 + 1], V (&o)[N / 2 + 1]) {
   }
 }
 
-// A packed half spectrum, weighted as tubes.h says, becomes its tube.
+// Turns a packed half spectrum, weighted as tubes.h says, into its tube.
 template <int N, class T, class V>
 TCUR_CODELET void real_inverse(V (&x)[N]) {
   constexpr int half = N / 2, last = (N - 1) / 2;
@@ -195,7 +196,7 @@ TCUR_CODELET void folded_sums(const V (&x)[N], V (&e)[N / 2 + 1], V (&o)[N / 2 +
   sine_sums<N, T, V>(b, o);
 }
 
-// A tube becomes its packed half spectrum.
+// Turns a tube into its packed half spectrum.
 template <int N, class T, class V>
 TCUR_CODELET void real_forward(V (&x)[N]) {
   constexpr int half = N / 2, last = (N - 1) / 2;
@@ -211,7 +212,8 @@ TCUR_CODELET void real_forward(V (&x)[N]) {
   }
 }
 
-// Complex: y_l = Σ_k x_k e^{2πikl/N}. With re and im exchanged, the transform of e^{-2πikl/N}.
+// Complex transform y_l = Σ_k x_k e^{2πikl/N}. With re and im exchanged, it is the transform with
+// e^{-2πikl/N}.
 template <int N, class T, class V>
 TCUR_CODELET void complex_inverse(V (&re)[N], V (&im)[N]) {
   constexpr int half = N / 2, last = (N - 1) / 2;
@@ -232,8 +234,8 @@ TCUR_CODELET void complex_inverse(V (&re)[N], V (&im)[N]) {
   }
 }
 
-// The real tube of the bins half way between those of real_inverse: x holds N/2 pairs (re, im) and
-// for odd N one real bin; y_l = Σ_k re_k cos(π(2k+1)l/N) - im_k sin(π(2k+1)l/N).
+// Computes the real tube of bins that lie halfway between those of real_inverse. x holds N/2 pairs
+// (re, im), and for odd N one real bin: y_l = Σ_k re_k cos(π(2k+1)l/N) - im_k sin(π(2k+1)l/N).
 template <int N, class T, class V>
 TCUR_CODELET void shifted_inverse(V (&x)[N]) {
   constexpr int half = N / 2;
@@ -255,7 +257,8 @@ TCUR_CODELET void shifted_inverse(V (&x)[N]) {
   static_for<N>([&](auto l) __attribute__((always_inline)) { x[l] = y[l]; });
 }
 
-// Its transpose: re_k = Σ_l cos(π(2k+1)l/N) x_l, im_k = -Σ_l sin(π(2k+1)l/N) x_l.
+// The transpose of shifted_inverse:
+// re_k = Σ_l cos(π(2k+1)l/N) x_l, im_k = -Σ_l sin(π(2k+1)l/N) x_l.
 template <int N, class T, class V>
 TCUR_CODELET void shifted_forward(V (&x)[N]) {
   constexpr int half = N / 2, last = (N - 1) / 2;

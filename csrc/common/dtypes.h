@@ -1,4 +1,4 @@
-// The dtypes of torch: those that the arithmetic is done in, and those of tensors in memory.
+// The dtypes of torch that the arithmetic uses, and those that tensors in memory may have.
 #pragma once
 
 #include "elements.h"
@@ -36,7 +36,7 @@ inline bool is_compute_dtype(ScalarType dtype) {
   return dtype == ScalarType::Float || dtype == ScalarType::Double;
 }
 
-// The dtype that products of factors are summed in.
+// The dtype in which products of factors are summed.
 inline ScalarType compute_dtype(ScalarType factors) {
   return factors == ScalarType::BFloat16 ? ScalarType::Float : factors;
 }

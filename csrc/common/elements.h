@@ -1,4 +1,5 @@
-// Element types of tensors in memory, for kernels: no header of torch beyond its number types.
+// Element types of tensors in memory, for kernels, which include no headers of torch but those of
+// its number types.
 #pragma once
 
 #include "host_device.h"
@@ -14,14 +15,14 @@ TCUR_HOST_DEVICE constexpr int bytes_of(Element element) {
   return static_cast<int>(element) & 15;
 }
 
-// An element type that is known by its type.
+// An element type as a type, known at compile time.
 template <Element E>
 struct ElementConstant {
   static constexpr Element value = E;
 };
 
-// The one place that turns an element type of run time into one of compile time: f of its constant,
-// of those that are listed. The last of them stands for all others.
+// Turns an element type of run time into one of compile time; nothing else does. Calls f with the
+// constant of the element if it is in the list, and otherwise with the last constant of the list.
 template <Element FIRST, Element... OTHERS, class F>
 constexpr auto with_element(Element element, F&& f) {
   if constexpr (sizeof...(OTHERS) == 0) {

@@ -1,4 +1,4 @@
-// The mark of functions that CUDA kernels call too.
+// Marks functions that both the host and CUDA kernels call.
 #pragma once
 
 #ifdef __CUDACC__

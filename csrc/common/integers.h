@@ -1,4 +1,4 @@
-// Integer arithmetic of sizes and addresses.
+// Integer arithmetic for sizes and addresses.
 #pragma once
 
 #include "host_device.h"
@@ -8,7 +8,7 @@
 
 namespace tcur {
 
-// How many pieces of a length cover a size that is not negative.
+// How many pieces are needed to cover a size, which must not be negative.
 template <class Size, class Piece>
 TCUR_HOST_DEVICE constexpr std::common_type_t<Size, Piece> ceil_div(Size size, Piece piece) {
   return (size + piece - 1) / piece;
@@ -19,7 +19,7 @@ TCUR_HOST_DEVICE constexpr std::common_type_t<Size, Piece> round_up(Size size, P
   return ceil_div(size, multiple) * multiple;
 }
 
-// Whether an address is a multiple of so many bytes.
+// Whether an address is a multiple of `bytes`.
 inline bool is_aligned(const void* data, int64_t bytes) {
   return reinterpret_cast<uintptr_t>(data) % static_cast<uintptr_t>(bytes) == 0;
 }

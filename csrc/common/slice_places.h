@@ -7,21 +7,22 @@
 
 namespace tcur {
 
-// One slice: the `index`-th of `count` slices side by side in a matrix [n1, count*n2]. The matrices
-// of W_eff are those of the base, one after the other.
+// One slice: the `index`-th of `count` slices side by side in a matrix [n1, count*n2]. W_eff has
+// matrices of the same shapes as the base, one after the other.
 struct SlicePlace {
-  const void* base;  // first number of its weight; null without a base
+  const void* base;  // its first number in the weight; null without a base
   int64_t count, index;
 };
 
-// All n3 slices of a call, and the element type of their base: none without one.
+// All n3 slices of a call, and the element type of their base, which is none without a base.
 struct SlicePlaces {
   Element element = Element::none;
   std::vector<SlicePlace> all;
   bool any_beside = false;  // whether any lie side by side
 };
 
-// weights: one tensor [n3, n1, n2]; or layers [n1, count*n2]; or none; all contiguous.
+// Finds the slices of the base. weights: one tensor [n3, n1, n2]; or layers [n1, count*n2]; or
+// none; all contiguous.
 inline SlicePlaces place_base(const std::vector<Tensor>& weights, const Sizes& s) {
   SlicePlaces places;
   if (weights.empty()) {
@@ -54,8 +55,8 @@ inline SlicePlaces place_base(const std::vector<Tensor>& weights, const Sizes& s
   return places;
 }
 
-// The same where W_eff is written: it must have room for them, [n3, n1, n2], or flat where any lie
-// side by side.
+// The same, for operators that write W_eff. It also checks that `out` has room for the slices: it
+// must be [n3, n1, n2], or flat if any slices lie side by side.
 inline SlicePlaces place_slices(
     const std::vector<Tensor>& weights, const Sizes& s, const Tensor& out) {
   const SlicePlaces places = place_base(weights, s);

@@ -1,4 +1,4 @@
-// Which core each token goes by: one for all, or those that adapter_ids names, row by row.
+// Which core each token uses: one core for all, or the core that adapter_ids names for each row.
 #pragma once
 
 #include "dtypes.h"
@@ -7,7 +7,7 @@
 
 namespace tcur {
 
-// Rows of tokens that share a core, all equally long.
+// Rows of tokens. The tokens of a row share a core, and all rows are equally long.
 class TokenCores {
  public:
   // adapter_ids: int64 [rows], or none for one core
@@ -36,7 +36,8 @@ class TokenCores {
   int64_t row_length() const {
     return row_length_;
   }
-  // The number of the core of each row, where the tensor lies; null: all rows go by core 0.
+  // The number of the core of each row, on the device of adapter_ids. Null means that all rows use
+  // core 0.
   const int64_t* ids() const {
     return ids_.has_value() ? ids_->const_data_ptr<int64_t>() : nullptr;
   }

@@ -1,4 +1,5 @@
-// What operators on tokens have torch do before and after their kernels: ordinary matrix products.
+// The ordinary matrix products that torch computes for operators on tokens, before and after their
+// kernels.
 #pragma once
 
 #include "check.h"
@@ -8,7 +9,7 @@
 
 namespace tcur {
 
-// The very call of nn.Linear, which the stable headers do not wrap.
+// The same call that nn.Linear makes. The stable headers do not wrap it.
 inline Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
   std::array<StableIValue, 3> stack{
       torch::stable::detail::from(x),
@@ -23,13 +24,13 @@ inline Tensor matmul_transposed(const Tensor& a, const Tensor& b) {
   return torch::stable::matmul(a, torch::stable::transpose(b, 0, 1));
 }
 
-// The share of the base in cur_linear.
+// What the base contributes to the output of cur_linear.
 inline Tensor base_product(const CurLinearArguments& a) {
   return a.transposed ? torch::stable::matmul(a.x, *a.weight) : linear(a.x, *a.weight, a.bias);
 }
 
 // z = x R̂ᵀ [tokens, n3*rank], or transposed x Ĉ [tokens*slices, n3*rank], in the dtype of the
-// factors; where z is at hand, in the dtype of that.
+// factors. If the caller gave z, this returns it in the dtype that it has.
 inline Tensor project(const CurLinearArguments& a, const LinearSizes& sizes) {
   const ScalarType precision = a.lateral_hat.scalar_type();
   if (a.z.has_value()) {
@@ -43,7 +44,7 @@ inline Tensor project(const CurLinearArguments& a, const LinearSizes& sizes) {
   return matmul_transposed(cast(rows, precision), a.horizontal_hat);
 }
 
-// What cur_linear returns where there is no base: the update in the dtype and the shape of its x.
+// What cur_linear returns without a base: the update, in the dtype and the shape of its x.
 inline Tensor as_output(
     const CurLinearArguments& a, const LinearSizes& sizes, const Tensor& update) {
   std::vector<int64_t> shape(a.x.sizes().begin(), a.x.sizes().end());
@@ -60,8 +61,8 @@ inline Tensor project_tokens(const CoreGradTokensArguments& a, const TokenSizes&
   return matmul_transposed(cast(rows, a.lateral_hat.scalar_type()), *a.horizontal_hat);
 }
 
-// p = dy Ĉ [tokens, slices*n3*rank], contiguous; without dy the tokens are the rows of one slice of
-// G, and p is Ĉ.
+// p = dy Ĉ [tokens, slices*n3*rank], contiguous. Without dy, the tokens are the rows of one slice
+// of G, and p is Ĉ.
 inline Tensor project_gradient(const CoreGradTokensArguments& a, const TokenSizes& sizes) {
   if (!a.grad_y.has_value()) {
     return torch::stable::contiguous(a.lateral_hat);
@@ -71,7 +72,7 @@ inline Tensor project_gradient(const CoreGradTokensArguments& a, const TokenSize
       torch::stable::matmul(cast(rows, a.lateral_hat.scalar_type()), a.lateral_hat));
 }
 
-// Room for the gradient of one core [n3, rank, rank], or of each adapter's.
+// Allocates the gradient of one core [n3, rank, rank], or of the core of each adapter.
 inline Tensor empty_gradient(const CoreGradTokensArguments& a, const TokenSizes& sizes) {
   std::vector<int64_t> shape{sizes.n3, sizes.rank, sizes.rank};
   if (a.adapter_ids.has_value()) {
@@ -81,7 +82,7 @@ inline Tensor empty_gradient(const CoreGradTokensArguments& a, const TokenSizes&
   return torch::stable::new_empty(a.lateral_hat, shape, dtype);
 }
 
-// Rows of `stride` numbers of a contiguous tensor, from some column of them on.
+// Views a contiguous tensor as rows of `stride` numbers, starting at `first_column` of each row.
 inline TokenRows token_rows(const Tensor& tokens, int64_t first_column, int64_t stride) {
   const char* data = static_cast<const char*>(tokens.const_data_ptr());
   return {

@@ -1,4 +1,4 @@
-// Tokens as kernels read them.
+// Tokens in the form in which kernels read them.
 #pragma once
 
 #include "elements.h"

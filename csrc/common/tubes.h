@@ -1,12 +1,12 @@
-// Packed half spectra of real tubes, and their discrete Fourier transform matrices.
+// Packed half spectra of real tubes, and the tables of their discrete Fourier transforms.
 //
 // A tube x_0 … x_{n3-1} has the half spectrum x̂_k = Σ_l x_l e^{-2πikl/n3}, k = 0 … n3/2. Bin 0, and
-// bin n3/2 where n3 is even, are real; every other bin is a (re, im) pair. That makes exactly n3
+// bin n3/2 if n3 is even, are real; every other bin is a (re, im) pair. That makes exactly n3
 // real planes, stored in the order
 //
 //     0: x̂_0    2k-1: Re x̂_k    2k: Im x̂_k    (1 <= k <= pairs(n3))    n3-1: x̂_{n3/2}, n3 even
 //
-// so a packed spectrum takes the place of the tensor it came from, and no complex number leaves a
+// A packed spectrum therefore takes exactly the space of its tensor, and no complex number leaves a
 // kernel. The inverse transform weights each pair by 2/n3 and each real bin by 1/n3.
 #pragma once
 
@@ -26,7 +26,7 @@ TCUR_HOST_DEVICE inline int64_t pairs(int64_t n3) {
   return (n3 - 1) / 2;
 }
 
-// Whether a bin, 0 … n3/2, is such a pair, and the plane where it begins.
+// Whether a bin, 0 … n3/2, is such a pair; the plane where a bin begins; and the bin of a plane.
 template <class Int>
 TCUR_HOST_DEVICE constexpr bool is_pair(Int bin, Int n3) {
   return bin > 0 && 2 * bin < n3;
@@ -40,9 +40,9 @@ TCUR_HOST_DEVICE constexpr Int bin_of(Int plane) {
   return (plane + 1) / 2;
 }
 
-// The bins in their order: for (Bin bin(n3); bin.is_there(); bin.next()).
+// Iterates over the bins in order: for (Bin bin(n3); bin.is_there(); bin.next()).
 struct Bin {
-  int64_t n3, plane = 0;  // its first one
+  int64_t n3, plane = 0;  // plane: the first one of the bin
   bool is_pair = false;
 
   explicit Bin(int64_t n3) : n3(n3) {
@@ -70,7 +70,7 @@ TCUR_HOST_DEVICE inline double inverse_weight(int64_t plane, int64_t n3) {
   return (real_bin ? 1.0 : 2.0) / static_cast<double>(n3);
 }
 
-// cos and sin of 2πm/n3, m taken modulo n3 first: exact reduction keeps the error at one rounding
+// cos and sin of 2πm/n3. m is first reduced modulo n3, which is exact, so the error is one rounding
 // for every product kl.
 class UnitRoots {
  public:
@@ -98,15 +98,15 @@ class UnitRoots {
 //
 //     E_l = Σ_{k=0}^{half} cos(2πkl/length) A_k    O_l = Σ_k sin(2πkl/length) B_k    l = 0 … half
 //
-// and the forward transform is the same two sums over A_l = x_l + x_{length-l}, B_l = x_l -
-// x_{length-l}. For an even length the rows k and half-k have equal cosines at even l and opposite
-// ones at odd l (for sines the other way round), so that sums and differences of the two rows turn
-// the even l into a transform of half the length, and the odd l into products of half the size. A
-// level is what is left to multiply: the odd l of an even length, or all l of an odd one, where the
-// halving ends. All levels together: about n3/6 multiplications per output for a power of two, n3/2
-// for a prime.
+// The forward transform is the same two sums over A_l = x_l + x_{length-l}, B_l = x_l -
+// x_{length-l}. For an even length, the rows k and half-k have equal cosines at even l and opposite
+// cosines at odd l; for sines it is the other way round. Sums and differences of the two rows
+// therefore turn the even l into a transform of half the length, and the odd l into products of
+// half the size. A level does the multiplications that remain: the odd l of an even length, or all
+// l of an odd length, where the halving ends. All levels together take about n3/6 multiplications
+// per output for a power of two, and n3/2 for a prime.
 struct DftShape {
-  int64_t length, half, step;  // step: distance in l between its outputs' neighbours, 1, 2, 4, …
+  int64_t length, half, step;  // step: frequency l of this length is step * l of n3; 1, 2, 4, …
   int64_t outputs;             // pairs (l, n3-l); l = step * frequency(i), i = 0 … outputs-1
   int64_t size;                // rows of A and of B that are multiplied by a table
 
@@ -123,7 +123,7 @@ inline DftShape dft_shape(int64_t length, int64_t step) {
   if (length % 2 != 0) {
     return {length, half, step, half, half};
   }
-  // Odd l < half, from the differences of rows k and half-k but for k = 0.
+  // Odd l < half, from the differences of rows k and half-k, without those of k = 0.
   return {length, half, step, half / 2, (half + 1) / 2 - 1};
 }
 
@@ -133,16 +133,18 @@ struct DftLevel : DftShape {
   std::vector<T> cos, sin;  // [outputs, size]
 };
 
-// A length of two factors, transformed in two steps: outer * inner = n3, both short enough for
-// codelets.h. Bins k = outer * k2 + k1 and values l = inner * l1 + l0; for every k1 a complex
-// transform over k2, a rotation by e^{2πi k1 l0/n3}, and for every l0 a real transform over k1.
+// A length of two factors is transformed in two steps. outer * inner = n3, and both are short
+// enough for codelets.h. Bins are k = outer * k2 + k1 and values are l = inner * l1 + l0. In the
+// inverse transform, the inner step does a complex transform over k2 for every k1, and a rotation
+// by e^{2πi k1 l0/n3}. Then the outer step does a real transform over k1 for every l0.
 struct DftFactors {
   int64_t outer = 0, inner = 0;  // 0: none
 };
 
 constexpr int64_t kLongestOuter = 16, kLongestInner = 9;
 
-// The smallest inner factor that leaves a short outer one; lengths up to kLongestOuter need none.
+// Chooses the smallest inner factor that leaves a short outer one. For lengths up to kLongestOuter
+// it is 1.
 TCUR_HOST_DEVICE constexpr DftFactors dft_factors(int64_t n3) {
   for (int64_t inner = 1; inner <= kLongestInner; ++inner) {
     if (n3 % inner == 0 && n3 / inner <= kLongestOuter) {
@@ -152,19 +154,22 @@ TCUR_HOST_DEVICE constexpr DftFactors dft_factors(int64_t n3) {
   return {};
 }
 
-// Planes of the bins outer * k2 + k1, k2 = 0 … inner-1, for each k1. For k1 = 0 they are the half
-// spectrum of a tube of length inner: number i of it.
+// The next three functions give the planes of the bins outer * k2 + k1, k2 = 0 … inner-1.
+//
+// For k1 = 0 they are the packed half spectrum of a tube of length inner. This is the plane of its
+// number i.
 template <class Int>
 TCUR_HOST_DEVICE constexpr Int first_plane(Int outer, Int i) {
   return i == 0 ? 0 : i % 2 != 0 ? (i + 1) * outer - 1 : i * outer;
 }
-// For k1 = outer/2 they are pairs, the middle one of an odd number being the real bin n3/2.
+// For k1 = outer/2 they are pairs, and for an odd inner also the real bin n3/2. This is the plane
+// of number i.
 template <class Int>
 TCUR_HOST_DEVICE constexpr Int last_plane(Int outer, Int inner, Int i) {
   return i == inner - 1 && inner % 2 != 0 ? outer * inner - 1 : (i / 2 * 2 + 1) * outer - 1 + i % 2;
 }
-// For the others they are pairs: the plane of the real part. Beyond n3/2, which is for 2 * k2 >=
-// inner, a bin is that of n3 - bin, conjugate.
+// For any other k1 they are pairs. This is the plane of the real part of a bin. A bin beyond n3/2,
+// which means 2 * k2 >= inner, is stored as n3 - bin, conjugate.
 template <class Int>
 TCUR_HOST_DEVICE constexpr Int pair_plane(Int n3, Int bin) {
   return 2 * (2 * bin < n3 ? bin : n3 - bin) - 1;
@@ -192,15 +197,15 @@ inline int64_t generator_of(int64_t p) {
   }
 }
 
-// From here on a prime is faster as a convolution than by its table.
+// From this prime on, a convolution is faster than a table.
 constexpr int64_t kShortestConvolution = 67;
 
-// The transform of tubes of length n3: by two factors where there are such; of a prime as a
-// convolution of length n3 - 1 where that has them; else by levels.
+// The transform of tubes of length n3. If n3 has two short factors, it uses them. If n3 is a prime
+// and n3 - 1 has two short factors, it is a convolution of length n3 - 1. Otherwise it uses levels.
 //
-// Convolution (C. M. Rader, 1968), for real tubes: with z_k = Re x̂_k + Im x̂_k both transforms are
-// Σ_k z_k (cos - sin)(2πkl/n3), and with k = g^q, l = g^-m for a generator g of the nonzero
-// residues that is the cyclic convolution of z with (cos - sin)(2π g^-j/n3).
+// The convolution (C. M. Rader, 1968) for real tubes: with z_k = Re x̂_k + Im x̂_k, both transforms
+// are Σ_k z_k (cos - sin)(2πkl/n3). With k = g^q, l = g^-m for a generator g of the nonzero
+// residues, that is the cyclic convolution of z with (cos - sin)(2π g^-j/n3).
 template <class T>
 struct TubeDft {
   int64_t n3;

@@ -1,5 +1,6 @@
-// What is compiled once for every instruction set: each kernel is defined in the *_kernel.h of its
-// name and instantiated there, in a translation unit of its own. kernels.h says what they do.
+// The functions that are compiled once for every instruction set. The *_kernel.h named above each
+// declaration defines and instantiates it, in a translation unit of its own. kernels.h says what
+// the functions do.
 #pragma once
 
 #include "kernels.h"

@@ -1,5 +1,6 @@
-// Element types in memory against the type of the arithmetic. The 16-bit conversions are written on
-// integers so that every compiler vectorises them; rounding is to nearest even, and NaN stays NaN.
+// Converts between the element types in memory and the type of the arithmetic. The 16-bit
+// conversions use integer operations, so that every compiler vectorises them. They round to nearest
+// even, and NaN stays NaN.
 #pragma once
 
 #include "simd.h"
@@ -67,7 +68,7 @@ TCUR_TARGET inline void load_row(const S* source, T* values, int64_t n) {
   }
 }
 
-// A vector of T from elements of another type, and back to what the other type is in memory.
+// Loads a vector of T from elements of another type, and converts it back to that type.
 template <class T, class S>
 TCUR_TARGET inline Vec<T> load_widened(const S* p) {
   typename LanesOf<S, T>::Vec v;
@@ -121,7 +122,8 @@ struct NarrowVec<Half, T> {
   }
 };
 
-// One vector, rounded to O, to memory; STREAM writes past the caches and wants it aligned.
+// Writes one vector to memory, rounded to O. STREAM writes it without caching, and needs an aligned
+// target.
 template <bool STREAM, class O, class T>
 TCUR_TARGET inline void put(O* target, Vec<T> v) {
   using Vector = typename NarrowVec<O, T>::Vector;

@@ -4,8 +4,9 @@
 namespace tcur {
 namespace {
 
-// Partial sums are kept per task and added in order; their number is bounded so that they stay
-// small beside G, and it depends on the shape alone so that the bits do not depend on the threads.
+// Each task keeps a partial sum, and these are added in order. The number of tasks is bounded so
+// that the sums stay small compared with G. It depends on the shape alone, so that the bits of the
+// result do not depend on the number of threads.
 constexpr int64_t kMaxTasks = 64;
 
 template <class T>
@@ -41,7 +42,7 @@ void run(
       partial[i] += partial[task * size + i];
     }
   }
-  partial.resize(std::max<size_t>(partial.size(), size), T(0));  // n1 == 0: no task, no gradient
+  partial.resize(std::max<size_t>(partial.size(), size), T(0));  // with n1 == 0 no task runs
   core_from_spectrum(dft, partial.data(), sizes.rank, out.mutable_data_ptr<T>());
 }
 

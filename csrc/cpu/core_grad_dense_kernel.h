@@ -1,8 +1,8 @@
 // ∂U = Cᵀ * G * Rᵀ from a dense G, read once.
 //
-// One task takes some row blocks. Per tile: forward DFT of the tile of all slices, then
-// Q_k += Ĝ_k R̂_kᴴ over the columns; per row block: ∂Û_k += Ĉ_kᴴ Q_k. The tasks' partial sums are
-// added in a fixed order, so the result does not depend on the number of threads.
+// One task takes some row blocks. For each tile it does the forward DFT of all slices, and then
+// Q_k += Ĝ_k R̂_kᴴ over the columns. For each row block it does ∂Û_k += Ĉ_kᴴ Q_k. The partial sums
+// of the tasks are added in a fixed order, so the result does not depend on the number of threads.
 #pragma once
 
 #include "compiled_kernels.h"
@@ -94,7 +94,7 @@ TCUR_TARGET inline void adjoint_bin(
   }
 }
 
-// The adjoint of a run of blocks, all bins.
+// Does the step of adjoint_bin for all bins, on a run of blocks.
 template <class T>
 TCUR_TARGET void adjoint_planes(
     const Factors<T>& f,

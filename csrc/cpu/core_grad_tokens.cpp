@@ -1,10 +1,10 @@
-// tcur::core_grad_tokens, CPU: ∂U [n3, rank, rank] from tokens, no n1 x n2 gradient in between.
+// tcur::core_grad_tokens, CPU: ∂U [n3, rank, rank] from tokens, without an n1 x n2 gradient.
 //
-// With p = dy Ĉ and z = x R̂ᵀ in the real packed basis only the diagonal blocks of pᵀz are needed.
-// No R̂: x is z already. No dy: the tokens are the rows of G = dyᵀx, and p = Ĉ.
+// With p = dy Ĉ and z = x R̂ᵀ in the real packed basis, only the diagonal blocks of pᵀz are needed.
+// Without R̂, x is already z. Without dy, the tokens are the rows of G = dyᵀx, and p = Ĉ.
 // For a pair of planes the block is [[rr, ri], [ir, ii]], and slice l adds
-// e^{-2πikl/n3} ((rr - ii) - i (ri + ir)) to ∂Û_k. With adapter_ids the tokens of each core are
-// summed for themselves. Packed: ∂Û itself, which is not transformed back.
+// e^{-2πikl/n3} ((rr - ii) - i (ri + ir)) to ∂Û_k. With adapter_ids, the tokens of each core are
+// summed separately. With `packed`, the result is ∂Û itself, not transformed back.
 #include "../common/token_products.h"
 #include "host.h"
 #include "token_cores.h"
@@ -12,8 +12,8 @@
 namespace tcur {
 namespace {
 
-// Tokens per partial sum: short enough that fp32 sums keep their digits, fixed so that the result
-// does not depend on the number of threads.
+// Tokens per partial sum. They are so few that fp32 sums stay exact enough. The number is fixed, so
+// that the result does not depend on the number of threads.
 constexpr int64_t kTokenChunk = 256;
 
 // Turns one block by the phase of its slice and adds it to the packed ∂Û.
@@ -85,7 +85,7 @@ void run(
   }
   starts.push_back(count);
   T* grads = out.mutable_data_ptr<T>();
-  std::fill_n(grads, out.numel(), T(0));  // a core without tokens has no other
+  std::fill_n(grads, out.numel(), T(0));  // a core without tokens keeps these zeros
   const TubeDft<T> dft(sizes.n3);
   const UnitRoots roots(sizes.n3);
   const int64_t used = static_cast<int64_t>(starts.size()) - 1;

@@ -1,6 +1,6 @@
-// tcur::core_of_packed, CPU: packed ∂Û of several layers -> scale times the core's gradient.
+// tcur::core_of_packed, CPU: packed ∂Û of several layers -> scale times the gradient of the core.
 //
-// The sums are formed in fp64, in order, so that one rounding is left before the transform.
+// The sums are computed in fp64, in order, and rounded once before the transform.
 #include "host.h"
 
 namespace tcur {

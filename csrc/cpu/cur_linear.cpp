@@ -5,8 +5,8 @@
 //
 // M_l is the core at slice l in the real packed basis: for a bin pair, with
 // A + iB = scale * weight_k * e^{2πikl/n3} Û_k, the block [[A, -B], [-B, -A]]. The base product is
-// the very call that nn.Linear makes, so a core of zeros leaves every bit of the output as it was.
-// With adapter_ids every row of tokens has the M_l of its own core between the two products.
+// the same call that nn.Linear makes, so with a core of zeros the output is bit for bit that of
+// nn.Linear. With adapter_ids, every row of tokens uses the M_l of its own core.
 #include "../common/token_products.h"
 #include "host.h"
 #include "token_cores.h"
@@ -14,8 +14,8 @@
 namespace tcur {
 namespace {
 
-// Blocks of M_l, transposed for a forward map: values[in][out] as apply_core wants them. What is
-// not written here is padding and zero from the start.
+// Writes the blocks of M_l, transposed for a forward map, as values[in][out], which apply_core
+// expects. The numbers that are not written here are padding, and are zero from the start.
 template <class T>
 void slice_blocks(
     const CoreBlocks& blocks,

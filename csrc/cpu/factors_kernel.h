@@ -1,7 +1,7 @@
-// Real DFT along tubes of a length of two short factors (DftFactors in tubes.h), both by the
-// codelets of codelets.h, and of primes by two such transforms. One vector of tubes at a time;
-// between the steps they are n3 vectors in the first-level cache, [inner, outer]: for every l0 the
-// packed half spectrum over k1.
+// Real DFT along tubes whose length is a product of two short factors (DftFactors in tubes.h); the
+// codelets of codelets.h transform both. Primes use two such transforms. The code works on one
+// vector of tubes at a time. Between the two steps these are n3 vectors in the first-level cache,
+// [inner, outer]: for every l0 the packed half spectrum over k1.
 #pragma once
 
 #include "../common/codelets.h"
@@ -23,7 +23,8 @@ struct Rows {
   }
 };
 
-// `count` real transforms of length N, each from rows to rows that lie `*_apart` from the last.
+// Does `count` real transforms of length N. From one transform to the next, the rows lie in_apart
+// and out_apart further on.
 template <class T, bool INVERSE, int N>
 TCUR_TARGET void real_rows(
     Rows<T> in, int64_t in_apart, Rows<T> out, int64_t out_apart, int64_t count) {
@@ -39,7 +40,8 @@ TCUR_TARGET void real_rows(
   }
 }
 
-// For k1 = 0, then the pairs, then outer/2 if outer is even: planes -> between (inverse) or back.
+// The inner step: planes -> between (inverse) or back. It does k1 = 0 first, then the pairs, then
+// k1 = outer/2 if outer is even.
 template <class T, bool INVERSE, int INNER>
 TCUR_TARGET void inner_rows(const TubeDft<T>& dft, Rows<T> planes, T* between) {
   constexpr int lanes = Simd<T>::lanes;
@@ -85,7 +87,7 @@ TCUR_TARGET void inner_rows(const TubeDft<T>& dft, Rows<T> planes, T* between) {
       }
     });
     if constexpr (!INVERSE) {
-      complex_inverse<INNER, T>(im, re);  // exchanged: the forward transform
+      complex_inverse<INNER, T>(im, re);  // exchanging re and im: the forward transform
       static_for<INNER>([&](auto k2) __attribute__((always_inline)) {
         const int64_t plane = pair_plane(n3, outer * k2 + k1);
         planes.set(plane, re[k2]);
@@ -180,7 +182,7 @@ TCUR_TARGET void forward_by_factors(
   }
 }
 
-// One vector of tubes of prime length: from planes (inverse) or values to the other.
+// Transforms one vector of tubes of prime length: planes to values (inverse), or values to planes.
 template <class T, bool INVERSE>
 TCUR_TARGET inline void convolve_rows(const TubeDft<T>& dft, Rows<T> in, Rows<T> out) {
   constexpr int lanes = Simd<T>::lanes;

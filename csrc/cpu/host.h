@@ -11,7 +11,7 @@
 
 namespace tcur {
 
-// Factors that these kernels multiply: both fp32, or both fp64.
+// Checks that these kernels can multiply the factors: both fp32, or both fp64.
 inline void check_factors(const Tensor& lateral_hat) {
   STD_TORCH_CHECK(
       is_compute_dtype(lateral_hat.scalar_type()), "tcur: lateral_hat must be fp32 or fp64");
@@ -22,7 +22,7 @@ inline void check_element(const char* name, const Tensor& tensor) {
   STD_TORCH_CHECK(element_of(tensor) != Element::none, "tcur: ", name, " has no known dtype");
 }
 
-// f of a number of the type that the arithmetic is done in: fp64, or fp32 for all others.
+// Calls f with a number of the type of the arithmetic: fp64 for fp64, and fp32 for all others.
 template <class F>
 auto with_compute_type(ScalarType dtype, F&& f) {
   return compute_dtype(dtype) == ScalarType::Double ? f(double()) : f(float());
@@ -32,8 +32,8 @@ template <class T>
 constexpr ScalarType scalar_type =
     std::is_same_v<T, double> ? ScalarType::Double : ScalarType::Float;
 
-// Blocks of a tile: with all slices and as much of the base it should leave half of a 512 KiB
-// second-level cache to the panels, and tiles should be alike.
+// Number of blocks in a tile. All slices of the tile, and as much of the base, should leave half of
+// a 512 KiB second-level cache to the panels. Tiles should be about equally wide.
 template <class T>
 int64_t tile_blocks(int64_t n2, int64_t n3) {
   constexpr int64_t budget = 160 * 1024 / (kBlock * sizeof(T)), widest = 32;
@@ -66,7 +66,7 @@ class Scratch {
   std::unique_ptr<T, Free> data_;
 };
 
-// The factors as kernels take them, and the memory of the panels.
+// The factors in the form that kernels take, and the memory of the panels.
 template <class T>
 class PackedFactors {
  public:
@@ -100,8 +100,8 @@ class PackedFactors {
   Factors<T> view_;
 };
 
-// Packed spectrum [n3, rank, row_stride] of the core [n3, rank, rank], rows padded with zeros;
-// plane j multiplied by scale * inverse_weight(j), so that the kernels need no weights.
+// Packed spectrum [n3, rank, row_stride] of the core [n3, rank, rank], with rows padded with zeros.
+// Plane j is multiplied by scale * inverse_weight(j), so that the kernels need no weights.
 template <class T>
 std::vector<T> weighted_core_spectrum(
     const TubeDft<T>& dft, const T* core, int64_t rank, double scale, int64_t row_stride) {
@@ -124,7 +124,7 @@ std::vector<T> weighted_core_spectrum(
   return core_hat;
 }
 
-// The inverse: core gradient [n3, rank, rank] from the packed ∂Û.
+// The inverse transform: computes the gradient of the core [n3, rank, rank] from the packed ∂Û.
 template <class T>
 void core_from_spectrum(const TubeDft<T>& dft, const T* core_hat, int64_t rank, T* core) {
   const Kernels<T>& k = kernels<T>();

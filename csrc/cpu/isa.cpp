@@ -1,4 +1,4 @@
-// Choice of the instruction set: the best one this processor has, decided when it is first needed.
+// Chooses the instruction set when it is first needed: the best one that this processor has.
 #include "isa.h"
 
 #include "kernels.h"
@@ -11,7 +11,7 @@
 namespace tcur {
 namespace {
 
-// Those that were linked: each registers itself when the library is loaded, in any order.
+// The variants that were linked. Each registers itself when the library is loaded, in any order.
 std::vector<IsaVariant>& variants() {
   static std::vector<IsaVariant> all;  // best first
   return all;

@@ -5,10 +5,12 @@
 
 namespace tcur {
 
-// Names of the variants compiled into the library, best first, and of those this processor runs.
+// Names of the variants that are compiled into the library, best first, and of those that this
+// processor can run.
 std::vector<const char*> compiled_isas();
 std::vector<const char*> runnable_isas();
-// The one in use: the best one that runs here, or that of use_isa. Throws where none runs.
+// The variant in use: the best one that runs here, or the one that use_isa selected. Throws if none
+// runs here.
 const char* chosen_isa();
 // Selects a variant by name; false if it was not compiled or this processor lacks it.
 bool use_isa(const char* name);

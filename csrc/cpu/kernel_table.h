@@ -1,4 +1,4 @@
-// The table of the kernels of one instruction set, which the library then chooses among.
+// The table of the kernels of one instruction set. The library chooses one of these tables.
 #pragma once
 
 #include "compiled_kernels.h"

@@ -1,6 +1,6 @@
 // What the host side of an operator and its kernels share: argument structs, and the table of the
-// kernels of one instruction set. Pointers only, no tensors: kernels take nothing from torch but
-// its number types, so that they compile quickly.
+// kernels of one instruction set. The structs hold pointers and no tensors. Kernels use only the
+// number types of torch, so that they compile quickly.
 #pragma once
 
 #include "../common/elements.h"
@@ -39,26 +39,27 @@ struct NumberOf<Element::f16> {
   using Type = Half;
 };
 
-// f of the constant of any element type; none counts as f32, for kernels that then read nothing.
+// Calls f with the constant of any element type. For none it passes f32; kernels then read nothing.
 template <class F>
 constexpr auto with_any_element(Element element, F&& f) {
   return with_element<Element::f64, Element::bf16, Element::f16, Element::f32>(element, f);
 }
-// The numbers of such a constant.
+// The number type of such a constant.
 template <class Constant>
 using NumberOfConstant = typename NumberOf<Constant::value>::Type;
 
-// A block of all slices: as many rows as keep the rank-r products in registers, and as many columns
-// as keep its spectrum in the first-level cache. A tile is some blocks side by side.
+// Size of a block of all slices. It has as many rows as let the rank-r products stay in registers,
+// and as many columns as let its spectrum stay in the first-level cache. A tile is some blocks side
+// by side.
 constexpr int kRowBlock = 4;
 constexpr int kColumnBlock = 32;
 constexpr int kBlock = kRowBlock * kColumnBlock;
-// Rows of blocks lie this much further apart than they are long: powers of two would share a few
-// sets of the first-level cache.
+// Rows of blocks lie this much further apart than they are long. At distances that are powers of
+// two, they would share a few sets of the first-level cache.
 constexpr int kPad = 16;
 
-// In a tile a row of a slice, or of a plane, is [tile_blocks, kRowBlock, kColumnBlock], and rows
-// are so far apart.
+// Distance between the rows of a tile. A row is [tile_blocks, kRowBlock, kColumnBlock] numbers of
+// one slice or of one plane.
 inline int64_t tile_stride(int64_t tile_blocks) {
   return tile_blocks * kBlock + kPad;
 }
@@ -87,7 +88,7 @@ struct BaseSlice {
   int64_t stride;
 };
 
-// What tiles of W_eff = W + scale * C*U*R are made of, whoever takes them.
+// The inputs of tiles of W_eff = W + scale * C*U*R, for any consumer of the tiles.
 template <class T>
 struct WEffArgs {
   Factors<T> f;
@@ -104,7 +105,7 @@ struct MaterializeArgs {
   WEffArgs<T> w_eff;
   void* const* out;  // n3 slices
   Element out_element;
-  bool stream;  // write past the caches
+  bool stream;  // write without caching
 };
 
 template <class T>
@@ -116,9 +117,10 @@ struct CoreGradDenseArgs {
   int64_t row_blocks_per_task;
 };
 
-// One diagonal block of the core in the real packed basis: `width` is rank for a real bin and
-// 2*rank for a pair, `offset` its first column among the n3*rank. Its values are [width, stride],
-// the stride padded to whole vectors, from `start` on in the array of all blocks.
+// One diagonal block of the core in the real packed basis. `width` is rank for a real bin and
+// 2*rank for a pair. `offset` is its first column among the n3*rank. Its values are
+// [width, stride], with the stride padded to whole vectors, and begin at `start` in the array of
+// all blocks.
 struct CoreBlock {
   int64_t offset, width, stride, start;
 };
@@ -128,7 +130,7 @@ struct CoreBlocks {
   int64_t size = 0, widest = 0;  // of all values together; the largest stride
 };
 
-constexpr int64_t kTokenGroup = 32;  // tokens whose part of a block is worked on together
+constexpr int64_t kTokenGroup = 32;  // tokens that a kernel works on together
 
 template <class T>
 struct Kernels {
@@ -183,7 +185,7 @@ struct Kernels {
   void (*add_update)(void* y, Element element, const T* delta, int64_t begin, int64_t end);
 };
 
-// The variant chosen for this machine, or by use_isa.
+// The kernels of the variant that was chosen for this machine, or by use_isa.
 template <class T>
 const Kernels<T>& kernels();
 template <>
@@ -194,13 +196,13 @@ const Kernels<double>& kernels<double>();
 // A variant of all kernels, for one instruction set.
 struct IsaVariant {
   const char* name;
-  int vector_bytes;  // more are better
+  int vector_bytes;  // the more, the better the variant
   bool (*runs_here)();
   const Kernels<float>* f32;
   const Kernels<double>* f64;
 };
 
-// Adds one to those that isa.h chooses among.
+// Adds a variant to those that isa.h chooses among.
 bool register_variant(const IsaVariant& variant);
 
 }  // namespace tcur

@@ -4,8 +4,8 @@
 namespace tcur {
 namespace {
 
-// Results of this size leave no room for themselves in a last-level cache that is shared; smaller
-// ones may still be there when the linear layers read them.
+// Results of this size do not fit into a shared last-level cache. Smaller ones may still be there
+// when the linear layers read them.
 constexpr int64_t kStreamBytes = 4 << 20;
 
 // First numbers of the slices of W_eff.
@@ -31,7 +31,8 @@ void run(
     const Tensor& core,
     double scale,
     const Tensor& out) {
-  // Enough tasks to balance the threads; more would form P of a row block again for nothing.
+  // These are enough tasks to balance the threads. More would only compute P of a row block more
+  // often.
   const int64_t wanted = 8 * static_cast<int64_t>(torch::stable::get_num_threads());
   const WEff<T> w_eff(sizes, places, lateral_hat, horizontal_hat, core, scale, wanted);
   const std::vector<void*> slices = slices_of(places, sizes, out);

@@ -1,12 +1,12 @@
-// W_eff in memory: the consumer of its tiles (w_eff_tiles_kernel.h) that rounds and writes them.
-// Nothing the size of W is written but the result.
+// The consumer that rounds tiles of W_eff (w_eff_tiles_kernel.h) and writes them to memory. Only
+// the result itself is as large as W.
 #pragma once
 
 #include "w_eff_tiles_kernel.h"
 
 namespace tcur::TCUR_ISA {
 
-// Numbers O from an address on.
+// Writes numbers of type O from an address on.
 template <class T, class O>
 struct StoreNumbers {
   O* to;
@@ -19,7 +19,7 @@ struct StoreNumbers {
   }
 };
 
-// STREAM: past the caches, where rows of whole blocks begin at lines.
+// STREAM: blocks whose rows begin at cache lines are written without caching.
 template <class T, class O, bool STREAM>
 struct StoreTile {
   void* const* out;
@@ -41,8 +41,8 @@ struct StoreTile {
 
   TCUR_TARGET Sink sink(int64_t slice, int64_t first, int64_t stride) const {
     O* to = static_cast<O*>(out[slice]) + first;
-    // Rows of a block are aligned alike where their distance allows it; a tile begins at a multiple
-    // of the block anyway.
+    // If the distance between rows is a multiple of a cache line, all rows of a block are aligned
+    // like its first. A tile always begins at a multiple of the block.
     return {to, is_aligned(to, 64) && stride * sizeof(O) % 64 == 0};
   }
   TCUR_TARGET void finish() const {

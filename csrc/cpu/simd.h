@@ -20,7 +20,7 @@ struct Simd {
 template <class T>
 using Vec = typename Simd<T>::Vec;
 
-// As many elements E as a vector of T has lanes.
+// A vector with as many elements E as a vector of T has lanes.
 template <class E, class T>
 struct LanesOf {
   typedef E Vec __attribute__((vector_size(sizeof(E) * Simd<T>::lanes)));
@@ -38,8 +38,9 @@ TCUR_TARGET inline void store(T* p, Vec<T> v) {
   __builtin_memcpy(p, &v, sizeof(v));
 }
 
-// A store that goes past the caches: nobody reads the line soon, and a cached store would first
-// fetch what it is about to overwrite. p must be aligned to the size of the vector.
+// Stores a vector without caching it. Use it where nothing reads the line soon: an ordinary store
+// would first load the line that it is about to overwrite. p must be aligned to the size of the
+// vector.
 template <class V>
 TCUR_TARGET inline void stream(void* p, V v) {
 #if defined(__x86_64__)
@@ -60,7 +61,7 @@ TCUR_TARGET inline void stream(void* p, V v) {
 #endif
 }
 
-// Orders streamed stores before what follows.
+// Makes all streamed stores complete before any later store.
 TCUR_TARGET inline void stream_fence() {
 #if defined(__x86_64__)
   _mm_sfence();
@@ -69,8 +70,9 @@ TCUR_TARGET inline void stream_fence() {
 
 enum class Cache { first = 3, second = 2 };
 
-// Asks for a line. To GCC a function that only fetches has no effect, and it drops calls of such a
-// function, and of those that call nothing else; the empty statement counts as an effect.
+// Prefetches a cache line. GCC does not count a prefetch as an effect. It would drop calls of a
+// function that only prefetches, and calls of functions that only call such a function. The empty
+// asm statement counts as an effect.
 template <Cache LEVEL>
 TCUR_TARGET inline void fetch(const void* p) {
   __builtin_prefetch(p, 0, static_cast<int>(LEVEL));

@@ -1,4 +1,4 @@
-// The tokens of each core, found on the host.
+// Finds the tokens of each core, on the host.
 #pragma once
 
 #include "../common/token_cores.h"
@@ -9,8 +9,9 @@
 
 namespace tcur {
 
-// Positions count the tokens with those of one core side by side, so that whoever works along them
-// makes a core ready once. Their order, and with it every sum over them, depends on the ids alone.
+// Numbers the tokens by positions, in which the tokens of one core are neighbours. Code that works
+// along the positions prepares each core only once. The order, and with it every sum over the
+// tokens, depends on the ids alone.
 class TokensByCore {
  public:
   explicit TokensByCore(const TokenCores& cores)
@@ -28,7 +29,7 @@ class TokensByCore {
         order_.begin(), order_.end(), [&](int64_t a, int64_t b) { return ids_[a] < ids_[b]; });
   }
 
-  // run(core, first token, token after the last) for positions begin … end.
+  // Calls run(core, first token, token after the last) for the positions begin … end.
   template <class Run>
   void visit(int64_t begin, int64_t end, const Run& run) const {
     while (begin < end) {
@@ -44,7 +45,7 @@ class TokensByCore {
     int64_t core, begin, end;  // positions
   };
 
-  // Positions cut into runs of at most `longest` that share a core, in the order of the cores.
+  // Cuts the positions into chunks of at most `longest` tokens of one core, ordered by core.
   std::vector<Chunk> chunks(int64_t longest) const {
     std::vector<Chunk> all;
     for (int64_t row = 0, next; row < static_cast<int64_t>(order_.size()); row = next) {

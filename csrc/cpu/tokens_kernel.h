@@ -1,5 +1,6 @@
-// The core on tokens, in the real packed basis: block-diagonal, one block per bin. Tokens go in
-// groups, whose part of a block is copied together, widened and padded, while it is used.
+// Applies the core to tokens in the real packed basis, where it is block-diagonal with one block
+// per bin. The kernels work on groups of tokens. For each block they copy the columns that a group
+// needs, widened and padded, into scratch memory.
 #pragma once
 
 #include "compiled_kernels.h"

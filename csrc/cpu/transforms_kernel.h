@@ -1,7 +1,7 @@
 // Real DFT along tubes: by two factors or as a convolution (factors_kernel.h), or by the levels of
-// tubes.h. `width` tubes lie side by side, a multiple of the vector length. They are worked on
-// strip by strip of a few vectors, all levels of a strip while it is in the first-level cache. Both
-// transforms overwrite their input.
+// tubes.h. `width` tubes lie side by side, a multiple of the vector length. The code works on one
+// strip of a few vectors at a time, and does all levels while the strip is in the first-level
+// cache. Both transforms overwrite their input.
 #pragma once
 
 #include "compiled_kernels.h"
@@ -72,8 +72,9 @@ TCUR_TARGET inline void fold_level(const DftLevel<T>& level, const FoldedRows<T>
   }
 }
 
-// What a level multiplies: A rows `cosine` (that of coefficient 1, then size more), B rows
-// likewise; `sine` is the row of coefficient ±1, null where there is none.
+// The rows that a level multiplies. `cosine` is the row of A with coefficient 1, and `a` begins the
+// `size` rows of A that follow. `sine` is the row of B with coefficient ±1, null if there is none,
+// and `b` begins the other rows of B.
 template <class T>
 struct LevelRows {
   const T* cosine;
@@ -98,7 +99,7 @@ TCUR_TARGET inline LevelRows<T> rows_of(const DftLevel<T>& level, const FoldedRo
       -rows.b_step};
 }
 
-// Outputs first … first+LINES of a level. Accumulators stay in registers.
+// Computes LINES outputs of a level from `first` on. The accumulators stay in registers.
 template <class T, bool INVERSE, int LINES, int COLUMNS>
 TCUR_TARGET inline void dft_lines(
     const DftLevel<T>& level,
@@ -163,7 +164,7 @@ TCUR_TARGET inline void dft_single(const DftLevel<T>& level, const LevelRows<T>&
 template <class T, bool INVERSE, int COLUMNS>
 TCUR_TARGET inline void dft_strip(
     const TubeDft<T>& dft, const FoldedRows<T>& rows, const DftOutput<T, INVERSE>& out) {
-  // With 32 registers 4 x 2 x 2 accumulators leave room for the operands, with 16 only 2 x 2 x 2.
+  // With 32 registers, 4 x 2 x 2 accumulators leave room for the operands; with 16, only 2 x 2 x 2.
   constexpr int lines = TCUR_REGISTERS == 32 ? 4 : 2;
   for (const DftLevel<T>& level : dft.levels) {
     if (level.is_even()) {
@@ -202,8 +203,8 @@ TCUR_TARGET inline void dft_strips(
   }
 }
 
-// planes: packed spectrum, n3 rows -> tubes: n3 rows. Unscaled: the weights 1/n3 and 2/n3 are in
-// the planes already.
+// planes: packed spectrum, n3 rows -> tubes: n3 rows. It applies no weights: the planes already
+// include the weights 1/n3 and 2/n3.
 template <class T>
 TCUR_TARGET void inverse_dft(
     const TubeDft<T>& dft,
@@ -225,7 +226,7 @@ TCUR_TARGET void inverse_dft(
   dft_strips<T, true>(dft, rows, {tubes, tube_stride, dft.n3}, width);
 }
 
-// tubes -> planes, as above.
+// tubes -> planes, in the layouts of inverse_dft.
 template <class T>
 TCUR_TARGET void forward_dft(
     const TubeDft<T>& dft,

@@ -1,4 +1,4 @@
-// What the operators that make tiles of W_eff = W + scale * C*U*R give their kernels.
+// The arguments of the kernels that compute tiles of W_eff = W + scale * C*U*R.
 #pragma once
 
 #include "../common/slice_places.h"
@@ -6,7 +6,7 @@
 
 namespace tcur {
 
-// Weights as the kernels read them.
+// Weights in the form that the kernels read: contiguous.
 inline std::vector<Tensor> contiguous_weights(const std::vector<Tensor>& weights) {
   std::vector<Tensor> contiguous;
   for (const Tensor& weight : weights) {
@@ -20,8 +20,8 @@ inline std::vector<Tensor> contiguous_weights(const std::vector<Tensor>& weights
 template <class T>
 class WEff {
  public:
-  // wanted: tasks, of which there are never fewer than blocks of rows. Whoever adds up over tasks
-  // must not let it depend on the number of threads.
+  // wanted: the number of tasks, though there is at least one for every block of rows. A caller
+  // that sums over tasks must not let it depend on the number of threads.
   WEff(
       const Sizes& sizes,
       const SlicePlaces& places,

@@ -1,17 +1,17 @@
-// Tiles of W_eff = W + scale * C*U*R, all slices at once, for a consumer that says what becomes of
-// their numbers.
+// Computes tiles of W_eff = W + scale * C*U*R, all slices at once, for a consumer that decides what
+// happens to the numbers.
 //
-// One task makes kRowBlock rows of every slice. P_k = Ĉ_k Û_k is formed once per row block; then,
-// block by block of columns, S_k = P_k R̂_k in registers and the inverse DFT of the packed planes,
-// both in the first-level cache, until a tile is full; then a sweep of the tile, slice by slice,
-// adds the base and hands the numbers on. A tile of all slices and its base stay in the
-// second-level cache.
+// One task computes kRowBlock rows of some columns of every slice. First it computes
+// P_k = Ĉ_k Û_k. Then, for each block of columns, it computes S_k = P_k R̂_k in registers and does
+// the inverse DFT of the packed planes, which stay in the first-level cache. When a tile is full, a
+// sweep goes over it slice by slice, adds the base, and passes the numbers on. A tile of all slices
+// and its base stay in the second-level cache.
 //
-// A consumer gives a sink for each slice of a tile, and finishes what a task began:
+// A consumer provides a sink for each slice of a tile, and finishes the task:
 //     Sink sink(int64_t slice, int64_t first, int64_t stride) const   number `first` of the slice
 //                                                                      is the sink's number 0
 //     void finish() const
-// A sink takes the numbers of W_eff out of registers, block by block:
+// A sink takes the numbers of W_eff from registers, block by block:
 //     bool takes_whole_blocks() const              or it takes them row by row too
 //     void put_whole(int64_t at, Vec<T> v) const   numbers at … of a whole block
 //     Row row(int64_t at) const                    for a row of any other block from `at` on
@@ -145,8 +145,8 @@ TCUR_TARGET inline void complex_bin(
   }
 }
 
-// Asks for the base weights of one block of a slice, elements of BYTES: they travel behind the
-// arithmetic and wait in the second-level cache for the sweep.
+// Prefetches the base weights of one block of a slice, elements of BYTES each. They arrive during
+// the arithmetic and wait in the second-level cache for the sweep.
 template <int BYTES, class T>
 TCUR_TARGET inline void fetch_base(const WEffArgs<T>& m, int64_t slice, int64_t row, int64_t col) {
   const int64_t stride = m.base[slice].stride;
@@ -208,13 +208,13 @@ ProductPlanes<T> product_planes_for(Element base) {
   });
 }
 
-// Bytes of the base that come from the second-level cache while others are added: a fraction of the
-// first level.
+// The sweep prefetches the base this many bytes ahead, from the second-level cache into the first.
+// They must be a fraction of the first-level cache.
 constexpr int64_t kBytesAhead = 12 * 1024;
 
-// One whole block of a slice, kRowBlock rows row_stride apart. The same block of a later slice's
-// base is fetched line by line as this one is used: the pieces are too short for the processor to
-// see them coming.
+// Sweeps one whole block of a slice, kRowBlock rows that are row_stride apart. Line by line, it
+// also prefetches the same block of the base of a later slice, because the pieces are too short for
+// the processor to predict them.
 template <bool BASE, class T, class S, class Sink>
 TCUR_TARGET inline void sweep_block(
     const S* base,
@@ -242,8 +242,8 @@ TCUR_TARGET inline void sweep_block(
   }
 }
 
-// n numbers of a row. Such rows are few, and the code is long where the compiler has to spell out
-// conversions: one copy serves all that sweep.
+// Sweeps n numbers of a row. There are few such rows, and conversions can make the code long, so
+// all callers share one copy of it.
 template <bool BASE, class T, class S, class Row>
 TCUR_TARGET __attribute__((noinline)) void sweep_row(
     const S* base, const T* tubes, int64_t n, const Row to) {
@@ -268,7 +268,7 @@ struct UpdateTile {
   int64_t row, rows, col, n;
 };
 
-// W_eff of a tile, from a base of numbers S.
+// Computes W_eff of a tile from its update and a base of numbers S.
 template <bool BASE, class T, class S, class Consumer>
 TCUR_TARGET void sweep(const WEffArgs<T>& m, const UpdateTile<T>& tile, const Consumer& consumer) {
   const int64_t n3 = m.f.n3;
@@ -312,7 +312,7 @@ Sweep<T, Consumer> sweep_for(Element base) {
   });
 }
 
-// Numbers of T that a task needs room for.
+// How many numbers of T a task needs as scratch memory.
 template <class T>
 TCUR_TARGET int64_t w_eff_scratch(const WEffArgs<T>& m) {
   const int64_t planes = m.f.n3 * (kBlock + kPad), tubes = m.f.n3 * tile_stride(m.tile_blocks);

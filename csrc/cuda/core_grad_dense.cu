@@ -10,9 +10,9 @@
 // is read once, except for lengths beyond 255 that are not a product of two short factors; those
 // read it once for every 128 bins.
 //
-// Per element of G: 4 (2) bytes of device memory, 4*rank/8 bytes of R̂ from the second-level cache,
-// 16*rank operations of tensor cores, and the transform: by codelets 4 to 23 fp32 operations, or
-// about 4*n3 of tensor cores.
+// Each element of G takes 4 bytes of device memory (2 for bf16 and fp16), 4*rank/8 bytes of R̂ from
+// the second-level cache, and 16*rank operations of tensor cores. The transform takes 4 to 23 fp32
+// operations with codelets, or about 4*n3 operations of tensor cores.
 // Planned: 256 threads, up to 128 registers, 2 blocks per multiprocessor, each with a tile in
 // shared memory: 96 KiB for 48 slices of 8 x 64.
 #include "core_grad_dense.h"
@@ -335,7 +335,7 @@ Tensor core_grad_dense(const CoreGradDenseArguments& a) {
   args.element = element;
   args.vector = sizes.n2 % 4 == 0 && is_aligned(args.grad, 4 * bytes_of(element));
   const bool is_there = sizes.n1 > 0 && sizes.n2 > 0;
-  // The tiles of some lengths are too large for some devices.
+  // On some devices the tiles of some lengths do not fit into shared memory.
   const bool takes_tubes = fits_tubes(sizes.n1, sizes.n2, sizes.n3, rank, args.vector) &&
                            tubes_kernel_for(n3).shared_bytes <= call.limits().block;
   const Tensor z = !is_there     ? call.floats({0, sizes.n1, sizes.q()})

@@ -8,10 +8,10 @@
 // they also add the base (dft.h). Other lengths use a product with the DFT matrix on tensor cores
 // (dft_matrix.h). The base is read once, and W_eff is written once.
 //
-// Per element of W_eff: 8 bytes of device memory (6 for bf16), 4*rank/rows + 4*rank/columns bytes
-// of R̂ and P from the second-level cache, 16*rank operations of tensor cores, and by codelets 4 to
-// 23 fp32 operations, or about 4*n3 of tensor cores. docs/design.md compares them with what a
-// multiprocessor can do.
+// Each element of W_eff takes 8 bytes of device memory (6 for bf16), 4*rank/rows + 4*rank/columns
+// bytes of R̂ and P from the second-level cache, and 16*rank operations of tensor cores. The
+// transform takes 4 to 23 fp32 operations with codelets, or about 4*n3 operations of tensor cores.
+// docs/design.md compares these figures with what a multiprocessor can do.
 // Planned: 256 threads, up to 128 registers, 2 blocks per multiprocessor, each with as much shared
 // memory as its tile needs: 96 KiB for 48 slices of 16 x 32.
 #include "../common/slice_places.h"
@@ -279,9 +279,9 @@ materialize_matrix_kernel(const TCUR_PARAMETER MaterializeArgs args) {
   }
 }
 
-// The widest tile of 16 rows of which two fit a multiprocessor, at least 32 columns, but not so
-// wide that few are left for the multiprocessors; for many slices a smaller one. R̂ is read again
-// for every `rows` rows, so that large ranks keep 16 of them.
+// Chooses the widest tile of 16 rows and at least 32 columns of which two fit on a multiprocessor.
+// The tile is narrower if it would otherwise leave too few tiles for all multiprocessors, and
+// smaller if there are many slices. Each row of tiles reads R̂ again, so large ranks keep 16 rows.
 Tile choose_tile(const Sizes& sizes, const SharedLimits& limits) {
   constexpr int64_t reserved = 1024, few = 512;
   const auto fits = [&](const Tile& tile, int64_t budget) {

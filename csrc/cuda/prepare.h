@@ -14,7 +14,7 @@ struct PrepareArgs {
   bool vector;                   // rows of R̂ start at multiples of four numbers
   const float* lateral_hat;      // [n1, n3*rank]
   const float* core;             // [n3, rank, rank]
-  // P: [tiles in a column, quads, n3, tile_rows, 4], padded by zeros; null: no P is wanted.
+  // P: [tiles in a column, quads, n3, tile_rows, 4], padded by zeros. Null: make no P.
   float* mixed;
   int64_t n1, rows;  // rows: n1, rounded up to whole tiles
   int tile_rows;

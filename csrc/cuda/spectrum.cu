@@ -98,7 +98,7 @@ TCUR_DEVICE void transform(const Rows& rows, F&& f) {
 struct SpectrumBlock {
   SpectrumArgs args;
   Entries entries;
-  double weight;  // of a bin that stands for itself alone
+  double weight;  // of a real bin; a pair has twice as much
 };
 
 template <int L>
@@ -154,7 +154,7 @@ spectrum_kernel(const TCUR_PARAMETER SpectrumBlock block) {
 struct CoreBlock {
   CoreArgs args;
   Entries entries;
-  double weight;  // of a bin that stands for itself alone
+  double weight;  // of a real bin; a pair has twice as much
   int groups;     // groups of threads among which the parts of a core are divided
 };
 

@@ -1,4 +1,4 @@
-// AVX-512, as of Skylake's servers.
+// AVX-512, as Skylake servers have it.
 #pragma once
 
 #if defined(__x86_64__)

@@ -1,4 +1,4 @@
-// What every processor of the architecture runs: 16-byte vectors, no target attribute.
+// The variant that every processor of the architecture runs: 16-byte vectors, no target attribute.
 #pragma once
 
 #define TCUR_ISA baseline

@@ -1,7 +1,7 @@
-// CUDA threads on the host, for tests: every thread of a block is a fiber, blocks run one after
-// another. A fiber runs until it meets a barrier, so what one thread may see of another before the
-// barrier depends on the order of the fibers alone: results that differ between orders, or from
-// the poison that shared memory starts with, betray a missing barrier.
+// CUDA threads on the host, for tests. Every thread of a block is a fiber, and blocks run one after
+// another. A fiber runs until it reaches a barrier. So what a thread sees of another thread's work
+// before the barrier depends only on the order of the fibers. If results differ between orders, or
+// show the NaN that shared memory starts with, a barrier is missing.
 #pragma once
 
 #include <ucontext.h>
@@ -47,11 +47,11 @@ namespace tcur::fibers {
 constexpr int kWarp = 32;
 constexpr size_t kStack = 128 * 1024;
 
-// Order in which the fibers of a block, and the blocks of a grid, take their turns.
+// The order in which the fibers of a block, and the blocks of a grid, take turns.
 enum : int64_t { kForward = -1, kReverse = -2 };  // other values seed a shuffle
 inline int64_t order = kForward;
 
-// Bytes of shared memory that a block may have.
+// Bytes of shared memory that a block may use.
 inline int64_t shared_limit = 227 * 1024;
 
 inline std::vector<unsigned> permutation(size_t size) {
@@ -97,8 +97,9 @@ class Machine {
       makecontext(&fiber.context, &Machine::enter, 0);
     }
     const std::vector<unsigned> turns = permutation(threads);
-    // In order, a warp runs to its next barrier before the next one starts, so that it is as far
-    // ahead as it may be; shuffled threads take turns at every operation of their warps.
+    // In forward and reverse order, a warp runs to its next barrier before the next warp starts, so
+    // that it is as far ahead as it can be. Shuffled threads take turns at every operation of their
+    // warps.
     const unsigned together = order == kForward || order == kReverse ? kWarp : threads;
     while (!is_over()) {
       bool progress = false;
@@ -118,7 +119,7 @@ class Machine {
     wait(State::at_block_barrier);
   }
 
-  // The last lane to come runs `operation` on the operands of all 32.
+  // The last lane to arrive runs `operation` on the operands of all 32 lanes.
   template <class Operands>
   void warp_operation(Operands& operands, void (*operation)(Operands* const*)) {
     const unsigned first = current_ / kWarp * kWarp;
@@ -233,7 +234,7 @@ inline void run(
   gridDim.x = static_cast<unsigned>(blocks);
   for (const unsigned block : permutation(static_cast<size_t>(blocks))) {
     blockIdx.x = block;
-    // Exactly as long as the launch says, and full of NaN.
+    // Shared memory is exactly as long as the launch says, and starts full of NaN.
     std::vector<unsigned char>(static_cast<size_t>(shared_bytes), 0xFF).swap(machine.shared);
     machine.run_block(static_cast<unsigned>(threads), kernel);
   }

@@ -1,6 +1,5 @@
-// What launch.h gives kernels on a GPU, on the host: for tests of their source, never shipped.
-//
-// launch.h includes it, and nothing else does.
+// The host's version of what launch.h gives the kernels on a GPU. It is for tests of their source
+// and is never shipped. Only launch.h includes it.
 #pragma once
 
 #include "fibers.h"
@@ -74,7 +73,7 @@ void launch_kernel(
   fibers::run(blocks, threads, shared_bytes, [&] { kernel(args...); });
 }
 
-// The product of fragments.h, whose lanes hold their parts of a, b and d as it says.
+// The product of fragments.h. Each lane holds its parts of a, b and d as fragments.h describes.
 struct WarpProduct {
   const float *a, *b;
   float* d;
