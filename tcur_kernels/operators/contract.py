@@ -1,8 +1,8 @@
-"""What an operator of namespace ``tcur`` is: its arguments, stated once, and how it is registered.
+"""The operators of namespace ``tcur``: their arguments, stated once, and their registration.
 
-The arguments of every operator are a record below. The annotations of a record are the statement:
-`schema_of` makes torch's schema of them, and everything that is told of an operator takes the
-record. An operator itself is one `Operator`, in the module of ``definitions`` that has its name.
+The arguments of every operator are one of the records below. `schema_of` derives torch's schema
+from the annotations of a record. Every function that belongs to an operator takes the record. The
+operator itself is one `Operator`, in the module of ``definitions`` that has its name.
 
 ======================  ==========================================================================
 ``materialize``         W_eff = W + scale C*U*R for all slices; no weights: the product alone
@@ -25,11 +25,11 @@ q = n3 * rank, column ``plane * rank + a`` (`reference.pack` gives the order of 
 fp64; the core has their dtype. The operators on tokens take them in bf16 too: the projections
 z = x R̂ᵀ and p = dy Ĉ are then products in that precision, and the core stays fp32. Only the core,
 ``x`` and gradients are differentiable, and the operators are closed under differentiation: the
-derivative of each is made of the others. Packed gradients are the exception: they are for a
-backward that nobody differentiates, and say so where somebody does.
+derivative of each is made of the others. Packed gradients are the exception. They are for a
+backward pass that is not differentiated again, and raise an error if it is.
 
-Nothing is imported here but torch, and what autocast and the counter of operations ask for: no
-Triton, no compiled library.
+This module imports only torch, and what autocast and the counter of operations need. It imports
+neither Triton nor a compiled library.
 """
 
 from __future__ import annotations

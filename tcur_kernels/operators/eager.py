@@ -1,10 +1,10 @@
-"""A layer of a stack in eager mode: one node of autograd, past the dispatcher's, and no checks.
+"""A layer of a stack in eager mode: one node of autograd, without checks.
 
-The values and derivatives are those of the operators. What is saved is the host's time: the
-autograd of `torch.library` costs as much as the rest of a layer does. What a stack hands over has
-been looked at once, by `functional.prepare`; what varies from call to call is looked at by the
-stack. Graphs that are traced go through the operators instead, and what functorch or forward mode
-transforms through plain torch.
+The values and derivatives are those of the operators. The node saves time on the host, because the
+autograd of `torch.library` takes as long as the rest of a layer. `functional.prepare` checks once
+what is the same in every call of a layer. The stack checks what changes from call to call. Traced
+graphs go through the operators instead. What functorch or forward mode transforms goes through
+plain torch.
 """
 
 from __future__ import annotations
@@ -49,15 +49,15 @@ def _kernels_alone() -> Any:
 
 
 def _without_views() -> Any:
-    """Context in which what a product of torch returns is no view of what it made.
+    """Context in which torch's products return tensors that autograd does not take for views.
 
-    Autograd refuses to let such a view be changed in place when a node returns it.
+    If a node returned a view, autograd would not let anyone change it in place.
     """
     return torch._C._ExcludeDispatchKeyGuard(contract.VIEWS)
 
 
 def _nothing() -> None:
-    """What most stacks do."""
+    """The default of `Call.on_gradient`."""
 
 
 class Call:
@@ -66,7 +66,7 @@ class Call:
     Args:
         lateral_hat, horizontal_hat: packed factors in the precision of the products.
         slice_index, slices: of the layer.
-        language: of the operators; where it has no kernel of one, that is the reference's.
+        language: of the operators. If it has no kernel of an operator, the reference is taken.
 
     Attributes:
         on_gradient: called when a gradient of the core is formed.
@@ -103,22 +103,22 @@ class Call:
 
 
 class GradientSum:
-    """Where the gradient of one core is summed over all layers that share it: one node.
+    """One node that adds up the gradient of a core over all layers that share the core.
 
-    Layers hand on packed ∂Û, which the node adds up, transforms and scales, once for all of them.
-    It saves nothing, so that it serves any number of calls and of backwards. Every layer is
-    connected to an output of its own: autograd adds up what comes to one output alone, the
-    gradients of a layer that is called several times.
+    Each layer passes on its packed ∂Û. The node adds them up, transforms the sum and scales it,
+    once for all layers. It saves no tensors, so it serves any number of calls and backward passes.
+    Every layer is connected to an output of its own. If a layer is called several times, autograd
+    adds up the gradients that arrive at its output.
 
     Args:
         core: [n3, r, r], a leaf.
         scale: alpha.
         core_of_packed: the operator.
-        where: the stream and the capture it is made in, to which autograd holds the node.
+        where: the stream and the capture that it is made in. Autograd runs the node there.
 
     Attributes:
         addends: what `_Layer` takes for the core's gradient, by the first slice of a layer.
-        is_done: whether a backward has come here.
+        is_done: whether a backward pass has run this node.
     """
 
     __slots__ = ("__weakref__", "addends", "core", "is_done", "scale", "where")
@@ -138,7 +138,7 @@ class GradientSum:
 
 
 class Pending:
-    """Of a graph that reads weights, and has no `GradientSum`: whether a backward has come."""
+    """For a graph that reads weights and has no `GradientSum`: whether its backward has run."""
 
     __slots__ = ("__weakref__", "is_done")
 
@@ -147,10 +147,12 @@ class Pending:
 
 
 class LatestSum:
-    """The sum of a stack's latest graph, for the next layer. Graphs keep it alive, not this.
+    """Finds the `GradientSum` of a stack's latest graph, for the next layer.
 
-    Past its graph it would hold on to a core that was exchanged, and to the core's accumulator of
-    gradients, which autograd runs on the stream that it was made on: a later capture has another.
+    It holds weak references, so only the graphs keep a sum alive. If it held the sum itself, the
+    sum would outlive its graph. It would then keep a core that has been exchanged, and the node
+    that accumulates that core's gradient. Autograd runs that node on the stream on which it was
+    made, and a later capture uses another stream.
     """
 
     __slots__ = ("_former", "_latest", "_reading")
@@ -160,7 +162,7 @@ class LatestSum:
         self.forget()
 
     def forget(self) -> None:
-        """The next layer begins another one."""
+        """Makes the next layer begin a new sum."""
         self._latest: weakref.ref[GradientSum] | None = None
         self._reading: weakref.ref[Pending] | None = None
 
@@ -174,17 +176,17 @@ class LatestSum:
         return pending
 
     def retire(self) -> None:
-        """Another core takes the place of this one, whose graphs may be waiting for a backward."""
+        """Notes that another core replaces this one, whose graphs may still wait for a backward."""
         every = (*self._former, self._latest, self._reading)
         self._former = [each for each in every if each is not None and each() is not None]
         self.forget()
 
     def is_former_pending(self) -> bool:
-        """Whether a graph of a core that was retired waits for its backward."""
+        """Whether a graph of a retired core still waits for its backward."""
         return any(map(_is_pending, self._former))
 
     def is_pending(self) -> bool:
-        """Whether any graph does."""
+        """Whether any graph of this stack still waits for its backward."""
         return any(map(_is_pending, (*self._former, self._latest, self._reading)))
 
     def of(self, core: Tensor, scale: float, call: Call, capture: int) -> GradientSum:
@@ -209,7 +211,7 @@ def _is_pending(ref: weakref.ref[Any] | None) -> bool:
 
 
 class _GradientSum(torch.autograd.Function):
-    """The core as often as it has slices: what comes out stands for it in layers, never read."""
+    """Returns one stand-in for the core per slice. Layers are connected to it but never read it."""
 
     @staticmethod
     def forward(
@@ -281,8 +283,8 @@ def run_layer(
     """
     if torch.is_grad_enabled() and (x.requires_grad or core.requires_grad):
         addend = None if gradient_sum is None else gradient_sum.addends[call.slice_index]
-        # In a tuple z is no input, whose own graph a backward would run, and free: other layers
-        # share it, and have their backwards later.
+        # Inside a tuple, z is not an input of the node. Otherwise this backward would run through
+        # z's own graph and free it, and other layers that share z need it later.
         how = (call, way, scale, dense_grad)
         y: Tensor = _apply(x, core, (z,), weight, bias, adapter_ids, addend, gradient_sum, *how)
         return y
@@ -497,7 +499,7 @@ def added_to_product(x: Tensor, weight: Tensor, added: Tensor) -> Tensor:
     tokens = math.prod(x.shape[:-1])
     addend = added.reshape(tokens, added.shape[-1])
     y = torch.addmm(addend, x.reshape(tokens, x.shape[-1]), weight.mT)
-    # No view of y, which nobody else has: it may be changed in place wherever it was made.
+    # Autograd must not take this for a view of y, so that the caller may change it in place.
     result: Tensor = torch.ops.aten._unsafe_view.default(y, added.shape)
     return result
 

@@ -5,8 +5,8 @@ Counted are the products, as torch counts its own: a multiplication and an addit
 transforms of tubes are none. The arithmetic is real: a product of complex numbers is four
 multiplications.
 
-The module of the counter imports Triton. So nobody imports it here: the formulas are registered
-when somebody else does.
+The module of the counter imports Triton, so this module does not import it. It registers the
+formulas when the program imports the counter.
 """
 
 from __future__ import annotations

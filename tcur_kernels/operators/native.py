@@ -1,9 +1,9 @@
 """Finds and loads the compiled libraries `_cpu` and `_cuda`; never compiles, never warns.
 
-Loading one registers its kernels of the operators with torch. Without it the package still
-imports, traces and runs on the reference backend; asking for its backend then says why. `_cpu` is
-loaded with the package, and so is `_cuda` where torch has CUDA; where torch has none, `_cuda` is
-loaded to be looked at, by `cuda_facts`, and its calls into torch's CUDA part stay unbound.
+Loading a library registers its kernels with torch. Without it, the package still imports, traces
+and runs on the reference backend, and asking for the library's backend gives an error with the
+reason. `_cpu` is loaded with the package. So is `_cuda` if torch has CUDA. If torch has none,
+`cuda_facts` loads `_cuda` only to inspect it; its calls into torch's CUDA part stay unbound.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ _found: tuple[ctypes.CDLL | None, str | None] | None = None
 
 
 def _cuda() -> tuple[ctypes.CDLL | None, str | None]:
-    """The CUDA library or the reason, looked for once."""
+    """The CUDA library, or the reason why it is absent. It is looked for once."""
     global _found
     if _found is None:
         _found = _load_cuda()
@@ -85,7 +85,7 @@ def cuda_facts() -> dict[str, Any]:
 
 
 def _architectures(library: ctypes.CDLL) -> list[str]:
-    """What the kernels were compiled for: "90" is code for sm_90, "100+PTX" the driver's to do."""
+    """What the kernels were compiled for: "90" is code for sm_90, "100+PTX" PTX for later GPUs."""
     library.tcur_cuda_architectures.restype = ctypes.c_char_p
     names: bytes = library.tcur_cuda_architectures()
     return names.decode().split()
@@ -127,8 +127,8 @@ cuda_absence._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def _runs_on(name: str, capability: tuple[int, int]) -> bool:
     """Whether what was compiled for an architecture runs on devices of a compute capability.
 
-    Code runs on devices of the same first number and an equal or larger second one, code for "90a"
-    on its own alone; PTX is compiled by the driver for any later device.
+    Code runs on devices with the same first number and an equal or larger second one. Code for
+    "90a" runs only on sm_90. The driver compiles PTX for any later device.
     """
     number = name.removesuffix("+PTX").rstrip("af")
     built = int(number[:-1]), int(number[-1])

@@ -1,4 +1,4 @@
-"""What is asked of CUDA about streams and captured graphs, all in one place."""
+"""Streams and captured graphs: everything that this package asks CUDA about them."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch import Tensor
 
 
 def are_used(device: torch.device) -> bool:
-    """Whether work on the device goes by streams, which run past each other."""
+    """Whether work on the device is queued on streams, which run independently of each other."""
     return device.type == "cuda"
 
 
 def capture_of(device: torch.device) -> int:
-    """The number of the capture that the current stream takes part in, 0 outside of any.
+    """The number of the capture that the current stream takes part in, or 0 if there is none.
 
-    -1 where the driver does not tell one capture from another.
+    It is -1 if the driver cannot tell one capture from another.
     """
     if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
         return 0
@@ -52,20 +52,20 @@ def current(device: torch.device) -> int:
 
 
 class Mark(NamedTuple):
-    """A place in a stream's work."""
+    """A point in the work of a stream."""
 
     stream: Any
     event: Any
 
 
 def mark(device: torch.device) -> Mark:
-    """Behind all that the current stream was given so far."""
+    """Marks the point after all work that was queued on the current stream so far."""
     stream = torch.cuda.current_stream(device)
     return Mark(stream, stream.record_event())
 
 
 def wait_for(mark: Mark, tensor: Tensor) -> Any:
-    """Lets the current stream, which is returned, use a tensor of another one from a mark on."""
+    """Makes the current stream wait for a mark before it uses a tensor; returns the stream."""
     stream = torch.cuda.current_stream(tensor.device)
     stream.wait_event(mark.event)
     tensor.record_stream(stream)
@@ -73,5 +73,5 @@ def wait_for(mark: Mark, tensor: Tensor) -> Any:
 
 
 def wait_for_stream(stream: Any) -> None:
-    """Lets the current stream write what another one has used so far."""
+    """Makes the current stream wait until another one has finished the work queued so far."""
     torch.cuda.current_stream(stream.device).wait_stream(stream)
