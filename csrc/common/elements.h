@@ -8,12 +8,7 @@
 
 namespace tcur {
 
-// The low four bits are the bytes of a number, so that kernels need no table of them.
-enum class Element { none = 0, f32 = 4, f64 = 8, bf16 = 2, f16 = 16 + 2 };
-
-TCUR_HOST_DEVICE constexpr int bytes_of(Element element) {
-  return static_cast<int>(element) & 15;
-}
+enum class Element { none, f32, f64, bf16, f16 };
 
 // An element type as a type, known at compile time.
 template <Element E>

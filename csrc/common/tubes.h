@@ -39,6 +39,11 @@ template <class Int>
 TCUR_HOST_DEVICE constexpr Int bin_of(Int plane) {
   return (plane + 1) / 2;
 }
+// Whether a plane is a real bin of its own, 0 or n3/2.
+template <class Int>
+TCUR_HOST_DEVICE constexpr bool is_real_plane(Int plane, Int n3) {
+  return plane == 0 || (n3 % 2 == 0 && plane == n3 - 1);
+}
 
 // Iterates over the bins in order: for (Bin bin(n3); bin.is_there(); bin.next()).
 struct Bin {
@@ -59,15 +64,10 @@ struct Bin {
   }
 };
 
-TCUR_HOST_DEVICE inline bool has_nyquist(int64_t n3) {
-  return n3 % 2 == 0;
-}
-
 // Weight of a packed plane in the inverse transform: how often its bin occurs in the full spectrum,
 // over n3.
 TCUR_HOST_DEVICE inline double inverse_weight(int64_t plane, int64_t n3) {
-  const bool real_bin = plane == 0 || (has_nyquist(n3) && plane == n3 - 1);
-  return (real_bin ? 1.0 : 2.0) / static_cast<double>(n3);
+  return (is_real_plane(plane, n3) ? 1.0 : 2.0) / static_cast<double>(n3);
 }
 
 // cos and sin of 2πm/n3. m is first reduced modulo n3, which is exact, so the error is one rounding

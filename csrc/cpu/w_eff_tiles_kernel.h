@@ -204,7 +204,7 @@ ProductPlanes<T> product_planes_for(Element base) {
     return &product_planes<T, 0>;
   }
   return with_any_element(base, [](auto element) -> ProductPlanes<T> {
-    return &product_planes<T, bytes_of(element.value)>;
+    return &product_planes<T, sizeof(NumberOfConstant<decltype(element)>)>;
   });
 }
 

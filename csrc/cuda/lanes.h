@@ -104,7 +104,12 @@ TCUR_DEVICE Quad load_constant(const float* from) {
   return {x.x, x.y, x.z, x.w};
 }
 
-// Calls f with the bytes of a number as a constant. Kernels take numbers of 4 and of 2 bytes.
+// Bytes of a number. Kernels take numbers of 4 and of 2 bytes, and no others. The compiler must
+// know that: where kernels divide by the bytes, a third choice took registers that are not there.
+TCUR_HOST_DEVICE constexpr int bytes_of(Element element) {
+  return element == Element::f32 ? 4 : 2;
+}
+// Calls f with them as a constant.
 template <class F>
 TCUR_DEVICE void with_bytes(Element element, F&& f) {
   if (element == Element::f32) {

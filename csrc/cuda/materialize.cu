@@ -45,7 +45,7 @@ TCUR_KERNEL(kThreads, 4) mix_kernel(const TCUR_PARAMETER MixArgs args) {
   const int64_t row = index / q;
   const int column = static_cast<int>(index - row * q), plane = column / rank;
   const int b = column - plane * rank;
-  const bool is_pair = tcur::is_pair(bin_of(plane), n3), is_imaginary = plane % 2 == 0;
+  const bool is_pair = !is_real_plane(plane, n3), is_imaginary = plane % 2 == 0;
   const float* left = args.lateral_hat + row * q + plane * rank;
   const float* core = args.core_hat + plane * square + b;
   float sum = 0.0f;

@@ -251,7 +251,7 @@ core_kernel(const TCUR_PARAMETER CoreBlock block) {
       sum += rows.data[group * count + i];
     }
     const int plane = i >> log_count;
-    rows.data[i] = sum * (is_pair(bin_of(plane), n3) ? 2.0 * block.weight : block.weight);
+    rows.data[i] = sum * (is_real_plane(plane, n3) ? block.weight : 2.0 * block.weight);
   }
   __syncthreads();
   float* out = args.core + core * static_cast<int64_t>(n3) * square + first;
