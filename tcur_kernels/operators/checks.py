@@ -1,6 +1,6 @@
-"""What the entry points refuse: shapes, dtypes, devices, and what would be trained unseen.
+"""Checks of the arguments of `functional`: shapes, dtypes, devices, and what must be frozen.
 
-Errors name the argument, what was expected and what came.
+Every error names the argument, what was expected and what was given.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ def check_core(core: Tensor, factors: CURFactors) -> None:
 
 
 def check_cores(cores: Tensor, factors: CURFactors, adapter_ids: Tensor) -> None:
-    """Refuses cores that are not ``[A, n3, r, r]`` for these factors, and ids that are not int64.
+    """Refuses cores that are not ``[A, n3, r, r]`` for these factors, and ids that do not fit.
 
-    Ids must be ``[B]`` on that device, each 0 to A - 1.
+    Ids must be int64 ``[B]`` on the device of the factors, each from 0 to A - 1.
     """
     if not isinstance(factors, CURFactors):
         raise TypeError(f"factors: expected CURFactors, got {type(factors).__name__}")
@@ -54,10 +54,10 @@ def check_cores(cores: Tensor, factors: CURFactors, adapter_ids: Tensor) -> None
 def check_nested(
     x: Tensor, factors: CURFactors, z: Tensor | None, adapter_ids: Tensor | None
 ) -> None:
-    """Refuses nested tensors of the old layout, and what has no meaning for rows that differ."""
+    """Refuses nested tensors of the old layout, and arguments that need rows of equal length."""
     if x.layout != torch.jagged:
         raise ValueError(f"x: expected layout torch.jagged of a nested tensor, got {x.layout}")
-    if x.shape[-1] != factors.n2:  # the axis that differs from row to row, for one
+    if x.shape[-1] != factors.n2:  # that may be the axis whose length differs from row to row
         raise ValueError(f"x: expected [..., {factors.n2}], got {list(x.shape)}")
     for name, given in (("z", z), ("adapter_ids", adapter_ids)):
         if given is not None:
@@ -80,7 +80,7 @@ def check_effective(effective: Tensor, weight: Tensor, x: Tensor) -> None:
 
 
 def check_z(z: Tensor, x: Tensor, factors: CURFactors) -> None:
-    """Refuses a z that is not ``[..., n3 * r]`` with the tokens of ``x``."""
+    """Refuses a z that is not ``[..., n3 * r]`` with as many tokens as ``x``."""
     check_floating("z", z)
     check_device("z", z, x.device)
     shape = (*x.shape[:-1], factors.n3 * factors.rank)
@@ -89,7 +89,7 @@ def check_z(z: Tensor, x: Tensor, factors: CURFactors) -> None:
 
 
 def check_rows(adapter_ids: Tensor, x: Tensor) -> None:
-    """Refuses ids that are not one for each of the rows that the tokens divide into."""
+    """Refuses ids if the tokens of ``x`` cannot be divided into as many rows."""
     if x.ndim:
         rows, tokens = adapter_ids.shape[0], math.prod(x.shape[:-1])
         if tokens % rows if rows else tokens:
@@ -99,14 +99,15 @@ def check_rows(adapter_ids: Tensor, x: Tensor) -> None:
 
 
 def check_adapter_ids(adapter_ids: Tensor, adapters: int, device: torch.device) -> None:
-    """Refuses anything but int64 [B] on that device, each 0 to adapters - 1."""
+    """Refuses anything but int64 ``[B]`` on this device, each from 0 to adapters - 1."""
     if not isinstance(adapter_ids, Tensor):
         raise TypeError(f"adapter_ids: expected a torch.Tensor, got {type(adapter_ids).__name__}")
     check_dtype("adapter_ids", adapter_ids, torch.int64)
     if adapter_ids.ndim != 1:
         raise ValueError(f"adapter_ids: expected [B], got {list(adapter_ids.shape)}")
     check_device("adapter_ids", adapter_ids, device)
-    # Elsewhere a look at the values would wait for the device, or there are none to look at.
+    # On other devices, looking at the values would wait for the device. Under tracing there are
+    # no values.
     if adapter_ids.device.type != "cpu" or eager.is_traced():
         return
     if adapter_ids.numel() and not 0 <= adapter_ids.min() <= adapter_ids.max() < adapters:
@@ -119,7 +120,10 @@ def check_adapter_ids(adapter_ids: Tensor, adapters: int, device: torch.device) 
 def check_weights(
     weight: Tensor | Sequence[Tensor], factors: CURFactors, beside: bool
 ) -> list[Tensor]:
-    """The weights as a list; ``beside``: layers may hold several slices side by side."""
+    """Returns the weights as a list, after checking them.
+
+    With ``beside``, a tensor may hold several slices side by side.
+    """
     n1, n2, n3 = factors.n1, factors.n2, factors.n3
     if isinstance(weight, Tensor):
         weights, shape = [weight], [n3, n1, n2]
@@ -147,7 +151,10 @@ def check_weights(
 def check_out(
     out: Tensor, out_dtype: torch.dtype | None, factors: CURFactors, is_flat: bool
 ) -> None:
-    """Refuses a buffer that cannot hold W_eff; ``is_flat``: matrices one after the other."""
+    """Refuses a buffer that cannot hold W_eff.
+
+    With ``is_flat`` it must be flat, for matrices one after the other.
+    """
     check_floating("out", out)
     shape: tuple[int, ...] = (factors.n3, factors.n1, factors.n2)
     if is_flat:
@@ -160,7 +167,7 @@ def check_out(
 
 
 def check_layer(weight: Tensor, bias: Tensor | None, factors: CURFactors, slice_index: int) -> int:
-    """Refuses a layer that is not frozen or does not fit the factors; how many slices it has."""
+    """Returns how many slices a layer has. Refuses one that is not frozen or does not fit."""
     check_floating("weight", weight)
     check_frozen("weight", weight)
     n1, n2 = factors.n1, factors.n2
@@ -195,7 +202,7 @@ def check_linear(
     dense_grad: bool,
     adapter_ids: Tensor | None,
 ) -> int:
-    """Refuses what `functional.cur_linear` cannot work on; how many slices the layer has."""
+    """Returns how many slices the layer has. Refuses what `functional.cur_linear` cannot do."""
     if adapter_ids is None:
         check_core(core, factors)
     else:
@@ -220,15 +227,15 @@ def check_linear(
 
 
 def check_scale(scale: float) -> None:
-    """Refuses a tensor, and what is not finite."""
-    if isinstance(scale, Tensor):  # a gradient would not reach it
+    """Refuses a tensor, and a number that is not finite."""
+    if isinstance(scale, Tensor):  # no gradient would reach it
         raise TypeError("scale: expected a number, got a torch.Tensor")
     if not torch.compiler.is_compiling() and not math.isfinite(scale):
         raise ValueError(f"scale: expected a finite number, got {scale}")
 
 
 def check_slice(slice_index: int, slices: int, n3: int) -> None:
-    """Refuses slices outside of the tube."""
+    """Refuses slices that are not all within 0 … n3 - 1."""
     if isinstance(slice_index, bool) or not isinstance(slice_index, int):
         raise TypeError(f"slice_index: expected an int, got {type(slice_index).__name__}")
     if not 0 <= slice_index <= n3 - slices:

@@ -1,4 +1,4 @@
-"""The gradient of a core by one layer, by way of z, of x or of G = dyᵀx."""
+"""Computes the gradient of a core by one layer, from z, from x, or from G = dyᵀx."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .contract import HALVES, CoreGradTokens
 
-#: Tokens that are widened to fp32 together.
+#: How many tokens are converted to fp32 at a time.
 _BLOCK = 4096
 
 
@@ -28,9 +28,10 @@ def core_gradient(
     adapter_ids: Tensor | None = None,
     packed: bool = False,
 ) -> Tensor:
-    """The gradient of ``core`` by a layer of scale 1: from z, from x, or ``dense_grad`` from dyᵀx.
+    """Computes the gradient of ``core`` by a layer of scale 1.
 
-    Other arguments as for `core_grad_tokens`, the operator; ``x`` may be absent where z is given.
+    It uses z if that is given, dyᵀx with ``dense_grad``, and x otherwise. ``x`` may be None if z is
+    given. Other arguments are those of the operator `core_grad_tokens`.
     """
     tokens = x if z is None else z
     assert tokens is not None
@@ -69,7 +70,7 @@ def _by_dense_gradient(
 
 
 def _sum_over_tokens(grads: Tensor, tokens: Tensor) -> Tensor:
-    """G = dyᵀx, in fp32 for tokens in 16 bits, whose own dtype loses digits or overflows."""
+    """Computes G = dyᵀx. Sums 16-bit tokens in fp32, since their dtype may overflow."""
     if tokens.dtype not in HALVES:
         return grads.mT @ tokens
     is_recorded = torch.is_grad_enabled() and (grads.requires_grad or tokens.requires_grad)
@@ -77,9 +78,9 @@ def _sum_over_tokens(grads: Tensor, tokens: Tensor) -> Tensor:
         return grads.float().mT @ tokens.float()
     if tokens.numel() and tokens.device.type == "cuda" and torch.version.hip is None:
         return torch.mm(grads.mT, tokens, out_dtype=torch.float32)
-    # No other device has such a product. Copies of all tokens in fp32 may be more than there is
-    # memory for.
+    # Other devices have no product of 16-bit tokens with a result in fp32. Copies of all tokens in
+    # fp32 may not fit into memory, so they are made in blocks.
     total = tokens.new_zeros(grads.shape[1], tokens.shape[1], dtype=torch.float32)
     for some_grads, some in zip(grads.split(_BLOCK), tokens.split(_BLOCK), strict=True):
-        total = total + some_grads.float().mT @ some.float()  # not in place: may be a batch
+        total = total + some_grads.float().mT @ some.float()  # no +=: may be batched by vmap
     return total

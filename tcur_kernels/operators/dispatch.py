@@ -1,4 +1,4 @@
-"""Which kernels run: from the name of a backend to the operators of a language."""
+"""Chooses the kernels that run: finds the operator for the name of a backend."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from .factors import PRECISIONS, CURFactors, Precision
 Backend = Literal["auto", "reference", "cpu", "triton", "cuda"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 
-#: Looked for once, imported when it runs.
+#: Looked up once. Triton itself is imported when it is first used.
 _TRITON_INSTALLED = find_spec("triton") is not None
 
-#: Backend -> why a device goes without it, and what it is built with.
+#: For a compiled backend: a function that says why a device cannot use it, and what builds it.
 _BUILT_BY = {
     "cpu": (lambda device: native.cpu_error(), "a C++17 compiler"),
     "cuda": (lambda device: native.cuda_absence(device), "CUDA's nvcc, for the GPUs here"),
@@ -29,7 +29,7 @@ _BUILT_BY = {
 def operator(
     name: str, backend: Backend, factors: CURFactors, precision: Precision
 ) -> Callable[..., Any]:
-    """Operator ``name`` for a backend; plain torch where functions are transformed."""
+    """Returns operator ``name`` for a backend, and plain torch within a transform of functorch."""
     language = language_of(name, backend, factors, precision)
     if not eager.is_transformed():
         return contract.operator(name, language)
@@ -43,12 +43,12 @@ def operator(
 
 
 def language_of(name: str, backend: Backend, factors: CURFactors, precision: Precision) -> str:
-    """Language of operator ``name`` for a backend; see `contract`.
+    """Returns the language of operator ``name`` for a backend; see `contract`.
 
     Raises:
-        TypeError, ValueError, RuntimeError: the backend cannot work on these factors, in this
-            precision, is not here, or has no kernel of the operator. "auto" is refused for a
-            precision alone.
+        TypeError, ValueError, RuntimeError: the backend does not exist here, cannot work on these
+            factors or in this precision, or has no kernel of the operator. With "auto" only the
+            precision can be refused.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
@@ -76,7 +76,7 @@ def _language(backend: Backend, precision: Precision) -> str:
 
 
 def _best_backend(name: str, factors: CURFactors) -> Backend:
-    """The fastest backend that has the operator; the reference if there is no other."""
+    """Returns the fastest backend that has the operator, or the reference if there is no other."""
     device = factors.device
     if device.type == "cpu" and native.cpu_error() is None and contract.has_kernel(name, "", "cpu"):
         return "cpu"
@@ -90,7 +90,8 @@ def _best_backend(name: str, factors: CURFactors) -> Backend:
     )
     best = choose(available=here)
     if best == "triton":
-        # Its operators are known when it is imported, which takes a second: not in vain.
+        # Only the import, which takes a second, tells which operators Triton has. So Triton is
+        # imported only if it would be chosen.
         _import_triton()
         if not contract.has_kernel(name, "triton", "cuda"):
             here.remove("triton")
@@ -99,7 +100,10 @@ def _best_backend(name: str, factors: CURFactors) -> Backend:
 
 
 def _check_rounding(name: str, backend: Backend, precision: Precision) -> None:
-    """Only kernels for GPUs round operands to TF32, and those of C * U * R itself to bf16."""
+    """Refuses a rounding that the backend does not do.
+
+    Only kernels for GPUs round operands to TF32. For C * U * R itself, only they round to bf16.
+    """
     is_product = name in ("materialize", "materialize_out")
     rounds = precision == "tf32" or (precision == "bf16" and is_product)
     if rounds and backend not in ("triton", "cuda"):
@@ -110,7 +114,7 @@ def _check_rounding(name: str, backend: Backend, precision: Precision) -> None:
 
 
 def _check_is_here(backend: Backend, factors: CURFactors) -> None:
-    """Refuses a backend that cannot run here, or not on these factors."""
+    """Refuses a backend that cannot run here, or cannot work on these factors."""
     if backend == "reference":
         return
     if backend == "triton":
@@ -133,7 +137,7 @@ def _check_is_here(backend: Backend, factors: CURFactors) -> None:
 
 
 def _check_triton(factors: CURFactors) -> None:
-    """Refuses what Triton cannot run, and imports the kernels."""
+    """Imports the Triton kernels. Refuses factors and devices that they cannot work on."""
     if not _TRITON_INSTALLED:
         raise RuntimeError(
             "backend: 'triton' is not installed here; pip install 'tcur_kernels[triton]'"
@@ -149,18 +153,18 @@ def _check_triton(factors: CURFactors) -> None:
 
 
 def _import_triton() -> bool:
-    """Imports the kernels, which defines their operators; whether they are interpreted."""
+    """Imports the kernels, which defines their operators. Returns whether they are interpreted."""
     from . import triton
 
     return triton.INTERPRETED
 
 
 def check_precision(precision: str, device: torch.device) -> Precision:
-    """The precision, if it is one that products on a device can have.
+    """Returns the precision if products on the device can have it.
 
     Raises:
-        ValueError: no precision, or "tf32" where no kernels for a GPU run. Tensors on the meta
-            device may be meant for any other.
+        ValueError: it is not one of `PRECISIONS`, or it is "tf32" and no GPU kernels can run. The
+            meta device allows it, because its tensors may be meant for any device.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}")
@@ -175,14 +179,14 @@ def check_precision(precision: str, device: torch.device) -> Precision:
 
 
 def build_info() -> dict[str, Any]:
-    """What was compiled and what of it runs here.
+    """Returns what was compiled and which of it runs here.
 
-    Keys: ``version``, ``torch``, ``backends`` (those that run here), ``operators`` (for each of
-    them the backends that run it here), ``cpu`` (compiler, torch target, instruction sets compiled,
-    runnable and chosen) and ``cuda`` (architectures compiled). The last two have ``built``, and
-    ``error`` where they do not run: not built, or of ``cuda`` for other GPUs than those here.
-    ``backend="auto"`` then takes Triton or the reference. It does so too for an operator that a
-    backend has no kernel of.
+    The keys are ``version``, ``torch``, ``backends`` (which ones run here), ``operators`` (the
+    backends that run each operator here), ``cpu`` and ``cuda``. ``cpu`` has the compiler, the torch
+    target, and the instruction sets compiled, runnable and chosen; ``cuda`` has the architectures
+    compiled. Both have ``built``. If one does not run here, ``error`` says why: it was not built,
+    or ``cuda`` was built for other GPUs. ``backend="auto"`` then uses Triton or the reference, as
+    it also does for an operator that a backend has no kernel of.
     """
     from .. import __version__
 

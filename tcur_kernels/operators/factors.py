@@ -1,4 +1,4 @@
-"""The frozen factors C and R of a stack, and the checks that every argument goes through."""
+"""The frozen factors C and R of a stack, and the checks that all arguments share."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from torch import Tensor
 
 from . import reference, streams
 
-#: Of products with the factors, always summed in fp32: as exact as fp32, operands rounded to TF32
-#: (tensor cores of a GPU), or operands rounded to bf16.
+#: Precision of products with the factors. "ieee" is as exact as fp32. "tf32" rounds the operands to
+#: TF32, which the tensor cores of a GPU multiply; "bf16" rounds them to bf16. Sums are in fp32.
 Precision = Literal["ieee", "tf32", "bf16"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
-#: Of weights, tokens and results.
+#: Dtypes of weights, tokens and results.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -22,18 +22,18 @@ class CURFactors:
     """The frozen factors C and R of one stack, with their packed half spectra.
 
     Args:
-        lateral: C, ``[n3, n1, r]``, floating, finite, without gradient.
-        horizontal: R, ``[n3, r, n2]``, same dtype and device.
+        lateral: C, ``[n3, n1, r]``, with a floating dtype and finite numbers. Frozen.
+        horizontal: R, ``[n3, r, n2]``, with the same dtype and device. Frozen.
 
     Attributes:
-        lateral_hat: packed spectrum of C, ``[n1, n3 * r]``, fp32 (fp64 for fp64 factors).
-        horizontal_hat: packed spectrum of R, ``[n3 * r, n2]``.
-        n1, n2, n3, rank: sizes.
+        lateral_hat: packed half spectrum of C, ``[n1, n3 * r]``, in fp32 (fp64 for fp64 factors).
+        horizontal_hat: packed half spectrum of R, ``[n3 * r, n2]``, in the same dtype.
+        n1, n2, n3, rank: sizes of the stack.
 
     Raises:
-        TypeError: no tensors, or dtypes that are not floating or differ.
-        ValueError: shapes that do not fit, numbers that are not finite, devices that differ, or a
-            factor that requires grad: only the core is trained.
+        TypeError: a factor is not a tensor, its dtype is not floating, or the dtypes differ.
+        ValueError: the shapes do not fit together, numbers are not finite, the devices differ, or a
+            factor requires grad. Only the core is trained.
     """
 
     def __init__(self, lateral: Tensor, horizontal: Tensor) -> None:
@@ -64,7 +64,8 @@ class CURFactors:
                 raise ValueError(f"{name}: expected finite numbers, got NaN or Inf")
         dtype = torch.promote_types(lateral.dtype, torch.float32)
         self.lateral, self.horizontal = lateral.detach(), horizontal.detach()
-        # Transformed in fp64 and rounded once: spectra are made once and used in every step.
+        # Spectra are made once and used in every step, so they are transformed in fp64 and then
+        # rounded once.
         planes = reference.pack(reference.half_spectrum(self.lateral.double()), n3)
         self.lateral_hat = planes.movedim(0, 1).reshape(n1, n3 * rank).to(dtype).contiguous()
         planes = reference.pack(reference.half_spectrum(self.horizontal.double()), n3)
@@ -77,7 +78,7 @@ class CURFactors:
     def from_packed(
         cls, lateral: Tensor, horizontal: Tensor, lateral_hat: Tensor, horizontal_hat: Tensor
     ) -> CURFactors:
-        """Factors whose packed spectra are at hand already; nothing is checked or transformed."""
+        """Returns factors with the packed spectra given. Nothing is checked or transformed."""
         self = cls.__new__(cls)
         self.lateral, self.horizontal = lateral, horizontal
         self.lateral_hat, self.horizontal_hat = lateral_hat, horizontal_hat
@@ -88,7 +89,7 @@ class CURFactors:
 
     @property
     def dtype(self) -> torch.dtype:
-        """dtype of the packed spectra and of the core: fp32 or fp64."""
+        """Dtype of the packed spectra and of the core: fp32 or fp64."""
         return self.lateral_hat.dtype
 
     @property
@@ -97,7 +98,7 @@ class CURFactors:
         return self.lateral_hat.device
 
     def to(self, device: torch.device | str) -> CURFactors:
-        """The same factors on another device."""
+        """Returns the same factors on another device."""
         return CURFactors.from_packed(
             self.lateral.to(device),
             self.horizontal.to(device),
@@ -106,7 +107,7 @@ class CURFactors:
         )
 
     def packed(self, precision: Precision = "ieee") -> tuple[Tensor, Tensor]:
-        """The packed spectra as operands of products: as they are, or rounded to bf16."""
+        """Returns the packed spectra as operands of products: as they are, or rounded to bf16."""
         if precision not in PRECISIONS:
             raise ValueError(
                 f"precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}"
@@ -117,14 +118,14 @@ class CURFactors:
             return self.lateral_hat, self.horizontal_hat
         if self._narrow is not None:
             return self._narrow
-        with torch.inference_mode(False):  # what is kept must also serve a training step
+        with torch.inference_mode(False):  # a training step must be able to use what is kept
             narrow = (self.lateral_hat.to(torch.bfloat16), self.horizontal_hat.to(torch.bfloat16))
         if self._may_keep():
             self._narrow = narrow
         return narrow
 
     def transposed(self) -> CURFactors:
-        """Rᵀ and Cᵀ, slice by slice: those of transposed weights, with the transposed core."""
+        """Returns Rᵀ and Cᵀ, slice by slice: with the transposed core they give W_effᵀ."""
         if self._transposed is not None:
             return self._transposed
         with torch.inference_mode(False):
@@ -137,9 +138,10 @@ class CURFactors:
         return turned
 
     def _may_keep(self) -> bool:
-        """What is made in a capture has no values until the graph is replayed.
+        """Whether a tensor made now may be kept for later calls.
 
-        And what is made within a transform of functorch belongs to that transform.
+        A tensor made while a CUDA graph is captured has no values until the graph is replayed. A
+        tensor made within a transform of functorch belongs to that transform.
         """
         if torch.compiler.is_compiling():
             return True
@@ -155,14 +157,14 @@ class CURFactors:
 
 
 def check_floating(name: str, tensor: Tensor) -> None:
-    """Refuses what is no tensor of a floating dtype that is computed with."""
+    """Refuses anything but a tensor of one of `DTYPES`."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
     check_floating_dtype(name, tensor.dtype)
 
 
 def check_floating_dtype(name: str, dtype: torch.dtype) -> None:
-    """Refuses integers and complex numbers, and those of 8 bits, which nothing here computes."""
+    """Refuses any dtype but `DTYPES`: integers, complex numbers, and numbers of 8 bits."""
     if not dtype.is_floating_point:
         raise TypeError(f"{name}: expected a floating dtype, got {dtype}")
     if dtype not in DTYPES:

@@ -1,4 +1,4 @@
-"""Entry points to the operators: packed factors, choice of backend, clear errors."""
+"""The functions that users call. They check arguments, choose a backend and call its operator."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ from .factors import CURFactors, Precision, check_floating, check_floating_dtype
 def cur_product(
     factors: CURFactors, core: Tensor, backend: Backend = "auto", *, precision: Precision = "ieee"
 ) -> Tensor:
-    """C * U * R, ``[n3, n1, n2]`` in the dtype of the core; the gradient reaches the core.
+    """Computes C * U * R, ``[n3, n1, n2]``, in the dtype of the core. Differentiable in the core.
 
     Args:
         factors: frozen C and R.
-        core: U, ``[n3, r, r]``, dtype and device of the factors.
+        core: U, ``[n3, r, r]``, with the dtype and device of the factors.
         backend: "auto", "reference", "cpu", "triton" or "cuda".
-        precision: of the products, "ieee", and on GPUs "tf32" or "bf16": an error of at most
-            1e-6, 1e-3 or 6e-3 of the norm of C * U * R.
+        precision: precision of the products: "ieee", or on GPUs "tf32" or "bf16". The error is at
+            most 1e-6, 1e-3 or 6e-3 of the norm of C * U * R.
     """
     check_core(core, factors)
     op = dispatch.operator("materialize", backend, factors, precision)
@@ -56,25 +56,26 @@ def materialize(
     *,
     precision: Precision = "ieee",
 ) -> Tensor:
-    """W_eff = W + scale * C * U * R for all slices in one pass, ``[n3, n1, n2]``.
+    """Computes W_eff = W + scale * C * U * R, ``[n3, n1, n2]``, for all slices in one pass.
 
     Args:
-        weight: W as one tensor ``[n3, n1, n2]`` or as n3 tensors ``[n1, n2]`` (the layers' own
-            weights; no stacked copy is made). Frozen; fp32, bf16, fp16, or fp64 with fp64 factors.
-            With ``out``, tensors may be ``[n1, slices * n2]``: consecutive slices side by side.
+        weight: W as one tensor ``[n3, n1, n2]``, or as n3 tensors ``[n1, n2]``, which may be the
+            layers' own weights: no stacked copy is made. Frozen. Dtypes are fp32, bf16 and fp16,
+            and fp64 with fp64 factors. With ``out``, a tensor may be ``[n1, slices * n2]``: it
+            holds consecutive slices side by side.
         factors: frozen C and R.
-        core: U, ``[n3, r, r]``; the gradient reaches it.
+        core: U, ``[n3, r, r]``. The gradient reaches it.
         scale: alpha.
-        out_dtype: dtype of the result, default that of the weight. The sum is formed in the dtype
-            of the core and rounded once.
-        out: buffer ``[n3, n1, n2]`` to write into and return; no gradient then. Where slices lie
-            side by side it is flat, ``[n3 * n1 * n2]``, for matrices of the shapes of the weights,
-            one after the other.
+        out_dtype: dtype of the result; by default that of the weight. The sum is computed in the
+            dtype of the core and rounded once.
+        out: buffer ``[n3, n1, n2]`` to write into and to return. There is no gradient then. If
+            slices lie side by side, the buffer is flat, ``[n3 * n1 * n2]``, and receives matrices
+            with the shapes of the weights, one after the other.
         backend: "auto", "reference", "cpu", "triton" or "cuda".
-        precision: of the products, as for `cur_product`.
+        precision: precision of the products, as for `cur_product`.
 
     Raises:
-        TypeError, ValueError: bad dtype, shape, device, a weight that requires grad, or a core that
+        TypeError, ValueError: a dtype, shape or device is wrong, a weight requires grad, or a core
             requires grad together with ``out`` while gradients are recorded.
     """
     check_core(core, factors)
@@ -113,37 +114,39 @@ def cur_linear(
     precision: Precision = "ieee",
     adapter_ids: Tensor | None = None,
 ) -> Tensor:
-    """A linear layer on slice ``slice_index`` of W + scale * C * U * R.
+    """Applies the linear layer of slice l = ``slice_index`` of W + scale * C * U * R.
 
-    ``y = x (W_l + scale (C*U*R)_l)ᵀ + bias``, by way of the factors: no W_eff is built unless it is
-    given as ``effective``. The gradient reaches ``core`` and ``x``.
+    Computes ``y = x (W_l + scale (C*U*R)_l)ᵀ + bias`` through the factors. It builds no W_eff, but
+    can use one that is given as ``effective``. The gradient reaches ``core`` and ``x``.
 
     Args:
-        x: ``[..., n2]``, dtype of the weight; may be a nested tensor of layout ``torch.jagged``.
-        weight: ``[slices * n1, n2]``: one slice, or several consecutive ones from ``slice_index``
-            on (a fused q, k, v projection is three). Frozen.
+        x: ``[..., n2]``, in the dtype of the weight. It may be a nested tensor of layout
+            ``torch.jagged``.
+        weight: ``[slices * n1, n2]``: one slice, or several consecutive slices from
+            ``slice_index`` on. A fused q, k, v projection has three. Frozen.
         bias: ``[slices * n1]`` or None. Frozen.
         factors: frozen C and R.
-        core: U, ``[n3, r, r]``; several, ``[A, n3, r, r]``, with ``adapter_ids``.
-        slice_index: first slice, 0 … n3 - slices.
+        core: U, ``[n3, r, r]``. With ``adapter_ids``, several cores ``[A, n3, r, r]``.
+        slice_index: the first slice, 0 … n3 - slices.
         scale: alpha.
         backend: "auto", "reference", "cpu", "triton" or "cuda".
-        effective: these slices of W_eff for this very core, ``[slices * n1, n2]``, if they are at
-            hand (`materialize`): the product is then one matrix product, and the factors serve the
-            gradient of the core alone.
-        z: ``project(x, factors)`` if it is at hand, ``[..., n3 * r]``. It is kept for the gradient
-            of the core instead of ``x``, and layers that share ``x`` (q, k, v) can share it.
-        dense_grad: form the gradient of the core from dyᵀx rather than from tokens (see `cost`);
-            not together with ``z``.
-        precision: of the products of tokens with the factors, "ieee" or "bf16", and on GPUs
-            "tf32", which the backend 'cuda' leaves to torch's own switch for fp32 products.
-        adapter_ids: int64 ``[B]``: a core for each row of the batch. The tokens of ``x`` are B rows
-            of equal length, and row b goes by ``core[adapter_ids[b]]``; not together with
+        effective: these slices of W_eff, ``[slices * n1, n2]``, as `materialize` computes them for
+            this very core. The layer is then one matrix product, and only the gradient of the core
+            uses the factors.
+        z: ``project(x, factors)``, ``[..., n3 * r]``, if it exists already. It is kept for the
+            gradient of the core in place of ``x``. Layers that share ``x`` (q, k, v) can share it.
+        dense_grad: whether to form the gradient of the core from dyᵀx rather than from tokens (see
+            `cost`). Not together with ``z``.
+        precision: precision of the products of tokens with the factors: "ieee", "bf16", or on GPUs
+            "tf32". For "tf32" the backend "cuda" obeys torch's own switch for fp32 products.
+        adapter_ids: int64 ``[B]``: which core each row of the batch uses. The tokens of ``x`` are B
+            rows of equal length, and row b uses ``core[adapter_ids[b]]``. Not together with
             ``effective`` or ``dense_grad``.
 
     Returns:
-        ``[..., slices * n1]``, dtype of ``x``. By way of the factors, 16-bit results are rounded
-        with the update in the sum: one too small for their last bit survives in the mean.
+        ``[..., slices * n1]``, in the dtype of ``x``. Through the factors, a 16-bit result is
+        rounded only after the update is added. The rounding is such that an update too small for
+        the last bit survives in the mean.
     """
     check_floating("x", x)
     if x.is_nested:
@@ -177,7 +180,7 @@ def cur_linear(
         adapter_ids=adapter_ids,
     )
     lateral_hat, horizontal_hat = factors.packed(precision)
-    # W_eff has no derivative for transforms: none of the core would come through it.
+    # Within a transform of functorch, W_eff is a constant: no derivative would reach the core.
     if effective is not None and not eager.is_transformed():
         by_w_eff = WEffLinear(
             x=x,
@@ -218,7 +221,7 @@ def cur_linear(
 
 
 def _rounded_once(op: Callable[..., Any], a: CurLinear, weight: Tensor) -> Tensor:
-    """A layer in 16 bits: the update goes into the product, which is rounded with it."""
+    """Computes a layer in 16 bits: adds the update to the product before that is rounded."""
     with outside_autocast(a.x.device):
         added: Tensor = op(*a._replace(weight=None, bias=None))
         if a.bias is not None and eager.is_transformed():
@@ -231,9 +234,9 @@ def _rounded_once(op: Callable[..., Any], a: CurLinear, weight: Tensor) -> Tenso
 def prepare(
     weight: Tensor, bias: Tensor | None, factors: CURFactors, slice_index: int, precision: Precision
 ) -> eager.Call:
-    """What all calls of one layer of a stack have in common, for `eager.run_layer`; checked here.
+    """Checks and collects what all calls of one layer have in common, for `eager.run_layer`.
 
-    Args as for `cur_linear`; the backend is the best one for the factors' device.
+    Arguments are as for `cur_linear`. The backend is the best one for the device of the factors.
     """
     slices = check_layer(weight, bias, factors, slice_index)
     language = dispatch.language_of("cur_linear", "auto", factors, precision)
@@ -248,10 +251,13 @@ def slice_update(
     scale: float = 1.0,
     backend: Backend = "auto",
 ) -> Tensor:
-    """scale * C * U * R at consecutive slices alone, ``[slices * n1, n2]``, dtype of the core.
+    """Computes scale * C * U * R for some consecutive slices only.
 
-    For one layer's update where building all slices would take too much memory. The gradient
-    reaches ``core``. Arguments as for `cur_linear`.
+    It serves where one layer's update is wanted and building all slices takes too much memory. The
+    gradient reaches ``core``. Arguments are as for `cur_linear`.
+
+    Returns:
+        ``[slices * n1, n2]``, in the dtype of the core.
     """
     check_core(core, factors)
     if isinstance(slices, bool) or not isinstance(slices, int):
@@ -278,10 +284,11 @@ def slice_update(
 
 
 def project(x: Tensor, factors: CURFactors, precision: Precision = "ieee") -> Tensor:
-    """z = x R̂ᵀ, ``[..., n3 * r]``: all that the core and its gradient need of ``x`` [..., n2].
+    """Computes z = x R̂ᵀ, ``[..., n3 * r]``, from ``x`` ``[..., n2]``.
 
-    The dtype is that of the factors, bf16 for that precision. A product of torch, which is exact to
-    fp32 for "tf32" too, unless torch itself is told otherwise.
+    The update and the gradient of the core need nothing else of ``x``. The dtype of z is that of
+    the factors, or bf16 for the precision "bf16". torch computes the product, so it is as exact as
+    fp32 for "tf32" too, unless torch's own switch allows TF32.
     """
     check_floating("x", x)
     check_x(x, factors)
@@ -291,7 +298,7 @@ def project(x: Tensor, factors: CURFactors, precision: Precision = "ieee") -> Te
 
 
 def _nested_as(x: Any, values: Tensor) -> Tensor:
-    """A nested tensor with the rows of ``x`` and other values."""
+    """Returns a nested tensor with the rows of ``x`` and other values."""
     nested: Tensor = torch.nested.nested_tensor_from_jagged(
         values, x.offsets(), x.lengths(), jagged_dim=x._ragged_idx
     )

@@ -5,8 +5,8 @@ Fourier transform runs along axis 0. A real tensor needs only the half spectrum,
 ``K = n3 // 2 + 1`` complex slices; every function here takes the factors C and R in that form
 (`half_spectrum`), so that they are transformed once and used often.
 
-Works for any floating dtype that torch's FFT knows, float64 included, on any device. Imports
-nothing else of this package.
+It works for any floating dtype that torch's FFT supports, float64 included, on any device. It
+imports nothing else of this package.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from torch import Tensor
 
 
 def half_spectrum(a: Tensor) -> Tensor:
-    """DFT along axis 0: ``[n3, n1, n2]`` real -> ``[n3 // 2 + 1, n1, n2]`` complex."""
+    """Computes the DFT along axis 0: ``[n3, n1, n2]`` real -> ``[n3 // 2 + 1, n1, n2]`` complex."""
     return torch.fft.rfft(a, dim=0)
 
 
 def from_half_spectrum(a_hat: Tensor, n3: int) -> Tensor:
-    """Inverse of `half_spectrum`. ``n3`` is needed: n3 and n3 + 1 have equally long spectra."""
-    # irfft over axis 0 returns permuted strides; everything here is contiguous.
+    """Inverts `half_spectrum`. It needs ``n3``, because an even n3 and n3 + 1 have as many bins."""
+    # Over axis 0, irfft returns permuted strides. Callers expect a contiguous tensor.
     return torch.fft.irfft(a_hat, n=n3, dim=0).contiguous()
 
 
 def pack(a_hat: Tensor, n3: int) -> Tensor:
-    """Half spectrum ``[K, ...]`` complex -> ``[n3, ...]`` real planes.
+    """Packs a half spectrum: ``[K, ...]`` complex -> ``[n3, ...]`` real planes.
 
-    Plane 0 is bin 0, planes 2k-1 and 2k are Re and Im of bin k, and for even n3 the last plane is
-    bin n3/2: real tubes have exactly n3 real numbers in their half spectrum.
+    Plane 0 is bin 0. Planes 2k-1 and 2k are the real and imaginary parts of bin k. For an even n3
+    the last plane is bin n3/2. Bins 0 and n3/2 are real, so these are exactly n3 real numbers.
     """
     pairs = (n3 - 1) // 2
     inner = torch.view_as_real(a_hat[1 : pairs + 1]).movedim(-1, 1).flatten(0, 1)
@@ -41,7 +41,7 @@ def pack(a_hat: Tensor, n3: int) -> Tensor:
 
 
 def unpack(planes: Tensor) -> Tensor:
-    """Inverse of `pack`: ``[n3, ...]`` real planes -> ``[n3 // 2 + 1, ...]`` complex."""
+    """Inverts `pack`: ``[n3, ...]`` real planes -> ``[n3 // 2 + 1, ...]`` complex."""
     n3 = planes.shape[0]
     pairs = (n3 - 1) // 2
     inner = planes[1 : 2 * pairs + 1].unflatten(0, (pairs, 2)) if pairs else planes[:0]
@@ -55,7 +55,7 @@ def unpack(planes: Tensor) -> Tensor:
 
 
 def cur_product(lateral_hat: Tensor, core: Tensor, horizontal_hat: Tensor) -> Tensor:
-    """C * U * R for spectra ``[K, n1, r]``, ``[K, r, n2]`` and a core ``[n3, r, r]``."""
+    """Computes C * U * R from spectra ``[K, n1, r]``, ``[K, r, n2]`` and a core ``[n3, r, r]``."""
     product = lateral_hat @ half_spectrum(core) @ horizontal_hat
     return from_half_spectrum(product, core.shape[0])
 
@@ -67,13 +67,13 @@ def materialize(
     core: Tensor,
     scale: float = 1.0,
 ) -> Tensor:
-    """W_eff = W + scale * C * U * R, ``[n3, n1, n2]``, in the dtype of the core."""
+    """Computes W_eff = W + scale * C * U * R, ``[n3, n1, n2]``, in the dtype of the core."""
     update = scale * cur_product(lateral_hat, core, horizontal_hat)
     return update if weight is None else weight.to(update.dtype) + update
 
 
 def core_grad_dense(grad: Tensor, lateral_hat: Tensor, horizontal_hat: Tensor) -> Tensor:
-    """Gradient of the core from G = d loss / d (C * U * R): Cᵀ * G * Rᵀ, ``[n3, r, r]``."""
+    """Computes the gradient of the core, Cᵀ * G * Rᵀ, from G = d loss / d (C * U * R)."""
     grad_hat = lateral_hat.mH @ half_spectrum(grad) @ horizontal_hat.mH
     return from_half_spectrum(grad_hat, grad.shape[0])
 
@@ -90,14 +90,15 @@ def core_grad_tokens(
     adapters: int = 1,
     packed: bool = False,
 ) -> Tensor:
-    """Gradient of the core of ``y = x (C*U*R)_lᵀ`` from tokens, without any n1 x n2 gradient.
+    """Computes the gradient of the core of ``y = x (C*U*R)_lᵀ`` without any n1 x n2 gradient.
 
-    ``x``: [..., n2]; ``grad_y``: [..., slices * n1], one block of n1 for each of the ``slices``
-    slices from ``slice_index`` on. With z_k = x R̂_kᴴ and p_k = dy conj(Ĉ_k), slice l adds
-    e^{-2πikl/n3} p_kᵀ z_k to ∂Û_k. With ``adapter_ids`` (see `slice_update`) each of the
+    ``x`` is [..., n2]. ``grad_y`` is [..., slices * n1]: n1 numbers for each of the slices from
+    ``slice_index`` on. With z_k = x R̂_kᴴ and p_k = dy conj(Ĉ_k), slice l adds
+    e^{-2πikl/n3} p_kᵀ z_k to ∂Û_k. With ``adapter_ids`` (see `slice_update`), each of the
     ``adapters`` cores gets the sum over its own tokens: [adapters, n3, r, r].
 
-    ``packed``: ∂Û itself, as `pack` orders it, [n3, r, r]; `core_of_packed` goes on from there.
+    With ``packed`` the result is ∂Û itself, [n3, r, r], in the order of `pack`. `core_of_packed`
+    makes the gradient of it.
     """
     n1 = lateral_hat.shape[1]
     tokens = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).to(lateral_hat.dtype)
@@ -117,7 +118,7 @@ def core_grad_tokens(
 
 
 def core_of_packed(packed: Tensor, scale: float) -> Tensor:
-    """scale times the core whose packed half spectrum is the sum of ``packed`` [m, n3, r, r]."""
+    """Returns scale times the core with packed half spectrum Σ_m ``packed``, [m, n3, r, r]."""
     return scale * from_half_spectrum(unpack(packed.sum(0)), packed.shape[1])
 
 
@@ -132,9 +133,10 @@ def cur_linear(
     slices: int = 1,
     scale: float = 1.0,
 ) -> Tensor:
-    """``x (W_l + scale (C*U*R)_l)ᵀ + bias`` through the factors, no W_eff.
+    """Computes ``x (W_l + scale (C*U*R)_l)ᵀ + bias`` through the factors, without W_eff.
 
-    ``weight``: [slices * n1, n2] or None for the update alone; output [..., slices * n1].
+    ``weight`` is [slices * n1, n2], or None for the update alone. The result is
+    [..., slices * n1].
     """
     update = slice_update(x, lateral_hat, horizontal_hat, core, slice_index, slices, scale)
     if weight is None:
@@ -153,10 +155,10 @@ def slice_update(
     scale: float,
     adapter_ids: Tensor | None = None,
 ) -> Tensor:
-    """``scale * x (C*U*R)_lᵀ`` for consecutive slices, in the dtype of the core.
+    """Computes ``scale * x (C*U*R)_lᵀ`` for consecutive slices, in the dtype of the core.
 
-    With ``adapter_ids``, int64 [B], there are several cores [A, n3, r, r]: the tokens of x are B
-    rows of equal length, one after the other, and row b goes by core ``adapter_ids[b]``.
+    With ``adapter_ids``, int64 [B], there are several cores [A, n3, r, r]. The tokens of x are then
+    B rows of equal length, one after the other, and row b uses core ``adapter_ids[b]``.
     """
     n3 = core.shape[-3]
     tokens = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).to(lateral_hat.dtype)
@@ -182,7 +184,7 @@ def slice_update_transposed(
     scale: float,
     adapter_ids: Tensor | None = None,
 ) -> Tensor:
-    """``scale * Σ_l x_l (C*U*R)_l``: [..., slices * n1] -> [..., n2]."""
+    """Computes ``scale * Σ_l x_l (C*U*R)_l``: [..., slices * n1] -> [..., n2]."""
     n3, n1, n2 = core.shape[-3], lateral_hat.shape[1], horizontal_hat.shape[2]
     count = math.prod(x.shape[:-1])
     tokens = x.reshape(count, slices, n1).to(lateral_hat.dtype)
@@ -197,27 +199,30 @@ def slice_update_transposed(
 
 
 def _rows(projected: Tensor, adapter_ids: Tensor | None) -> Tensor:
-    """[K, tokens, r] -> [K, B, tokens / B, r]: the tokens of one adapter each; one row of all."""
+    """Divides tokens into rows of one core each: [K, tokens, r] -> [K, B, tokens / B, r].
+
+    Without ``adapter_ids`` all tokens are one row.
+    """
     rows = 1 if adapter_ids is None else adapter_ids.shape[0]
     return projected.unflatten(1, (rows, projected.shape[1] // max(1, rows)))
 
 
 def _core_of_rows(core: Tensor, adapter_ids: Tensor | None) -> Tensor:
-    """Half spectrum of the core of each row, [K, B, r, r]."""
+    """Returns the half spectrum of the core of each row, [K, B, r, r]."""
     if adapter_ids is None:
         return half_spectrum(core)[:, None]
     return half_spectrum(core.movedim(0, 1)).index_select(1, adapter_ids)
 
 
 def _phases(like: Tensor, n3: int, slice_index: int) -> Tensor:
-    """e^{2πikl/n3} for every bin k, ``[K, 1, 1, 1]``; the angle is reduced exactly, in integers."""
+    """Computes e^{2πikl/n3} for every bin k, ``[K, 1, 1, 1]``. kl is reduced modulo n3 exactly."""
     turns = torch.arange(like.shape[0], device=like.device) * slice_index % n3
     angle = turns.to(torch.float64) * (2 * math.pi / n3)
     return torch.polar(torch.ones_like(angle), angle).to(like.dtype)[:, None, None, None]
 
 
 def _inverse_weights(like: Tensor, n3: int) -> Tensor:
-    """1/n3 for the real bins and 2/n3 for the pairs, ``[K, 1, 1, 1]``."""
+    """Returns 1/n3 for the real bins and 2/n3 for the pairs, ``[K, 1, 1, 1]``."""
     weights = torch.full((like.shape[0],), 2.0 / n3, dtype=like.dtype, device=like.device)
     weights[0] = 1.0 / n3
     if n3 % 2 == 0:
