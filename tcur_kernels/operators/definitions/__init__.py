@@ -1,4 +1,9 @@
-"""The operators, each in the module of its name: one `contract.add` for all that is told of it."""
+"""Defines the operators: each has a module of its own name, which registers it by `contract.add`.
+
+C*U*R is a t-product, a product of tensors that consist of n3 matrices, the slices. A discrete
+Fourier transform along the slices turns it into one complex matrix product Ĉ_k Û_k R̂_k for each
+bin k. The inverse transform of the results is C*U*R.
+"""
 
 from . import core_grad_dense as core_grad_dense
 from . import core_grad_tokens as core_grad_tokens

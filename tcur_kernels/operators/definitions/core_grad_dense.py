@@ -1,4 +1,7 @@
-"""``core_grad_dense``: the gradient of the core from that of W_eff, G -> Cᵀ*G*Rᵀ."""
+"""``core_grad_dense``: computes the gradient of the core U from the gradient G of C*U*R.
+
+The result is Cᵀ*G*Rᵀ. This map of G is the adjoint of the map from U to C*U*R.
+"""
 
 from __future__ import annotations
 
@@ -29,6 +32,7 @@ def _save(ctx: Any, a: CoreGradDense) -> None:
 
 
 def _backward(ctx: Any, grad_core: Tensor, language: str) -> tuple[Any, ...]:
+    # The adjoint of the adjoint is the product itself, with the incoming gradient as its core.
     lateral_hat, horizontal_hat = ctx.saved_tensors
     product = Materialize(
         weights=[],

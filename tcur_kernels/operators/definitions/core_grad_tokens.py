@@ -1,4 +1,8 @@
-"""``core_grad_tokens``: the gradient of the core from tokens of one or more consecutive slices."""
+"""``core_grad_tokens``: computes the gradient of the core from tokens of consecutive slices.
+
+The tokens are the input x of a layer, and dy is the gradient of its output. The operator does not
+form G = dyᵀx.
+"""
 
 from __future__ import annotations
 
@@ -27,6 +31,7 @@ def _plain(a: CoreGradTokens) -> Tensor:
         raise RuntimeError("tcur: adapter_ids goes without packed gradients")
     if a.grad_y is None and a.adapter_ids is not None:
         raise RuntimeError("tcur: adapter_ids goes by the factors, without a dense gradient")
+    # Without grad_y, the tokens are the rows of G. As G is Iᵀ G, dy is then the identity.
     grad_y = identity(a.lateral_hat.shape[0], a.x) if a.grad_y is None else a.grad_y
     lateral, horizontal = unpacked(a.lateral_hat, a.horizontal_hat, a.n3)
     return reference.core_grad_tokens(
@@ -49,11 +54,15 @@ def _save(ctx: Any, a: CoreGradTokens) -> None:
 
 
 def _backward(ctx: Any, grad_core: Tensor, language: str) -> tuple[Any, ...]:
+    """Computes the gradients of x and dy by `cur_linear`, with ``grad_core`` as its core.
+
+    The result of the operator is linear in x and linear in dy.
+    """
     if ctx.kept.packed:
         raise no_derivative()
     a: CoreGradTokens = contract.kept(ctx)
     horizontal_hat = a.horizontal_hat
-    if horizontal_hat is None:
+    if horizontal_hat is None:  # x is z already
         horizontal_hat = identity(a.lateral_hat.shape[1], a.lateral_hat)
     by_x = CurLinear(
         x=a.x,

@@ -1,4 +1,8 @@
-"""``core_of_packed``: packed ∂Û of several layers -> the gradient that they make together."""
+"""``core_of_packed``: adds up the packed ∂Û of several layers and returns the gradient of the core.
+
+The ∂Û of a layer is the Fourier transform of what that layer adds to the gradient. The sum is
+transformed back once, and scaled.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,7 @@ from ..contract import CoreOfPacked, Derivative, Operator
 
 
 def no_derivative() -> RuntimeError:
-    """What a derivative of packed gradients says."""
+    """Returns the error to raise when somebody differentiates packed gradients."""
     return RuntimeError(
         "tcur: packed gradients cannot be differentiated; core_grad_tokens with packed=False can"
     )

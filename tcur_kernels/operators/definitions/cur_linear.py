@@ -1,4 +1,8 @@
-"""``cur_linear``: consecutive slices of W_eff as a linear map by the factors, or its transpose."""
+"""``cur_linear``: applies consecutive slices of W_eff to tokens, without forming W_eff.
+
+The tokens pass through R, the core and C one after the other. A product of its own applies the base
+weights. The transposed map goes the other way, from the features of outputs to those of inputs.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +20,7 @@ from .spectra import unpacked
 
 
 def fake(a: CurLinear | WEffLinear) -> Tensor:
-    """Tokens with the features that the map gives them."""
+    """Returns the result without its numbers: [..., slices * n1], or transposed [..., n2]."""
     features = a.horizontal_hat.shape[1] if a.transposed else a.slices * a.lateral_hat.shape[0]
     return a.x.new_empty((*a.x.shape[:-1], features))
 
@@ -38,7 +42,11 @@ def _plain(a: CurLinear) -> Tensor:
 
 
 def save(ctx: Any, a: CurLinear | WEffLinear, needs_x: bool, needs_core: bool) -> None:
-    """Keeps what the derivative looks at: tokens for the core, the matrix for the tokens."""
+    """Keeps the arguments for the derivative, without those that it will not read.
+
+    The gradient of the core reads the tokens, or z where it is at hand. The gradient of the tokens
+    reads the matrix.
+    """
     ctx.dtype = a.x.dtype
     contract.keep(
         ctx,
@@ -73,7 +81,10 @@ def _backward(ctx: Any, grad_y: Tensor, language: str) -> tuple[Any, ...]:
 def core_grad(
     a: CurLinear | WEffLinear, grad_y: Tensor, language: str, adapter_ids: Tensor | None = None
 ) -> Tensor:
-    """The gradient of the core; that of a transposed map has tokens and gradients exchanged."""
+    """Returns the gradient of the core, [n3, r, r] or [A, n3, r, r] with ``adapter_ids``.
+
+    In a transposed map, the input ``a.x`` and the gradient ``grad_y`` of the output change places.
+    """
     is_exchanged = a.transposed and a.z is None
     return a.scale * core_gradient(
         contract.nearest("core_grad_tokens", language, grad_y.device),

@@ -1,4 +1,4 @@
-"""``materialize``: W_eff = W + scale C*U*R for all slices; without weights the product alone."""
+"""``materialize``: computes W_eff = W + scale C*U*R for all slices, or scale C*U*R alone."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _fake(a: Materialize) -> Tensor:
 
 
 def plain(a: Materialize) -> Tensor:
-    """The kernel in plain torch."""
+    """Computes W_eff, [n3, n1, n2] in ``a.out_dtype``, in plain torch."""
     spectra = unpacked(a.lateral_hat, a.horizontal_hat, a.core.shape[0])
     return reference.materialize(_stacked(a.weights), *spectra, a.core, a.scale).to(a.out_dtype)
 
@@ -44,7 +44,7 @@ def _backward(ctx: Any, grad: Tensor, language: str) -> tuple[Any, ...]:
 
 
 def flops(a: Any) -> int:
-    """Multiplications and additions of C*U*R."""
+    """Counts the multiplications and additions of C*U*R; ``a`` has the shapes of the tensors."""
     n3, rank = a.core[:2]
     return per_bin(n3) * a.lateral_hat[0] * rank * (rank + a.horizontal_hat[1])
 

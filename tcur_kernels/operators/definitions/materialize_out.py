@@ -1,4 +1,4 @@
-"""``materialize_out``: W_eff of all slices into a buffer, without a derivative."""
+"""``materialize_out``: writes W_eff of all slices into a buffer. It has no derivative."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from . import materialize
 
 
 def _fake(a: MaterializeOut) -> None:
-    """Nothing is returned."""
+    """Returns nothing, as the operator does."""
 
 
 def _plain(a: MaterializeOut) -> None:
@@ -18,6 +18,7 @@ def _plain(a: MaterializeOut) -> None:
     if not a.weights or a.weights[0].ndim == 3 or len(a.weights) == a.core.shape[0]:
         a.out.copy_(materialize.plain(all_slices))
         return
+    # Some weights hold several slices side by side: so do the matrices of W_eff.
     each = [weight.split(a.horizontal_hat.shape[1], 1) for weight in a.weights]
     slices = [part for parts in each for part in parts]
     w_eff = materialize.plain(all_slices._replace(weights=slices))

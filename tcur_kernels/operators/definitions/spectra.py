@@ -1,4 +1,8 @@
-"""What the operators' plain kernels have in common: packed factors, as the reference takes them."""
+"""What the kernels in plain torch share: they convert packed factors for `reference`.
+
+A packed half spectrum has the real and imaginary parts of its bins as planes of real numbers.
+`reference` works on complex numbers.
+"""
 
 from __future__ import annotations
 
@@ -9,17 +13,27 @@ from .. import reference
 
 
 def compute_dtype(factor: Tensor) -> torch.dtype:
-    """dtype of a core and its gradient, which is fp32 for factors in bf16."""
+    """Returns the dtype of the core and its gradient: fp32, or fp64 for factors in fp64."""
     return torch.promote_types(factor.dtype, torch.float32)
 
 
 def identity(size: int, like: Tensor) -> Tensor:
-    """The matrix that changes nothing, in dtype and on device of another tensor."""
+    """Returns the identity matrix [size, size], with the dtype and device of ``like``."""
     return torch.eye(size, dtype=like.dtype, device=like.device)
 
 
 def unpacked(lateral_hat: Tensor, horizontal_hat: Tensor | None, n3: int) -> tuple[Tensor, Tensor]:
-    """Packed factors -> half spectra [K, n1, r] and [K, r, n2]."""
+    """Converts packed factors into complex half spectra [K, n1, r] and [K, r, n2], K = n3 // 2 + 1.
+
+    Args:
+        lateral_hat: packed spectrum of C, [n1, n3 * r].
+        horizontal_hat: packed spectrum of R, [n3 * r, n2]. If it is None, the tokens are z = x R̂ᵀ
+            already, and the identity takes the place of R̂.
+        n3: number of slices.
+
+    Returns:
+        complex64 for factors in fp32 or bf16, complex128 for fp64.
+    """
     n1, q = lateral_hat.shape
     if horizontal_hat is None:
         horizontal_hat = identity(q, lateral_hat)

@@ -1,7 +1,7 @@
-"""``w_eff_linear``: a linear map by W_eff of consecutive slices, or its transpose.
+"""``w_eff_linear``: applies consecutive slices of a W_eff that is at hand to tokens.
 
-One matrix product, that of torch in every language. What differs from language to language is the
-gradient of the core, which comes by way of the factors.
+This is one matrix product, or one with the transpose, and torch computes it in every language. The
+gradient of the core is computed from the factors, by the kernels of the language.
 """
 
 from __future__ import annotations

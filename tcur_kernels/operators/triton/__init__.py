@@ -1,4 +1,4 @@
-"""The operators as Triton kernels, for NVIDIA and AMD; imported when the first of them runs."""
+"""The operators as Triton kernels, for NVIDIA and AMD GPUs. Importing it registers them."""
 
 from .operators import INTERPRETED
 

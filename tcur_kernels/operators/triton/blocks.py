@@ -1,11 +1,18 @@
-"""The last steps of every gradient of a core: diagonal blocks of a product over rows, and back.
+"""The last steps of every gradient of a core: ∂Û of each bin, and its transform back.
 
-Both gradients end in ∂Û_k = Σ_rows (L_re - i L_im)ᵀ (R_re - i R_im): for tokens L = dy Ĉ and
-R = x R̂ᵀ, for a dense gradient L = Ĉ and R = its transform times R̂ᵀ. Of LᵀR, which has q x q
-numbers, only the blocks of 2r x 2r on the diagonal are formed. Rows are cut into blocks by shape
-alone, every block writes its own partial sum and a second kernel adds them in order: no atomics,
-the same bits at every run. It transforms them, too, or else leaves ∂Û packed: those of a stack's
-layers are added up, and transformed, together.
+`core_grad_tokens` and `core_grad_dense` both end in a sum over rows t, for every bin k:
+
+    ∂Û_k = Σ_t conj(left_t)ᵀ conj(right_t)
+
+where left_t and right_t are the r complex numbers of bin k in row t. From tokens, left is dy Ĉ and
+right is x R̂ᵀ, and slice l adds its sum times e^{-2 pi i k l / n3}. From a dense gradient G, left is
+Ĉ and right is the conjugate of Ĝ_k R̂_kᴴ. The whole product leftᵀ right has q x q numbers, q = n3 r.
+Only its blocks of 2r x 2r on the diagonal are computed, one for each bin.
+
+The first kernel cuts the rows into blocks, and every block writes its own partial sum. A second
+kernel adds the partial sums in order. The shapes alone determine the blocks, and there are no
+atomics, so every run gives the same bits. The second kernel also transforms the sum back, or it
+leaves ∂Û packed. The packed ∂Û of a stack's layers are later added up and transformed together.
 """
 
 from __future__ import annotations
@@ -24,7 +31,10 @@ from .spectra import dot, unit_root
 def _rows_of_plane(
     ptr, t, in_rows, stride, column, c, width
 ):  # fmt: skip
-    """[rows, parts] of one plane, zeros outside."""
+    """Loads columns ``c`` of one plane at rows ``t``: [rows, parts].
+
+    They are zero from column ``width`` on, and where a row is not in ``in_rows``.
+    """
     mask = in_rows[:, None] & (c < width)[None, :]
     at = t[:, None] * stride + (column + c)[None, :]
     return tl.load(ptr + at, mask=mask, other=0.0).to(tl.float32)
@@ -36,11 +46,11 @@ def diagonal_blocks_kernel(
     right_ptr,  # [rows, n3 * right_step]
     partial_ptr,  # [groups * blocks of a group * slices, n3, r, r] out
     left_rows,  # row t of the right goes with row t % left_rows of the left
-    rows,  # of a group; sums never reach from one group into the next
+    rows,  # of a group, which has sums of its own
     n3, rank, left_step, right_step, slices, slice_index,
     SPAN: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One bin, one tile of its block, one block of rows, one slice."""
+    """Computes the partial sum of a tile of ∂Û_k, for one bin, one slice and one block of rows."""
     block = tl.program_id(0)
     k = tl.program_id(1)
     tiles = tl.cdiv(rank, PARTS)
@@ -75,7 +85,7 @@ def diagonal_blocks_kernel(
         re = dot(tl.trans(-l_im), r_im, re, PRECISION)
         im = dot(tl.trans(-l_re), r_im, im, PRECISION)
         im = dot(tl.trans(-l_im), r_re, im, PRECISION)
-    # The slice of these rows: times e^{-2 pi i k l / n3}.
+    # These rows belong to slice l, which adds its sum times e^{-2 pi i k l / n3}.
     cos, sin = unit_root((k * (slice_index + s)) % n3, n3)
     turned_re = cos * re + sin * im
     turned_im = cos * im - sin * re
@@ -89,13 +99,13 @@ def diagonal_blocks_kernel(
 @triton.jit
 def core_of_partials_kernel(
     partial_ptr,  # [blocks, n3, r * r]
-    ids_ptr,  # [groups] int64, where IDS: the core that a group belongs to
+    ids_ptr,  # [groups] int64, only if IDS: the core that a group belongs to
     core_ptr,  # [cores, n3, r * r] out
     scale, blocks, blocks_of_group, n3, square,
     SLICES: tl.constexpr, PLANES: tl.constexpr, COLS: tl.constexpr, IDS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Adds the partial sums in order and transforms back: inverse DFT along the slices."""
+    """Adds the partial sums of a core in order, and transforms ∂Û back along the slices."""
     which = tl.program_id(0)
     l = tl.program_id(1) * SLICES + tl.arange(0, SLICES)
     e = tl.program_id(2) * COLS + tl.arange(0, COLS)
@@ -116,7 +126,7 @@ def core_of_partials_kernel(
         imag = (p % 2 == 0) & is_pair
         cos, sin = unit_root((k[None, :] * l[:, None]) % n3, n3)
         table = tl.where(imag[None, :], -sin, cos) * tl.where(is_pair, 2.0, 1.0)[None, :] / n3
-        # Spelled as a sum of products, Triton 3.6 would make a product in TF32 of it.
+        # If this were written as a sum of products, Triton 3.6 would compute it in TF32.
         core = dot(table, total, core, PRECISION)
     mask = (l < n3)[:, None] & (e < square)[None, :]
     at = (which.to(tl.int64) * n3 + l)[:, None] * square + e[None, :]
@@ -130,7 +140,7 @@ def sum_of_partials_kernel(
     blocks, size,
     ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """Adds the partial sums, ROWS of them at a time."""
+    """Adds the partial sums, ROWS of them at a time, and leaves ∂Û packed."""
     e = tl.program_id(0) * COLS + tl.arange(0, COLS)
     total = tl.zeros([ROWS, COLS], tl.float32)
     for first in range(0, blocks, ROWS):
@@ -154,9 +164,17 @@ def core_gradient(
     adapters: int = 1,
     packed: bool = False,
 ) -> Tensor:
-    """The gradient of the core [n3, r, r], fp32, from left and right as above.
+    """Returns the gradient of the core, [n3, r, r] in fp32, from ``left`` and ``right`` as above.
 
-    With ``adapter_ids`` rows are groups of equal length: [adapters, n3, r, r]. ``packed``: ∂Û.
+    Args:
+        left, right: planes of left_step and right_step columns. The first r of them are used.
+        n3, rank: sizes.
+        slice_index, slices: the consecutive slices that a row of ``left`` holds.
+        arch, precision: as for `launch.row` and `spectra.dot`.
+        adapter_ids: int64 [groups]. The rows are then groups of equal length, and each belongs to
+            the core of its id. The result is [adapters, n3, r, r].
+        adapters: number of cores.
+        packed: whether to return packed ∂Û, [n3, r, r], instead. Not with ``adapter_ids``.
     """
     groups = 1 if adapter_ids is None else adapter_ids.shape[0]
     rows = right.shape[0] // max(1, groups)
@@ -189,9 +207,10 @@ def core_of_partials(
     cores: int = 1,
     blocks_of_id: int = 1,
 ) -> Tensor:
-    """``scale`` times the core that the sum of packed ∂Û belongs to.
+    """Returns ``scale`` times the gradient whose packed ∂Û is the sum of ``partial``: [n3, r, r].
 
-    With ``ids``, each for ``blocks_of_id`` of the blocks, there are several: [cores, n3, r, r].
+    With ``ids``, each core has a sum of its own, and the result is [cores, n3, r, r]. An id says
+    which core the next ``blocks_of_id`` blocks belong to.
     """
     blocks, n3, rank, _ = partial.shape
     row = launch.row("core_of_partials", arch)
@@ -209,7 +228,7 @@ def core_of_partials(
 
 
 def _sum_of_partials(partial: Tensor, arch: str) -> Tensor:
-    """[blocks, n3, r, r] -> their sum, ∂Û [n3, r, r]."""
+    """Adds up ``partial`` [blocks, n3, r, r] and returns packed ∂Û, [n3, r, r]."""
     row = launch.row("sum_of_partials", arch)
     packed = partial.new_empty(partial.shape[1:])
     size = packed.numel()

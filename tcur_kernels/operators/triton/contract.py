@@ -1,6 +1,7 @@
-"""What kernels must never be given: they would read out of bounds.
+"""Refuses arguments that would make kernels read out of bounds, or numbers of a wrong type.
 
-The functional face has refused it with more words; this is for direct calls of the operators.
+`functional` has checked them already, with clearer errors. These checks are for those who call the
+operators directly.
 """
 
 from __future__ import annotations
@@ -12,7 +13,11 @@ from torch import Tensor
 
 
 def expect(name: str, tensor: Tensor, shape: Sequence[int]) -> None:
-    """Refuses another shape."""
+    """Checks the shape of a tensor.
+
+    Raises:
+        ValueError: it has another shape.
+    """
     if list(tensor.shape) != list(shape):
         raise ValueError(f"{name}: expected {list(shape)}, got {list(tensor.shape)}")
 
@@ -20,7 +25,13 @@ def expect(name: str, tensor: Tensor, shape: Sequence[int]) -> None:
 def check_factors(
     lateral_hat: Tensor, horizontal_hat: Tensor | None, n3: int, rank: int, core: Tensor | None
 ) -> None:
-    """Refuses packed spectra that are not [n1, n3 r] and [n3 r, n2] of fp32 or bf16, or a core."""
+    """Checks the packed factors and the core.
+
+    Raises:
+        ValueError: the factors are not [n1, n3 * rank] and [n3 * rank, n2] with a rank of at least
+            1, or the core is not [..., n3, rank, rank].
+        TypeError: the factors are not both fp32 or both bf16, or the core is not fp32.
+    """
     if rank < 1:
         raise ValueError(f"lateral_hat: expected a multiple of {n3} columns, got none")
     expect("lateral_hat", lateral_hat, [lateral_hat.shape[0], n3 * rank])
@@ -41,7 +52,12 @@ def check_factors(
 def check_tokens(
     n3: int, slice_index: int, slices: int, tokens: int, adapter_ids: Tensor | None
 ) -> None:
-    """Refuses slices outside of the tube, and rows that do not divide the tokens."""
+    """Checks the slices of a layer and the ids of its tokens.
+
+    Raises:
+        ValueError: slices are not in 0 ... n3 - 1, or the ids are not int64, or there is no whole
+            number of tokens for each id.
+    """
     if slice_index < 0 or slices < 1 or slice_index + slices > n3:
         raise ValueError(
             f"slice_index: expected 0 to {n3 - slices} for {slices} of {n3} slices, "

@@ -1,11 +1,18 @@
-"""``core_grad_dense`` in Triton: Cᵀ*G*Rᵀ, the adjoint of `materialize`, G read once.
+"""``core_grad_dense`` in Triton: computes Cᵀ*G*Rᵀ, the adjoint of `materialize`, and reads G once.
 
-∂Û_k = Ĉ_kᴴ Ĝ_k R̂_kᴴ. A program owns a block of rows, and walks over a span of columns: the tile of
-all slices is transformed on the spot (products with the matrix of the DFT, folded: cosines meet
-G_l + G_{n3-l}, sines G_l - G_{n3-l}), multiplied by R̂_kᴴ and added to Y_k, which has r columns for
-each bin. Where a tube has more bins than a program takes, programs side by side share the tile by
-way of the second-level cache. A few slices are not transformed at all: their phases go to R̂.
-What is left, Ĉ_kᴴ Y_k over n1 rows and the spans, is that of `blocks`.
+In the Fourier domain, this is ∂Û_k = Ĉ_kᴴ Ĝ_k R̂_kᴴ for every bin k. The kernels here compute
+Y_k = Ĝ_k R̂_kᴴ, which has r columns. Then `blocks` computes Ĉ_kᴴ Y_k, a sum over the n1 rows and
+over the spans of columns, and transforms it back.
+
+A program owns a block of rows of G and walks over a span of its columns, one tile after the other.
+There are two forms:
+
+- ``folded``: the program transforms the tile of all slices, by products with the matrix of the DFT.
+  Slices l and n3 - l have the same cosines and opposite sines. So cosines multiply G_l + G_{n3-l},
+  sines multiply G_l - G_{n3-l}, and the products have half the size. The program multiplies the
+  result by R̂_kᴴ and adds it to Y_k. If a tube has more bins than one program takes, several
+  programs side by side share the tile through the second-level cache.
+- ``direct``: for a few slices, G is not transformed. The phases multiply R̂ instead.
 """
 
 from __future__ import annotations
@@ -27,12 +34,15 @@ from .spectra import dot, unit_root
 def _direct_kernel(
     grad_ptr,  # [n3, n1, n2]
     horizontal_ptr,  # [q, n2]
-    y_ptr,  # [spans, n1, n3 * RANKS] out: Re Y_k, -Im Y_k
+    y_ptr,  # [spans, n1, n3 * RANKS] out: planes Re Y_k and -Im Y_k
     n1, n2, n3, rank,
     ROWS: tl.constexpr, COLS: tl.constexpr, SPAN: tl.constexpr, RANKS: tl.constexpr,
     PARTS: tl.constexpr, BINS: tl.constexpr, SLICES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Columns BINS at a time of Y = Σ_l G_l [e^{2 pi i k l / n3} R̂_k as real rows]ᵀ."""
+    """Computes BINS columns of conj(Y_k) = Σ_l G_l (e^{2 pi i k l / n3} R̂_k)ᵀ for one span.
+
+    The real and imaginary parts of R̂_k are rows of their own, and so give columns of their own.
+    """
     i = (tl.program_id(1) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     start = tl.program_id(2) * SPAN
     c = tl.program_id(0) * BINS + tl.arange(0, BINS)
@@ -66,7 +76,7 @@ def _direct_kernel(
 
 @triton.jit
 def _horizontal(horizontal_ptr, plane, used, j, c, n2, rank):
-    """R̂ of some planes, transposed, zeros where not ``used``: [planes, columns, parts]."""
+    """Loads R̂ᵀ of some planes, [planes, columns, parts]. Planes that are not ``used`` are zero."""
     at = (plane[:, None] * rank + c[None, :]).to(tl.int64)[:, None, :] * n2 + j[None, :, None]
     mask = (used[:, None] & (c < rank)[None, :])[:, None, :] & (j < n2)[None, :, None]
     return tl.load(horizontal_ptr + at, mask=mask, other=0.0).to(tl.float32)
@@ -81,7 +91,10 @@ def _folded_kernel(
     ROWS: tl.constexpr, COLS: tl.constexpr, SPAN: tl.constexpr, RANKS: tl.constexpr,
     PARTS: tl.constexpr, BINS: tl.constexpr, SLICES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Y of bins 1 + BINS * program ... and, by the first program, of bin 0; PARTS columns."""
+    """Computes PARTS columns of conj(Y_k) of BINS bins, for one span.
+
+    The bins start at bin 1. The programs of the first bins also compute bin 0.
+    """
     rank_tiles: tl.constexpr = RANKS // PARTS
     half = n3 // 2
     k = 1 + tl.program_id(0) // rank_tiles * BINS + tl.arange(0, BINS)
@@ -103,7 +116,7 @@ def _folded_kernel(
             at = (l.to(tl.int64) * n1 * n2)[:, None, None] + within
             mask = (l <= half)[:, None, None] & inside[None, :, :]
             near = tl.load(grad_ptr + at, mask=mask, other=0.0).to(tl.float32)
-            paired = (l > 0) & (2 * l < n3)  # slices 0 and n3/2 are their own mirror image
+            paired = (l > 0) & (2 * l < n3)  # slices 0 and n3/2 are their own mirror images
             at = ((n3 - l).to(tl.int64) * n1 * n2)[:, None, None] + within
             mask = paired[:, None, None] & inside[None, :, :]
             far = tl.load(grad_ptr + at, mask=mask, other=0.0).to(tl.float32)
@@ -115,7 +128,8 @@ def _folded_kernel(
             im = dot(sin, odd, im, PRECISION)
         g_re = tl.reshape(re, [BINS, ROWS, COLS])
         g_im = tl.reshape(im, [BINS, ROWS, COLS])
-        # (Re - i im)(Re R - i Im R): Re = re Re R - im Im R, and -Im = re Im R + im Re R.
+        # Y = (g_re - i g_im)(r_re - i r_im), so Re Y = g_re r_re - g_im r_im and
+        # -Im Y = g_re r_im + g_im r_re.
         r_re = _horizontal(horizontal_ptr, 2 * k - 1, k <= half, j, c, n2, rank)
         y_re = dot(g_re, r_re, y_re, PRECISION)
         y_im = dot(g_im, r_re, y_im, PRECISION)
@@ -139,7 +153,11 @@ _FORMS = {"direct": _direct_kernel, "folded": _folded_kernel}
 
 
 def run(a: CoreGradDense, precision: str) -> Tensor:
-    """Launches the kernels: the gradient of the core, [n3, r, r]."""
+    """Launches the kernels and returns the gradient of the core, [n3, r, r] in fp32.
+
+    Raises:
+        TypeError, ValueError: dtypes or shapes do not fit.
+    """
     grad, lateral_hat, horizontal_hat = a
     n3, n1, n2 = grad.shape
     rank = lateral_hat.shape[1] // n3
@@ -147,7 +165,8 @@ def run(a: CoreGradDense, precision: str) -> Tensor:
     expect("grad", grad, [n3, lateral_hat.shape[0], horizontal_hat.shape[1]])
     arch = launch.arch_of(grad.device)
     exact, precision = launch.dot_precisions(arch, precision, lateral_hat.dtype)
-    parts = launch.PART if rank <= launch.PART else launch.PARTS  # columns here, no inner size
+    # Ranks are columns of a product here. Their number may be 8, which an inner size may not be.
+    parts = launch.PART if rank <= launch.PART else launch.PARTS
     ranks = launch.padded(rank, parts)
     chosen = launch.row("core_grad_dense", arch, n3)
     bins = chosen.bins
@@ -155,7 +174,7 @@ def run(a: CoreGradDense, precision: str) -> Tensor:
         programs = triton.cdiv(n3 * ranks, bins)
     else:
         if ranks > launch.PART:
-            bins //= 2  # ranks beyond one part take the registers that are left
+            bins //= 2  # wider accumulators leave registers for half the bins
         programs = max(1, triton.cdiv(n3 // 2, bins)) * (ranks // parts)
     spans = triton.cdiv(n2, chosen.span)
     y = lateral_hat.new_empty(spans * n1, n3 * ranks, dtype=torch.float32)

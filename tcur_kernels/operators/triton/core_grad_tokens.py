@@ -1,8 +1,8 @@
-"""``core_grad_tokens`` in Triton: z = x R̂ᵀ and p = dy Ĉ, then diagonal blocks of pᵀz.
+"""``core_grad_tokens`` in Triton: computes z = x R̂ᵀ and p = dy Ĉ, then diagonal blocks of pᵀz.
 
-z is a product of its own, so that what has it already (layers that share their input do) begins
-with it. No n1 x n2 gradient is formed, and of the q x q numbers of pᵀz only the blocks of the bins:
-see `blocks`.
+z is a product of its own. Layers that share their input x can so compute z once and pass it on. No
+gradient of n1 x n2 numbers is formed. Of the q x q numbers of pᵀz, only the blocks of the bins are
+computed: see `blocks`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,14 @@ from .products import product
 
 
 def run(a: CoreGradTokens, precision: str) -> Tensor:
-    """Launches the kernels: the gradient of the core, [n3, r, r], or of each of the cores."""
+    """Launches the kernels and returns the gradient of the core, in fp32.
+
+    It is [n3, r, r], or [adapters, n3, r, r] with ``adapter_ids``; with ``packed`` it is ∂Û.
+
+    Raises:
+        TypeError, ValueError: dtypes, shapes or slices do not fit, or ``packed`` is given together
+            with ``adapter_ids``.
+    """
     x, lateral_hat, horizontal_hat = a.x, a.lateral_hat, a.horizontal_hat
     n1, q = lateral_hat.shape
     rank, tokens = q // a.n3, math.prod(x.shape[:-1])
@@ -38,7 +45,7 @@ def run(a: CoreGradTokens, precision: str) -> Tensor:
     if horizontal_hat is not None:
         z = product(z, horizontal_hat.mT, arch, precision)
     if a.grad_y is None:
-        p = lateral_hat.contiguous()  # the tokens are the rows of G, dy the identity
+        p = lateral_hat.contiguous()  # the tokens are the rows of G, so dy is the identity
     else:
         p = product(a.grad_y.reshape(tokens * a.slices, n1), lateral_hat, arch, precision)
     p, z = p.reshape(tokens, a.slices * q), z.contiguous()

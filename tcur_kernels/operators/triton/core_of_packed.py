@@ -1,4 +1,4 @@
-"""``core_of_packed`` in Triton: one launch, which adds up and transforms; see `blocks`."""
+"""``core_of_packed`` in Triton: adds up packed ∂Û and transforms the sum back, in one launch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,13 @@ from .contract import expect
 
 
 def run(a: CoreOfPacked, precision: str) -> Tensor:
-    """Launches the kernel: the gradient of the core, [n3, r, r], exact in any precision."""
+    """Launches the kernel and returns the gradient of the core, [n3, r, r] in fp32.
+
+    The products are exact to fp32, whatever ``precision`` is.
+
+    Raises:
+        TypeError, ValueError: ``packed`` is not fp32, or not [m, n3, r, r].
+    """
     packed = a.packed
     if packed.ndim != 4:
         raise ValueError(f"packed: expected [m, n3, r, r], got {list(packed.shape)}")

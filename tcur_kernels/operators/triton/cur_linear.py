@@ -1,10 +1,18 @@
-"""``cur_linear`` in Triton: x Wᵀ + b + ((x R̂ᵀ) M_l) Ĉᵀ, two products with the core in between.
+"""``cur_linear`` in Triton: computes y = x Wᵀ + b + ((x R̂ᵀ) M_lᵀ) Ĉᵀ for slice l.
 
-The base product is the very call that `nn.Linear` makes: no kernel here would beat the vendor's,
-and a core of zeros leaves every bit as it was. The last product adds to it in its epilogue. M_l is
-the core at slice l: with A + iB = s w_k / n3 e^{2 pi i k l / n3} Û_k the block [[A, -B], [-B, -A]]
-of each bin, applied to q columns per token, which is little beside the products. In between a token
-is but q numbers: there a core per token costs next to nothing.
+The base product x Wᵀ + b is the very call that `nn.Linear` makes. No kernel here would be faster
+than the vendor's, and if the core is zero, the result is that of `nn.Linear`. The products with R̂
+and Ĉ are kernels of `products`, and the last one adds to the base product.
+
+M_l applies the core between these two products. It has one block for each bin k:
+
+    [[A, -B], [-B, -A]]  with  A + iB = scale w_k / n3 e^{2 pi i k l / n3} Û_k
+
+and w_k is 2 for a bin that stands for the pair k and n3 - k, and 1 for a real bin. Between the
+products, a token is only q = n3 * r numbers. So M_l costs little, even if every token has a core of
+its own.
+
+The transposed map is y = x W + Σ_l ((x_l Ĉ) M_l) R̂, where x_l are the features of slice l.
 """
 
 from __future__ import annotations
@@ -27,18 +35,21 @@ from .spectra import dot, unit_root
 @triton.jit
 def _turn_kernel(
     core_ptr,  # [cores, n3, r, r]
-    ids_ptr,  # [batch] int64, where IDS: the core of each row of the batch
-    turned_ptr,  # [batch, slices, n3, r, r] out: planes A and B of each bin
+    ids_ptr,  # [batch] int64, only if IDS: the core of each row of the batch
+    turned_ptr,  # [batch, slices, n3, r, r] out: planes A and B of each bin; a real bin has A alone
     cores, n3, rank, scale, slices, slice_index,
     SLICES: tl.constexpr, PARTS: tl.constexpr, IDS: tl.constexpr,
 ):  # fmt: skip
-    """One bin of the core at one slice: s w_k / n3 Σ_m e^{2 pi i k (l - m) / n3} U_m."""
+    """Computes A + iB of one bin k and one slice l of a core U, as a tile of its r x r numbers.
+
+    A + iB = scale w_k / n3 Σ_m e^{2 pi i k (l - m) / n3} U_m: the transform and the phase at once.
+    """
     place = tl.program_id(0)
     k = tl.program_id(1)
     tiles = tl.cdiv(rank, PARTS)
     a = tl.program_id(2) // tiles * PARTS + tl.arange(0, PARTS)
     b = tl.program_id(2) % tiles * PARTS + tl.arange(0, PARTS)
-    # An id out of range gives NaN: to refuse it would mean to wait for the device.
+    # An id out of range gives NaN. An error on the host would have to wait for the device.
     mend = 0.0
     if IDS:
         which = tl.load(ids_ptr + place // slices)
@@ -75,7 +86,7 @@ def _apply_kernel(
     n3, rank, slices, in_slices, out_slices,
     ROWS: tl.constexpr, PARTS: tl.constexpr, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One bin of ``out = z M_lᵀ``, or of Σ_l z_l M_l where TRANSPOSED, for a block of tokens."""
+    """Computes one bin of z M_lᵀ, or of Σ_l z_l M_l if TRANSPOSED, for a block of tokens."""
     k = tl.program_id(1)
     tiles = tl.cdiv(rank, PARTS)
     to = tl.program_id(2) % tiles * PARTS + tl.arange(0, PARTS)
@@ -120,7 +131,13 @@ def _apply_kernel(
 
 
 def run(a: CurLinear, precision: str) -> Tensor:
-    """Launches the kernels: y of the dtype of ``x``."""
+    """Launches the kernels and returns y: [..., slices * n1], or transposed [..., n2].
+
+    It has the dtype of ``x``.
+
+    Raises:
+        TypeError, ValueError: dtypes, shapes or slices do not fit.
+    """
     x, lateral_hat, horizontal_hat, slices = a.x, a.lateral_hat, a.horizontal_hat, a.slices
     n1, q = lateral_hat.shape
     n3, _, rank = a.core.shape[-3:]
@@ -161,7 +178,7 @@ def _apply_core(
     arch: str,
     precision: str,
 ) -> Tensor:
-    """[tokens * out_slices, q]: the projected tokens times M_l of their core."""
+    """Returns the projected tokens times M_l of their core, [tokens * out_slices, q] in fp32."""
     core, adapter_ids, slices = a.core, a.adapter_ids, a.slices
     n3, rank = core.shape[-3:-1]
     in_slices, out_slices = (slices, 1) if a.transposed else (1, slices)

@@ -1,8 +1,10 @@
-"""Launch parameters: one short table, `launch.csv`, rewritten by ``python -m benchmarks.tune``.
+"""Launch parameters of the kernels, from the table `launch.csv`.
 
-Columns: ``kernel``; ``arch``, the oldest architecture the row is for; ``n3_max``, the longest tube
-it is for (empty: any); ``form`` of the transform; sizes of the tile; warps and pipeline stages; the
-reason. Nothing is tuned in a user's first step: a row is looked up and used.
+A row is for one ``kernel``, for the architecture ``arch`` and later ones, and for tubes of at most
+``n3_max`` slices (empty: any number). It gives the ``form`` of the transform, the sizes of a tile,
+the number of warps and of pipeline stages, and the reason for them. A kernel looks up its row and
+never tunes anything itself, so a user's first step does not wait for that.
+``python -m benchmarks.tune`` rewrites the table.
 """
 
 from __future__ import annotations
@@ -17,27 +19,30 @@ import torch
 from torch.library import wrap_triton as _wrap_triton
 from triton.runtime.jit import JITFunction
 
-#: Oldest first: a device takes the rows of the newest architecture that is not newer than its own.
+#: Oldest first. A device takes the row of the newest architecture that is not newer than its own.
 NVIDIA = ("sm_80", "sm_90", "sm_100")
 AMD = ("gfx942",)
-#: Stands for Triton's interpreter: the rows are those of the oldest architecture.
+#: Stands for Triton's interpreter, which takes the rows of the oldest NVIDIA architecture.
 CPU = "cpu"
 
-#: Inner size of products over the rank of a core alone, and a tile of its r x r numbers: the least
-#: that Triton 3.6 takes, for fp32 as for bf16.
+#: How many of the r ranks a product takes at a time, as its inner size or as the sides of a tile of
+#: r x r numbers. It is the smallest inner size that Triton 3.6 takes, for fp32 as for bf16.
 PARTS = 16
-#: Ranks at a time where real and imaginary parts lie side by side in one inner size of PARTS.
+#: The same for products that take real and imaginary parts side by side: PART of each.
 PART = PARTS // 2
 
 
 def wrap_triton(kernel: Any) -> Any:
-    """torch's own, which before torch 2.13 refuses kernels of Triton's interpreter."""
+    """Wraps a compiled kernel by torch's function, and leaves an interpreted kernel as it is.
+
+    Before torch 2.13, torch's function refuses kernels of Triton's interpreter.
+    """
     return _wrap_triton(kernel) if isinstance(kernel, JITFunction) else kernel
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row of the table; 0 and "" where a kernel has no such parameter."""
+    """One row of the table, with 0 or "" for parameters that the kernel does not have."""
 
     kernel: str
     arch: str
@@ -54,7 +59,7 @@ class Row:
 
 
 def parse(text: str) -> tuple[Row, ...]:
-    """Rows of a table as text."""
+    """Reads the rows of a table from the text of a CSV file."""
     names = [field.name for field in fields(Row)]
     texts = {"kernel", "arch", "form", "reason"}
     rows = []
@@ -66,13 +71,16 @@ def parse(text: str) -> tuple[Row, ...]:
 
 @lru_cache(maxsize=1)
 def table() -> tuple[Row, ...]:
-    """The rows in use."""
+    """Returns the rows of `launch.csv`, which is read once."""
     file = resources.files(__package__).joinpath("launch.csv")
     return parse(file.read_text(encoding="utf-8"))
 
 
 def arch_of(device: torch.device) -> str:
-    """Architecture whose rows a device takes."""
+    """Returns the architecture whose rows a device takes: of `NVIDIA` or `AMD`, or `CPU`.
+
+    An NVIDIA GPU older than all of them takes the oldest, and every GPU of AMD takes gfx942.
+    """
     if device.type != "cuda":
         return CPU
     if torch.version.hip is not None:
@@ -83,7 +91,10 @@ def arch_of(device: torch.device) -> str:
 
 
 def row(kernel: str, arch: str, n3: int = 0) -> Row:
-    """The row for a kernel, an architecture and a length of tubes, if it matters."""
+    """Returns the row for a kernel, an architecture and tubes of n3 slices.
+
+    ``n3`` may be left out for kernels whose rows are for any length.
+    """
     family = AMD if arch in AMD else NVIDIA
     usable = family[:1] if arch == CPU else family[: family.index(arch) + 1]
     fitting = [
@@ -96,12 +107,18 @@ def row(kernel: str, arch: str, n3: int = 0) -> Row:
 
 
 def dot_precisions(arch: str, precision: str, factors: torch.dtype) -> tuple[str, str]:
-    """Precision of products that must be exact to fp32, and of those that may be ``precision``.
+    """Returns two precisions for `spectra.dot`.
 
-    In the words of `spectra.dot`; factors in bf16 mean products in bf16. NVIDIA reaches fp32 on
-    tensor cores by three products of TF32, AMD's matrix cores multiply fp32 as it is. The
-    interpreter, which multiplies exactly and does not know bf16, is handed operands rounded as the
-    tensor cores round them.
+    The first is for products that must be exact to fp32, the second for those that the user may
+    have in a lower ``precision``. Factors in bf16 make the second bf16. NVIDIA's tensor cores reach
+    fp32 by three products in TF32. AMD's matrix cores multiply fp32 numbers directly. Triton's
+    interpreter multiplies exactly and does not know bf16. For it, TF32 and bf16 are emulated:
+    `spectra.dot` rounds the operands as tensor cores do.
+
+    Args:
+        arch: as `arch_of` returns it.
+        precision: "ieee" or "tf32".
+        factors: dtype of the packed factors.
     """
     exact = "ieee" if arch in AMD else "3xtf32"
     if factors == torch.bfloat16:
@@ -112,5 +129,5 @@ def dot_precisions(arch: str, precision: str, factors: torch.dtype) -> tuple[str
 
 
 def padded(rank: int, parts: int) -> int:
-    """The rank, padded to a multiple of what a product takes at a time."""
+    """Rounds the rank up to a multiple of ``parts``, `PART` or `PARTS`."""
     return -(-rank // parts) * parts

@@ -1,20 +1,26 @@
-"""``materialize`` in Triton: one pass over the weights of all slices.
+"""``materialize`` in Triton: computes W_eff in one pass over the weights of all slices.
 
-With P_k = s w_k / n3 * Ĉ_k Û_k, n1 q numbers that a small kernel makes first, slice l is W_l + Σ_k
-Re(e^{2πikl/n3} P_k R̂_k). A program owns a tile of rows and columns for all slices (of long tubes
-for a part of them). Both steps are products on tensor cores, nothing in between leaves the program:
-A_k + i B_k = P_k R̂_k as batched products over a chunk of bins with an inner size of 2r, [Re P, -Im
-P] [Re R; Im R] and [Im P, Re P] [Re R; Im R], so that a rank of 8 fills the 16 that a product takes
-at least; then the inverse transform as a product with its matrix, over bins. The base is added
-last, rounded once, each element read and written once.
+Slice l of W_eff is W_l + Σ_k Re(e^{2 pi i k l / n3} P_k R̂_k) with P_k = scale w_k / n3 Ĉ_k Û_k. The
+sum is over the n3 // 2 + 1 bins k. The weight w_k is 2 if bin k stands for the pair k and n3 - k,
+and 1 for a real bin. A small kernel makes P first. Then every program owns a tile of rows and
+columns, and only the result leaves it. It first computes A_k + i B_k = P_k R̂_k for some bins:
 
-Three forms of the transform, chosen by n3 in the table of `launch`:
+    A_k = [Re P, -Im P] [Re R̂; Im R̂]    B_k = [Im P, Re P] [Re R̂; Im R̂]
 
-- ``direct``: for a few slices, the tile of one slice is one product with inner size q.
-- ``dense``: n3 padded to the tile, one product with the whole matrix.
-- ``folded``: x_l = E_l - O_l and x_{n3-l} = E_l + O_l with E of the cosines alone and O of the
-  sines: half the products. Bin 0, and slice n3/2 of an even n3, are taken out, so that a power of
-  two stays one.
+These products have an inner size of 2r, so a rank of 8 fills the 16 that a product takes at least.
+Then the program multiplies A and B by the matrix of the inverse DFT. At the end, it adds the base
+weights and rounds once. Each base weight is read once, and each number of W_eff is written once.
+
+The table of `launch` chooses one of three forms by n3:
+
+- ``direct``: for a few slices. A program computes a tile of one slice as one product of inner size
+  q = n3 r. The phases multiply P.
+- ``dense``: n3 is padded to the tile. The transform is one product with the whole matrix.
+- ``folded``: x_l = E_l - O_l and x_{n3-l} = E_l + O_l, where E sums the cosines and O the sines.
+  Together they have half the multiplications. If n3 is a power of two, the bins fill the tiles,
+  because bin 0 is computed apart. For the same reason, slice n3/2 may be computed apart.
+
+In the last two, a program computes all slices of its tile, or some of them if tubes are long.
 """
 
 from __future__ import annotations
@@ -41,13 +47,13 @@ from .spectra import dot, unit_root
 def _mix_kernel(
     lateral_ptr,  # [n1, q]
     core_ptr,  # [n3, r, r]
-    mixed_ptr,  # [n3, n1, RANKS] out: planes of P, its columns padded by zeros
+    mixed_ptr,  # [n3, n1, RANKS] out: planes of P, with columns of zeros from the rank on
     roots_ptr,  # [2, K, n3] out: cos and sin of 2 pi k l / n3
     n1, n3, rank, scale,
     ROWS: tl.constexpr, RANKS: tl.constexpr, PARTS: tl.constexpr, SLICES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """P_k of one bin for a block of rows, and that bin's row of the transform's matrices."""
+    """Computes P_k of one bin for a block of rows, and the cosines and sines of that bin."""
     k = tl.program_id(0)
     is_pair = (k > 0) & (2 * k < n3)
     re = tl.where(k > 0, 2 * k - 1, 0)
@@ -100,9 +106,9 @@ def _mix_kernel(
 def _left(
     mixed_ptr, plane, step, used, is_pair, i, c0, n1, RANKS: tl.constexpr, PARTS: tl.constexpr
 ):
-    """Columns of P of some planes and of the planes ``step`` on: [planes, rows, PARTS].
+    """Loads columns of P, half of them from ``plane``, half from ``plane + step``.
 
-    Zeros in the first half of the columns where not ``used``, in the second where not ``is_pair``.
+    They are [planes, rows, PARTS]. The second half is zero if not ``is_pair``, all if not ``used``.
     """
     half: tl.constexpr = PARTS // 2
     which = tl.arange(0, PARTS) // half
@@ -115,7 +121,7 @@ def _left(
 
 @triton.jit
 def _right(horizontal_ptr, plane, used, is_pair, c0, j, n2, rank, PARTS: tl.constexpr):
-    """Rows of R̂ of some planes, the next planes' under them: [planes, PARTS, columns]."""
+    """Loads rows of R̂, [planes, PARTS, columns], half of ``plane``, half of ``plane + 1``."""
     half: tl.constexpr = PARTS // 2
     which = tl.arange(0, PARTS) // half
     c = c0 + tl.arange(0, PARTS) % half
@@ -131,7 +137,7 @@ def _finish(
     base_ptr, places_ptr, out_ptr, update, l, mask, i, j, n1, n2, n3,
     ROWS: tl.constexpr, COLS: tl.constexpr, BASE: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """Adds the base to ``update`` [slices, ROWS * COLS] and writes: the one pass over W."""
+    """Adds the base to ``update`` [slices, ROWS * COLS] and writes slices ``l`` of W_eff."""
     slices: tl.constexpr = update.shape[0]
     value = tl.reshape(update, [slices, ROWS, COLS])
     inside = mask[:, None, None] & (i < n1)[None, :, None] & (j < n2)[None, None, :]
@@ -147,7 +153,7 @@ def _finish(
             place = tl.multiple_of(tl.load(places_ptr + l, mask=mask, other=0), ALIGNED)
         w = tl.load(base_ptr + (place[:, None, None] + within), mask=inside, other=0.0)
         value += w.to(tl.float32)
-    if BASE == "beside":  # asked for after the base: gfx942 has no registers to hold both places
+    if BASE == "beside":  # loaded after the base: gfx942 lacks the registers to hold both places
         first = tl.load(places_ptr + n3 + l, mask=mask, other=0) * n2
     else:
         first = l.to(tl.int64) * n1 * n2
@@ -158,11 +164,11 @@ def _finish(
 @triton.jit
 def _dense_kernel(
     base_ptr,  # [n3, n1, n2], or the first of the layers' weights [n1, n2]
-    places_ptr,  # [n3] int64: distance of each slice of the layers from the first, in elements,
-    # each a multiple of ALIGNED; for BASE "beside" see `_places_beside`
+    places_ptr,  # [n3] int64, for separate layers: distance of each slice from the first, in
+    # elements, each a multiple of ALIGNED; for BASE "beside" see `_places_beside`
     mixed_ptr,  # [n3, n1, RANKS]: planes of P
     horizontal_ptr,  # [q, n2]
-    roots_ptr,  # [2, K, n3]
+    roots_ptr,  # [2, K, n3]: cosines and sines
     out_ptr,  # [n3, n1, n2], or the matrices of W_eff one after the other
     n1, n2, n3, rank,
     ROWS: tl.constexpr, COLS: tl.constexpr, RANKS: tl.constexpr, PARTS: tl.constexpr,
@@ -175,7 +181,7 @@ def _dense_kernel(
     l = tl.program_id(1) * SLICES + tl.arange(0, SLICES)
     first_half = tl.arange(0, PARTS) < PARTS // 2
     update = tl.zeros([SLICES, ROWS * COLS], tl.float32)
-    for p0 in range(0, n3, BINS):  # planes here, a bin of a pair has two
+    for p0 in range(0, n3, BINS):  # BINS planes: a pair has two
         p = p0 + tl.arange(0, BINS)
         k = (p + 1) // 2
         is_pair = (k > 0) & (2 * k < n3)
@@ -185,7 +191,7 @@ def _dense_kernel(
         sign = tl.where(first_half[None, :] | imag[:, None], 1.0, -1.0)[:, None, :]
         planes = tl.zeros([BINS, ROWS, COLS], tl.float32)
         for c0 in range(0, RANKS, PARTS // 2):
-            # Re = Re P Re R - Im P Im R, and Im = Im P Re R + Re P Im R.
+            # A = Re P Re R̂ - Im P Im R̂, and B = Im P Re R̂ + Re P Im R̂.
             left = _left(mixed_ptr, p, to_partner, p < n3, is_pair, i, c0, n1, RANKS, PARTS)
             right = _right(horizontal_ptr, re_plane, p < n3, is_pair, c0, j, n2, rank, PARTS)
             planes = dot(left * sign, right, planes, PRECISION)
@@ -216,9 +222,9 @@ def _folded_kernel(
     col_blocks = tl.cdiv(n2, COLS)
     i = (tl.program_id(0) // col_blocks * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     j = (tl.program_id(0) % col_blocks * COLS + tl.arange(0, COLS)).to(tl.int64)
-    l = tl.program_id(1) * SLICES + tl.arange(0, SLICES)  # and with it n3 - l
+    l = tl.program_id(1) * SLICES + tl.arange(0, SLICES)  # and slices n3 - l
     half = n3 // 2
-    # l = 0 ... last; slice n3/2, its own mirror image, is one of them or, where MIDDLE, apart.
+    # l goes from 0 to last. If MIDDLE, slice n3/2, its own mirror image, is computed apart.
     last = (n3 - 1) // 2 if MIDDLE else half
     sign = tl.where(tl.arange(0, PARTS) < PARTS // 2, 1.0, -1.0)
     constant = tl.zeros([ROWS, COLS], tl.float32)  # bin 0
@@ -245,7 +251,7 @@ def _folded_kernel(
             re = dot(left * sign[None, None, :], right, re, PRECISION)
             left = _left(mixed_ptr, 2 * k, -1, is_pair, is_pair, i, c0, n1, RANKS, PARTS)
             im = dot(left, right, im, PRECISION)
-        if MIDDLE:  # every cosine is 1 or -1 and every sine 0
+        if MIDDLE:  # in slice n3/2 every cosine is 1 or -1, and every sine is 0
             middle += tl.sum(re * tl.where(k % 2 == 0, 1.0, -1.0)[:, None, None], axis=0)
         re_planes = tl.reshape(re, [BINS, ROWS * COLS])
         im_planes = tl.reshape(im, [BINS, ROWS * COLS])
@@ -259,7 +265,7 @@ def _folded_kernel(
         base_ptr, places_ptr, out_ptr, even - odd, l, l <= last, i, j, n1, n2, n3, ROWS, COLS,
         BASE, ALIGNED,
     )  # fmt: skip
-    paired = (l > 0) & (2 * l < n3)  # slices 0 and n3/2 are their own mirror image
+    paired = (l > 0) & (2 * l < n3)  # slices 0 and n3/2 are their own mirror images
     _finish(
         base_ptr, places_ptr, out_ptr, even + odd, n3 - l, paired, i, j, n1, n2, n3,
         ROWS, COLS, BASE, ALIGNED,
@@ -286,14 +292,14 @@ def _direct_kernel(
     BINS: tl.constexpr, SLICES: tl.constexpr,
     BASE: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One slice: W_l + [e^{2 pi i k l / n3} P_k as real columns] R̂, inner size q."""
+    """Computes a tile of one slice l: the base plus one product of inner size q with R̂."""
     col_blocks = tl.cdiv(n2, COLS)
     i = (tl.program_id(0) // col_blocks * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     j = (tl.program_id(0) % col_blocks * COLS + tl.arange(0, COLS)).to(tl.int64)
     l = tl.program_id(1)
     update = tl.zeros([ROWS, COLS], tl.float32)
     for c0 in range(0, n3 * RANKS, PARTS):
-        # Re(e P) for columns of a real plane, -Im(e P) for those of an imaginary one.
+        # Re(e P) for planes of real parts, -Im(e P) for imaginary ones; e = e^{2 pi i k l / n3}.
         p = (c0 + tl.arange(0, PARTS)) // RANKS
         c = (c0 + tl.arange(0, PARTS)) % RANKS
         k = (p + 1) // 2
@@ -322,16 +328,22 @@ _FORMS = {"direct": _direct_kernel, "dense": _dense_kernel, "folded": _folded_ke
 
 
 class _Base(NamedTuple):
-    """What the update is added to, as the kernels take it."""
+    """The base weights, as the kernels take them."""
 
-    tensor: Tensor
+    tensor: Tensor  # the stack, or the first layer's weight
     places: Tensor  # of slices in separate layers, see `_table`
+    # "stack", one tensor; "layers", a matrix for each slice; "beside", some hold several slices
     kind: str = "none"
-    aligned: int = 1  # elements that a thread loads at once
+    aligned: int = 1  # every place is a multiple of it, so a thread can load that many at once
 
 
 def run(a: MaterializeOut, precision: str) -> None:
-    """Launches the kernels; writes ``out``, contiguous."""
+    """Launches the kernels, which write W_eff to ``out``, a contiguous tensor.
+
+    Raises:
+        TypeError, ValueError: dtypes or shapes do not fit.
+        RuntimeError: a table would have to be copied in a capture, see `_table`.
+    """
     n3, _, rank = a.core.shape
     n1, n2 = a.lateral_hat.shape[0], a.horizontal_hat.shape[1]
     counts = _counts_of(a)
@@ -354,8 +366,8 @@ def run(a: MaterializeOut, precision: str) -> None:
     tiles = triton.cdiv(n1, chosen.rows) * triton.cdiv(n2, chosen.cols)
     count, extra = n3, {}
     if chosen.form == "folded":
-        # An even n3 has a slice n3/2 as well. Where the tiles have no room for it, it is summed
-        # beside the first of them, or at ranks that leave no registers for that, in one more tile.
+        # Slice n3/2 of an even n3 has no partner. If the tiles are full without it, the first one
+        # computes it apart. Larger ranks leave no registers for that, so they take one more tile.
         count = (n3 + 1) // 2
         is_beside = bool(n3 % 2 == 0 and count % chosen.slices == 0 and ranks <= launch.PARTS)
         count = count if is_beside else n3 // 2 + 1
@@ -370,7 +382,7 @@ def run(a: MaterializeOut, precision: str) -> None:
 
 
 def _counts_of(a: MaterializeOut) -> list[int]:
-    """Slices that each layer holds, side by side, or of a stack [1]; refuses what does not fit."""
+    """Checks shapes and dtypes; returns how many slices each weight holds, or [1] for a stack."""
     n3, _, rank = a.core.shape
     n1, n2 = a.lateral_hat.shape[0], a.horizontal_hat.shape[1]
     check_factors(a.lateral_hat, a.horizontal_hat, n3, rank, a.core)
@@ -392,7 +404,8 @@ def _base_of(
 ) -> _Base:
     layers, beside = weights[0].ndim == 2, len(counts) < sum(counts)
     if layers and not all(weight.is_contiguous() for weight in weights):
-        # A copy in any case; of one tensor, so that no table is kept for addresses of copies.
+        # Kernels read contiguous weights, so these must be copied. Within one tensor the distances
+        # are the same in every call, so `_table` does not keep a table for every copy.
         if beside:
             copy = torch.cat([weight.flatten() for weight in weights])
             parts = copy.split([weight.numel() for weight in weights])
@@ -415,11 +428,11 @@ def _base_of(
 def _places_beside(
     distances: Sequence[int], counts: Sequence[int], n1: int, n2: int
 ) -> tuple[int, ...]:
-    """Where slices lie of which layers hold ``counts`` side by side; layers by their distances.
+    """Returns where each slice lies, for layers that hold ``counts`` slices side by side.
 
-    Three rows of n3: the distance of each slice from the first layer's weight, in elements; where
-    it begins in W_eff, in rows of n2 elements; how many slices its layer holds, which is how far
-    its rows are apart, in rows of n2 elements too.
+    The result is three rows of n3 numbers. The first is the distance of each slice from the first
+    layer's weight, in elements. The second is where the slice begins in W_eff, in units of n2. The
+    third is how many slices its layer holds, which is the distance of its rows, in units of n2.
     """
     places: list[tuple[int, int, int]] = []
     for distance, count in zip(distances, counts, strict=True):
@@ -430,11 +443,14 @@ def _places_beside(
 
 @cache
 def _table(places: tuple[int, ...], device: torch.device) -> Tensor:
-    """Those places, or the distances alone, as int64 on the device.
+    """Copies `_places_beside`, or distances alone, to the device as int64, and keeps the copy.
 
-    A value of the distances alone, so what is kept cannot be stale; and nothing is ever dropped,
-    since a captured graph may read the table as long as the process lives. It is half a kilobyte
-    for each set of weights that stays where it is.
+    The copy depends on these numbers alone, so it never becomes wrong. It is never freed, because a
+    captured graph may read it as long as the process lives. It takes 8 bytes a number, once for
+    each set of weights that stays where it is.
+
+    Raises:
+        RuntimeError: the copy would have to be made while a CUDA graph is captured.
     """
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(

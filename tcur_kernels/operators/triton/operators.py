@@ -1,11 +1,11 @@
 """Registers the kernels as operators: ``tcur::<name>_triton``, and ``tcur::<name>_triton_tf32``.
 
-The second family multiplies fp32 numbers as TF32. Each is a `torch.library.triton_op`, so that
-`torch.compile` sees the launches and not a black box. The one thing it cannot see through are
-weights of separate layers: the kernel needs their addresses, which exist when the graph runs and
-not when it is traced. They go by ``materialize_out``, an opaque operator, which a compiled graph
-calls with real tensors. In Triton's interpreter there is no kernel to trace, and all operators are
-opaque.
+The second family multiplies fp32 numbers as TF32. Each operator is a `torch.library.triton_op`, so
+`torch.compile` sees the launches inside it. ``materialize_out`` is the exception. Its kernel needs
+the addresses of the weights of separate layers. These addresses exist when a graph runs, but not
+while it is traced. So ``materialize_out`` is an opaque operator: a compiled graph calls it as a
+whole, with real tensors. ``materialize`` calls it for weights of separate layers. In Triton's
+interpreter there is no compiled kernel to trace, so all operators are opaque.
 """
 
 from __future__ import annotations
@@ -24,20 +24,21 @@ from ..contract import Materialize, MaterializeOut
 from . import core_grad_dense, core_grad_tokens, core_of_packed, cur_linear, materialize
 from .products import product_kernel
 
-#: Whether kernels run in Triton's interpreter, on the CPU. Triton decides when it is imported.
+#: Whether kernels run in Triton's interpreter, on the CPU. Triton decides it when it is imported.
 INTERPRETED = not isinstance(product_kernel, JITFunction)
 
 
 def _device_of(tensor: Tensor) -> AbstractContextManager[object]:
-    """Makes a tensor's device the current one: that is where Triton launches, whatever it is given.
+    """Returns a context in which the tensor's device is the current one.
 
-    All launches are made under it, here and nowhere else. A compiled graph has a guard of its own.
+    Triton launches on the current device, whatever device its arguments are on. Every kernel is
+    launched within this context. A compiled graph has a guard of its own.
     """
     return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else nullcontext()
 
 
 def _add(name: str, language: str, run: Callable[[Any], Tensor | None], opaque: bool) -> None:
-    """Defines an operator of the contract by a function of its record."""
+    """Defines an operator of the contract in a language, with ``run`` as its kernel."""
     entry = contract.OPERATORS[name]
 
     def kernel(*args: Any) -> Tensor | None:
@@ -45,7 +46,7 @@ def _add(name: str, language: str, run: Callable[[Any], Tensor | None], opaque: 
         with _device_of(next(each for each in arguments if isinstance(each, Tensor))):
             return run(arguments)
 
-    # `triton_op` takes no schema but infers one (torch 2.13), from the signature.
+    # `triton_op` infers a schema from the signature, and ignores the one it is given (torch 2.13).
     kernel.__signature__ = contract.signature_of(entry.arguments)  # type: ignore[attr-defined]
     register = torch.library.custom_op if opaque or INTERPRETED else torch.library.triton_op
     written = contract.written_by(entry.arguments)

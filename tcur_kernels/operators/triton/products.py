@@ -1,4 +1,4 @@
-"""Products of tokens with the factors: z = x R̂ᵀ, p = dy Ĉ, and the way back."""
+"""Products of tokens with the factors: z = x R̂ᵀ, p = dy Ĉ, and from q numbers back to features."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from .spectra import dot
 @triton.jit
 def product_kernel(
     left_ptr,  # [rows, inner], contiguous
-    right_ptr,  # [inner, cols] by its strides
+    right_ptr,  # [inner, cols] with any strides
     out_ptr,  # [rows, cols], contiguous
     rows, inner, cols, right_inner, right_col,
     ROWS: tl.constexpr, COLS: tl.constexpr, INNER: tl.constexpr,
     ADD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``out = left @ right``, or where ADD ``out + left @ right``, in fp32 and rounded once."""
+    """Computes ``out = left @ right``, or adds it to ``out`` if ADD, in fp32 and rounded once."""
     col_blocks = tl.cdiv(cols, COLS)
     t = (tl.program_id(0) // col_blocks * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     j = (tl.program_id(0) % col_blocks * COLS + tl.arange(0, COLS)).to(tl.int64)
@@ -44,7 +44,14 @@ def product_kernel(
 def product(
     left: Tensor, right: Tensor, arch: str, precision: str, out: Tensor | None = None
 ) -> Tensor:
-    """``left @ right`` in fp32; or adds it to ``out``, rounded once to its dtype."""
+    """Returns ``left @ right``, [rows, cols] in fp32, or adds it to ``out`` and returns that.
+
+    Args:
+        left: [rows, inner].
+        right: [inner, cols], with any strides.
+        arch, precision: as for `launch.row` and `spectra.dot`.
+        out: [rows, cols], contiguous, of any dtype. The sum is formed in fp32 and rounded once.
+    """
     rows, inner = left.shape
     cols = right.shape[1]
     add = out is not None

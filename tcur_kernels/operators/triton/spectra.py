@@ -1,8 +1,10 @@
-"""What the kernels share: roots of unity, products at a stated precision, packed spectra.
+"""What the kernels share: roots of unity, and products of a stated precision.
 
-Packed spectra are those of `reference.pack`: with a rank of r, bin k >= 1 lies in the 2r columns
-(or rows) from (2k - 1) r on, its real part first, bin 0 in the r before them, and for even n3 the
-last r are the real bin n3/2.
+The kernels read and write packed half spectra, as `reference.pack` makes them. A packed half
+spectrum has n3 planes of real numbers. A factor of rank r has r columns (or rows) for each plane.
+Plane 0 is bin 0. Planes 2k - 1 and 2k are the real and the imaginary part of bin k. For even n3,
+the last plane is bin n3/2. Bins 0 and n3/2 are real. Every other bin stands for the pair of bins k
+and n3 - k, which are conjugate.
 """
 
 from __future__ import annotations
@@ -13,7 +15,10 @@ import triton.language as tl
 
 @triton.jit
 def rounded(a, BITS: tl.constexpr):
-    """The nearest number without the last BITS of its 24: 13 for TF32, 16 for bf16."""
+    """Rounds fp32 numbers to the nearest ones whose last BITS of 24 are zero.
+
+    BITS is 13 for TF32 and 16 for bf16.
+    """
     half: tl.constexpr = 1 << (BITS - 1)
     bits = (a.to(tl.int32, bitcast=True) + half) & -(2 * half)
     return bits.to(tl.float32, bitcast=True)
@@ -21,13 +26,15 @@ def rounded(a, BITS: tl.constexpr):
 
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
-    """``acc + a @ b``, sums in fp32; PRECISION as of `launch.dot_precisions`.
+    """Returns ``acc + a @ b``, summed in fp32; PRECISION is one of `launch.dot_precisions`.
 
-    "3xtf32" is three products of TF32, of the leading bits of each operand and of what they leave;
-    only the product of the two rests is lost, 2^-24 of the whole. Tensor cores truncate each of
-    their sums, 2^-24 of it on the average and always towards zero: a long sum there would be too
-    small by as many of these as it has terms. So they sum one triple, the small products first, and
-    triples are added up in fp32, which rounds.
+    "3xtf32" splits each operand into its 11 leading bits, which TF32 holds, and the rest. It
+    computes three of the four products in TF32. It leaves out the product of the two rests, which
+    is at most 2^-22 of the whole, and a rest may lose its last bit, at most 2^-23 of the operand.
+
+    Tensor cores truncate each of their sums towards zero. On average this takes away 2^-24 of the
+    sum, and in a long sum these errors add up. So tensor cores sum only the three products of
+    one pair of tiles, the small ones first. These sums are then added up in fp32, which rounds.
     """
     if PRECISION == "bf16":
         acc = tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16), acc)
@@ -45,7 +52,7 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
         elif PRECISION == "emulated bf16":
             acc = tl.dot(rounded(a, 16), rounded(b, 16), acc, input_precision="ieee")
         elif PRECISION == "tf32":
-            # Handed fp32, tensor cores cut off the last 13 bits: twice the error of rounding.
+            # Tensor cores would cut off the last 13 bits, with twice the error of rounding.
             acc = tl.dot(rounded(a, 13), rounded(b, 13), acc, input_precision="tf32")
         else:
             acc = tl.dot(a, b, acc, input_precision=PRECISION)
@@ -54,17 +61,18 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def unit_root(m, n):
-    """cos and sin of 2 pi m / n for 0 <= m < n, to one rounding of fp32.
+    """Returns cos and sin of 2 pi m / n for 0 <= m < n, with an error of about 1e-7 at most.
 
-    The angle is reduced to an eighth of a turn in integers, where Taylor's polynomials of degree
-    10 and 11 are exact to fp32; a library call would have a slow path with a stack frame.
+    The angle is reduced to an eighth of a turn in integers, so that this is exact. There, Taylor's
+    polynomials of degree 10 and 11 differ from cos and sin by less than fp32 can hold. A library
+    function would have a slow path that needs a stack frame.
     """
     upper = 2 * m > n
-    m = tl.where(upper, n - m, m)  # half a turn: the sine changes its sign
+    m = tl.where(upper, n - m, m)  # at most half a turn; the sine changes its sign
     obtuse = 4 * m > n
-    twice = tl.where(obtuse, n - 2 * m, 2 * m)  # twice the reflected m: a quarter of a turn
+    twice = tl.where(obtuse, n - 2 * m, 2 * m)  # m is reflected at a quarter of a turn
     steep = 4 * twice > n
-    # Angle / 2 pi = eighths / (4 n), at most 1/8.
+    # The angle is eighths / (4 n) of a turn, at most 1/8.
     eighths = tl.where(steep, n - 2 * twice, 2 * twice)
     angle = eighths.to(tl.float32) * (1.5707963267948966 / n)
     x = angle * angle
