@@ -44,8 +44,9 @@ def resources():
             return build.run([*command, "-c", str(source), "-o", str(target)])
 
         sources = sorted(SOURCES.glob("*.cu"))
-        for source, log in zip(sources, pool.map(compile_one, sources), strict=True):
-            check_log(source, log)
+        logs = zip(sources, pool.map(compile_one, sources), strict=True)
+        wrong = [line for source, log in logs for line in check_log(source, log)]
+    assert not wrong, "\n".join(wrong)
 
 
 def log_of_build(source, command):
@@ -65,13 +66,13 @@ KERNEL = re.compile(
 
 
 def check_log(source, log):
-    """One source: its plan against what ptxas made of it."""
+    """One source: its plan against what ptxas made of it. Returns a line for all that is wrong."""
     kernels = list(KERNEL.finditer(log))
     if not kernels:
         assert "TCUR_KERNEL" not in source.read_text(), (
             f"{source.name}: no kernel in ptxas's report"
         )
-        return
+        return []
     text = re.sub(r"\n// ?", " ", source.read_text())
     plan = PLAN.search(text)
     by_length = "Planned by `Tubes`" in text  # its launch bounds are the plan
@@ -80,14 +81,17 @@ def check_log(source, log):
     )
     threads, registers, blocks = map(int, plan.groups()) if plan else (1, 255, 1)
     assert threads * registers * blocks <= REGISTERS, f"{source.name}: the plan does not fit"
+    wrong = []
     for kernel in kernels:
         where = f"{source.name}, {kernel['target']}, {kernel['name']}"
-        for what in ("stack", "stores", "loads"):
-            assert kernel[what] == "0", f"{where}: {what} {kernel[what]} bytes"
-        assert int(kernel["registers"]) <= registers, f"{where}: {kernel['registers']} registers"
+        spilled = [what for what in ("stack", "stores", "loads") if kernel[what] != "0"]
+        wrong += [f"{where}: {what} {kernel[what]} bytes" for what in spilled]
+        if int(kernel["registers"]) > registers:
+            wrong.append(f"{where}: {kernel['registers']} registers")
     used = sorted({int(kernel["registers"]) for kernel in kernels})
     targets = sorted({kernel["target"] for kernel in kernels})
     print(f"resources: {source.name}: {len(kernels)} kernels for {targets}, registers {used}")
+    return wrong
 
 
 def run_host(*arguments, environment=None):
@@ -168,5 +172,7 @@ def barriers():
 
 if __name__ == "__main__":
     resources()
-    sanitizers()
-    barriers()
+    with ThreadPoolExecutor(1) as beside:  # it runs in one thread, most of the time
+        sanitized = beside.submit(sanitizers)
+        barriers()
+        sanitized.result()

@@ -5,7 +5,7 @@ from the annotations of a record. Every function that belongs to an operator tak
 operator itself is one `Operator`, in the module of ``definitions`` that has its name.
 
 ======================  ==========================================================================
-``materialize``         W_eff = W + scale C*U*R for all slices; no weights: the product alone
+``materialize``         W_eff = W + scale C*U*R for all slices; no weights: scale C*U*R
 ``materialize_out``     the same into a buffer, without a derivative
 ``core_grad_dense``     the adjoint: G -> Cᵀ*G*Rᵀ
 ``core_grad_tokens``    the same from tokens of one or more consecutive slices
