@@ -185,6 +185,22 @@ REFUSED = [
         r"weights: expected torch\.float",
         None,
     ),
+    (
+        "materialize",
+        {"weights": lambda t: [t[0].long()]},
+        "weights",
+        "weights: expected a floating dtype",
+        None,
+    ),
+    (
+        "core_grad_dense",
+        {"grad": lambda t: t.long()},
+        "grad",
+        "grad: expected a floating dtype",
+        None,
+    ),
+    ("core_grad_tokens", {"x": lambda t: t.long()}, None, "x: expected a floating dtype", None),
+    ("cur_linear", {"x": lambda t: t.long()}, "x ", "x: expected a floating dtype", None),
     ("core_grad_dense", {"horizontal_hat": lambda t: t[:3]}, "must be", "horizontal_hat", None),
     ("core_grad_tokens", {"slice_index": lambda _: 4}, "slice_index", "slice_index", None),
     ("core_grad_tokens", {"grad_y": lambda _: torch.ones(3, 6)}, "same tokens", "grad_y", None),
@@ -199,7 +215,7 @@ REFUSED = [
         "core_grad_tokens",
         {"x": lambda _: torch.ones(6, 9), "grad_y": lambda _: None, "adapter_ids": lambda _: IDS},
         r"adapter_ids goes .*without a dense gradient",
-        None,
+        "adapter_ids: expected None with a dense gradient",
         r"adapter_ids goes .*without a dense gradient",
     ),
     (
@@ -234,7 +250,13 @@ REFUSED = [
         "adapter_ids",
         None,
     ),
-    ("cur_linear", {"adapter_ids": lambda _: IDS[:1]}, r"core must be \[n3", None, None),
+    (
+        "cur_linear",
+        {"adapter_ids": lambda _: IDS[:1]},
+        r"core must be \[n3",
+        r"core: expected \[4, 2, 2\], or \[adapters, ",
+        None,
+    ),
     (
         "cur_linear",
         {
@@ -243,7 +265,7 @@ REFUSED = [
             "dense_grad": lambda _: True,
         },
         "adapter_ids goes by the factors",
-        None,
+        "adapter_ids: expected None with dense_grad",
         "adapter_ids goes by the factors",
     ),
 ]
