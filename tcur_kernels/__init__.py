@@ -1,6 +1,6 @@
 """Fused t-products and tensor-CUR low-rank adaptation for PyTorch."""
 
-from .adapters import Adapter, Plan, StackedCores, adapt, load_adapter
+from .adapters import Adapter, Plan, StackedCores, adapt, load_adapter, read_metadata
 from .decompose import TensorCUR, matrix_cur, modewise_cur, tensor_cur
 from .layers.linear import TProductLinear
 from .layers.stack import TProductStack
@@ -28,6 +28,7 @@ __all__ = [
     "matrix_cur",
     "modewise_cur",
     "multirank",
+    "read_metadata",
     "t_identity",
     "t_pinv",
     "t_product",

@@ -9,6 +9,7 @@ import argparse
 import json
 import statistics
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -116,6 +117,9 @@ def inspect(args: argparse.Namespace) -> None:
     contents = read_contents(args.adapter)
     size = args.adapter.stat().st_size
     print(f"{args.adapter}: {size:,} bytes, {len(contents.stacks)} stacks")
+    if contents.metadata:
+        print("metadata:")
+        print(textwrap.indent(json.dumps(contents.metadata, indent=2, ensure_ascii=False), "  "))
     for stored in contents.stacks:
         plan = stored.plan
         names = [member.module for member in plan.members]

@@ -21,6 +21,7 @@ from .fingerprint import Fingerprint, frozen_digest, persistent_buffers
 from .holding import CHILD
 from .install import stacks_of, take_out
 from .linear_maps import find_weights
+from .metadata import checked_metadata
 from .plan import Plan
 from .record import StackRecord
 from .streaming import on_meta
@@ -63,6 +64,7 @@ class Adapter:
         self._base_buffers = dict(base_buffers)
         # name of an inactive adapter -> its values of what is trained beside the cores
         self._inactive: dict[str, dict[str, Tensor]] = {}
+        self._metadata: dict[str, dict[str, Any]] = {name: {}}
         self._order = [name]
 
     # -- parameters
@@ -92,6 +94,24 @@ class Adapter:
         """Names of the adapters, in the order in which they were added."""
         return tuple(self._order)
 
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """What you want to keep with the active adapter: a dict of what JSON can hold.
+
+        `save` writes it, and whoever loads the file finds it here again; `read_metadata` reads it
+        without a model. How a training prepared its data is an example. Each adapter has its own,
+        at first an empty one. What you set is copied, and tuples become lists.
+
+        Raises:
+            TypeError: what is set is no dict, or holds something that JSON cannot hold, such as
+                NaN, a tensor, or a key that is no string; the message says where.
+        """
+        return self._metadata[self.active]
+
+    @metadata.setter
+    def metadata(self, value: dict[str, Any]) -> None:
+        self._metadata[self.active] = checked_metadata(value)
+
     def add(self, name: str) -> None:
         """Adds an adapter with cores of zeros and the present values of what ``train_also`` names.
 
@@ -102,6 +122,7 @@ class Adapter:
         for stack in self.stacks.values():
             stack.add_core(name)
         self._inactive[name] = self._learned()
+        self._metadata[name] = {}
         self._order.append(name)
 
     def activate(self, name: str) -> None:
@@ -132,7 +153,7 @@ class Adapter:
             raise ValueError(f"name: expected an adapter that is not active, got {name!r}")
         for stack in self.stacks.values():
             stack.remove_core(name)
-        del self._inactive[name]
+        del self._inactive[name], self._metadata[name]
         self._order.remove(name)
 
     def combine(self, weights: Mapping[str, float], name: str) -> None:
@@ -162,7 +183,7 @@ class Adapter:
                     total.add_(stack.core_of(self._key(other)), alpha=float(weight))
 
     def load(self, path: str | Path, name: str | None = None) -> None:
-        """Loads the cores of a file, and whatever else it trained, into this model.
+        """Loads the cores of a file, whatever else it trained, and its metadata into this model.
 
         If an adapter of that name exists, its values are replaced (hot swap): nothing is
         recompiled, and optimizers keep their parameters. Otherwise a new adapter is added.
@@ -194,11 +215,12 @@ class Adapter:
             self._write(learned)
         else:
             self._inactive[name].update(learned)
+        self._metadata[name] = contents.metadata
 
     # -- files
 
     def save(self, path: str | Path, name: str | None = None, factors: bool = False) -> None:
-        """Writes cores, indices, plan, trained parameters and the base's fingerprint to ``path``.
+        """Writes cores, indices, plan, what else is trained, metadata and the base's fingerprint.
 
         The format is safetensors. Writing is atomic: if it fails, an existing file stays as it was.
         If FSDP2 shards the model, all processes must call this, and rank 0 writes.
@@ -210,6 +232,7 @@ class Adapter:
                 one base. With them `load_adapter` can also use a base in another dtype.
 
         Raises:
+            TypeError: the metadata was given something that JSON cannot hold.
             ValueError: some weights are not loaded yet (on the meta device); or some adapted layers
                 of the model were replaced or removed.
         """
@@ -256,7 +279,8 @@ class Adapter:
             record, sides = StackRecord.of(plan, stack), stack.factors if factors else None
             stacks.append(StoredStack(record, stored, *settings, core, sides))
         frozen = frozen_digest(self.model, self.plan, trained)
-        return Contents(tuple(stacks), self.train_also, frozen, learned)
+        metadata = checked_metadata(self._metadata[name])  # it may have been written to since
+        return Contents(tuple(stacks), self.train_also, frozen, learned, metadata)
 
     # -- many adapters in one batch
 

@@ -3,14 +3,15 @@
 Tensors are ``core.<stack>``, ``trained.<parameter>`` and ``buffer.<buffer>``. If C and R are stored
 too, they are ``lateral.<stack>`` and ``horizontal.<stack>``. If not, the file only has 2 r indices
 per stack, which say which slices of the base weights C and R are; it then fits exactly one base.
-The header holds the record of every stack (`record.StackRecord`), its settings, and the base's
-fingerprint.
+The header holds the record of every stack (`record.StackRecord`), its settings, the base's
+fingerprint, and what the user wants to keep with the adapter.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from ..files.whole import replacing
 from ..layers.stack import TProductStack
 from ..operators.factors import CURFactors
 from ..values import HoldsTensors
+from .metadata import checked_metadata
 from .plan import Plan, StackPlan
 from .record import StackRecord
 
@@ -101,12 +103,14 @@ class Contents(HoldsTensors):
         train_also: patterns of what was trained beside the cores.
         frozen_sha256: digest of every parameter that is neither trained nor in a stack.
         learned: ("trained" or "buffer", name in the model) -> values.
+        metadata: what the user keeps with the adapter; see `Adapter.metadata`.
     """
 
     stacks: tuple[StoredStack, ...]
     train_also: tuple[str, ...]
     frozen_sha256: str
     learned: Mapping[tuple[str, str], Tensor]
+    metadata: dict[str, Any]
 
     @property
     def plan(self) -> Plan:
@@ -137,6 +141,7 @@ class Contents(HoldsTensors):
             "stacks": [stored.as_json() for stored in self.stacks],
             "train_also": list(self.train_also),
             "frozen_sha256": self.frozen_sha256,
+            "metadata": self.metadata,
         }
         metadata = {
             "format": FORMAT,
@@ -190,34 +195,70 @@ def read_contents(path: Path) -> Contents:
         ValueError: the file is truncated or not an adapter, has another format version, or has
             parts that do not fit.
     """
-    header, tensors = _read(path)
-    try:
+    with _opened(path) as (header, file):
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         stacks = tuple(StoredStack.of_json(entry, tensors) for entry in header["stacks"])
         learned = {}
         for key, tensor in tensors.items():
             kind, _, name = key.partition(".")
             if kind in ("trained", "buffer"):
                 learned[(kind, name)] = tensor
-        return Contents(stacks, tuple(header["train_also"]), header["frozen_sha256"], learned)
+        return Contents(
+            stacks,
+            tuple(header["train_also"]),
+            header["frozen_sha256"],
+            learned,
+            _metadata_of(header),
+        )
+
+
+def read_metadata(path: str | Path) -> dict[str, Any]:
+    """Reads what was kept with an adapter as `Adapter.metadata`; needs no model and no tensors.
+
+    Args:
+        path: a file that `Adapter.save` wrote.
+
+    Returns:
+        The dict; an empty one if nothing was kept.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is truncated or not an adapter, or has another format version.
+    """
+    with _opened(Path(path)) as (header, _):
+        return _metadata_of(header)
+
+
+def _metadata_of(header: Mapping[str, Any]) -> dict[str, Any]:
+    """The metadata in a header; files from before there was any have none."""
+    return checked_metadata(header.get("metadata", {}))
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[dict[str, Any], Any]]:
+    """Context with the header of a file, and the file to read its tensors from.
+
+    It refuses a truncated or foreign file, one of another version, and one in which the block
+    misses something.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"path: expected an adapter file, got none at {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield _header_of(file.metadata() or {}, path), file
+    except SafetensorError as error:
+        raise ValueError(
+            f"path: expected a whole safetensors file, got a truncated or foreign one at {path} "
+            f"({error})"
+        ) from error
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"path: expected a whole adapter file, got one with parts missing at {path} ({error!r})"
         ) from error
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Reads header and tensors of a file; refuses a truncated, foreign or other-version one."""
-    if not path.is_file():
-        raise FileNotFoundError(f"path: expected an adapter file, got none at {path}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(
-            f"path: expected a whole safetensors file, got a truncated or foreign one at {path} "
-            f"({error})"
-        ) from error
+def _header_of(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
+    """The header that `Contents.write` wrote; refuses another format or version."""
     if metadata.get("format") != FORMAT:
         raise ValueError(
             f"path: expected an adapter of tcur_kernels, got a safetensors file of format "
@@ -230,4 +271,4 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             "version of tcur_kernels wrote it"
         )
     header: dict[str, Any] = json.loads(metadata["adapter"])
-    return header, tensors
+    return header

@@ -69,7 +69,7 @@ def load_adapter(model: nn.Module, path: str | Path, strict: bool = True) -> Ada
                 "parameters outside of the stacks differ (strict=False loads all the same)"
             )
     adapter = install(model, contents.plan, stacks, train_also)
-    adapter.skipped, adapter.missing = skipped, missing
+    adapter.skipped, adapter.missing, adapter.metadata = skipped, missing, contents.metadata
     with torch.no_grad():
         for (_, name), tensor in learned.items():
             state[name].copy_(tensor)
