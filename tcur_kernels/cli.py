@@ -52,6 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--targets", nargs="+", help="names or patterns; default: all by shape")
     command.add_argument("--rank", type=int, default=8)
     command.add_argument("--stacks", choices=STACKS_BY, default="shape")
+    command.add_argument("--verbose", action="store_true", help="a line for every layer")
     command.add_argument(
         "--curve",
         type=Path,
@@ -99,7 +100,7 @@ def show_plan(args: argparse.Namespace) -> None:
     if args.curve is not None:
         model_files("--curve", directory.path)
     plan = make_plan(model, args.targets, args.rank, stacks=args.stacks, loaded=False)
-    print(plan)
+    print(plan.describe() if args.verbose else f"{plan}\n(every layer: --verbose)")
     cores = sum(stack.n3 * args.rank**2 for stack in plan.stacks)
     total = sum(parameter.numel() for parameter in model.parameters())
     print(f"rank {args.rank}: {cores:,} trained numbers, {cores / total:.2e} of {total:,}")

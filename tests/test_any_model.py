@@ -257,7 +257,7 @@ def test_gpt2(transformers, tmp_path):
         "32x8": [(f"{b}.mlp.c_fc", 1) for b in h],
         "8x32": [(f"{b}.mlp.c_proj", 1) for b in h],
     }
-    text = str(adapter.plan)
+    text = adapter.plan.describe()
     assert "lm.lm_head: its weight is tied: lm.transformer.wte.weight, lm.lm_head.weight" in text
     assert "lm.transformer.wpe: Embedding is not a linear layer" in text
     torch.manual_seed(0)
@@ -367,7 +367,8 @@ def test_settings_per_stack():
     shapes = {name: (s.rank, s.alpha, s.n3) for name, s in adapter.stacks.items()}
     assert shapes == {"10x6": (2, 0.25, 2), "10x10": (5, 0.25, 2)}
     assert adapter.stacks["10x10"].columns == (5, 6, 7, 8, 9)
-    assert "rank 5, W_eff from " in str(adapter.plan)
+    assert "rank 5, W_eff from " in adapter.plan.describe()
+    assert "of 2 x 5 x 5 numbers: 1-2\n" in str(adapter.plan)  # the usual way needs no note
 
 
 @pytest.mark.parametrize(
@@ -452,15 +453,31 @@ def test_names_of_a_stack_per_layer_are_of_their_own():
 
 
 def test_what_is_left_out_is_counted_when_it_is_much():
-    layers = [nn.Conv2d(3, 3, 1) for _ in range(7)]
-    model = nn.Sequential(
-        nn.Linear(4, 4), nn.Linear(4, 4), *layers, nn.LSTM(4, 4), nn.Embedding(3, 3)
-    )
-    plan = make_plan(model, None, 2)
+    convolutions = [nn.Conv2d(3, 3, 1) for _ in range(7)]
+    layers = [nn.Linear(4, 4), nn.Linear(4, 4), nn.LSTM(4, 4), *convolutions, nn.Embedding(3, 3)]
+    plan = make_plan(nn.Sequential(*layers), None, 2)
     assert len(plan.left_out) == 9
-    text = str(plan)
-    assert "  2, 3 and 5 more: Conv2d is not a linear layer\n" in text
-    assert "  9: LSTM is not a linear layer\n  10: Embedding is not a linear layer" in text
+    assert str(plan).splitlines()[1:] == [
+        "left out: 9 modules, which plan.describe() names: 7 x Conv2d is not a linear layer; "
+        "1 x LSTM is not a linear layer; 1 x Embedding is not a linear layer"
+    ]
+    assert plan.describe().splitlines()[3:] == [
+        "left out:",
+        "  2: LSTM is not a linear layer",
+        *[f"  {i}: Conv2d is not a linear layer" for i in range(3, 10)],
+        "  10: Embedding is not a linear layer",
+    ]
+    layers += [nn.GRU(4, 4), nn.RNN(4, 4), nn.Conv1d(3, 3, 1)]
+    plan = make_plan(nn.Sequential(*layers), None, 2)
+    assert "; 1 x GRU is not a linear layer; 2 for other reasons" in str(plan)
+    assert "  13: Conv1d is not a linear layer" in plan.describe()
+    three = nn.Sequential(*layers[:4], layers[-1])
+    assert str(make_plan(three, None, 2)).splitlines()[1:] == [
+        "left out:",
+        "  2: LSTM is not a linear layer",
+        "  3: Conv2d is not a linear layer",
+        "  4: Conv1d is not a linear layer",
+    ]
 
 
 def test_weights_on_the_meta_device_are_left_out():

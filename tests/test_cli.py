@@ -184,13 +184,19 @@ def test_plan_and_merge_of_gpt2(run, transformers, tmp_path):
     model = gpt2_directory(transformers, tmp_path / "base")
     status, out, _ = run("plan", tmp_path / "base", "--rank", "2")
     assert status == 0
-    assert "stack 8x8: 8 slices of 8 x 8" in out
-    assert "transformer.h.1.attn.c_attn" in out
+    assert "stack 8x8: 8 matrices of 8 x 8 share one core of 8 x 2 x 2 numbers: transformer." in out
+    assert "transformer.h.0-1.attn.c_attn (3 matrices each: fused q, k, v)" in out
+    assert "(every layer: --verbose)" in out
     assert "rank 2: 48 trained numbers" in out
     assert "lm_head: its weight is tied" in out
     status, out, _ = run("plan", tmp_path / "base", "--targets", "mlp.c_fc", "--stacks", "layer")
     assert status == 0
-    assert "stack transformer_h_0_mlp_c_fc: 1 slices of 32 x 8" in out
+    assert "stack transformer_h_0_mlp_c_fc: 1 matrix of 32 x 8 has a core of 1 x 8 x 8 num" in out
+    status, out, _ = run("plan", tmp_path / "base", "--rank", "2", "--verbose")
+    assert status == 0
+    assert "stack 8x8: 8 slices of 8 x 8, rank 2\n      0-2  transformer.h.0.attn.c_attn\n" in out
+    assert "transformer.wpe: Embedding is not a linear layer" in out
+    assert "--verbose" not in out
 
     adapter = tcur.adapt(model, rank=2)
     with torch.no_grad():

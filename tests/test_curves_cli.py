@@ -35,7 +35,7 @@ def test_a_table_and_a_picture(model_dir, tmp_path):
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
-    assert "stack 16x16: 8 slices of 16 x 16" in lines
+    assert lines[0].startswith("stack 16x16: 8 matrices of 16 x 16 share one core of 8 x 4 x 4")
     table = lines.index("stack 16x16: 8 slices of 16 x 16, relative errors")
     assert lines[table + 1].split() == ["rank", "core", "best", "norm2"]
     rank, core, best, error = lines[table + 3].split()
@@ -46,7 +46,7 @@ def test_a_table_and_a_picture(model_dir, tmp_path):
 
 def test_a_plan_reads_no_weights_and_bad_input_is_named(model_dir, tmp_path, capsys):
     assert cli.main(["plan", str(model_dir), "--targets", "mlp.up_proj"]) == 0
-    assert "stack 24x16: 2 slices of 24 x 16" in capsys.readouterr().out
+    assert "stack 24x16: 2 matrices of 24 x 16" in capsys.readouterr().out
     for arguments, message in (
         ([str(tmp_path)], "error: model_dir: expected"),
         ([str(model_dir), "--targets", "nothing"], "error: targets: expected"),

@@ -235,7 +235,7 @@ def test_what_needs_weights_says_so(base, adapter, tmp_path, capsys):
     for more in ((), ("pytorch_model.bin",)):
         fill(base, *more)
         assert cli.main(["plan", str(base)]) == 0
-        assert "stack 32x32: 9 slices of 32 x 32" in capsys.readouterr().out
+        assert "stack 32x32: 9 matrices of 32 x 32" in capsys.readouterr().out
         assert cli.main(["plan", str(base), "--curve", str(tmp_path / "c.png")]) == 2
         printed = capsys.readouterr()
         assert "expected *.safetensors with the weights, got none in" in printed.err

@@ -555,7 +555,9 @@ def test_a_small_update_survives_in_half_precision(dtype, bias, autocast):
     if not autocast:
         assert survived("auto") == survived("factored")
         plan = tcur.adapt(nn.Sequential(*copy.deepcopy(linears)), rank=4).plan
-        assert f"factored: the base is {dtype}, and W_eff rounded to it would" in str(plan)
+        says = f"factored: the base is {dtype}, and W_eff rounded to it would swallow small updates"
+        assert str(plan).endswith(f"; {says}")
+        assert f", rank 4, {says}\n" in plan.describe()
 
 
 def test_precision_is_checked():

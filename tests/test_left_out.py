@@ -199,7 +199,7 @@ def test_matrices_that_are_bare_parameters_are_named():
         "many": "ParameterList holds 0 [2, 3], 1 [2, 3], 2 [2, 3] and 2 more as bare parameters, "
         "not as linear layers",
     }
-    assert str(plan).count("bare parameter") == 4
+    assert plan.describe().count("bare parameter") == 4
     trained = dict_of(make_plan(model, None, 2, ["experts.up", "extra"]))
     assert trained["experts"].endswith("down [3, 4, 8] as a bare parameter, not as a linear layer")
     assert trained["extra"] == "trained directly (train_also)"

@@ -195,6 +195,9 @@ def test_a_config_is_the_callers_and_serves_several_models(x, tmp_path):
         loaded = reloaded(base, tmp_path / str(index))
         assert torch.equal(loaded(x), model(x))
         assert loaded.peft_config["default"].plan == plans[index]
+        assert str(loaded.plans["default"]).splitlines()[1] == (
+            "stack 32x8: 3 matrices of 32 x 8 share one core of 3 x 2 x 2 numbers: blocks.0-2.mlp.0"
+        )
 
 
 def test_all_linear_layers_are_found_anew_by_a_used_config():

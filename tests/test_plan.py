@@ -30,10 +30,31 @@ def test_by_shape_with_a_fused_projection():
         ("embed", "the only slice of its shape"),
         ("head", "the only slice of its shape"),
     ]
-    text = str(plan)
-    assert "stack 8x8: 12 slices of 8 x 8" in text
-    assert "1-3  blocks.0.attn.qkv" in text
-    assert "head: the only slice of its shape" in text
+    assert plan.describe().splitlines() == [
+        "stack 8x8: 12 slices of 8 x 8, rank 2",
+        "        0  blocks.0.attn.out_proj",
+        "      1-3  blocks.0.attn.qkv",
+        "        4  blocks.1.attn.out_proj",
+        "      5-7  blocks.1.attn.qkv",
+        "        8  blocks.2.attn.out_proj",
+        "     9-11  blocks.2.attn.qkv",
+        "stack 32x8: 3 slices of 32 x 8, rank 2",
+        *[f"        {i}  blocks.{i}.mlp.0" for i in range(3)],
+        "stack 8x32: 3 slices of 8 x 32, rank 2",
+        *[f"        {i}  blocks.{i}.mlp.2" for i in range(3)],
+        "left out:",
+        "  embed: the only slice of its shape",
+        "  head: the only slice of its shape",
+    ]
+    assert str(plan).splitlines() == [
+        "stack 8x8: 12 matrices of 8 x 8 share one core of 12 x 2 x 2 numbers: "
+        "blocks.0-2.attn.out_proj, blocks.0-2.attn.qkv (3 matrices each: fused q, k, v)",
+        "stack 32x8: 3 matrices of 32 x 8 share one core of 3 x 2 x 2 numbers: blocks.0-2.mlp.0",
+        "stack 8x32: 3 matrices of 8 x 32 share one core of 3 x 2 x 2 numbers: blocks.0-2.mlp.2",
+        "left out:",
+        "  embed: the only slice of its shape",
+        "  head: the only slice of its shape",
+    ]
 
 
 def test_a_projection_to_three_times_the_width_is_cut_by_its_name_only():

@@ -35,6 +35,22 @@ def test_the_papers_number_of_trainable_parameters():
     assert left_out["out.conv.conv"] == "Conv3d is not a linear layer"
     assert left_out["decoder2.conv_block.conv1.conv"] == "trained directly (train_also)"
     assert not any(type(model.get_submodule(name)) is nn.Linear for name in left_out)
+    mlp, back, attention, others = str(adapter.plan).splitlines()
+    assert mlp == (
+        "stack 3072x768: 12 matrices of 3072 x 768 share one core of 12 x 8 x 8 numbers: "
+        "vit.blocks.0-11.mlp.linear1"
+    )
+    assert back.endswith(" of 12 x 8 x 8 numbers: vit.blocks.0-11.mlp.linear2")
+    assert attention == (
+        "stack 768x768: 48 matrices of 768 x 768 share one core of 48 x 8 x 8 numbers: "
+        "vit.blocks.0-11.attn.out_proj, "
+        "vit.blocks.0-11.attn.qkv (3 matrices each: fused q, k, v)"
+    )
+    assert others.startswith(f"left out: {len(left_out)} modules, which plan.describe() names: ")
+    assert "; 11 x Conv3d is not a linear layer; " in others
+    lines = adapter.plan.describe().splitlines()
+    assert len(lines) == 3 + (12 + 12 + 24) + 1 + len(left_out)
+    assert "   45-47  vit.blocks.11.attn.qkv" in "\n".join(lines)
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from .fingerprint import persistent_buffers
 from .holding import PREFIXES
 from .install import is_adapted, put_in_place
 from .linear_maps import find_places
-from .plan import Plan, StacksBy, Targets, check_setting, make_plan, setting
+from .plan import Plan, StackPlan, StacksBy, Targets, check_setting, make_plan, setting
 from .streaming import BaseFiles, on_meta
 from .train_also import trained_names
 
@@ -153,16 +153,15 @@ def install(
     for name, parameter in model.named_parameters():
         if not name.startswith(PREFIXES):
             parameter.requires_grad = name in trained  # requires_grad_() refuses uninitialised ones
-    noted = [replace(stack, note=_note(stacks[stack.name])) for stack in plan.stacks]
-    return Adapter(model, replace(plan, stacks=tuple(noted)), stacks, train_also, buffers)
+    noted = tuple(_noted(stack, stacks[stack.name]) for stack in plan.stacks)
+    return Adapter(model, replace(plan, stacks=noted), stacks, train_also, buffers)
 
 
-def _note(stack: TProductStack) -> str:
-    """The note for the plan on how the layers of a stack run, and why."""
+def _noted(plan: StackPlan, stack: TProductStack) -> StackPlan:
+    """The entry of a stack with a note on how its layers run, and why."""
     n1, n2, n3, rank = stack.n1, stack.n2, stack.n3, stack.rank
-    head = f"rank {rank}"
     if stack.mode != "auto":
-        return f"{head}, {stack.mode} as asked for"
+        return replace(plan, note=f"{stack.mode} as asked for", is_special=True)
     dtype = stack.places[0].weight.dtype
     worth = cost.tokens_worth_materializing(n1, n2, n3, rank)
     best = cost.choose_mode(
@@ -177,5 +176,6 @@ def _note(stack: TProductStack) -> str:
     )
     if best == "factored":
         why = "W_eff rounded to it would swallow small updates"
-        return f"{head}, factored: the base is {dtype}, and {why}"
-    return f"{head}, W_eff from {ceil(worth)} tokens per step on, through the factors below"
+        return replace(plan, note=f"factored: the base is {dtype}, and {why}", is_special=True)
+    note = f"W_eff from {ceil(worth)} tokens per step on, through the factors below"
+    return replace(plan, note=note)

@@ -77,7 +77,8 @@ class StoredStack(HoldsTensors):
     @classmethod
     def of_json(cls, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> StoredStack:
         """Builds the record of a stack from its header entry and the tensors of the file."""
-        record, rank = StackRecord.of_json(entry), entry["rank"]
+        rank = entry["rank"]
+        record = StackRecord.of_json(entry, rank)
         name, shape = record.plan.name, (record.plan.n3, rank, rank)
         core = tensors[f"core.{name}"]
         if core.shape != shape:

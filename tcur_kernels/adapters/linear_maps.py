@@ -37,6 +37,10 @@ _NAMED = 3
 
 _TRAINED = "trained directly (train_also)"
 
+#: Last components of the usual names of fused q, k, v projections. Only the name can tell: other
+#: layers, too, may have three times as many outputs as inputs.
+_FUSED_QKV = ("qkv", "qkv_proj", "Wqkv", "in_proj", "query_key_value", "c_attn")
+
 
 @dataclass(frozen=True)
 class Weight:
@@ -253,3 +257,8 @@ def _is_matrix(parameter: Tensor) -> bool:
 def aliases(model: nn.Module, module: nn.Module) -> list[str]:
     """All names of a module in a model."""
     return [n for n, m in model.named_modules(remove_duplicate=False) if m is module]
+
+
+def is_fused(name: str) -> bool:
+    """Whether a linear map has a usual name of a fused q, k, v projection."""
+    return name.rpartition(".")[2] in _FUSED_QKV

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from ..decompose.slices import check_rank
+from .folding import layers_in_short
 from .holding import is_reserved
-from .linear_maps import Weight, find_weights, reasons_to_leave_out
+from .linear_maps import Weight, find_weights, is_fused, reasons_to_leave_out
 from .targets import Targets as Targets
 from .targets import choose
 
@@ -22,12 +23,9 @@ from .targets import choose
 StacksBy = Literal["shape", "layer"]
 STACKS_BY: tuple[StacksBy, ...] = get_args(StacksBy)
 
-#: Last components of the usual names of fused q, k, v projections. Only the name can tell: other
-#: layers, too, may have three times as many outputs as inputs.
-_FUSED_QKV = ("qkv", "qkv_proj", "Wqkv", "in_proj", "query_key_value", "c_attn")
-
-#: A printed plan lists up to this many modules per reason; of more it names two and the number.
-_LISTED = 3
+#: If no more modules than these are left out, a printed plan names each. Of more it counts those
+#: of the most frequent reasons, up to this many reasons.
+_LISTED, _REASONS = 3, 4
 
 _ALL_ZERO = "all weights of its stack are zero: C and R would be, and the core could never learn"
 
@@ -44,16 +42,19 @@ class Member:
 
 @dataclass(frozen=True)
 class StackPlan:
-    """One stack: its name, the size of its slices, and its layers in the order of the slices.
+    """One stack: its name, the size of its slices, its layers in the order of these, its rank.
 
-    ``note`` tells the reader of the plan how its layers run, and why.
+    ``note`` tells the reader of the plan how its layers run, and why. If that ``is_special``, not
+    just a matter of the number of tokens, the printed plan has the note, too.
     """
 
     name: str
     n1: int
     n2: int
     members: tuple[Member, ...]
+    rank: int
     note: str = ""
+    is_special: bool = False
 
     @property
     def n3(self) -> int:
@@ -74,10 +75,33 @@ class LeftOut:
 
 @dataclass(frozen=True, repr=False)
 class Plan:
-    """The ordered stacks, and what was left out; ``print(plan)`` shows both."""
+    """The ordered stacks, and what was left out.
+
+    ``print(plan)`` shows both in few lines: names that differ in numbers alone are folded, as in
+    ``blocks.0-11.mlp``. `describe` names every layer.
+    """
 
     stacks: tuple[StackPlan, ...]
     left_out: tuple[LeftOut, ...] = ()
+
+    def describe(self) -> str:
+        """Every layer with its slices, in their order, and every module left out with the reason.
+
+        Each stack has its rank and how its layers run, and why.
+        """
+        lines = []
+        for stack in self.stacks:
+            head = f"stack {stack.name}: {stack.n3} slices of {stack.n1} x {stack.n2}"
+            lines.append(
+                ", ".join([head, f"rank {stack.rank}", *([stack.note] * bool(stack.note))])
+            )
+            index = 0
+            for member in stack.members:
+                last = index + member.slices - 1
+                where = f"{index}" if member.slices == 1 else f"{index}-{last}"
+                lines.append(f"  {where:>7}  {member.module}")
+                index += member.slices
+        return "\n".join([*lines, *self._each_left_out()])
 
     def __repr__(self) -> str:
         layers = sum(len(stack.members) for stack in self.stacks)
@@ -87,32 +111,34 @@ class Plan:
         )
 
     def __str__(self) -> str:
-        lines = []
-        for stack in self.stacks:
-            head = f"stack {stack.name}: {stack.n3} slices of {stack.n1} x {stack.n2}"
-            lines.append(f"{head}, {stack.note}" if stack.note else head)
-            index = 0
-            for member in stack.members:
-                last = index + member.slices - 1
-                where = f"{index}" if member.slices == 1 else f"{index}-{last}"
-                lines.append(f"  {where:>7}  {member.module}")
-                index += member.slices
-        if self.left_out:
-            lines.append("left out:")
-            lines += [f"  {line}" for line in self._left_out_lines()]
+        lines = [_in_one_line(stack) for stack in self.stacks]
+        if len(self.left_out) <= _LISTED:
+            return "\n".join([*lines, *self._each_left_out()])
+        counts = Counter(item.reason for item in self.left_out).most_common()
+        counted = [f"{count} x {reason}" for reason, count in counts[:_REASONS]]
+        others = sum(count for _, count in counts[_REASONS:])
+        if others:
+            counted.append(f"{others} for other reasons")
+        lines.append(
+            f"left out: {len(self.left_out)} modules, which plan.describe() names: "
+            f"{'; '.join(counted)}"
+        )
         return "\n".join(lines)
 
-    def _left_out_lines(self) -> list[str]:
-        by_reason: dict[str, list[str]] = defaultdict(list)
-        for item in self.left_out:
-            by_reason[item.reason].append(item.module)
-        lines = []
-        for reason, names in by_reason.items():
-            if len(names) <= _LISTED:
-                lines += [f"{name}: {reason}" for name in names]
-            else:
-                lines.append(f"{names[0]}, {names[1]} and {len(names) - 2} more: {reason}")
-        return lines
+    def _each_left_out(self) -> list[str]:
+        each = [f"  {item.module}: {item.reason}" for item in self.left_out]
+        return ["left out:", *each] if each else []
+
+
+def _in_one_line(stack: StackPlan) -> str:
+    """A stack with the names of its layers folded, in the order of their first slices."""
+    n3, rank = stack.n3, stack.rank
+    what = f"{n3} matrices of {stack.n1} x {stack.n2} share one core"
+    if n3 == 1:
+        what = f"1 matrix of {stack.n1} x {stack.n2} has a core"
+    listed = ", ".join(layers_in_short({m.module: m.slices for m in stack.members}))
+    line = f"stack {stack.name}: {what} of {n3} x {rank} x {rank} numbers: {listed}"
+    return f"{line}; {stack.note}" if stack.is_special else line
 
 
 def make_plan(
@@ -216,7 +242,8 @@ def plan_groups(
     planned: list[StackPlan] = []
     left_out: list[LeftOut] = []
     for name, (n1, n2), members in groups:
-        stack, rank, why = StackPlan(name, n1, n2, tuple(members)), rank_of(name), None
+        rank, why = rank_of(name), None
+        stack = StackPlan(name, n1, n2, tuple(members), rank)
         if stacks == "shape" and stack.n3 == 1:
             why = "the only slice of its shape"
         elif not 1 <= rank <= min(n1, n2):
@@ -307,8 +334,7 @@ def _groups_by_layer(weights: Mapping[str, Tensor]) -> list[_Group]:
 
 
 def _slices_of(name: str, weight: Tensor) -> int:
-    fused = name.rpartition(".")[2] in _FUSED_QKV and weight.shape[0] == 3 * weight.shape[1]
-    return 3 if fused else 1
+    return 3 if is_fused(name) and weight.shape[0] == 3 * weight.shape[1] else 1
 
 
 def _named_groups(

@@ -50,13 +50,13 @@ class StackRecord:
         }
 
     @classmethod
-    def of_json(cls, entry: Mapping[str, Any]) -> StackRecord:
-        """Reads a record back from JSON.
+    def of_json(cls, entry: Mapping[str, Any], rank: int) -> StackRecord:
+        """Reads a record back from JSON; the rank is among the settings, which are stored apart.
 
         Raises:
             KeyError, TypeError, ValueError: the entry does not have the form that `as_json` gives.
         """
         members = tuple(Member(str(module), int(slices)) for module, slices in entry["members"])
-        plan = StackPlan(str(entry["name"]), int(entry["n1"]), int(entry["n2"]), members)
+        plan = StackPlan(str(entry["name"]), int(entry["n1"]), int(entry["n2"]), members, rank)
         rows, columns = (tuple(map(int, entry[side])) for side in ("rows", "columns"))
         return cls(plan, rows, columns, Fingerprint(entry["dtype"], entry["sha256"]))

@@ -107,7 +107,7 @@ def read_records(model: nn.Module, layers: Layers, config: TCURConfig) -> tuple[
     """
     assert config.plan is not None
     try:
-        records = tuple(map(StackRecord.of_json, config.plan))
+        records = tuple(StackRecord.of_json(entry, config.rank) for entry in config.plan)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"plan: expected that of a saved adapter, got {error!r}") from error
     names = [member.module for record in records for member in record.plan.members]
@@ -254,8 +254,10 @@ class Record:
         if any(a is not b for a, b in zip(now, self._factors, strict=True)):
             self._factors = now
             entries = [
-                replace(StackRecord.of_json(entry), base=Fingerprint.of(factors)).as_json()
-                for entry, factors in zip(self._plan, now, strict=True)
+                replace(
+                    StackRecord.of_json(entry, stack.rank), base=Fingerprint.of(stack.factors)
+                ).as_json()
+                for entry, stack in zip(self._plan, self._stacks, strict=True)
             ]
             made_by = getattr(self._plan, "made_by", None)
             self._plan = entries if made_by is None else Recorded(entries, made_by)
