@@ -1,10 +1,9 @@
-"""Support for several processes: sharded weights, and checkpointing under DDP."""
+"""Support for several processes: sharded weights, and which process is the first."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
 
 def is_sharded(tensor: object) -> bool:
@@ -26,36 +25,3 @@ def is_first_process() -> bool:
     return not (distributed.is_available() and distributed.is_initialized()) or (
         distributed.get_rank() == 0
     )
-
-
-class ReentrantGuard:
-    """Refuses reentrant checkpointing under DDP, which would silently give wrong gradients.
-
-    Many layers share a core. Reentrant checkpointing runs a separate backward in every checkpointed
-    block, so the gradient of the core arrives in pieces. DDP takes the first piece for the whole
-    gradient and averages only that; the processes then diverge. With ``static_graph=True`` DDP
-    waits for all pieces.
-
-    The guard recognises the first pass of a reentrant checkpoint because gradients are off in the
-    forward of DDP, and the second pass because it runs within a backward.
-    """
-
-    def __init__(self) -> None:
-        self._suspect = False
-
-    def check(self) -> None:
-        """Must be called in every forward of a trained stack.
-
-        Raises:
-            RuntimeError: this is the second pass of a reentrant checkpoint under DDP.
-        """
-        if torch._C._current_graph_task_id() == -1:
-            ddp = DistributedDataParallel._active_ddp_module
-            self._suspect = ddp is not None and not torch.is_grad_enabled() and not ddp.static_graph
-        elif self._suspect and torch.is_grad_enabled():
-            raise RuntimeError(
-                "reentrant activation checkpointing under DistributedDataParallel gives wrong "
-                "gradients of a core that layers share: pass use_reentrant=False to checkpoint "
-                "(gradient_checkpointing_kwargs={'use_reentrant': False} in transformers), or "
-                "static_graph=True to DDP"
-            )

@@ -12,7 +12,7 @@ PACKAGE = Path(tcur_kernels.__file__).parent
 
 #: The wings of the house from the ground up: a module imports from its own wing and those below.
 WINGS = (
-    ("autocast", "processes", "values"),
+    ("autocast", "checkpoints", "processes", "values"),
     ("t_product",),
     ("operators",),
     ("files",),

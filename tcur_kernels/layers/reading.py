@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from ..checkpoints import refuse_lost_gradients
 from ..operators.contract import CoreGradTokens
 from ..operators.eager import Pending, is_traced
 from ..operators.functional import prepare
@@ -39,7 +40,10 @@ def read_weight(stored: Tensor, places: Sequence[Place]) -> Tensor:
         return _whole(stored, active, effective_weight)
     read: EffectiveWeight
     cores = [place.stack.core for place in active]
-    if torch.is_grad_enabled() and any(core.requires_grad for core in cores):
+    is_trained = any(core.requires_grad for core in cores)
+    if is_trained:
+        refuse_lost_gradients()
+    if is_trained and torch.is_grad_enabled():
         pending = [place.stack.reading() for place in active]
         read = _Read.apply(stored, active, pending, *cores)
     else:

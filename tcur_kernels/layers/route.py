@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..autocast import is_autocast
+from ..checkpoints import ReentrantGuard, refuse_lost_gradients, watch
 from ..operators import cost, streams
 from ..operators.eager import (
     BY_FACTORS,
@@ -28,7 +29,6 @@ from ..operators.eager import (
 )
 from ..operators.factors import CURFactors, Precision
 from ..operators.functional import cur_linear, materialize, prepare, slice_update
-from ..processes import ReentrantGuard
 from .base import Base, check_one_base, is_here
 from .cores import Cores
 from .reading import effective_weight
@@ -87,6 +87,7 @@ class Routed(Cores):
 
     def _reset(self) -> None:
         """Starts with empty caches for the present factors."""
+        watch()
         self._lock = threading.RLock()
         self._kept = Kept()
         #: Maps (first slice, precision, dtype) of a layer to what its calls have in common.
@@ -127,7 +128,7 @@ class Routed(Cores):
             return F.linear(x, self._merged_weight(place).to(dtype), bias)
         if not (traced or self.base.knows(place, weight)):
             self._look()
-        core, adapter_ids = self._core_for(x)
+        core, adapter_ids = self._core_for(x, traced)
         if x.is_nested:
             if adapter_ids is not None:
                 raise ValueError("x: expected rows of equal length in a batch, got a nested tensor")
@@ -150,10 +151,12 @@ class Routed(Cores):
             self.settle()
         return place.stored.T if place.transposed else place.stored
 
-    def _core_for(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _core_for(self, x: Tensor, traced: bool) -> tuple[Tensor, Tensor | None]:
         """The core; or, in a batch of many adapters, their cores and the index for each row."""
         batch: Rows | None = rows_of(self)
         core, adapter_ids = (self.core, None) if batch is None else (batch.cores, batch.ids_for(x))
+        if core.requires_grad and not traced:
+            refuse_lost_gradients()
         wide = self.base.factors.dtype
         # FSDP2 with mixed precision may have cast the core together with the weights.
         return core if core.dtype == wide else core.to(wide), adapter_ids
@@ -366,6 +369,8 @@ class Routed(Cores):
     def update(self, place: Place) -> Tensor:
         """The update of one place, ``[out, in]``, in at least fp32; differentiable."""
         factors = self.factors
+        if self.core.requires_grad and not is_traced():
+            refuse_lost_gradients()
         core = self.core.to(factors.dtype)
         return slice_update(factors, core, place.slice_index, place.slices, self.alpha)
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..checkpoints import ReentrantGuard
 from ..decompose import Selection, Slices
 from ..decompose.slices import MAX_WORKSPACE, check_rank
 from ..decompose.tensor import as_slices, select_slices
@@ -16,7 +17,6 @@ from ..operators import cost
 from ..operators.checks import check_cores
 from ..operators.dispatch import check_precision
 from ..operators.factors import CURFactors, Precision
-from ..processes import ReentrantGuard
 from .base import Base, is_here
 from .linear import as_places, check_weights
 from .route import Routed
