@@ -359,14 +359,15 @@ class Adapter:
 
         Args:
             inplace: True writes into the model's own weights and keeps a copy of the base. State
-                dicts then still hold the base and the cores. False leaves this model alone and
-                returns a merged copy. Its layers are plain, so it no longer needs this package and
-                can be saved like any model.
+                dicts then still hold the base and the cores, and the first one warns of that. False
+                leaves this model alone, merged or not, and returns a merged copy. Its layers are
+                plain, so it no longer needs this package, and its state dict is that of a plain
+                model.
 
         Raises:
-            ValueError: the model is merged already.
+            ValueError: the model is to be merged in place and is merged already.
         """
-        if self.is_merged:
+        if inplace and self.is_merged:
             raise ValueError("merge: expected an unmerged adapter, got one that is merged already")
         warn_of_unused("merge", self.unused())
         if inplace:
@@ -375,7 +376,10 @@ class Adapter:
             return self.model
         merged = copy.deepcopy(self.model)
         for twin in stacks_of(merged).values():
-            twin.merge()
+            if twin.is_merged:
+                twin.settle()
+            else:
+                twin.merge()
         take_out(merged)
         return merged
 

@@ -79,7 +79,11 @@ def frozen_digest(model: nn.Module, plan: Plan, trained: Iterable[str]) -> str:
 
 def persistent_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Buffers in the model's state_dict, except those of the stacks."""
-    saved = model.state_dict()
+    saved = {
+        f"{prefix}.{key}" if prefix else key
+        for prefix, module in model.named_modules()
+        for key in module._buffers.keys() - module._non_persistent_buffers_set
+    }
     for name, buffer in model.named_buffers():
         if name in saved and not name.startswith(PREFIXES):
             yield name, buffer

@@ -8,6 +8,7 @@ however, counts or calls its children. The cores of a container are therefore it
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -79,6 +80,7 @@ class Caretaker:
     def __init__(self, model: nn.Module, stacks: Mapping[str, TProductStack]) -> None:
         self.model, self.stacks = model, dict(stacks)
         self.is_direct = is_container(model)
+        self._merges_told = 0
 
     def key_of(self, stack: str) -> str:
         """The name that the active core of a stack has in the module that holds it."""
@@ -123,6 +125,7 @@ class Caretaker:
         else:
             model.add_module(CHILD, holder)
         model.register_load_state_dict_post_hook(self.loaded)
+        model.register_state_dict_pre_hook(self.saving)
 
     def move_out(self) -> None:
         """Removes everything from the model that `move_in` added."""
@@ -134,10 +137,12 @@ class Caretaker:
                     delattr(model, key)
         else:
             delattr(model, CHILD)
-        hooks = model._load_state_dict_post_hooks
-        ours = Caretaker.loaded
-        for number in [n for n, hook in hooks.items() if getattr(hook, "__func__", None) is ours]:
-            del hooks[number]
+        for hooks, ours in (
+            (model._load_state_dict_post_hooks, Caretaker.loaded),
+            (model._state_dict_pre_hooks, Caretaker.saving),
+        ):
+            for number in [n for n, h in hooks.items() if getattr(h, "__func__", None) is ours]:
+                del hooks[number]
 
     def moving(self) -> _Moving:
         """Context in which cores may move to other memory; their stacks are then notified."""
@@ -177,6 +182,20 @@ class Caretaker:
                 stack.base.factors = CURFactors(sides[0], sides[1])
                 stack.base.suspect()
             stack.settle()
+
+    def saving(self, model: nn.Module, prefix: str, keep_vars: bool) -> None:
+        """Before a state dict is made: warns, once for each merge, that it is that of the base."""
+        merges = sum(stack.merges for stack in self.stacks.values())
+        if merges > self._merges_told and any(stack.is_merged for stack in self.stacks.values()):
+            self._merges_told = merges
+            warnings.warn(
+                "state_dict: the model is merged in place, and this is for a model that is adapted "
+                "alike: it holds the base weights, without the update, and the cores "
+                f"({CHILD}{'_' if self.is_direct else '.'}*). "
+                "adapter.merge(inplace=False).state_dict() has the names of the plain model and "
+                "the update in the weights",
+                stacklevel=3,
+            )
 
     def _is_own(self, key: str) -> bool:
         keys = [self.key_of(name) for name in self.stacks]

@@ -59,6 +59,7 @@ class TProductStack(Routed):
         layers: the modules that hold the weights. If ``linears`` were layers, these are
             `TProductLinear` layers that share their parameters.
         places: where the weights are stored, in the order of their slices.
+        merges: how often `merge` was called.
         is_unsettled: whether a checkpoint was loaded that `settle` has not processed yet.
         base: C and R, and the check that they still agree with the present weights.
         rows, columns: the chosen indices I and J.
@@ -104,7 +105,7 @@ class TProductStack(Routed):
         core = torch.zeros(self.n3, rank, rank, dtype=factors.dtype, device=source.device)
         self.register_parameter("core", nn.Parameter(core))
 
-        self.enabled = True
+        self.enabled, self.merges = True, 0
         self._guard = ReentrantGuard()
         self._is_looked_over = self.is_unsettled = False
         self._reset()
@@ -224,6 +225,7 @@ class TProductStack(Routed):
         for place in self.places:
             place.keep()
         self._write_w_eff()
+        self.merges += 1
 
     def unmerge(self) -> None:
         """Restores the base weights, bit for bit, from the copies that `merge` kept."""
