@@ -34,14 +34,24 @@ class Whole:
     ) -> Iterator[Item]:
         """Yields the ``count`` items of a stage with this ``work``; ``note`` adds to the line."""
         before = self.done
-        with tqdm(desc=f"{stage:<21}", total=count, ncols=100, mininterval=0.5) as bar:
-            for item in items:
-                yield item
-                self.done = before + work * (bar.n + 1) / count
-                said = [note(), str(self)]
-                bar.set_postfix_str(", ".join(filter(None, said)), refresh=False)
-                bar.update()
-        self.done = before + work
+        try:
+            with tqdm(desc=f"{stage:<21}", total=count, ncols=100, mininterval=0.5) as bar:
+                for item in items:
+                    yield item
+                    self.done = before + work * (bar.n + 1) / count
+                    said = [note(), str(self)]
+                    bar.set_postfix_str(", ".join(filter(None, said)), refresh=False)
+                    bar.update()
+        finally:  # a stage may end early
+            self.done = before + work
+
+    def skip(self, work: float) -> None:
+        """Leaves out work that an earlier run has done."""
+        self.work -= work
+
+    def follow(self, other: Whole) -> None:
+        """Takes over the progress of a copy, which another process has made."""
+        self.work, self.done = other.work, other.done
 
     def __str__(self) -> str:
         part = min(1.0, self.done / self.work)

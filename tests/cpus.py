@@ -25,7 +25,8 @@ THREADS = (1, 2, 4)
 #: Kernels of other languages, and programs as a whole: they take minutes, and what of them depends
 #: on this processor is in the others.
 LEFT_OUT = ("test_cuda_host.py", "test_cuda_host_tokens.py", "test_device.py", "test_example.py")
-LEFT_OUT += ("test_peft_examples.py",)
+LEFT_OUT += ("test_peft_examples.py", "test_segmentation_afterwards.py")
+LEFT_OUT += ("test_segmentation_datalist.py",)
 #: A third of the time. It runs at the lowest level only; `make test` runs it at the best one.
 LOWEST = ("test_families.py",)
 

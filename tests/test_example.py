@@ -4,25 +4,25 @@ import json
 import re
 import subprocess
 import sys
-from pathlib import Path
 
-import nibabel as nib
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
-import tcur_kernels as tcur
 from plain import Plain
+from segmentation_files import EXAMPLES, modules, write_dataset
 from tolerance import assert_composition_close
-
-EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
 @pytest.fixture
-def example(monkeypatch):
+def job(monkeypatch):
+    """The modules of the job."""
+    return modules(monkeypatch)
+
+
+@pytest.fixture
+def example(job):
     """The script as a module."""
-    monkeypatch.syspath_prepend(str(EXAMPLES))
     import unetr_segmentation
 
     return unetr_segmentation
@@ -40,9 +40,15 @@ def run_demo(folder, *arguments):
     return result.stdout, result.stderr
 
 
-def test_the_demo_end_to_end(example, tmp_path):
-    output, lines = run_demo(tmp_path)
-    for text in ("HD95", "||U|| 0 ->", "adapter merged: logits differ by"):
+def test_the_demo_end_to_end(job, tmp_path):
+    output, lines = run_demo(tmp_path, "--methods", "decoder", "tcurlora", "head")
+    for text in (
+        "HD95",
+        "share one core",
+        "||U|| 0 ->",
+        "adapter merged: logits differ by",
+        "Dice: 2 |P ∩ T|",
+    ):
         assert text in output
     for stage in ("pretraining ", "source volumes "):
         assert stage in lines
@@ -50,21 +56,28 @@ def test_the_demo_end_to_end(example, tmp_path):
     (run,) = results["runs"]
     reports = run["reports"]
     assert set(run["scores"]) == {"zero-shot", *reports}
-    pairs = [("tCURLoRA", "decoder-only"), ("core + output layer", "output layer only")]
-    for ours, frozen in pairs:
-        cores = reports[ours]["parameters"] - reports[frozen]["parameters"]
-        assert cores == (48 + 12 + 12) * 8 * 8
-        for stack in ("24x24", "48x24", "24x48"):
-            assert reports[ours]["core_norm"][stack][-1] > 0
-            assert all(norm > 0 for norm in reports[ours]["grad_norm"][stack])
+    ours, frozen = reports["tCURLoRA"], reports["decoder-only"]
+    assert ours["parameters"] - frozen["parameters"] == (48 + 12 + 12) * 8 * 8
+    for stack in ("24x24", "48x24", "24x48"):
+        assert ours["core_norm"][stack][-1] > 0
+        assert all(norm > 0 for norm in ours["grad_norm"][stack])
     assert run["round_trip"]["loaded"] == run["round_trip"]["unmerged"] == 0
-    check_predictions(example, tmp_path)
+    check_predictions(job, tmp_path)
     for picture in ("slices.png", "curves.png"):
         assert (tmp_path / picture).stat().st_size > 10_000
+    # What is listed exists, and what exists is listed, but for what the run needed itself.
+    listed = set()
+    for file in re.findall(rf"{tmp_path}/(\S+)", output.partition("written:")[2]):
+        before, braces, after = re.fullmatch(r"([^{]*)(?:{(.*)})?(.*)", file).groups()
+        listed |= {f"{before}{part}{after}" for part in (braces or "").split(",")}
+    assert listed == {f.name for f in tmp_path.iterdir() if f.is_file()} - {job.training.PROBE} | {
+        "target/dataset.json"
+    }
 
-    # The next run has the same base, and pretrains nothing.
-    output, lines = run_demo(tmp_path, "--methods", "head")
-    (file,) = (tmp_path / "kept").glob("*.pt")
+    # The next run has the same base, and pretrains nothing; what is done is not trained again.
+    output, lines = run_demo(tmp_path, "--methods", "head", "--resume")
+    assert "output layer only: done in an earlier run" in output
+    (file,) = (tmp_path / "kept").glob("*.safetensors")
     assert f"pretraining: kept from an earlier run, {file}" in output
     for stage in ("pretraining ", "source volumes "):
         assert stage not in lines
@@ -74,22 +87,22 @@ def test_the_demo_end_to_end(example, tmp_path):
     assert again["pretraining"] == run["pretraining"]
 
 
-def check_predictions(example, folder):
+def check_predictions(job, folder):
     """The logits of the trained model, of its process, and of the adapter loaded and merged."""
-    args = example.parse_args(["--smoke"])
-    (weights,) = (folder / "kept").glob("*.pt")
-    adapter = tcur.load_adapter(
-        example.build_unetr(args, weights).eval(), folder / "tcurlora.safetensors"
-    )
-    held_out = example.read_section(folder / "target" / "dataset.json", "validation")
-    image = example.load_volumes(args, held_out, augment=False)[0]["image"].as_tensor()
-    plain, double = Plain(adapter), Plain(adapter, torch.float64)
-    plain.eval = double.eval = lambda: None  # they are
-    exact = example.predict(args, double, image.double())
-    trained = load_file(folder / example.PROBE)["logits"]
-    merged = example.predict(args, adapter.merge(), image)
+    (weights,) = (folder / "kept").glob("*.safetensors")
+    adapted = job.adapted.load_adapted(weights, folder / "tcurlora.safetensors")
+    recipe, adapter = adapted.recipe, adapted.adapter
+    held_out = job.datalist.read_datalist(folder / "target" / "dataset.json")["validation"]
+    image = job.preparation.load_volumes(recipe, held_out[:1])[0]["image"].as_tensor()
+    plain, double = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)  # modules, as `predict` takes
+    plain.forward, double.forward = Plain(adapter), Plain(adapter, torch.float64)
+    exact = job.evaluation.predict(recipe, double, image.double())
+    trained = load_file(folder / job.training.PROBE)["logits"]
+    merged = job.evaluation.predict(recipe, adapter.merge(), image)
     for logits in (trained, merged):
-        assert_composition_close(logits, lambda: example.predict(args, plain, image), exact)
+        assert_composition_close(
+            logits, lambda: job.evaluation.predict(recipe, plain, image), exact
+        )
 
 
 @pytest.mark.parametrize(
@@ -102,51 +115,67 @@ def check_predictions(example, folder):
         (["--rank", "0"], "--rank: expected more than 0, got 0"),
     ],
 )
-def test_bad_arguments(example, capsys, arguments, message):
+def test_bad_arguments(job, capsys, arguments, message):
     with pytest.raises(SystemExit):
-        example.parse_args(arguments)
+        job.options.parse_args(arguments)
     assert message in capsys.readouterr().err
 
 
-def write_volume(path, shape):
-    nib.save(nib.Nifti1Image(np.zeros(shape, np.float32), np.eye(4)), path)
+@pytest.mark.parametrize(
+    ("arguments", "came"),
+    [
+        (["--labels", "2"], "'2'"),
+        (["--labels", "2=x"], "'2=x'"),
+        (["--steps", "0"], "0"),
+        (["--validate-every", "-1"], "-1"),
+        (["--patience", "-1"], "-1"),
+        (["--spacing", "1", "nan", "1"], r"\[1.0, nan, 1.0\]"),
+        (["--core-lr", "inf"], "inf"),
+        (["--intensity-range", "5", "-5"], "5 -5"),
+        (["--out-channels", "1"], "1"),
+        (["--device", "abacus"], "abacus"),
+    ],
+)
+def test_bad_numbers(job, capsys, arguments, came):
+    argv = ["--data", __file__, "--pretrained", __file__, *arguments]
+    with pytest.raises(SystemExit):
+        job.options.parse_args(argv)
+    message = rf"{arguments[0]}: expected .*, got {came}"
+    assert re.search(message, capsys.readouterr().err)
 
 
-def test_bad_files(example, tmp_path):
-    args = example.parse_args(["--img-size", "16", "16", "16"])
-    datalist = tmp_path / "dataset.json"
-
-    def refuses(function, message, *call):
-        with pytest.raises(SystemExit, match=message):
-            function(*call)
-
-    datalist.write_text(json.dumps({"training": [{"image": "a.nii.gz", "label": "b.nii.gz"}]}))
-    refuses(example.read_section, "--data: expected .*'validation'", datalist, "validation")
-    refuses(example.read_section, "--data: expected the NIfTI file", datalist, "training")
-    write_volume(tmp_path / "a.nii.gz", (8, 8, 8))
-    write_volume(tmp_path / "b.nii.gz", (8, 8, 9))
-    refuses(
-        example.read_section,
-        r"--data: expected .* of its image's shape \(8, 8, 8\), got \(8, 8, 9\)",
-        datalist,
-        "training",
-    )
-    checkpoint = tmp_path / "unetr.pt"
-    checkpoint.write_bytes(b"no checkpoint")
-    refuses(example.build_unetr, "--pretrained: expected a state dict", args, checkpoint)
-    torch.save({"out.conv.conv.bias": torch.zeros(7)}, checkpoint)
-    refuses(example.build_unetr, "--pretrained: expected .* of shape .*, got", args, checkpoint)
+@pytest.mark.parametrize("option", ["--check", "--new-head", "--allow-empty"])
+def test_what_only_own_data_have(job, capsys, option):
+    with pytest.raises(SystemExit):
+        job.options.parse_args([option])
+    assert f"{option} expects --data beside it" in capsys.readouterr().err
 
 
-def test_the_progress_counts_volumes_of_ones_own(example, tmp_path):
-    for name in ("image.nii", "label.nii"):
-        write_volume(tmp_path / name, (8, 8, 8))
-    (tmp_path / "unetr.pt").touch()
-    entries = [{"image": "image.nii", "label": "label.nii"}] * 3
-    datalist = tmp_path / "dataset.json"
-    datalist.write_text(json.dumps({"training": entries, "validation": entries}))
-    arguments = ["--data", str(datalist), "--pretrained", str(tmp_path / "unetr.pt")]
-    args = example.parse_args([*arguments, "--methods", "head", "--steps", "10"])
+def test_targets_are_for_methods_with_cores(job, capsys):
+    with pytest.raises(SystemExit):
+        job.options.parse_args(["--targets", "attn.qkv", "--methods", "head"])
+    assert "--targets: expected a method with cores, got head" in capsys.readouterr().err
+
+
+def test_help_says_how_to_choose(job):
+    advice = job.options.build_parser().format_help().partition("how to choose:")[2]
+    for option in ("--check", "--methods", "--rank", "--core-lr", "--steps", "--targets"):
+        assert f"\n  {option} " in advice
+
+
+def test_help_has_every_default(job):
+    """Every option says what it is if it is not given, unless it is a switch."""
+    for action in job.options.build_parser()._actions:
+        if action.nargs == 0 or action.dest in ("data", "pretrained", "entry", "norm_name"):
+            continue
+        assert "default" in action.help or "guessed" in action.help
+
+
+def test_the_progress_counts_volumes_of_ones_own(job, example, tmp_path):
+    datalist = write_dataset(tmp_path, validation=3)
+    argv = ["--data", str(datalist), "--pretrained", str(datalist)]
+    args = job.options.parse_args([*argv, "--methods", "head", "--steps", "10"])
+    own = job.task.Task(None, datalist, job.datalist.read_datalist(datalist))
     evaluated = 2 * 3 * example.EVALUATION_SECONDS  # the base and the method
-    wanted = 10 * example.METHODS["head"].seconds + evaluated
-    assert example.work(args, 0) == pytest.approx(wanted)
+    wanted = 10 * job.methods.METHODS["head"].seconds + evaluated
+    assert example.work(args, 0, own) == pytest.approx(wanted)

@@ -1,42 +1,45 @@
 """When the demo may take what an earlier run pretrained."""
 
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+from segmentation_files import EXAMPLES, modules
 
 
 @pytest.fixture
 def demo(monkeypatch, tmp_path):
-    """The modules, and arguments of a run that keeps its pretraining in a folder of the test."""
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    import kept_pretraining
-    import segmentation_training
-    import unetr_segmentation
+    """The module, and a function from options to what is kept for them in a folder of the test."""
+    job = modules(monkeypatch)
 
-    def parse(*arguments):
-        return unetr_segmentation.parse_args(["--keep", str(tmp_path / "kept"), *arguments])
+    def find(*options, seed=0):
+        args = job.options.parse_args(options)
+        return job.kept_pretraining.find(tmp_path / "kept", job.task.demo_key(args, seed))
 
-    return kept_pretraining, segmentation_training, parse
+    return job, find
+
+
+def keep(job, folder, pretrain):
+    name = job.task.demo_key(job.options.parse_args([]), 0)
+    return job.kept_pretraining.keep(folder, name, pretrain)
 
 
 def test_what_is_kept_depends_on_all_that_it_was_made_with(demo, monkeypatch, tmp_path):
-    kept, training, parse = demo
+    job, find = demo
 
-    def pretrain(weights):
-        torch.save({}, weights)
-        return training.Report(parameters=3, loss=[0.5], dice={2: 0.25})
+    def pretrain(folder):
+        torch.save({}, folder / "weights")
+        report = job.training.Report(parameters=3, loss=[0.5], dice={2: 0.25})
+        return folder / "weights", report
 
-    args = parse()
-    assert kept.find(args, 0) is None
-    file, report = kept.keep(args, 0, pretrain)
-    assert kept.find(args, 0) == (file, report)
-    assert sorted(path.suffix for path in file.parent.iterdir()) == [".json", ".pt"]
+    assert find() is None
+    file, report = keep(job, tmp_path / "kept", pretrain)
+    assert find() == (file, report)
+    assert sorted(path.suffix for path in file.parent.iterdir()) == [".json", ".safetensors"]
     # What comes after the pretraining does not matter.
-    assert kept.find(parse("--steps", "7", "--methods", "core", "--core-lr", "3"), 0)
+    assert find("--steps", "7", "--methods", "core", "--core-lr", "3", "--rank", "2", "--resume")
+    assert find("--targets", "attn.qkv", "--patience", "3", "--volumes", "4", "--alpha", "2")
     for other in (
         ["--pretrain-steps", "7"],
         ["--pretrain-lr", "0.1"],
@@ -45,34 +48,36 @@ def test_what_is_kept_depends_on_all_that_it_was_made_with(demo, monkeypatch, tm
         ["--mirror", "0"],
         ["--smoke"],
     ):
-        assert kept.find(parse(*other), 0) is None, other
-    assert kept.find(args, 1) is None
+        assert find(*other) is None, other
+    assert find(seed=1) is None
+    kept = job.kept_pretraining
     with monkeypatch.context() as patch:
         patch.setattr(kept.importlib.metadata, "version", lambda name: "0.1")
-        assert kept.find(args, 0) is None
+        assert find() is None
     with monkeypatch.context() as patch:
         patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "VSX")
-        assert kept.find(args, 0) is None
+        assert find() is None
     with monkeypatch.context() as patch:
+        (tmp_path / "segmentation").mkdir()
         for name in kept.CODE:
-            shutil.copy(EXAMPLES / name, tmp_path)
-        patch.setattr(kept, "__file__", str(tmp_path / "kept_pretraining.py"))
+            shutil.copy(EXAMPLES / name, tmp_path / name)
+        patch.setattr(kept, "EXAMPLES", tmp_path)
         for name in kept.CODE:
-            assert kept.find(args, 0)
+            assert find()
             (tmp_path / name).write_text("another line")
-            assert kept.find(args, 0) is None, name
-            shutil.copy(EXAMPLES / name, tmp_path)
-    assert kept.find(args, 0)
+            assert find() is None, name
+            shutil.copy(EXAMPLES / name, tmp_path / name)
+    assert find()
 
 
-def test_a_pretraining_that_fails_leaves_nothing(demo):
-    kept, _, parse = demo
+def test_a_pretraining_that_fails_leaves_nothing(demo, tmp_path):
+    job, find = demo
 
-    def pretrain(weights):
-        weights.write_text("half")
+    def pretrain(folder):
+        (folder / "weights").write_text("half")
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        kept.keep(parse(), 0, pretrain)
-    assert kept.find(parse(), 0) is None
-    assert list(parse().keep.iterdir()) == []
+        keep(job, tmp_path / "kept", pretrain)
+    assert find() is None
+    assert list((tmp_path / "kept").iterdir()) == []

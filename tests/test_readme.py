@@ -89,14 +89,59 @@ METHODS = {
 }
 
 
+RESULTS = ROOT / "examples" / "results"
+RECORDED = json.loads((RESULTS / "three_seeds.json").read_text())
+
+
+def over_seeds(method, metric, form):
+    """Mean ± standard deviation over the seeds of the recorded run, as the report has them."""
+    seeds = [run["scores"][method][metric] for run in RECORDED["runs"]]
+    found = [[value for value in values if value is not None] for values in seeds]
+    means = [statistics.mean(values) for values in found if values]
+    if not means:
+        return "–"
+    deviation = f" ± {statistics.stdev(means):{form}}" if means[1:] else ""
+    return f"{statistics.mean(means):{form}}{deviation}"
+
+
+def numbers_of(method):
+    reports = RECORDED["runs"][0]["reports"]
+    return f"{reports[method]['parameters'] if method in reports else 0:,}"
+
+
 def test_the_result_is_the_recorded_one():
-    recorded = json.loads((ROOT / "examples" / "results" / "three_seeds.json").read_text())["runs"]
     for row, method in METHODS.items():
-        means = [statistics.mean(one["scores"][method]["dice"]) for one in recorded]
-        dice = f"{statistics.mean(means):.3f} ± {statistics.stdev(means):.3f}"
-        reports = recorded[0]["reports"]
-        numbers = reports[method]["parameters"] if method in reports else 0
-        assert re.search(rf"\| {row} +\| {numbers:,} +\| {dice} \|", README), (row, numbers, dice)
+        numbers, dice = numbers_of(method), over_seeds(method, "dice", ".3f")
+        assert re.search(rf"\| {row} +\| {numbers} +\| {dice} \|", README), (row, numbers, dice)
+
+
+def test_the_table_of_the_recorded_run():
+    page = (RESULTS / "README.md").read_text(encoding="utf-8")
+    for method in RECORDED["runs"][0]["scores"]:
+        cells = [over_seeds(method, "dice", ".3f"), over_seeds(method, "hd95", ".1f")]
+        cells = [re.escape(cell) + " +" for cell in (method, *cells, numbers_of(method))]
+        assert re.search(r"\| " + r"\| ".join(cells) + r"\|", page), cells
+    # The figures of the text.
+    said = " ".join(page.split())
+    by_seed = {
+        method: [
+            f"{statistics.mean(run['scores'][method]['dice']):.3f}" for run in RECORDED["runs"]
+        ]
+        for method in RECORDED["runs"][0]["scores"]
+    }
+    both = zip(by_seed["tCURLoRA"], by_seed["decoder-only"], strict=True)
+    assert ", ".join(map("/".join, both)) in said
+    for text in (said, README):
+        assert "{}, {} and {}".format(*by_seed["core + output layer"]) in text
+    found = [run["scores"]["output layer only"]["dice"] for run in RECORDED["runs"]]
+    assert f"nothing at all in {sum(d == 0 for dice in found for d in dice)} of 24" in said
+    head, cores, vit = (
+        statistics.mean(statistics.mean(run["scores"][method]["dice"]) for run in RECORDED["runs"])
+        for method in ("output layer only", "core + output layer", "full ViT + output layer")
+    )
+    assert f"{(cores - head) / (vit - head):.0%} of the gain".replace("%", " %") in said
+    assert all(run["scored"] == "test" for run in RECORDED["runs"])
+    assert {run["volumes"] for run in RECORDED["runs"]} == {8}
 
 
 def test_the_size_of_an_adapter():
@@ -107,3 +152,35 @@ def test_the_size_of_an_adapter():
     lora = sum(count * 8 * (n1 + n2) for (n1, n2), count in layers.items())
     table = (ROOT / "docs" / "adapters.md").read_text(encoding="utf-8")
     assert f"| {lora:,} | {cores:,} |" in table
+
+
+#: Setting in the sweep -> its row in the table.
+SWEPT = {
+    "defaults": "**defaults, 1e-2**",
+    "core-lr-3e-4": "core learning rate 3e-4",
+    "core-lr-1e-3": "core learning rate 1e-3",
+    "core-lr-3e-3": "core learning rate 3e-3",
+    "core-lr-3e-2": "core learning rate 3e-2",
+    "core-lr-1e-1": "core learning rate 1e-1",
+    "rank-2": "rank 2",
+    "rank-32": "rank 32",
+    "alpha-4": "alpha 4",
+    "uniform": "uniform selection",
+    "decoder-lr-1e-3": "decoder learning rate 1e-3",
+    "steps-360": "360 steps",
+}
+
+
+def test_the_table_of_the_sweep():
+    """It is what the script printed, and the script has the settings of the table."""
+    page = (RESULTS / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"(\S+): (\S.*?) +(0\.\d+) ", (RESULTS / "sweep.txt").read_text())
+    dice = {(setting, method): value for setting, method, value in rows}
+    for setting, row in SWEPT.items():
+        cells = [row, dice[setting, "tCURLoRA"], dice[setting, "core + output layer"]]
+        cells = [re.escape(cell) + " +" for cell in cells]
+        assert re.search(r"\| " + r"\| ".join(cells) + r"\|", page), cells
+    script = (RESULTS / "sweep.sh").read_text().partition("<<'SETTINGS'\n")[2]
+    assert [line.split()[0] for line in script.splitlines()[:-1]] == list(SWEPT)
+    alone = dice["decoder-lr-1e-3", "decoder-only"], dice["steps-360", "decoder-only"]
+    assert "to {} at a learning rate of 1e-3, and to {} in".format(*alone) in page

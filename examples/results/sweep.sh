@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
 # What moves the core's part of the result: one setting at a time, on the volumes and the pretrained
-# UNETR of seed 0 of a recorded run. Usage: examples/results/sweep.sh runs/recorded/seed0 runs/sweep
+# UNETR of seed 0 of a recorded run. Usage:
+# examples/results/sweep.sh runs/recorded/seed0/target/dataset.json runs/pretrained/NAME.safetensors runs/sweep
 set -euo pipefail
-from=$1 to=$2
+data=$1 pretrained=$2 to=$3
 while read -r name options; do
   # shellcheck disable=SC2086 # options are several words
   .venv/bin/python examples/unetr_segmentation.py --output "$to/$name" --methods tcurlora core \
-    --data "$from/target/dataset.json" --pretrained "$from/pretrained.pt" $options 2>/dev/null |
+    --data "$data" --pretrained "$pretrained" --spacing 2 2 4 --img-size 96 96 16 --num-heads 6 \
+    $options 2>/dev/null |
     awk -v name="$name" '/^decoder-only|^tCURLoRA|^core/ { print name ":", $0 }'
 done <<'SETTINGS'
 defaults
