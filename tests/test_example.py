@@ -41,7 +41,7 @@ def run_demo(folder, *arguments):
 
 
 def test_the_demo_end_to_end(job, tmp_path):
-    output, lines = run_demo(tmp_path, "--methods", "decoder", "tcurlora", "head")
+    output, lines = run_demo(tmp_path, "--methods", "tcurlora", "head")
     for text in (
         "HD95",
         "share one core",
@@ -56,8 +56,10 @@ def test_the_demo_end_to_end(job, tmp_path):
     (run,) = results["runs"]
     reports = run["reports"]
     assert set(run["scores"]) == {"zero-shot", *reports}
-    ours, frozen = reports["tCURLoRA"], reports["decoder-only"]
-    assert ours["parameters"] - frozen["parameters"] == (48 + 12 + 12) * 8 * 8
+    ours, recipe = reports["tCURLoRA"], job.preparation.Recipe.of_metadata(results, "results.json")
+    named = recipe.architecture.build().named_parameters()
+    decoder = sum(p.numel() for name, p in named if name.startswith(job.methods.DECODER))
+    assert ours["parameters"] - decoder == (48 + 12 + 12) * 8 * 8
     for stack in ("24x24", "48x24", "24x48"):
         assert ours["core_norm"][stack][-1] > 0
         assert all(norm > 0 for norm in ours["grad_norm"][stack])
