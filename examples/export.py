@@ -25,6 +25,7 @@ import torch
 from segmentation.adapted import Adapted, load_adapted
 from segmentation.bundle import write_bundle
 from segmentation.files import fail, plain_ends, whole_file
+from segmentation.options import add_trained
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -62,13 +63,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parses the command line; an error ends the program with a message."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     add = parser.add_argument
-    add("--pretrained", type=Path, required=True, help="the weights that the training began with")
-    add(
-        "--adapter",
-        type=Path,
-        required=True,
-        help="a .safetensors file that unetr_segmentation.py wrote, of any method",
-    )
+    add_trained(parser)
     add("--checkpoint", type=Path, help="a new .pt file: the state dict of a plain UNETR")
     add("--bundle", type=Path, help="a new folder: a MONAI bundle")
     args = parser.parse_args(argv)

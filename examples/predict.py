@@ -26,7 +26,7 @@ from segmentation.adapted import Adapted, load_adapted
 from segmentation.datalist import listed_images
 from segmentation.evaluation import predict
 from segmentation.files import fail, plain_ends, whole_file
-from segmentation.options import check_device
+from segmentation.options import add_device, add_trained, check_device
 from segmentation.preparation import Entry, preparation
 from segmentation.volumes import check_volumes, files_of
 
@@ -68,13 +68,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parses the command line; an error ends the program with a message."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     add = parser.add_argument
-    add("--pretrained", type=Path, required=True, help="the weights that the training began with")
-    add(
-        "--adapter",
-        type=Path,
-        required=True,
-        help="a .safetensors file that unetr_segmentation.py wrote, of any method",
-    )
+    add_trained(parser)
     add(
         "--images",
         type=Path,
@@ -83,11 +77,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help='NIfTI files; folders of them; or a datalist in JSON, whose "test" images are taken',
     )
     add("--output", type=Path, required=True, help="folder for the label maps")
-    add(
-        "--device",
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="as torch names it; default: the GPU if there is one, here %(default)s",
-    )
+    add_device(parser)
     args = parser.parse_args(argv)
     check_device(args.device, parser.error)
     return args

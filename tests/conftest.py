@@ -50,6 +50,27 @@ def _default_device(request):
         yield
 
 
+@pytest.fixture
+def job(monkeypatch):
+    """The modules of the segmentation job, see `segmentation_files.Modules`."""
+    from segmentation_files import modules
+
+    return modules(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def original():
+    """The network that checkpoints of the segmentation job hold."""
+    from segmentation_files import tiny_unetr
+
+    return tiny_unetr()
+
+
+@pytest.fixture(scope="module")
+def weights(original):
+    return original.state_dict()
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item):
     """Skips a test on a GPU if a CUDA kernel refuses fp64, since it has nothing to run there."""

@@ -17,28 +17,13 @@ from torch.distributed.fsdp import (
     fully_shard,
 )
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint
 
 import tcur_kernels as tcur
-from models import Block, Tiny
+from models import Block, Checkpointed, Tiny
 from plain import Plain
 from tcur_kernels.processes import whole
 from tolerance import FLOAT64, assert_composition_close, relative_error
 from torchrun import leave
-
-
-class Checkpointed(nn.Module):
-    """The tiny model with its blocks checkpointed."""
-
-    def __init__(self, model, use_reentrant):
-        super().__init__()
-        self.model, self.use_reentrant = model, use_reentrant
-
-    def forward(self, x):
-        h = self.model.embed(x)
-        for block in self.model.blocks:
-            h = checkpoint(block, h, use_reentrant=self.use_reentrant)
-        return self.model.head(h.mean(1))
 
 
 def adapted(mode="auto", norms=True, dtype=torch.float64):

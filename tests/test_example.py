@@ -10,14 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from plain import Plain
-from segmentation_files import EXAMPLES, modules, write_dataset
+from segmentation_files import EXAMPLES, write_dataset
 from tolerance import assert_composition_close
-
-
-@pytest.fixture
-def job(monkeypatch):
-    """The modules of the job."""
-    return modules(monkeypatch)
 
 
 @pytest.fixture

@@ -5,13 +5,12 @@ import shutil
 import pytest
 import torch
 
-from segmentation_files import EXAMPLES, modules
+from segmentation_files import EXAMPLES
 
 
 @pytest.fixture
-def demo(monkeypatch, tmp_path):
+def demo(job, tmp_path):
     """The module, and a function from options to what is kept for them in a folder of the test."""
-    job = modules(monkeypatch)
 
     def find(*options, seed=0):
         args = job.options.parse_args(options)

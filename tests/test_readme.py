@@ -140,6 +140,12 @@ def test_the_table_of_the_recorded_run():
         for method in ("output layer only", "core + output layer", "full ViT + output layer")
     )
     assert f"{(cores - head) / (vit - head):.0%} of the gain".replace("%", " %") in said
+    reports = [run["reports"]["tCURLoRA"] for run in RECORDED["runs"]]
+    norms = [norm[-1] for report in reports for norm in report["core_norm"].values()]
+    assert f"from 0 to between {min(norms):.1f} and {max(norms):.1f} per stack" in said
+    least = [float(by_seed[method][1]) for method in ("core + output layer", "output layer only")]
+    assert least[0] - least[1] < (float(by_seed["full ViT + output layer"][1]) - least[1]) / 2
+    assert "On the second seed they bring less than half" in said
     assert all(run["scored"] == "test" for run in RECORDED["runs"])
     assert {run["volumes"] for run in RECORDED["runs"]} == {8}
 

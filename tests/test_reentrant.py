@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import tcur_kernels as tcur
 from adapted import randomise
-from models import Tiny
+from models import Checkpointed, Tiny
 from tcur_kernels import checkpoints
 from tolerance import assert_equal_in_float64
 
@@ -20,20 +20,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:None of the inputs have requires
 REFUSED = pytest.raises(
     RuntimeError, match="checkpoint: expected use_reentrant=False, or an input that requires grad"
 )
-
-
-class Checkpointed(nn.Module):
-    """The tiny model with its blocks checkpointed, always."""
-
-    def __init__(self, model, use_reentrant=True):
-        super().__init__()
-        self.model, self.use_reentrant = model, use_reentrant
-
-    def forward(self, x):
-        h = self.model.embed(x)
-        for block in self.model.blocks:
-            h = checkpoint(block, h, use_reentrant=self.use_reentrant)
-        return self.model.head(h.mean(1))
 
 
 class Attended(nn.Module):

@@ -14,14 +14,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from plain import Plain
-from segmentation_files import modules, phantom, reoriented, tiny_unetr, write, write_pair
+from segmentation_files import phantom, reoriented, tiny_unetr, write, write_pair
 from tolerance import assert_composition_close
-
-
-@pytest.fixture
-def job(monkeypatch):
-    """The modules of the job."""
-    return modules(monkeypatch)
 
 
 @pytest.fixture

@@ -23,27 +23,10 @@ from segmentation_files import (
     as_monai_1_4,
     as_old_monai,
     logits,
-    modules,
     read,
     refusal,
     tiny_unetr,
 )
-
-
-@pytest.fixture
-def job(monkeypatch):
-    return modules(monkeypatch)
-
-
-@pytest.fixture(scope="module")
-def original():
-    return tiny_unetr()
-
-
-@pytest.fixture(scope="module")
-def weights(original):
-    return original.state_dict()
-
 
 ARCHITECTURES = {
     "tiny": {},

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from segmentation_files import (
-    modules,
     phantom,
     prepared,
     recipe_of,
@@ -18,11 +17,6 @@ from segmentation_files import (
 from tolerance import same_mathematics
 
 PAIR = {"image": "a.nii.gz", "label": "b.nii.gz"}
-
-
-@pytest.fixture
-def job(monkeypatch):
-    return modules(monkeypatch)
 
 
 def refusal(function, *arguments):

@@ -10,7 +10,6 @@ import pytest
 from segmentation_files import (
     OBLIQUE,
     check,
-    modules,
     phantom,
     prepared,
     problem,
@@ -19,12 +18,6 @@ from segmentation_files import (
     write_dataset,
     write_pair,
 )
-
-
-@pytest.fixture
-def job(monkeypatch):
-    return modules(monkeypatch)
-
 
 # Two files that do not go together
 

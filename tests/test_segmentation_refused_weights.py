@@ -14,22 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import tcur_kernels as tcur
-from segmentation_files import TINY, logits, modules, read, refusal, tiny_unetr
-
-
-@pytest.fixture
-def job(monkeypatch):
-    return modules(monkeypatch)
-
-
-@pytest.fixture(scope="module")
-def original():
-    return tiny_unetr()
-
-
-@pytest.fixture(scope="module")
-def weights(original):
-    return original.state_dict()
+from segmentation_files import TINY, logits, read, refusal, tiny_unetr
 
 
 def test_flags_that_disagree_with_the_weights(job, tmp_path, weights):

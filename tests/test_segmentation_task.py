@@ -6,13 +6,7 @@ import torch
 from monai.data import MetaTensor
 
 import tcur_kernels as tcur
-from segmentation_files import modules, phantom, tiny_unetr, write, write_dataset
-
-
-@pytest.fixture
-def job(monkeypatch):
-    """The modules of the job."""
-    return modules(monkeypatch)
+from segmentation_files import phantom, tiny_unetr, write, write_dataset
 
 
 @pytest.fixture

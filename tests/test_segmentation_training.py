@@ -16,15 +16,9 @@ import torch
 from safetensors.torch import load_file
 
 import tcur_kernels as tcur
-from segmentation_files import modules, tiny_unetr, write_dataset
+from segmentation_files import tiny_unetr, write_dataset
 
 STEPS = 4
-
-
-@pytest.fixture
-def job(monkeypatch):
-    """The modules of the job."""
-    return modules(monkeypatch)
 
 
 @pytest.fixture
@@ -314,6 +308,25 @@ def test_a_volume_that_vanished(job, make):
     os.remove(one.entries[1]["image"])
     with pytest.raises(SystemExit, match=r"training1_image\.nii\.gz"):
         job.training.run_job(one)
+
+
+def test_files_that_vanish_while_training_do_no_harm(job, make, monkeypatch):
+    """Everything is in memory by then."""
+    one_step = job.training.Training._one_step
+
+    def vanish(training):
+        if training.step == 1:
+            for file in one.base.parent.glob("*.nii.gz"):
+                file.unlink()
+            one.base.unlink()
+        one_step(training)
+
+    expected, _ = job.training.run_job(make("head", "before"))
+    one = make("head")
+    monkeypatch.setattr(job.training.Training, "_one_step", vanish)
+    report, _ = job.training.run_job(one)
+    assert report.loss == expected.loss
+    assert report.dice == expected.dice
 
 
 @pytest.mark.parametrize("method", ["tcurlora", "core", "decoder", "head", "vit", "full"])

@@ -14,7 +14,6 @@ from segmentation_files import (
     SPACING,
     assert_prepared_alike,
     check,
-    modules,
     phantom,
     prepared,
     problem,
@@ -25,11 +24,6 @@ from segmentation_files import (
     write_dataset,
     write_pair,
 )
-
-
-@pytest.fixture
-def job(monkeypatch):
-    return modules(monkeypatch)
 
 
 def test_a_good_dataset(job, tmp_path):

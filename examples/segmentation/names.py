@@ -24,10 +24,10 @@ def folded(names: Iterable[str]) -> str:
             before if after is None else (*before, tuple(parts), *after)
             for (before, after), parts in groups.items()
         ]
-    return ", ".join(".".join(map(_braces, row)) for row in rows)
+    return ", ".join(".".join(map(braces, row)) for row in rows)
 
 
-def _braces(parts: Sequence[str]) -> str:
+def braces(parts: Sequence[str]) -> str:
     """One part of a name, or several in braces; a run of numbers by its ends."""
     numbers = [int(part) for part in parts if re.fullmatch(r"0|[1-9]\d*", part)]
     if len(numbers) == len(parts) > 2 and numbers == list(range(numbers[0], numbers[-1] + 1)):

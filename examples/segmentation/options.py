@@ -1,4 +1,4 @@
-"""The command line of examples/unetr_segmentation.py."""
+"""The command line of examples/unetr_segmentation.py, and what others share of it."""
 
 from __future__ import annotations
 
@@ -64,11 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--overwrite", action="store_true", help="replace results of your data in --output")
     add("--verbose", action="store_true", help="list every layer of the plan")
     add("--smoke", action="store_true", help="everything once, tiny and fast, to try the set-up")
-    add(
-        "--device",
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="as torch names it; default: the GPU if there is one, here %(default)s",
-    )
+    add_device(parser)
 
     add = parser.add_argument_group("your data").add_argument
     add(
@@ -240,6 +236,27 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args.validate_every = args.validate_every or max(1, round(args.steps / 5))
     _check_numbers(parser, args)
     return args
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--device``."""
+    parser.add_argument(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="as torch names it; default: the GPU if there is one, here %(default)s",
+    )
+
+
+def add_trained(parser: argparse.ArgumentParser) -> None:
+    """Adds the two files that make a trained network."""
+    add = parser.add_argument
+    add("--pretrained", type=Path, required=True, help="the weights that the training began with")
+    add(
+        "--adapter",
+        type=Path,
+        required=True,
+        help="a .safetensors file that unetr_segmentation.py wrote, of any method",
+    )
 
 
 def check_device(device: str, refuse: Any) -> None:

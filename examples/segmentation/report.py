@@ -19,6 +19,7 @@ from torch import nn
 from plain_table import lay_out
 from segmentation.evaluation import DEFINITIONS, mean, predict
 from segmentation.files import whole_file
+from segmentation.names import braces
 from segmentation.preparation import Recipe
 from segmentation.training import Report
 
@@ -129,15 +130,11 @@ def files_written(folder: Path, methods: Sequence[str]) -> str:
         for one in folders:
             found = [method for method, name in names if (one / name).is_file()]
             if found:
-                file = pattern.format(method=_braces(found))
+                file = pattern.format(method=braces(found))
                 there.setdefault(file, []).append(one.relative_to(folder).as_posix())
         for file, among in there.items():
-            lines += [f"  {folder / _braces(among) / file}", f"      {meaning}"]
+            lines += [f"  {folder / braces(among) / file}", f"      {meaning}"]
     return "\n".join(["written:", *lines])
-
-
-def _braces(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"{{{','.join(names)}}}"
 
 
 def draw_curves(reports: Mapping[str, Report], file: Path) -> None:

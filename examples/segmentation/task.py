@@ -123,7 +123,7 @@ def show_plan(args: argparse.Namespace, recipe: Recipe, model: nn.Module) -> Non
     except (ValueError, TypeError) as error:
         raise SystemExit(f"--{error}") from error
     assert adapter is not None
-    print(adapter.plan.describe() if args.verbose else f"{adapter.plan}\n(all layers: --verbose)")
+    print(adapter.plan.describe() if args.verbose else f"{adapter.plan}\n(every layer: --verbose)")
 
 
 def demo_counts(args: argparse.Namespace) -> tuple[dict[str, int], dict[str, int]]:
