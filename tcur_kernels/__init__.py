@@ -1,6 +1,15 @@
 """Fused t-products and tensor-CUR low-rank adaptation for PyTorch."""
 
-from .adapters import Adapter, Plan, StackedCores, adapt, load_adapter, read_metadata
+from .adapters import (
+    Adapter,
+    Budget,
+    Plan,
+    StackedCores,
+    adapt,
+    collect_gradients,
+    load_adapter,
+    read_metadata,
+)
 from .decompose import TensorCUR, matrix_cur, modewise_cur, tensor_cur
 from .layers.linear import TProductLinear
 from .layers.stack import TProductStack
@@ -13,6 +22,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Adapter",
+    "Budget",
     "CURFactors",
     "Plan",
     "StackedCores",
@@ -21,6 +31,7 @@ __all__ = [
     "TensorCUR",
     "adapt",
     "build_info",
+    "collect_gradients",
     "cur_linear",
     "cur_product",
     "load_adapter",

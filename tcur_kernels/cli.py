@@ -17,10 +17,14 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from .adapters.budget import Budget, within_budget
 from .adapters.curves import RANKS, model_curves, plot_curves
 from .adapters.file import read_contents
-from .adapters.plan import STACKS_BY, make_plan
-from .decompose import RULES
+from .adapters.gradients import read_gradients
+from .adapters.plan import STACKS_BY, StackPlan, make_plan
+from .adapters.streaming import BaseFiles
+from .decompose import RULES, Slices
+from .decompose.slices import MAX_WORKSPACE
 from .files.shards import model_files
 from .merge.directory import ModelDirectory, merge_directory
 from .operators.dispatch import build_info
@@ -50,8 +54,21 @@ def build_parser() -> argparse.ArgumentParser:
     command = commands.add_parser("plan", help="which layers of a model would be adapted, and how")
     command.add_argument("model_dir", type=Path)
     command.add_argument("--targets", nargs="+", help="names or patterns; default: all by shape")
-    command.add_argument("--rank", type=int, default=8)
+    command.add_argument("--rank", type=int, help="of all stacks; default: 8")
     command.add_argument("--stacks", choices=STACKS_BY, default="shape")
+    command.add_argument(
+        "--budget",
+        type=int,
+        metavar="N",
+        help="ranks for so many trained numbers instead, by --gradients; reads the weights",
+    )
+    command.add_argument(
+        "--gradients",
+        type=Path,
+        metavar="FILE",
+        help="what tcur_kernels.collect_gradients returned, kept by safetensors.torch.save_file",
+    )
+    command.add_argument("--selection", choices=RULES, default="norm", help="of the budget")
     command.add_argument("--verbose", action="store_true", help="a line for every layer")
     command.add_argument(
         "--curve",
@@ -97,13 +114,31 @@ def show_plan(args: argparse.Namespace) -> None:
     """Prints the plan of a model and, if asked, its curves; only the curves need weights."""
     directory = ModelDirectory(args.model_dir)
     model = directory.skeleton()
-    if args.curve is not None:
-        model_files("--curve", directory.path)
-    plan = make_plan(model, args.targets, args.rank, stacks=args.stacks, loaded=False)
+    for option, value in (("--curve", args.curve), ("--budget", args.budget)):
+        if value is not None:
+            model_files(option, directory.path)
+    if (args.budget is None) != (args.gradients is None):
+        raise ValueError("--gradients: expected with --budget and only there, got one of the two")
+    if args.budget is not None and args.rank is not None:
+        raise ValueError(f"--rank: expected none beside --budget, got {args.rank}")
+    rank = args.rank or (8 if args.budget is None else 1)
+    plan = make_plan(model, args.targets, rank, stacks=args.stacks, loaded=False)
+    if args.budget is not None:
+        files = BaseFiles(model, directory.path, MAX_WORKSPACE, progress=True)
+
+        def slices_of(stack: StackPlan) -> Slices:
+            source = files.slices_of(stack, any_dtype=True)
+            assert source is not None  # the skeleton has no weights
+            return source
+
+        came = read_gradients(args.gradients)
+        budget = Budget(args.budget)
+        plan = within_budget(plan, budget, came, slices_of, args.selection, generator=None)
     print(plan.describe() if args.verbose else f"{plan}\n(every layer: --verbose)")
-    cores = sum(stack.n3 * args.rank**2 for stack in plan.stacks)
+    cores = sum(stack.n3 * stack.rank**2 for stack in plan.stacks)
     total = sum(parameter.numel() for parameter in model.parameters())
-    print(f"rank {args.rank}: {cores:,} trained numbers, {cores / total:.2e} of {total:,}")
+    what = f"rank {rank}" if args.budget is None else f"budget {args.budget:,}"
+    print(f"{what}: {cores:,} trained numbers, {cores / total:.2e} of {total:,}")
     if args.curve is not None:
         curves = model_curves(
             model, plan, args.ranks, args.selections, args.model_dir, progress=True
@@ -126,7 +161,8 @@ def inspect(args: argparse.Namespace) -> None:
         names = [member.module for member in plan.members]
         print(
             f"stack {plan.name}: {plan.n3} slices of {plan.n1} x {plan.n2}, rank {stored.rank}, "
-            f"alpha {stored.alpha:g}, mode {stored.mode}, precision {stored.precision}"
+            f"basis {stored.basis}, alpha {stored.alpha:g}, mode {stored.mode}, "
+            f"precision {stored.precision}"
         )
         print(f"  core: norm {stored.core.norm():.4g}, largest {stored.core.abs().max():.4g}")
         print(f"  layers: {names[0]}" + (f" … {names[-1]} ({len(names)})" if names[1:] else ""))

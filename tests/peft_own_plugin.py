@@ -168,7 +168,8 @@ def _for_tcur(value):
         made = type(value)(map(_for_tcur, value))
         for settings in made:
             if "EmbConv1D" in value and isinstance(settings, dict):
-                settings.update(rank=1, alpha=30.0)  # one number, which three small steps train
+                # One number, which three small steps train.
+                settings.update(rank=1, alpha=30.0, basis="slices")
         return made
     if isinstance(value, str):
         return re.sub("vera|glora", "TCUR", value, flags=re.IGNORECASE)

@@ -1,8 +1,8 @@
 """Adapted models in plain torch, for comparison in `assert_composition_close`.
 
-Every adapted weight is W + alpha * C * U * R. It is computed with `torch.fft` from the base weight,
-the indices and a core that is a leaf, so the cores get gradients, too. In float64 the result is
-``exact``.
+Every adapted weight is W + scale * C * U * R. It is computed with `torch.fft` from the base
+weight, the indices, the name of the basis and a core that is a leaf, so the cores get gradients,
+too. In float64 the result is ``exact``.
 """
 
 import copy
@@ -51,8 +51,9 @@ class Plain:
         """The model's parameters by name, where adapted weights are W_eff."""
         parameters = dict(self._model.named_parameters())
         for entry, stack, slices, core in self._stacks:
-            update = product(slices[:, :, list(stack.columns)], core, slices[:, list(stack.rows)])
-            w_eff = (slices + stack.alpha * update).to(self.dtype)
+            lateral, horizontal = sides_of(stack, slices)
+            update = product(lateral, core, horizontal)
+            w_eff = (slices + scale_of(stack) * update).to(self.dtype)
             first = 0
             for member in entry.members:
                 own = w_eff[first : first + member.slices].flatten(0, 1)
@@ -72,6 +73,40 @@ def by_plain_torch(adapter, x):
     return lambda: plain(x), exact(x.double())
 
 
+def scale_of(stack):
+    """What C * U * R is multiplied by, from the settings and sizes of a stack."""
+    if stack.basis == "slices":
+        return stack.alpha
+    return stack.alpha * (stack.n1 * stack.n2) ** 0.5 / (2 * stack.rank)
+
+
+def sides_of(stack, slices):
+    """C and R, made of the chosen ones of all ``slices`` and in their dtype."""
+    lateral, horizontal = slices[:, :, list(stack.columns)], slices[:, list(stack.rows)]
+    if stack.basis == "orthonormal":
+        # In float64, and rounded once: what C and R are does not depend on the order of sums.
+        columns, rows = isometric(lateral.double()), isometric(horizontal.double().mT)
+        lateral, horizontal = columns.to(slices.dtype), rows.mT.to(slices.dtype)
+    return lateral, horizontal
+
+
+def isometric(slices):
+    """Slices ``[n3, n, r]`` that span the same, orthonormal at every frequency.
+
+    Each is what those before it leave of the given one, or zero where this is nothing.
+    """
+    given = torch.fft.rfft(slices, dim=0)
+    found, norms = given[:, :, :0], slices.norm(dim=(0, 1))
+    for index in range(slices.shape[2]):
+        rest = given[:, :, index : index + 1]
+        for _ in range(2):  # the second time for what rounding left
+            rest = rest - found @ (found.mH @ rest)
+        size = rest.norm(dim=1, keepdim=True)
+        one = torch.where(size > 2**-20 * norms[index], rest / size, 0)
+        found = torch.cat([found, one], 2)
+    return torch.fft.irfft(found, n=slices.shape[0], dim=0)
+
+
 @torch.no_grad()
 def with_updates(base, model, adapters=None, change=lambda update: update):
     """A copy of ``base`` whose weights include the updates of a peft ``model``, by default all.
@@ -85,7 +120,7 @@ def with_updates(base, model, adapters=None, change=lambda update: update):
                 weight, stack = twin.get_submodule(name).weight, layer.tcur_stacks[adapter]
                 wide = torch.promote_types(weight.dtype, torch.float32)
                 factors = (stack.lateral, stack.core, stack.horizontal)
-                update = stack.alpha * product(*(t.detach().to(wide) for t in factors))
+                update = stack.scale * product(*(t.detach().to(wide) for t in factors))
                 own = update[place.slice_index : place.slice_index + place.slices].flatten(0, 1)
                 own = change(own.T if place.transposed else own)
                 weight.copy_(weight.to(wide) + own)

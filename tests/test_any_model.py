@@ -421,7 +421,7 @@ def test_a_stack_per_layer_is_matrix_cur():
     x = torch.randn(4, 6)
     model = mlp()
     weights = {name: m.weight.detach().clone() for name, m in model.named_children()}
-    adapter = tcur.adapt(model, rank=2, stacks="layer", alpha=0.5)
+    adapter = tcur.adapt(model, rank=2, stacks="layer", alpha=0.5, basis="slices")
     assert members(adapter.plan) == {name: [(name, 1)] for name in "01234"}
     randomise(adapter)
 

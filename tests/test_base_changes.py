@@ -86,10 +86,11 @@ def _refill(model):
             parameter.normal_(std=0.3)
 
 
+@pytest.mark.parametrize("basis", ["orthonormal", "slices"])
 @pytest.mark.parametrize("mode", ["auto", "materialized", "factored"])
 @pytest.mark.parametrize("change", CHANGES)
-def test_c_and_r_follow_the_base(change, mode, x, tmp_path):
-    model, adapter = adapted(mode=mode)
+def test_c_and_r_follow_the_base(change, mode, basis, x, tmp_path):
+    model, adapter = adapted(mode=mode, basis=basis)
     assert_of_its_base(model, adapter, x)
     CHANGES[change](model)
     assert_of_its_base(model, adapter, x)
@@ -138,9 +139,10 @@ def test_cores_keep_their_numbers_where_a_model_is_emptied(make, dtype):
 
 @pytest.mark.parametrize("assign", [False, True])
 @pytest.mark.parametrize("ran", [False, True])
-def test_a_state_dict_is_all_there_is_to_know(assign, ran, x):
-    model, _ = adapted(0, selection="uniform")
-    other, other_adapter = adapted(1, selection="uniform")
+@pytest.mark.parametrize("basis", ["orthonormal", "slices"])
+def test_a_state_dict_is_all_there_is_to_know(assign, ran, basis, x):
+    model, _ = adapted(0, selection="uniform", basis=basis)
+    other, other_adapter = adapted(1, selection="uniform", basis=basis)
     if ran:
         other(x)
     result = other.load_state_dict(copy.deepcopy(model.state_dict()), assign=assign)

@@ -108,7 +108,7 @@ def test_inspect(run, adapter, tmp_path):
     adapter.save(tmp_path / "a")
     status, out, _ = run("inspect", tmp_path / "a")
     assert status == 0
-    assert "stack 8x8: 12 slices of 8 x 8, rank 2, alpha 0.5, mode auto, precision ieee" in out
+    assert "stack 8x8: 12 slices of 8 x 8, rank 2, basis orthonormal, alpha 0.5, mode auto" in out
     assert "layers: blocks.0.attn.out_proj … blocks.2.attn.qkv (6)" in out
     assert "C and R: slices of the base" in out
     assert "trained beside the cores: 8 tensors" in out

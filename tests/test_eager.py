@@ -30,7 +30,7 @@ def by_operators(stack, layer, x, mode):
         effective = stack.effective(x.dtype)[layer.tcur_place.slice_index]
     return tcur.cur_linear(
         x, layer.base_weight, layer.bias, stack.factors, stack.core,
-        layer.tcur_place.slice_index, stack.alpha,
+        layer.tcur_place.slice_index, stack.scale,
         effective=effective,
     )  # fmt: skip
 
@@ -70,7 +70,7 @@ def test_half_precision_is_that_of_the_operators(dtype, bias):
 
     def by_torch(x, core, product):
         update = product(factors[0], core, factors[1])[layer.tcur_place.slice_index]
-        w_eff = (layer.base_weight.to(update.dtype) + stack.alpha * update).to(x.dtype)
+        w_eff = (layer.base_weight.to(update.dtype) + stack.scale * update).to(x.dtype)
         return [grad.to(x.dtype) for grad in torch.autograd.grad((x @ w_eff.T).sum(), (x, core))]
 
     wide = [t.detach().double().requires_grad_() for t in (x, stack.core)]

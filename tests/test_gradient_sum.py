@@ -45,7 +45,7 @@ def by_torch(stack, x, dtype, times=1):
     """Gradients of ``times`` losses by x and by the core, in plain torch."""
     x, core = (t.detach().to(dtype).requires_grad_() for t in (x, stack.core))
     base = torch.stack(base_slices(stack)).to(dtype)
-    w_eff = base + stack.alpha * product(stack.lateral.to(dtype), core, stack.horizontal.to(dtype))
+    w_eff = base + stack.scale * product(stack.lateral.to(dtype), core, stack.horizontal.to(dtype))
     loss = 0.0
     for layer in stack.layers:
         own = w_eff[
@@ -241,7 +241,7 @@ def test_gradients_that_are_differentiated_again(mode, way):
     assert counted(stack, lambda: length.backward(retain_graph=True))[0] == [layers]
     x64, core = (t.detach().requires_grad_() for t in (x, stack.core))
     w_eff = torch.stack(base_slices(stack))
-    w_eff = w_eff + stack.alpha * product(stack.lateral, core, stack.horizontal)
+    w_eff = w_eff + stack.scale * product(stack.lateral, core, stack.horizontal)
     bias = torch.stack([layer.bias for layer in stack.layers])[:, None]
     plain = (x64 @ w_eff.mT + bias).sin().sum()
     first = torch.autograd.grad(plain, (x64, core), create_graph=True)

@@ -180,7 +180,7 @@ def test_cores_keep_their_precision_through_casts(x):
     assert adapter.stacks["12x12"].core is core
     assert torch.equal(core, before)
     assert model(x.half()).dtype == torch.float16
-    assert model.get_buffer("tcur_12x12__indices").dtype == torch.int64
+    assert model.get_buffer("tcur_12x12__orthonormal_indices").dtype == torch.int64
     holder.double()
     assert adapter.stacks["12x12"].core.dtype == torch.float64
 

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import oracle
 import tcur_kernels as tcur
-from plain import product
+from plain import product, scale_of, sides_of
 from tcur_kernels.layers import route, w_eff
 from tcur_kernels.operators import cost
 from tolerance import PROMISE, assert_composition_close, assert_equal_in_float64, relative_error
@@ -29,9 +29,9 @@ def make_linears(count=3, n1=6, n2=9, fused=True, dtype=torch.float32):
     return linears
 
 
-def make_stack(mode="auto", alpha=0.7, **kwargs):
+def make_stack(mode="auto", alpha=0.7, basis="orthonormal", **kwargs):
     linears = make_linears(**kwargs)
-    return tcur.TProductStack(linears, rank=2, alpha=alpha, mode=mode), linears
+    return tcur.TProductStack(linears, rank=2, alpha=alpha, mode=mode, basis=basis), linears
 
 
 def randomise(stack):
@@ -66,18 +66,19 @@ def by_torch(stack, weights, inputs, dtype):
     """Outputs of layers with these weights; inputs and core as leaves. float64: the definition."""
     weight = torch.cat(weights).unflatten(0, (stack.n3, stack.n1)).to(dtype)
     core = stack.core.detach().to(dtype, copy=True).requires_grad_()
-    factors = weight[:, :, list(stack.columns)], core, weight[:, list(stack.rows)]
-    update = (oracle.cur_product if dtype == torch.float64 else product)(*factors)
-    blocks = (weight + stack.alpha * update).flatten(0, 1).split([len(w) for w in weights])
+    lateral, horizontal = sides_of(stack, weight)
+    update = (oracle.cur_product if dtype == torch.float64 else product)(lateral, core, horizontal)
+    blocks = (weight + scale_of(stack) * update).flatten(0, 1).split([len(w) for w in weights])
     inputs = [x.detach().to(dtype, copy=True).requires_grad_() for x in inputs]
     biases = [None if layer.bias is None else layer.bias.to(dtype) for layer in stack.layers]
     return tuple(map(F.linear, inputs, blocks, biases)), (*inputs, core)
 
 
 @MODES
-def test_values_and_gradients_against_the_definition(mode):
+@pytest.mark.parametrize("basis", ["orthonormal", "slices"])
+def test_values_and_gradients_against_the_definition(mode, basis):
     """Every slice, the fused ones too, against float64 autograd through bcirc."""
-    stack, linears = make_stack(mode)
+    stack, linears = make_stack(mode, basis=basis)
     randomise(stack)
     inputs = [torch.randn(4, 9, requires_grad=True) for _ in linears]
     outputs = [layer(x) for layer, x in zip(stack.layers, inputs, strict=True)]
@@ -335,7 +336,7 @@ def test_drop_in():
     expected = "in_features=9, out_features=18, bias=False, slice=1-3 of 6, rank=2"
     assert layer.extra_repr() == expected
     assert "slice=0 of 6" in repr(stack.layers[0])
-    assert "n3=6, n1=6, n2=9, rank=2, alpha=0.7, mode=auto" in repr(stack)
+    assert "n3=6, n1=6, n2=9, rank=2, alpha=0.7, basis=orthonormal, mode=auto" in repr(stack)
 
 
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
@@ -365,11 +366,13 @@ def test_dtype_moves_keep_core_and_factors_wide():
     model.to(torch.bfloat16)
     assert stack.layers[0].weight.dtype == torch.bfloat16
     assert stack.core.dtype == stack.factors.lateral_hat.dtype == torch.float32
-    assert stack.lateral.dtype == torch.bfloat16  # slices of the base that is there now
+    assert stack.factors.slices[0].dtype == torch.bfloat16  # of the base that is there now
+    assert stack.lateral.dtype == torch.float32
     assert torch.equal(stack.core, core)
     assert stack.layers[0](x.bfloat16()).dtype == torch.bfloat16
     model.double()
     assert stack.core.dtype == stack.factors.horizontal_hat.dtype == torch.float64
+    assert stack.lateral.dtype == torch.float64
     assert torch.equal(stack.core, core.double())
     assert stack.layers[0](x.double()).dtype == torch.float64
     model.to("meta")
@@ -543,8 +546,9 @@ def test_a_small_update_survives_in_half_precision(dtype, bias, autocast):
         with torch.no_grad():
             factors = stack.lateral.double(), stack.horizontal.double()
             update = oracle.cur_product(factors[0], stack.core.double(), factors[1])
-            stack.core.mul_(size * weight.norm() / update.norm())
+            stack.core.mul_(size * weight.norm() / (stack.scale * update.norm()))
             update = oracle.cur_product(factors[0], stack.core.double(), factors[1])[1]
+            update *= stack.scale
             with torch.autocast("cpu", dtype, enabled=autocast):
                 moved = stack.layers[1](x).double() - linears[1](x).double()
         wanted = x.double() @ update.T

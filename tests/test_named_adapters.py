@@ -221,7 +221,9 @@ def test_merging_means_the_active_one(x):
     ("call", "message"),
     [
         (lambda a: a.add("b"), "name: expected a name that is free, got 'b'"),
+        # In either basis: it tells a checkpoint's basis.
         (lambda a: a.add("indices"), "name: expected a name that is free, got 'indices'"),
+        (lambda a: a.add("orthonormal_indices"), "name: expected a name that is free, got 'orth"),
         (lambda a: a.add("a b"), "name: expected an identifier, got 'a b'"),
         (lambda a: a.add(None), "name: expected an identifier, got None"),
         (lambda a: a.activate("c"), "name: expected one of default, b, got 'c'"),

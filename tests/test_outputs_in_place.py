@@ -64,7 +64,7 @@ def test_gradients_are_those_of_the_changed_result(mode, change, axes, bias):
     def by_torch(dtype):
         own, core = (t.detach().to(dtype).requires_grad_() for t in (x, stack.core))
         update = product(stack.lateral.to(dtype), core, stack.horizontal.to(dtype))
-        w_eff = layer.base_weight.to(dtype) + stack.alpha * update[1]
+        w_eff = layer.base_weight.to(dtype) + stack.scale * update[1]
         y = change(F.linear(own, w_eff, None if layer.bias is None else layer.bias.to(dtype)))
         return (y, *torch.autograd.grad(y.sin().sum(), (own, core)))
 
@@ -102,7 +102,7 @@ def test_results_of_the_public_function(dtype, effective, backend, autocast):
     layer, x = stack.layers[1], torch.randn(2, 6, 40, dtype=dtype, requires_grad=True)
     w_eff = stack.effective(dtype)[1] if effective else None
     how = {"effective": w_eff, "backend": backend}
-    args = (layer.base_weight, layer.bias, stack.factors, stack.core, 1, stack.alpha)
+    args = (layer.base_weight, layer.bias, stack.factors, stack.core, 1, stack.scale)
 
     def grads(change):
         with torch.autocast("cpu", autocast, enabled=autocast is not None):

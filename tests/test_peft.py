@@ -336,9 +336,9 @@ def test_an_adapter_for_each_row(shared, x):
 
 
 def exact_update(layer, name):
-    """alpha * C * U * R of one layer in float64, by the block-circulant definition."""
+    """The update of one layer in float64, by the block-circulant definition."""
     stack, place = layer.tcur_stacks[name], layer.tcur_places[name]
-    update = stack.alpha * cur_product(stack.lateral, stack.core.detach(), stack.horizontal)
+    update = stack.scale * cur_product(stack.lateral, stack.core.detach(), stack.horizontal)
     return update[place.slice_index : place.slice_index + place.slices].flatten(0, 1)
 
 
@@ -348,7 +348,7 @@ def test_delta_weight_is_the_update():
     for layer in (m for m in model.modules() if isinstance(m, TCURLinear)):
         exact = exact_update(layer, "default")
         stack, place = layer.tcur_stacks["default"], layer.tcur_places["default"]
-        whole = stack.alpha * product(stack.lateral, stack.core.detach(), stack.horizontal)
+        whole = stack.scale * product(stack.lateral, stack.core.detach(), stack.horizontal)
         same = whole[place.slice_index : place.slice_index + place.slices].flatten(0, 1)
         assert_close(layer.get_delta_weight("default"), same, exact)
 
@@ -438,7 +438,7 @@ def test_targets(choice, expected, x, tmp_path):
 
 
 def test_a_stack_for_each_layer_is_matrix_cur(x, tmp_path):
-    model, base = adapted(stacks="layer")
+    model, base = adapted(stacks="layer", basis="slices")
     stacks = model.plans["default"].stacks
     assert len(stacks) == 12
     assert all(s.n3 == 1 for s in stacks)

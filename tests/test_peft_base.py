@@ -70,7 +70,8 @@ def test_c_and_r_are_of_the_base_that_was_loaded(base, x):
     y = model(x)
     place = next(m for m in model.modules() if isinstance(m, TCURLinear)).tcur_places["default"]
     stack = place.stack
-    assert torch.equal(stack.lateral[0], place.weight[: stack.n1, list(stack.columns)])
+    lateral, _ = stack.factors.slices
+    assert torch.equal(lateral[0], place.weight[: stack.n1, list(stack.columns)])
     assert_is(y, new, model, x)
 
 

@@ -274,8 +274,10 @@ def test_two_adapters_on_a_16_bit_base_round_once(dtype, bias):
     model.add_adapter("second", TCURConfig(**own))
     step = torch.finfo(dtype).eps * 32  # the distance of numbers from 32 to 64
     with torch.no_grad():
+        # C and R are 1 / √8 at frequency 0 and nothing else, and the scale is 8 / 2: each update
+        # is a quarter of its core everywhere, and adds 0.1 of a step to a sum of 8 inputs of 1.
         for core in cores(model).values():
-            core[0] = 0.05 * step / 8  # each adds 0.05 of it to a sum of 8 products of ones
+            core[0] = 0.05 * step
     model.base_model.set_adapter(["default", "second"])
     layer = model.base_model.model[0]
     x = 4 + torch.rand(20000, 8).to(dtype) / 4

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import tcur_kernels as tcur
 from fake_cuda import FakeStreams
-from plain import base_slices, product
+from plain import base_slices, product, scale_of, sides_of
 from tcur_kernels.layers import route
 from tcur_kernels.layers import w_eff as kept_module
 from tcur_kernels.operators import streams
@@ -71,8 +71,8 @@ def silently(stack, by=1.5):
 def exact(stack, x):
     """By plain torch, which keeps nothing."""
     base = torch.stack(base_slices(stack))
-    factors = base[:, :, list(stack.columns)], stack.core.detach(), base[:, list(stack.rows)]
-    w_eff = base + stack.alpha * product(*factors)
+    lateral, horizontal = sides_of(stack, base)
+    w_eff = base + scale_of(stack) * product(lateral, stack.core.detach(), horizontal)
     return torch.stack([F.linear(x, w_eff[i], stack.layers[i].bias) for i in range(stack.n3)])
 
 
@@ -247,8 +247,8 @@ def test_replays_are_not_heard_of_and_not_believed(cuda, float64, builds, mode):
         for _ in range(2):
             silently(stack)
             w_eff = stack.effective(x.dtype)
-            exact_w_eff = tcur.materialize(base_slices(stack), stack.factors, stack.core)
-            assert_equal_in_float64(w_eff, exact_w_eff)
+            wanted = tcur.materialize(base_slices(stack), stack.factors, stack.core, stack.scale)
+            assert_equal_in_float64(w_eff, wanted)
 
 
 def test_a_captured_backward_alone_is_heard_of(cuda, float64):

@@ -3,8 +3,19 @@
 from .adapt import adapt
 from .adapter import Adapter
 from .batch import StackedCores
+from .budget import Budget
 from .file import read_metadata
+from .gradients import collect_gradients
 from .load import load_adapter
 from .plan import Plan
 
-__all__ = ["Adapter", "Plan", "StackedCores", "adapt", "load_adapter", "read_metadata"]
+__all__ = [
+    "Adapter",
+    "Budget",
+    "Plan",
+    "StackedCores",
+    "adapt",
+    "collect_gradients",
+    "load_adapter",
+    "read_metadata",
+]

@@ -11,14 +11,18 @@ import torch
 from torch import nn
 from torch.nn.parameter import UninitializedBuffer
 
-from ..decompose import Selection
+from ..decompose import Selection, Slices
 from ..decompose.slices import MAX_WORKSPACE
+from ..decompose.tensor import as_slices
 from ..layers.stack import TProductStack
 from ..operators import cost
+from ..operators.basis import DEFAULT_BASIS, Basis, check_basis
 from ..operators.factors import Precision
 from .adapter import Adapter
-from .build import build_stack, errors_named
+from .budget import Budget, within_budget
+from .build import build_stack, errors_named, places_of
 from .fingerprint import persistent_buffers
+from .gradients import Gradients, read_gradients
 from .holding import PREFIXES
 from .install import is_adapted, put_in_place
 from .linear_maps import find_places
@@ -30,7 +34,7 @@ from .train_also import trained_names
 def adapt(
     model: nn.Module,
     targets: Targets = None,
-    rank: int | Mapping[str, int] = 8,
+    rank: int | Mapping[str, int] | Budget = 8,
     alpha: float | Mapping[str, float] = 1.0,
     selection: Selection | Mapping[str, Selection] = "norm",
     mode: cost.Mode = "auto",
@@ -41,6 +45,8 @@ def adapt(
     weights: str | Path | None = None,
     max_workspace: int = MAX_WORKSPACE,
     progress: bool = False,
+    basis: Basis = DEFAULT_BASIS,
+    gradients: Gradients | None = None,
 ) -> Adapter:
     """Adapts ``model`` in place by tCURLoRA.
 
@@ -57,8 +63,9 @@ def adapt(
             of layers; a function of name and module; or ``{stack name: [names or patterns]}``. See
             `adapters.plan.make_plan`.
         rank: tubal rank r of C, U and R. Like ``alpha`` and ``selection``, either one value for all
-            stacks or ``{stack name or pattern: value}``.
-        alpha: scale of the update.
+            stacks or ``{stack name or pattern: value}``. A `Budget` shares out a number of trained
+            numbers among the stacks; it needs ``gradients``.
+        alpha: scale of the update, on top of that of the basis.
         selection: rule for the slices, by name, a callable, or indices; see `tensor_cur`.
         mode: "materialized" builds W_eff once per step, "factored" computes with the factors, and
             "auto" takes what costs less.
@@ -74,6 +81,11 @@ def adapt(
             not loaded into the model; the caller must do that before it runs.
         max_workspace: most bytes to use while the slices of one stack are chosen.
         progress: shows a bar for every pass over the weights.
+        basis: "orthonormal": the core is written in isometric factors of the chosen slices, so that
+            one learning rate serves all ranks. "slices": C and R are the slices themselves, as
+            published; its learning rate falls with the rank. Both span the same updates. See
+            `operators.basis`.
+        gradients: for a `Budget`: what `collect_gradients` returned, or a safetensors file of it.
 
     Returns:
         The `Adapter`: plan, parameters, save, merge, unmerge, disable.
@@ -87,7 +99,12 @@ def adapt(
     if is_adapted(model):
         raise ValueError("model: expected a base model, got one that is adapted already")
     ranks = list(rank.values()) if isinstance(rank, Mapping) else [rank]
-    if not isinstance(mode, str) or not all(type(one) is int for one in ranks):
+    is_shared_out = isinstance(rank, Budget)
+    if is_shared_out != (gradients is not None):
+        kind = "those of collect_gradients for" if is_shared_out else "None without"
+        got = "None" if gradients is None else type(gradients).__name__
+        raise ValueError(f"gradients: expected {kind} a rank that is a Budget, got {got}")
+    if not isinstance(mode, str) or not (is_shared_out or all(type(one) is int for one in ranks)):
         raise TypeError(f"rank, mode: expected an int and a str, got {rank!r} and {mode!r}")
     for name, buffer in model.named_buffers():
         if isinstance(buffer, UninitializedBuffer):
@@ -95,32 +112,45 @@ def adapt(
                 f"model: expected buffers with values, got {name} that is not initialised yet: run "
                 "a batch through the model first"
             )
+    check_basis(basis)
     patterns = (train_also,) if isinstance(train_also, str) else tuple(train_also)
     trained = trained_names(model, patterns)
     files = None if weights is None else BaseFiles(model, weights, max_workspace, progress)
     if files is not None and on_meta(model) is None:
         raise ValueError("weights: expected a model on the meta device, got one that is loaded")
-    plan = make_plan(model, targets, rank, trained, stacks, loaded=files is None)
+    planned = 1 if isinstance(rank, Budget) else rank
+    plan = make_plan(model, targets, planned, trained, stacks, loaded=files is None)
     for argument, value in (("alpha", alpha), ("selection", selection)):
         check_setting(argument, value, plan.stacks)
     found, built = find_places(model), {}
-    for stack in plan.stacks:
+
+    def source_of(stack: StackPlan) -> Slices | None:
         with errors_named(stack):
-            source = None if files is None else files.slices_of(stack)
+            return None if files is None else files.slices_of(stack)
+
+    def slices_of(stack: StackPlan) -> Slices:
+        weights = [place.weight.detach() for place in places_of(stack, found)]
+        return source_of(stack) or as_slices("model", weights, max_workspace, progress, stack.n1)
+
+    if isinstance(rank, Budget) and gradients is not None:
+        came = read_gradients(gradients)
+        plan = within_budget(plan, rank, came, slices_of, selection, generator)
+    for stack in plan.stacks:
         rule: Selection = setting("selection", selection, stack.name)  # type: ignore[assignment]
         built[stack.name] = build_stack(
             TProductStack,
             stack,
             found,
-            rank=setting("rank", rank, stack.name),
+            rank=stack.rank,
             alpha=setting("alpha", alpha, stack.name),
             selection=rule,
             mode=mode,
             precision=precision,
-            source=source,
+            source=source_of(stack),
             generator=generator,
             max_workspace=max_workspace,
             progress=progress,
+            basis=basis,
         )
         _check_learns(stack.name, built[stack.name])
     return install(model, plan, built, patterns, files)
@@ -128,7 +158,7 @@ def adapt(
 
 def _check_learns(name: str, stack: TProductStack) -> None:
     """Refuses C or R of zeros, with which the gradient of the core would always be zero."""
-    for what, factor in (("columns C", stack.lateral), ("rows R", stack.horizontal)):
+    for what, factor in zip(("columns C", "rows R"), stack.factors.slices, strict=True):
         if not factor.any():
             raise ValueError(
                 f"stack {name}: selection: expected {what} with numbers, without which the core "

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..layers.rows import Repeat
 from ..layers.stack import TProductStack
 from ..layers.switching import warn_of_unused
+from ..operators.basis import Basis, check_basis
 from ..processes import is_first_process, is_sharded, whole
 from .batch import StackedCores, check_batch_first, check_finite
 from .file import Contents, StoredStack, read_contents
@@ -217,6 +218,38 @@ class Adapter:
             self._inactive[name].update(learned)
         self._metadata[name] = contents.metadata
 
+    def change_basis(self, basis: Basis) -> None:
+        """Writes the cores of all adapters in another basis; the model computes the same.
+
+        W_eff stays the same but for the rounding of the cores. The state of an optimizer belongs to
+        the former basis, so make a new one.
+
+        Args:
+            basis: "orthonormal" or "slices", see `adapt`.
+
+        Raises:
+            ValueError: there is no such basis; the model is merged, or its cores are sharded; or
+                the slices are so nearly dependent that a core in them would change the update.
+                Nothing has changed then.
+        """
+        check_basis(basis)
+        if self.is_merged:
+            raise ValueError("change_basis: expected an unmerged adapter, got one that is merged")
+        for name, stack in self.stacks.items():
+            if any(is_sharded(core) or core.is_meta for core in stack.every_core()):
+                raise ValueError(
+                    f"change_basis: expected whole cores, got a sharded or offloaded one in stack "
+                    f"{name}; convert the adapter on one process"
+                )
+        values = {}
+        for name, stack in self.stacks.items():
+            try:
+                values[name] = stack.converted(basis)
+            except ValueError as error:
+                raise ValueError(f"stack {name}: {error}") from error
+        for name, stack in self.stacks.items():
+            stack.adopt(basis, values[name])
+
     # -- files
 
     def save(self, path: str | Path, name: str | None = None, factors: bool = False) -> None:
@@ -274,7 +307,7 @@ class Adapter:
             stack = self.stacks[plan.name]
             stack.certify()
             stored = tuple(weights[member.module].stored() for member in plan.members)
-            settings = (stack.rank, stack.alpha, stack.mode, stack.precision)
+            settings = (stack.rank, stack.alpha, stack.mode, stack.precision, stack.basis)
             core = stack.core_of(self._key(name))
             record, sides = StackRecord.of(plan, stack), stack.factors if factors else None
             stacks.append(StoredStack(record, stored, *settings, core, sides))

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ..files.whole import replacing
 from ..layers.stack import TProductStack
+from ..operators.basis import Basis, check_basis, scale_of
 from ..operators.factors import CURFactors
 from ..values import HoldsTensors
 from .metadata import checked_metadata
@@ -31,6 +32,9 @@ from .record import StackRecord
 
 FORMAT = "tcur_kernels.adapter"
 FORMAT_VERSION = 2
+
+#: The settings of a stack in the header.
+_SETTINGS = ("rank", "alpha", "mode", "precision", "basis")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -41,9 +45,9 @@ class StoredStack(HoldsTensors):
         record: its plan, the indices of C and R, and the base they were taken from.
         stored: for each member, the parameter that holds its weight, whether that is stored (in,
             out), and the row of the parameter at which the weight begins.
-        rank, alpha, mode, precision: settings, as `TProductStack` takes them.
+        rank, alpha, mode, precision, basis: settings, as `TProductStack` takes them.
         core: ``[n3, r, r]``.
-        factors: C and R, if the file has them.
+        factors: those of the slices, if the file has these.
     """
 
     record: StackRecord
@@ -52,6 +56,7 @@ class StoredStack(HoldsTensors):
     alpha: float
     mode: str
     precision: str
+    basis: Basis
     core: Tensor
     factors: CURFactors | None
 
@@ -60,9 +65,14 @@ class StoredStack(HoldsTensors):
         """Its layers, in the order of their slices."""
         return self.record.plan
 
+    @property
+    def scale(self) -> float:
+        """What C * U * R is multiplied by."""
+        return scale_of(self.basis, self.alpha, self.plan.n1, self.plan.n2, self.rank)
+
     def as_json(self) -> dict[str, Any]:
         """The entry of the stack in the header of a file."""
-        settings = {name: getattr(self, name) for name in ("rank", "alpha", "mode", "precision")}
+        settings = {name: getattr(self, name) for name in _SETTINGS}
         return {**self.record.as_json(), **settings, "stored": list(map(list, self.stored))}
 
     def tensors(self) -> dict[str, Tensor]:
@@ -70,8 +80,7 @@ class StoredStack(HoldsTensors):
         name = self.plan.name
         named = {f"core.{name}": self.core}
         if self.factors is not None:
-            named[f"lateral.{name}"] = self.factors.lateral
-            named[f"horizontal.{name}"] = self.factors.horizontal
+            named[f"lateral.{name}"], named[f"horizontal.{name}"] = self.factors.slices
         return named
 
     @classmethod
@@ -91,7 +100,9 @@ class StoredStack(HoldsTensors):
         if f"lateral.{name}" in tensors:
             factors = CURFactors(tensors[f"lateral.{name}"], tensors[f"horizontal.{name}"])
         stored = tuple((parameter, bool(t), int(row)) for parameter, t, row in entry["stored"])
-        settings = (rank, entry["alpha"], entry["mode"], entry["precision"])
+        # Files from before there was another basis do not name it.
+        basis = check_basis(entry.get("basis", "slices"))
+        settings = (rank, entry["alpha"], entry["mode"], entry["precision"], basis)
         return cls(record, stored, *settings, core, factors)
 
 
@@ -172,6 +183,7 @@ class Contents(HoldsTensors):
             for what, wanted, came in (
                 ("rank", stack.rank, stored.rank),
                 ("alpha", stack.alpha, stored.alpha),
+                ("basis", stack.basis, stored.basis),
                 ("rows", list(stack.rows), list(record.rows)),
                 ("columns", list(stack.columns), list(record.columns)),
             ):

@@ -40,9 +40,8 @@ class Fingerprint:
     def of(cls, factors: CURFactors) -> Fingerprint:
         """The fingerprint of the base that these C and R were taken from."""
         if factors not in _DIGESTS:
-            sides = (factors.lateral, factors.horizontal)
-            _DIGESTS[factors] = digest(part.double() for side in sides for part in side)
-        return cls(str(factors.lateral.dtype), _DIGESTS[factors])
+            _DIGESTS[factors] = digest(part.double() for side in factors.slices for part in side)
+        return cls(str(factors.slices[0].dtype), _DIGESTS[factors])
 
 
 def digest(tensors: Iterable[Tensor]) -> str:

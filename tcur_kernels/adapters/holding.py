@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..layers.cores import keep_numbers
 from ..layers.stack import TProductStack
+from ..operators.basis import BASES
 from ..operators.factors import CURFactors
 
 #: Name of the child, so cores are named ``tcur.<stack>``; in a container ``tcur_<stack>``.
@@ -26,6 +27,8 @@ CHILD = "tcur"
 PREFIXES = (f"{CHILD}.", f"{CHILD}_")
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
+_SIDES = ("lateral", "horizontal")
 
 #: Names in the code of a forward that suggest a loop over all children.
 _LOOPS = {"children", "named_children", "_modules", "modules", "named_modules"}
@@ -116,14 +119,15 @@ class Caretaker:
             key = self.key_of(name)
             stack.hand_over(holder, key)
             indices = torch.tensor([stack.rows, stack.columns], device=stack.core.device)
-            holder.register_buffer(f"{key}__indices", indices)
+            holder.register_buffer(stack.indices_key, indices)
             if not stack.base.is_own:
-                holder.register_buffer(f"{key}__lateral", stack.lateral.clone())
-                holder.register_buffer(f"{key}__horizontal", stack.horizontal.clone())
+                for side, taken in zip(_SIDES, stack.factors.slices, strict=True):
+                    holder.register_buffer(f"{key}__{side}", taken.clone())
         if self.is_direct:
             model.__dict__["_apply"] = self
         else:
             model.add_module(CHILD, holder)
+        model.register_load_state_dict_pre_hook(self.loading)
         model.register_load_state_dict_post_hook(self.loaded)
         model.register_state_dict_pre_hook(self.saving)
 
@@ -138,10 +142,11 @@ class Caretaker:
         else:
             delattr(model, CHILD)
         for hooks, ours in (
+            (model._load_state_dict_pre_hooks, Caretaker.loading),
             (model._load_state_dict_post_hooks, Caretaker.loaded),
             (model._state_dict_pre_hooks, Caretaker.saving),
         ):
-            for number in [n for n, h in hooks.items() if getattr(h, "__func__", None) is ours]:
+            for number in [n for n, h in hooks.items() if _function_of(h) is ours]:
                 del hooks[number]
 
     def moving(self) -> _Moving:
@@ -168,18 +173,36 @@ class Caretaker:
     @torch.no_grad()
     def write_indices(self, holder: nn.Module) -> None:
         """Writes the indices in use again, because `to_empty` leaves them uninitialised."""
-        for name, stack in self.stacks.items():
-            indices = holder._buffers[f"{self.key_of(name)}__indices"]
+        for stack in self.stacks.values():
+            indices = holder._buffers[stack.indices_key]
             if indices is not None and not indices.is_meta:
                 indices.copy_(torch.tensor([stack.rows, stack.columns]))
+
+    def loading(
+        self, model: nn.Module, state_dict: Mapping[str, Any], prefix: str, *others: Any
+    ) -> None:
+        """Before a checkpoint is loaded: refuses one whose cores are written in another basis.
+
+        Raises:
+            ValueError: it has such cores; nothing of this model is loaded then.
+        """
+        start = prefix if self.is_direct else f"{prefix}{CHILD}."
+        for name, stack in self.stacks.items():
+            for basis in BASES:
+                is_other = basis != stack.basis
+                if is_other and f"{start}{stack.indices_key_in(basis)}" in state_dict:
+                    raise ValueError(
+                        f"state_dict: expected cores in basis {stack.basis!r} in stack {name}, got "
+                        f"them in {basis!r}; adapt the model with basis={basis!r} to load it"
+                    )
 
     def loaded(self, model: nn.Module, incompatible_keys: Any) -> None:
         """After a checkpoint was loaded: updates C and R and, if merged, W_eff."""
         for name, stack in self.stacks.items():
             key, buffers = self.key_of(name), stack.holder._buffers
-            sides = [buffers.get(f"{key}__{side}") for side in ("lateral", "horizontal")]
+            sides = [buffers.get(f"{key}__{side}") for side in _SIDES]
             if sides[0] is not None and sides[1] is not None:
-                stack.base.factors = CURFactors(sides[0], sides[1])
+                stack.base.factors = CURFactors(sides[0], sides[1], stack.basis)
                 stack.base.suspect()
             stack.settle()
 
@@ -200,6 +223,11 @@ class Caretaker:
     def _is_own(self, key: str) -> bool:
         keys = [self.key_of(name) for name in self.stacks]
         return any(key == own or key.startswith(f"{own}__") for own in keys)
+
+
+def _function_of(hook: Any) -> Any:
+    """The function of a hook that is a bound method; torch wraps some hooks."""
+    return getattr(getattr(hook, "hook", hook), "__func__", None)
 
 
 class _Moving:

@@ -92,6 +92,7 @@ def _build(stored: StoredStack, places: Mapping[str, Place], strict: bool) -> TP
             selection=stored.record.selection,
             mode=stored.mode,
             precision=stored.precision,
+            basis=stored.basis,
             factors=factors,
         )
 
@@ -103,8 +104,8 @@ def _build(stored: StoredStack, places: Mapping[str, Place], strict: bool) -> TP
                 hint = "; strict=False loads it with the C and R it holds"
             raise ValueError(
                 f"model: expected the base that the adapter was made for, got other weights in "
-                f"stack {stored.plan.name} ({stack.factors.lateral.dtype}; the fingerprint covers "
-                f"the dtype too{hint})"
+                f"stack {stored.plan.name} ({Fingerprint.of(stack.factors).dtype}; the fingerprint "
+                f"covers the dtype too{hint})"
             )
         stack = build(stored.factors)
     with torch.no_grad():

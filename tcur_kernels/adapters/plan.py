@@ -45,7 +45,8 @@ class StackPlan:
     """One stack: its name, the size of its slices, its layers in the order of these, its rank.
 
     ``note`` tells the reader of the plan how its layers run, and why. If that ``is_special``, not
-    just a matter of the number of tokens, the printed plan has the note, too.
+    just a matter of the number of tokens, the printed plan has the note, too. If a `Budget` gave
+    the rank, ``caught`` is the part of the gradient's energy that this rank catches.
     """
 
     name: str
@@ -55,6 +56,7 @@ class StackPlan:
     rank: int
     note: str = ""
     is_special: bool = False
+    caught: float | None = None
 
     @property
     def n3(self) -> int:
@@ -92,9 +94,8 @@ class Plan:
         lines = []
         for stack in self.stacks:
             head = f"stack {stack.name}: {stack.n3} slices of {stack.n1} x {stack.n2}"
-            lines.append(
-                ", ".join([head, f"rank {stack.rank}", *([stack.note] * bool(stack.note))])
-            )
+            rank = f"rank {stack.rank}{_caught(stack)}"
+            lines.append(", ".join([head, rank, *([stack.note] * bool(stack.note))]))
             index = 0
             for member in stack.members:
                 last = index + member.slices - 1
@@ -130,6 +131,11 @@ class Plan:
         return ["left out:", *each] if each else []
 
 
+def _caught(stack: StackPlan) -> str:
+    """What the rank catches, if a budget gave it."""
+    return "" if stack.caught is None else f", which catches {stack.caught:.2%} of the gradient"
+
+
 def _in_one_line(stack: StackPlan) -> str:
     """A stack with the names of its layers folded, in the order of their first slices."""
     n3, rank = stack.n3, stack.rank
@@ -137,7 +143,7 @@ def _in_one_line(stack: StackPlan) -> str:
     if n3 == 1:
         what = f"1 matrix of {stack.n1} x {stack.n2} has a core"
     listed = ", ".join(layers_in_short({m.module: m.slices for m in stack.members}))
-    line = f"stack {stack.name}: {what} of {n3} x {rank} x {rank} numbers: {listed}"
+    line = f"stack {stack.name}: {what} of {n3} x {rank} x {rank} numbers{_caught(stack)}: {listed}"
     return f"{line}; {stack.note}" if stack.is_special else line
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..operators.basis import Basis
 from ..operators.factors import CURFactors
 from ..processes import is_sharded, whole
 from .weights import Place
@@ -83,7 +84,7 @@ class Base:
         self.name, self.places = name, places
         self.rows, self.columns = (tuple(each) for each in indices)
         self.factors, self.is_own = factors, is_own
-        self._given = factors.lateral.dtype
+        self._given = factors.slices[0].dtype
         self.generation = 0
         self._turn = 0
         self._samples: list[tuple[Place, int, int, float]] = []
@@ -121,6 +122,12 @@ class Base:
         if self.is_own and (tuple(rows), tuple(columns)) != (self.rows, self.columns):
             self.rows, self.columns = tuple(rows), tuple(columns)
             self.suspect()
+
+    def change_basis(self, basis: Basis) -> None:
+        """Makes C and R anew of the same slices, in another basis."""
+        self.factors = CURFactors(*self.factors.slices, basis)
+        self._sample()
+        self.generation += 1
 
     def look(self) -> None:
         """Compares the weights that may have changed; if they did, takes C and R again.
@@ -210,27 +217,28 @@ class Base:
         factors, self._samples = self.factors, []
         if not self.is_own or factors.device.type != "cpu":
             return
+        columns = factors.slices[0]
         for turn in range(_SAMPLES):
             for index, place in enumerate(self.places):
                 row = (turn * _STRIDE + index) % place.out_features
                 j = (turn + index) % factors.rank
-                own = factors.lateral[place.slice_index + row // factors.n1, row % factors.n1, j]
+                own = columns[place.slice_index + row // factors.n1, row % factors.n1, j]
                 self._samples.append((place, row, self.columns[j], own.item()))
 
     def _are_of(self, places: Sequence[Place]) -> bool:
         """Whether the slices of C and R that belong to these places agree with their weights."""
-        factors, same = self.factors, []
-        if self._dtype() != factors.lateral.dtype:
+        (lateral, horizontal), same = self.factors.slices, []
+        if self._dtype() != lateral.dtype:
             return False
         for place in places:
             weight = place.weight
-            if weight.device != factors.device:
+            if weight.device != lateral.device:
                 return False
             own = slice(place.slice_index, place.slice_index + place.slices)
             slices = weight.detach().unflatten(0, (place.slices, -1))
             same += [
-                (slices[:, :, list(self.columns)] == factors.lateral[own]).all(),
-                (slices[:, list(self.rows)] == factors.horizontal[own]).all(),
+                (slices[:, :, list(self.columns)] == lateral[own]).all(),
+                (slices[:, list(self.rows)] == horizontal[own]).all(),
             ]
         return bool(torch.stack(same).all())  # waits for an accelerator only once
 
@@ -244,8 +252,8 @@ class Base:
         if (self.factors.device, self.factors.dtype) != (weight.device, wide):
             # C and R keep the dtype of the base that they were taken from; files record it.
             dtype = wide if wide == torch.float64 else self._given
-            sides = (self.factors.lateral, self.factors.horizontal)
-            self.factors = CURFactors(*(side.to(weight.device, dtype) for side in sides))
+            sides = [side.to(weight.device, dtype) for side in self.factors.slices]
+            self.factors = CURFactors(sides[0], sides[1], self.factors.basis)
 
     @torch.inference_mode(False)  # a later training step uses the result too
     @torch.no_grad()
@@ -262,5 +270,5 @@ class Base:
             slices = whole(place.weight.detach()).unflatten(0, (place.slices, -1))
             lateral.append(slices[:, :, list(self.columns)].to(dtype))
             horizontal.append(slices[:, list(self.rows)].to(dtype))
-        self.factors = CURFactors(torch.cat(lateral), torch.cat(horizontal))
+        self.factors = CURFactors(torch.cat(lateral), torch.cat(horizontal), self.factors.basis)
         self._sample()

@@ -104,11 +104,15 @@ class Cores(nn.Module):
         self._holder.register_parameter(self._key_of(former), trained)
         self.activations += 1
 
-    def storages(self) -> list[int]:
-        """Identifies the memory of each core."""
+    def every_core(self) -> list[nn.Parameter]:
+        """All cores: the active one, and those that `add_core` added."""
         held = self._holder._parameters.items()
         own = [p for key, p in held if key == self._key or key.startswith(self._key_of(""))]
-        return [each.untyped_storage()._cdata for each in own if each is not None]
+        return [each for each in own if each is not None]
+
+    def storages(self) -> list[int]:
+        """Identifies the memory of each core."""
+        return [each.untyped_storage()._cdata for each in self.every_core()]
 
     def moved(self) -> None:
         """Called when cores have moved to other memory."""

@@ -366,7 +366,7 @@ def _core_grad(grad: Tensor, place: Place) -> Tensor:
         )
         for s, each in enumerate(grad.unflatten(0, (place.slices, stack.n1)))
     ]
-    return (stack.alpha * torch.stack(parts).sum(0)).to(stack.core.dtype)
+    return (stack.scale * torch.stack(parts).sum(0)).to(stack.core.dtype)
 
 
 def _part(grad: Tensor, place: Place) -> Tensor:

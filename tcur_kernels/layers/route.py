@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from ..autocast import is_autocast
 from ..checkpoints import ReentrantGuard, refuse_lost_gradients, watch
 from ..operators import cost, streams
+from ..operators.basis import BASES, Basis, scale_of
 from ..operators.eager import (
     BY_FACTORS,
     BY_W_EFF,
@@ -206,7 +207,7 @@ class Routed(Cores):
             factors,
             core,
             given.place.slice_index,
-            self.alpha,
+            self.scale,
             precision=given.precision,
             adapter_ids=adapter_ids,
         )
@@ -236,7 +237,7 @@ class Routed(Cores):
         elif is_trained:
             gradient = cost.choose_gradient(tokens, self.n1, self.n2, self.n3, self.rank)
             if core.is_leaf:  # a computed core may be a different tensor at the next layer
-                gradient_sum = self._gradient_sum.of(core, self.alpha, call, capture)
+                gradient_sum = self._gradient_sum.of(core, self.scale, call, capture)
         if gradient == "z":
             with without_autocast():
                 # In training the graph keeps z alive for the next layer. A batch of many adapters
@@ -250,7 +251,7 @@ class Routed(Cores):
             weight,
             bias,
             core,
-            self.alpha,
+            self.scale,
             z=z,
             dense_grad=gradient == "dense",
             adapter_ids=adapter_ids,
@@ -346,12 +347,12 @@ class Routed(Cores):
         built = self._kept.to_fill(dtype, core.device, shape, transposed, capture)
         if transposed:
             base = [each.mT for each in base]
-            materialize(base, factors.transposed(), wide.mT, self.alpha, out=built.buffer)
+            materialize(base, factors.transposed(), wide.mT, self.scale, out=built.buffer)
         else:
             slices: list[Tensor] = []
             for weight in base:
                 slices.extend([weight] if weight.shape[0] == n1 else weight.split(n1))
-            materialize(slices, factors, wide, self.alpha, out=built.buffer)
+            materialize(slices, factors, wide, self.scale, out=built.buffer)
         self._kept.put(built, core, capture)
         return built
 
@@ -372,9 +373,33 @@ class Routed(Cores):
         if self.core.requires_grad and not is_traced():
             refuse_lost_gradients()
         core = self.core.to(factors.dtype)
-        return slice_update(factors, core, place.slice_index, place.slices, self.alpha)
+        return slice_update(factors, core, place.slice_index, place.slices, self.scale)
 
     # -- C, R and the base
+
+    @property
+    def basis(self) -> Basis:
+        """The basis in which the cores are written."""
+        return self.base.factors.basis
+
+    @property
+    def scale(self) -> float:
+        """What C * U * R is multiplied by; it follows a changed ``alpha``."""
+        return scale_of(self.basis, self.alpha, self.n1, self.n2, self.rank)
+
+    @property
+    def indices_key(self) -> str:
+        """The name of the buffer with I and J in the holder; it also tells the basis."""
+        return self.indices_key_in(self.basis)
+
+    def indices_key_in(self, basis: Basis) -> str:
+        """The name that `indices_key` has in a basis."""
+        return self._key_of("indices" if basis == "slices" else f"{basis}_indices")
+
+    def is_free(self, name: str) -> bool:
+        """Whether a new core may have that name, which indices must not have in any basis."""
+        taken = [self.indices_key_in(basis) for basis in BASES]
+        return self._key_of(name) not in taken and super().is_free(name)
 
     @property
     def factors(self) -> CURFactors:
@@ -388,7 +413,7 @@ class Routed(Cores):
         with self._lock:
             # A comparison would wait for the device, which is forbidden during a capture.
             if not self.base.is_known and not streams.capture_of(self.base.factors.device):
-                indices = self.holder._buffers.get(f"{self._key}__indices")
+                indices = self.holder._buffers.get(self.indices_key)
                 if indices is not None and not indices.is_meta:
                     self.base.choose(*indices.tolist())
                 self.base.look()

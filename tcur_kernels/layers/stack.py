@@ -14,6 +14,7 @@ from ..decompose import Selection, Slices
 from ..decompose.slices import MAX_WORKSPACE, check_rank
 from ..decompose.tensor import as_slices, select_slices
 from ..operators import cost
+from ..operators.basis import DEFAULT_BASIS, Basis, check_basis, converted, scale_of
 from ..operators.checks import check_cores
 from ..operators.dispatch import check_precision
 from ..operators.factors import CURFactors, Precision
@@ -29,7 +30,7 @@ class TProductStack(Routed):
 
     The weights stay with their layers. The stack only refers to them; nothing but `merge` copies or
     changes them. If a layer's weight is slice l of the stack, the layer computes with
-    ``W_l + alpha * (C * U * R)_l``. The core U starts at zero.
+    ``W_l + scale * (C * U * R)_l``. The core U starts at zero.
 
     Args:
         linears: layers in the order of their slices. The order matters, because the t-product is a
@@ -39,19 +40,22 @@ class TProductStack(Routed):
             three). May also be places of weights in modules that are adapted in place, see
             `weights.Place` and `attention.adapt_in_place`.
         rank: r, 1 to min(n1, n2).
-        alpha: scale of the update.
+        alpha: scale of the update, on top of that of the basis; see ``scale``.
         selection: rule for the slices, see `tensor_cur`.
         mode: "auto" (see `cost`), "materialized" or "factored".
         generator: for rules that draw at random.
         n1: rows of a slice, default the smallest out_features.
         precision: of the products of tokens with the factors: "ieee", or "bf16" for operands
             rounded to bf16 (a gradient error of about 4e-3). Under autocast to bf16 it is "bf16".
-        factors: C and R, if they are not to be slices of these weights, for example because they
-            come from a base in another dtype. The selection then only records their indices.
+        factors: the slices for C and R, if they are not to be slices of these weights, for example
+            because they come from a base in another dtype. The selection then only records their
+            indices.
         source: where to read the weights from, to choose the slices and take C and R. Needed for
             layers on the meta device; by default the layers themselves.
         max_workspace, progress: for that reading, see `tensor_cur`.
         name: of the stack, for messages.
+        basis: "slices": C and R are slices of the weights. "orthonormal": they are isometric
+            factors that span the same; see `operators.basis`.
 
     Attributes:
         core: Parameter ``[n3, r, r]``, fp32 (fp64 for fp64 weights), whatever dtype the model is
@@ -63,6 +67,9 @@ class TProductStack(Routed):
         is_unsettled: whether a checkpoint was loaded that `settle` has not processed yet.
         base: C and R, and the check that they still agree with the present weights.
         rows, columns: the chosen indices I and J.
+        basis: as given.
+        scale: what C * U * R is multiplied by: alpha, in the orthonormal basis times √(n1 n2) /
+            (2 r).
 
     Raises:
         TypeError, ValueError: an argument is wrong; the message says what was expected.
@@ -83,6 +90,7 @@ class TProductStack(Routed):
         max_workspace: int = MAX_WORKSPACE,
         progress: bool = False,
         name: str = "",
+        basis: Basis = DEFAULT_BASIS,
     ) -> None:
         super().__init__()
         self.mode = cost.check_mode(mode)
@@ -100,7 +108,7 @@ class TProductStack(Routed):
             weights = [place.weight.detach() for place in places]
             source = as_slices("linears", weights, max_workspace, progress, self.n1)
         self.precision = check_precision(precision, source.device)
-        self.base = self._base_of(source, selection, generator, factors)
+        self.base = self._base_of(source, selection, generator, factors, check_basis(basis))
         factors = self.base.factors
         core = torch.zeros(self.n3, rank, rank, dtype=factors.dtype, device=source.device)
         self.register_parameter("core", nn.Parameter(core))
@@ -119,13 +127,16 @@ class TProductStack(Routed):
         selection: Selection,
         generator: torch.Generator | None,
         factors: CURFactors | None,
+        basis: Basis,
     ) -> Base:
         """Chooses the slices, and takes C and R of them unless they are given."""
         rows, columns = select_slices(source, self.rank, selection, generator)
         source.check_finite()
         is_own = factors is None
         if factors is None:
-            factors = CURFactors(source.columns(columns), source.rows(rows))
+            factors = CURFactors(source.columns(columns), source.rows(rows), basis)
+        elif factors.basis != basis:
+            factors = CURFactors(*factors.slices, basis)
         sizes = (self.n3, self.n1, self.n2, self.rank)
         if (factors.n3, factors.n1, factors.n2, factors.rank) != sizes:
             raise ValueError(
@@ -143,12 +154,12 @@ class TProductStack(Routed):
 
     @property
     def lateral(self) -> Tensor:
-        """C ``[n3, n1, r]``."""
+        """C ``[n3, n1, r]``, in the basis of the stack."""
         return self.factors.lateral
 
     @property
     def horizontal(self) -> Tensor:
-        """R ``[n3, r, n2]``."""
+        """R ``[n3, r, n2]``, in the basis of the stack."""
         return self.factors.horizontal
 
     @property
@@ -160,6 +171,32 @@ class TProductStack(Routed):
     def columns(self) -> tuple[int, ...]:
         """The indices J of the columns that C consists of."""
         return self.base.columns
+
+    def converted(self, basis: Basis) -> list[Tensor]:
+        """The values of `every_core` in another basis, in their dtypes; nothing is changed yet.
+
+        Raises:
+            ValueError: a core cannot be written in that basis with the precision of its dtype.
+        """
+        slices, cores = self.factors.slices, self.every_core()
+        if basis == self.basis:
+            return [core.detach().clone() for core in cores]
+        sizes = (1.0, self.n1, self.n2, self.rank)  # alpha, which may be 0, stays
+        ratio = scale_of(self.basis, *sizes) / scale_of(basis, *sizes)
+        return [converted(c.detach(), slices, basis, ratio).to(c.dtype) for c in cores]
+
+    @torch.inference_mode(False)  # a later training step uses the new factors, too
+    @torch.no_grad()
+    def adopt(self, basis: Basis, values: Sequence[Tensor]) -> None:
+        """Changes to a basis in which the cores have these values; see `converted`."""
+        key = self.indices_key
+        for core, value in zip(self.every_core(), values, strict=True):
+            core.copy_(value)
+            core.grad = None
+        self.base.change_basis(basis)
+        if key in self.holder._buffers:
+            self.holder._buffers[self.indices_key] = self.holder._buffers.pop(key)
+        self._look()
 
     def certify(self) -> None:
         """Checks that C and R are slices of the base weights; see `Base.certify`."""
@@ -238,7 +275,7 @@ class TProductStack(Routed):
         """Sizes, for ``print(model)``."""
         return (
             f"n3={self.n3}, n1={self.n1}, n2={self.n2}, rank={self.rank}, alpha={self.alpha}, "
-            f"mode={self.mode}"
+            f"basis={self.basis}, mode={self.mode}"
         )
 
     def __getstate__(self) -> dict[str, Any]:

@@ -243,7 +243,7 @@ def _factors_here(directory: ModelDirectory, origins: Origins, stored: StoredSta
     for block in _slices(directory, origins, stored):
         columns.append(block[:, list(stored.record.columns)].clone())
         rows.append(block[list(stored.record.rows)].clone())
-    return CURFactors(torch.stack(columns), torch.stack(rows))
+    return CURFactors(torch.stack(columns), torch.stack(rows), stored.basis)
 
 
 def _factors(directory: ModelDirectory, origins: Origins, stored: StoredStack) -> CURFactors:
@@ -251,9 +251,9 @@ def _factors(directory: ModelDirectory, origins: Origins, stored: StoredStack) -
     found, wanted = _factors_here(directory, origins, stored), stored.record.base
     if Fingerprint.of(found) == wanted:
         return found
-    kind = found.lateral.dtype
+    kind = found.slices[0].dtype
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-        cast = CURFactors(found.lateral.to(dtype), found.horizontal.to(dtype))
+        cast = CURFactors(found.slices[0].to(dtype), found.slices[1].to(dtype))
         if Fingerprint.of(cast) == wanted:
             raise ValueError(
                 f"model_dir: expected the base in {dtype}, in which the adapter was made, got its "
@@ -271,7 +271,7 @@ def _merged(weight: Tensor, factors: CURFactors, stored: StoredStack, index: int
     merged = weight.clone()
     member, (_, transposed, first) = stored.plan.members[index], stored.stored[index]
     slice_index = sum(m.slices for m in stored.plan.members[:index])
-    update = slice_update(factors, stored.core, slice_index, member.slices, stored.alpha)
+    update = slice_update(factors, stored.core, slice_index, member.slices, stored.scale)
     logical = merged.T if transposed else merged
     target = logical[first : first + update.shape[0]]
     target.copy_(target.to(update.dtype) + update)

@@ -7,7 +7,9 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from ..t_product import t_transpose
 from . import reference, streams
+from .basis import Basis, check_basis, orthonormal
 
 #: Precision of products with the factors. "ieee" is as exact as fp32. "tf32" rounds the operands to
 #: TF32, which the tensor cores of a GPU multiply; "bf16" rounds them to bf16. Sums are in fp32.
@@ -22,21 +24,28 @@ class CURFactors:
     """The frozen factors C and R of one stack, with their packed half spectra.
 
     Args:
-        lateral: C, ``[n3, n1, r]``, with a floating dtype and finite numbers. Frozen.
-        horizontal: R, ``[n3, r, n2]``, with the same dtype and device. Frozen.
+        lateral: the lateral slices, ``[n3, n1, r]``, floating and finite. Frozen.
+        horizontal: the horizontal slices, ``[n3, r, n2]``, with the same dtype and device. Frozen.
+        basis: "slices": C and R are these slices. "orthonormal": C and R are isometric and span
+            the same; see `operators.basis`.
 
     Attributes:
+        slices: the given ``(lateral, horizontal)``.
+        basis: as given.
+        lateral: C, ``[n3, n1, r]``.
+        horizontal: R, ``[n3, r, n2]``.
         lateral_hat: packed half spectrum of C, ``[n1, n3 * r]``, in fp32 (fp64 for fp64 factors).
         horizontal_hat: packed half spectrum of R, ``[n3 * r, n2]``, in the same dtype.
         n1, n2, n3, rank: sizes of the stack.
 
     Raises:
         TypeError: a factor is not a tensor, its dtype is not floating, or the dtypes differ.
-        ValueError: the shapes do not fit together, numbers are not finite, the devices differ, or a
-            factor requires grad. Only the core is trained.
+        ValueError: the shapes do not fit together, numbers are not finite, the devices differ, a
+            factor requires grad (only the core is trained), or there is no such basis.
     """
 
-    def __init__(self, lateral: Tensor, horizontal: Tensor) -> None:
+    def __init__(self, lateral: Tensor, horizontal: Tensor, basis: Basis = "slices") -> None:
+        self.basis = check_basis(basis)
         for name, factor in (("lateral", lateral), ("horizontal", horizontal)):
             check_floating(name, factor)
             if factor.ndim != 3 or 0 in factor.shape:
@@ -63,9 +72,13 @@ class CURFactors:
             if not factor.is_meta and not torch.isfinite(factor).all():
                 raise ValueError(f"{name}: expected finite numbers, got NaN or Inf")
         dtype = torch.promote_types(lateral.dtype, torch.float32)
-        self.lateral, self.horizontal = lateral.detach(), horizontal.detach()
+        self.slices = lateral.detach(), horizontal.detach()
         # Spectra are made once and used in every step, so they are transformed in fp64 and then
         # rounded once.
+        self.lateral, self.horizontal = self.slices
+        if basis == "orthonormal":
+            self.lateral = orthonormal(self.lateral).to(dtype)
+            self.horizontal = t_transpose(orthonormal(t_transpose(self.horizontal))).to(dtype)
         planes = reference.pack(reference.half_spectrum(self.lateral.double()), n3)
         self.lateral_hat = planes.movedim(0, 1).reshape(n1, n3 * rank).to(dtype).contiguous()
         planes = reference.pack(reference.half_spectrum(self.horizontal.double()), n3)
@@ -76,14 +89,19 @@ class CURFactors:
 
     @classmethod
     def from_packed(
-        cls, lateral: Tensor, horizontal: Tensor, lateral_hat: Tensor, horizontal_hat: Tensor
+        cls,
+        slices: tuple[Tensor, Tensor],
+        sides: tuple[Tensor, Tensor],
+        spectra: tuple[Tensor, Tensor],
+        basis: Basis,
     ) -> CURFactors:
-        """Returns factors with the packed spectra given. Nothing is checked or transformed."""
+        """Returns factors of which all is given, also C and R. Nothing is checked or computed."""
         self = cls.__new__(cls)
-        self.lateral, self.horizontal = lateral, horizontal
-        self.lateral_hat, self.horizontal_hat = lateral_hat, horizontal_hat
-        self.n3, self.n1, self.rank = lateral.shape
-        self.n2 = horizontal.shape[2]
+        self.slices, self.basis = slices, basis
+        self.lateral, self.horizontal = sides
+        self.lateral_hat, self.horizontal_hat = spectra
+        self.n3, self.n1, self.rank = self.lateral.shape
+        self.n2 = self.horizontal.shape[2]
         self._narrow = self._transposed = None
         return self
 
@@ -100,10 +118,10 @@ class CURFactors:
     def to(self, device: torch.device | str) -> CURFactors:
         """Returns the same factors on another device."""
         return CURFactors.from_packed(
-            self.lateral.to(device),
-            self.horizontal.to(device),
-            self.lateral_hat.to(device),
-            self.horizontal_hat.to(device),
+            (self.slices[0].to(device), self.slices[1].to(device)),
+            (self.lateral.to(device), self.horizontal.to(device)),
+            (self.lateral_hat.to(device), self.horizontal_hat.to(device)),
+            self.basis,
         )
 
     def packed(self, precision: Precision = "ieee") -> tuple[Tensor, Tensor]:
@@ -129,10 +147,15 @@ class CURFactors:
         if self._transposed is not None:
             return self._transposed
         with torch.inference_mode(False):
-            pairs = (self.horizontal, self.lateral), (self.horizontal_hat, self.lateral_hat)
-            turned = CURFactors.from_packed(
-                *(each.mT.contiguous() for pair in pairs for each in pair)
+            slices, sides, spectra = (
+                (right.mT.contiguous(), left.mT.contiguous())
+                for left, right in (
+                    self.slices,
+                    (self.lateral, self.horizontal),
+                    (self.lateral_hat, self.horizontal_hat),
+                )
             )
+            turned = CURFactors.from_packed(slices, sides, spectra, self.basis)
         if self._may_keep():
             self._transposed = turned
         return turned
@@ -152,7 +175,7 @@ class CURFactors:
     def __repr__(self) -> str:
         return (
             f"CURFactors(n3={self.n3}, n1={self.n1}, n2={self.n2}, rank={self.rank}, "
-            f"dtype={self.dtype}, device='{self.device}')"
+            f"basis={self.basis!r}, dtype={self.dtype}, device='{self.device}')"
         )
 
 

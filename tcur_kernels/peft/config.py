@@ -11,6 +11,7 @@ from peft.config import PeftConfig
 from peft.utils import PeftType
 
 from ..adapters.plan import STACKS_BY, StacksBy
+from ..operators.basis import DEFAULT_BASIS, Basis, check_basis
 from ..operators.cost import MODES, Mode
 from ..operators.factors import PRECISIONS, Precision
 
@@ -65,10 +66,10 @@ class _Rank(int):
 
 @dataclass
 class TCURConfig(PeftConfig):  # type: ignore[misc]
-    """Configuration of a tCURLoRA adapter: W + alpha * C * U * R, with only the core U trained.
+    """Configuration of a tCURLoRA adapter: W + s * C * U * R, with only the core U trained.
 
     Targeted layers of one shape form a stack and share one core ``[n3, rank, rank]``. C and R are
-    slices of the base weights.
+    made of slices of the base weights; the scale s is alpha, times that of the basis.
 
     Args:
         rank: tubal rank r, by default 8. The update of one layer has rank up to n3 * r, where n3
@@ -80,7 +81,8 @@ class TCURConfig(PeftConfig):  # type: ignore[misc]
             ``layers_to_transform`` may also be used if ``target_modules`` is None.
         init_weights: if True, the adapter changes nothing at first. If False, the cores are drawn
             so that updates have about half the norm of the weights, which is useful for tests.
-        alpha: scale of the update.
+        alpha: scale of the update, on top of that of the basis.
+        basis: "orthonormal" (default) or "slices", see `tcur_kernels.adapt`.
         selection: rule that chooses C and R, see `tcur_kernels.tensor_cur`.
         stacks: "shape": one stack for all targeted layers of one shape. "layer": one stack per
             layer, which is matrix CURLoRA (whose own rule is selection "inverse").
@@ -106,6 +108,7 @@ class TCURConfig(PeftConfig):  # type: ignore[misc]
     stacks: StacksBy = "shape"
     mode: Mode = "auto"
     precision: Precision = "ieee"
+    basis: Basis = None  # type: ignore[assignment]
     check_base: bool = True
     init_weights: bool = True
     plan: list[dict[str, Any]] | None = field(default=None, repr=False)
@@ -121,6 +124,9 @@ class TCURConfig(PeftConfig):  # type: ignore[misc]
             self.rank = r
         if self.rank is None:
             self.rank = 8
+        if self.basis is None:  # a plan without a basis is from before there was another one
+            self.basis = DEFAULT_BASIS if self.plan is None else "slices"
+        check_basis(self.basis)
         self.peft_type = peft_type()
         if self.format_version != FORMAT_VERSION:
             raise ValueError(

@@ -44,7 +44,7 @@ def plan_and_build(
         records = read_records(model, layers, config)
         plan = Plan(tuple(record.plan for record in records))
         return plan, build_stacks(plan, layers, config, records)
-    made_by = (config.rank, config.selection)
+    made_by = (config.rank, config.selection, config.basis)
     plan = make_plan(model, layers, config, strict)
     if config.plan is not None and config.plan.made_by == made_by:  # type: ignore[attr-defined]
         try:
@@ -165,6 +165,7 @@ def build_stacks(
             selection=config.selection if record is None else record.selection,
             mode=config.mode,
             precision=config.precision,
+            basis=config.basis,
         )
         if record is not None and config.check_base and not _has_base_of(record, stack):
             raise ValueError(
@@ -187,7 +188,7 @@ def _has_base_of(record: StackRecord, stack: AdapterStack) -> bool:
 def _draw(stack: AdapterStack) -> None:
     """Draws a core such that the update of the first slice has half the norm of its weight."""
     stack.core.normal_()
-    update = slice_update(stack.factors, stack.core, 0, scale=stack.alpha)
+    update = slice_update(stack.factors, stack.core, 0, scale=stack.scale)
     norms = stack.places[0].weight[: stack.n1].to(update.dtype).norm(), update.norm()
     if norms[1] > 0:  # alpha, or the weights, may be 0
         stack.core.mul_(0.5 * norms[0] / norms[1])

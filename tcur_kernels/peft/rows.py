@@ -192,6 +192,7 @@ def _share_factors(tuner: Tuner, adapters: Sequence[str]) -> bool:
     first, *others = (tuner.peft_config[name] for name in adapters)
     plans = [tuner.peft_config.record_of(name) for name in adapters]
     return all(plan == plans[0] for plan in plans) and all(
-        (other.rank, other.alpha, other.precision) == (first.rank, first.alpha, first.precision)
+        (other.rank, other.alpha, other.precision, other.basis)
+        == (first.rank, first.alpha, first.precision, first.basis)
         for other in others
     )

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import tcur_kernels as tcur
+from plain import scale_of, sides_of
 
 from .weights import randomise
 
@@ -123,9 +124,9 @@ class Subject:
         generator = torch.Generator().manual_seed(2)
         with torch.no_grad():
             for stack, plan in zip(adapter.stacks.values(), adapter.plan.stacks, strict=True):
-                # An update sums n3² r² products of entries of C, U and R; those of C and R have
-                # size 1/sqrt(n2).
-                size = UPDATE * plan.n2**0.5 / (stack.core.shape[-1] * plan.n3)
+                # C and R are isometric, so an update has the norm of its scaled core, and
+                # n3 r² numbers of this size have that of n3 n1 n2 weights of size 1/sqrt(n2).
+                size = UPDATE * plan.n1**0.5 / (stack.scale * stack.rank)
                 stack.core.normal_(std=size, generator=generator)
         plan = adapter.plan
         self.report.layers = sum(len(stack.members) for stack in plan.stacks)
@@ -232,10 +233,10 @@ class Subject:
                 own = torch.zeros_like(view(parameter)) if own is None else own
                 slices += own.split(plan.n1)
             base, slices = torch.stack(base).double(), torch.stack(slices).double()
-            c, r = base[:, :, list(stack.columns)], base[:, list(stack.rows)]
-            c, g, r = (torch.fft.fft(t, dim=0) for t in (c, slices, r))
+            lateral, horizontal = sides_of(stack, base)
+            c, g, r = (torch.fft.fft(t, dim=0) for t in (lateral, slices, horizontal))
             core = torch.fft.ifft(c.mH @ g @ r.mH, dim=0).real
-            cores[plan.name] = stack.alpha * core
+            cores[plan.name] = scale_of(stack) * core
         return gradients, cores
 
 

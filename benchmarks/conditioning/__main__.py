@@ -1,0 +1,44 @@
+"""``python -m benchmarks.conditioning``: which basis, rule and learning rate cores learn best with.
+
+``compare`` gives every method the same search for a learning rate, on validation data, and then
+trains it with more seeds. ``sweep`` trains cores over ranks and rates. Both append a row for each
+training and leave out what is recorded already. ``report`` writes the tables and the plot from the
+rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from . import report
+from .experiment import Experiment, compare, sweep
+from .tasks import TASKS, minilm_folder
+
+
+def main() -> None:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.conditioning", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("report")
+    for name in ("compare", "sweep"):
+        run = commands.add_parser(name)
+        run.add_argument("--task", choices=TASKS, nargs="+", default=list(TASKS))
+        run.add_argument("--methods", nargs="+", help="default: all of the task")
+        run.add_argument("--part", type=int, nargs=2, default=(0, 1), metavar=("I", "N"))
+        run.add_argument("--threads", type=int, default=1)
+        run.add_argument("--minilm", type=Path, default=minilm_folder())
+        run.add_argument("--wordnet", type=Path, default=Path("/usr/share/wordnet/data.noun"))
+    args = parser.parse_args()
+    if args.command == "report":
+        print(*report.write(), sep="\n")
+        return
+    torch.set_num_threads(args.threads)
+    what = compare if args.command == "compare" else sweep
+    for name in args.task:
+        what(Experiment(name, args), args.methods, tuple(args.part))
+
+
+main()
