@@ -3,7 +3,7 @@
 A character-level GPT-2 is pretrained on four adventures of Sherlock Holmes. It is then adapted to
 Romeo and Juliet in several ways, all with the same steps and batches:
 
-* tCURLoRA (`tcur_kernels.peft`): only the cores U of W + alpha * (C * U * R) are trained;
+* tCURLoRA (`tcur_kernels.peft`): only the cores U of W + s * (C * U * R) are trained;
 * matrix CUR ("curlora"): the same with a stack for each matrix, and C and R drawn with CURLoRA's
   inverted probabilities;
 * LoRA (`peft`) and full fine-tuning, for comparison.
@@ -51,13 +51,12 @@ METHODS: dict[str, Callable[[int], Any]] = {
     "full": lambda rank: None,
 }
 
-#: Learning rates that a method tries at a rank. An entry of C * U * R is a sum of n3 r^2 products,
-#: so the learning rates of a core decrease with r^2.
-RATES: dict[str, Callable[[int], tuple[float, ...]]] = {
-    "tcurlora": lambda rank: (0.6 / rank**2, 1.2 / rank**2),
-    "curlora": lambda rank: (0.6 / rank, 2.4 / rank),
-    "lora": lambda rank: (1e-2, 2e-2),
-    "full": lambda rank: (1e-3, 3e-3),
+#: Learning rates that a method tries: cores those of LoRA, at every rank.
+RATES = {
+    "tcurlora": (5e-3, 1e-2, 2e-2),
+    "curlora": (5e-3, 1e-2, 2e-2),
+    "lora": (5e-3, 1e-2, 2e-2),
+    "full": (1e-3, 2e-3, 4e-3),
 }
 
 
@@ -103,7 +102,7 @@ def adapt(
     seconds = 0.0
     kind, _, digits = name.partition(":")
     rank = int(digits or 1)
-    for rate in RATES[kind](rank) if args.rates is None else args.rates:
+    for rate in RATES[kind] if args.rates is None else args.rates:
         torch.manual_seed(args.seed)
         model = adaptable(base, METHODS[kind](rank))
         seconds = optimise(args, model, new.training, rate, args.steps, f"{name}, rate {rate:g}")

@@ -4,7 +4,7 @@ A UNETR is trained on a source domain. It is then adapted to a target domain in 
 the same volumes, steps, order and decoder learning rate:
 
 * decoder-only: the transformer is frozen, and the convolutional decoder is trained;
-* tCURLoRA: the decoder is trained, and so are the small cores U of W + alpha * (C * U * R);
+* tCURLoRA: the decoder is trained, and so are the small cores U of W + s * (C * U * R);
 * output layer only, core + output layer: the same pair, but only the last layer of the decoder is
   trained. This shows the effect of the cores by itself.
 

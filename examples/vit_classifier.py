@@ -54,7 +54,7 @@ METHODS: dict[str, Callable[[argparse.Namespace], Any] | None] = {
 #: Learning rates that a method tries; it keeps the best one on images set aside.
 RATES = {
     "head": (1e-2, 3e-2, 1e-1),
-    "tcurlora": (1e-2, 3e-2, 1e-1),
+    "tcurlora": (3e-3, 1e-2, 3e-2),
     "lora": (3e-3, 1e-2, 3e-2),
     "full": (1e-3, 3e-3, 1e-2),
 }

@@ -143,9 +143,17 @@ def test_the_table_of_the_recorded_run():
     reports = [run["reports"]["tCURLoRA"] for run in RECORDED["runs"]]
     norms = [norm[-1] for report in reports for norm in report["core_norm"].values()]
     assert f"from 0 to between {min(norms):.1f} and {max(norms):.1f} per stack" in said
-    least = [float(by_seed[method][1]) for method in ("core + output layer", "output layer only")]
-    assert least[0] - least[1] < (float(by_seed["full ViT + output layer"][1]) - least[1]) / 2
-    assert "On the second seed they bring less than half" in said
+    names = ("core + output layer", "output layer only", "full ViT + output layer")
+    seeds = zip(*([float(dice) for dice in by_seed[name]] for name in names), strict=True)
+    least = min((core - head) / (vit - head) for core, head, vit in seeds)
+    assert f"and on no seed less than {least:.0%}".replace("%", " %") in said
+    slices = json.loads((RESULTS / "three_seeds_in_slices.json").read_text())["runs"]
+    published = {
+        method: [f"{statistics.mean(run['scores'][method]['dice']):.3f}" for run in slices]
+        for method in ("core + output layer", "tCURLoRA")
+    }
+    assert "is then {}, {} and {}, and that of".format(*published["core + output layer"]) in said
+    assert "of tCURLoRA {}, {} and {} ([".format(*published["tCURLoRA"]) in said
     assert all(run["scored"] == "test" for run in RECORDED["runs"])
     assert {run["volumes"] for run in RECORDED["runs"]} == {8}
 
@@ -180,13 +188,59 @@ SWEPT = {
 def test_the_table_of_the_sweep():
     """It is what the script printed, and the script has the settings of the table."""
     page = (RESULTS / "README.md").read_text(encoding="utf-8")
-    rows = re.findall(r"(\S+): (\S.*?) +(0\.\d+) ", (RESULTS / "sweep.txt").read_text())
-    dice = {(setting, method): value for setting, method, value in rows}
+    dice, slices = (
+        {
+            (setting, method): value
+            for setting, method, value in re.findall(
+                r"(\S+): (\S.*?) +(0\.\d+) ", (RESULTS / name).read_text()
+            )
+        }
+        for name in ("sweep.txt", "sweep_in_slices.txt")
+    )
+    cores = ("tCURLoRA", "core + output layer")
     for setting, row in SWEPT.items():
-        cells = [row, dice[setting, "tCURLoRA"], dice[setting, "core + output layer"]]
+        cells = [row, *(found[setting, method] for found in (dice, slices) for method in cores)]
         cells = [re.escape(cell) + " +" for cell in cells]
         assert re.search(r"\| " + r"\| ".join(cells) + r"\|", page), cells
     script = (RESULTS / "sweep.sh").read_text().partition("<<'SETTINGS'\n")[2]
     assert [line.split()[0] for line in script.splitlines()[:-1]] == list(SWEPT)
     alone = dice["decoder-lr-1e-3", "decoder-only"], dice["steps-360", "decoder-only"]
     assert "to {} at a learning rate of 1e-3, and to {} in".format(*alone) in page
+    said = " ".join(page.split())
+    alone = dice["rank-2", cores[1]], dice["rank-32", cores[1]]
+    assert "rank 2 comes to {} and rank 32 to {}. In slices".format(*alone) in said
+    assert f"hardly moves ({slices['rank-2', cores[1]]}), and rank 32 spoils the model" in said
+    assert f"with the decoder beside it, too ({slices['rank-32', cores[0]]})" in said
+
+
+def test_the_page_of_the_peft_examples():
+    page = (RESULTS / "peft.md").read_text(encoding="utf-8")
+    found = json.loads((RESULTS / "language_model.json").read_text())["results"]
+    results = {result["method"]: result for result in found}
+    for name, result in results.items():
+        cells = [name, *(f"{result[f'{kind} text']:.3f}" for kind in ("new", "old"))]
+        cells.append(f"{result['trained']:,}")
+        assert re.search(r"\n" + " +".join(map(re.escape, cells)) + " ", page), cells
+    said, base = " ".join(page.split()), results["no adaptation"]
+
+    def new(name):
+        return f"{results[name]['new text']:.1f}"
+
+    def lost(name):
+        return f"{results[name]['old text'] - base['old text']:.1f}"
+
+    gained = f"from {new('no adaptation')} to {new('tcurlora:8')}"
+    assert f"{gained} and lose {lost('tcurlora:8')} on Sherlock Holmes" in said
+    assert f"gains more ({new('lora:1')}) and loses more ({lost('lora:1')});" in said
+    assert f"Rank 32 comes to {new('tcurlora:32')} at half the rate of rank 8." in said
+    assert results["tcurlora:32"]["rate"] * 2 == results["tcurlora:8"]["rate"]
+    seeds = json.loads((RESULTS / "vit_classifier.json").read_text())
+    for method in seeds[0]["results"]:
+        name, trained = method["method"], f"{method['trained']:,}"
+        accuracies = [
+            f"{own['accuracy']:.3f}"
+            for seed in seeds
+            for own in seed["results"]
+            if own["method"] == name
+        ]
+        assert re.search(rf"\| {name} \| {trained} \| \S+ \| " + r" \| ".join(accuracies), page)

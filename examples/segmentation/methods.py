@@ -57,6 +57,7 @@ class Settings:
     rank: int
     alpha: float
     selection: str
+    basis: str
     targets: tuple[str, ...] | None
     mirror: tuple[int, ...]
     device: str
@@ -76,9 +77,7 @@ class Trainee:
     def __init__(self, model: nn.Module, method: Method, settings: Settings, recipe: Recipe):
         """Freezes what the method freezes.
 
-        The decoder has the same learning rate in every method. The cores need another one: C and R
-        are slices of the weights, with entries of about 0.05, so an entry of U changes W only a
-        little.
+        The decoder has the same learning rate in every method. The cores have one of their own.
         """
         self.model, self.recipe = model, recipe
         self.adapter: tcur.Adapter | None = None
@@ -91,6 +90,7 @@ class Trainee:
                 rank=settings.rank,
                 alpha=settings.alpha,
                 selection=settings.selection,
+                basis=settings.basis,
                 train_also=[f"{prefix}*" for prefix in method.trains],
             )
             self.adapter.metadata = recipe.as_metadata()

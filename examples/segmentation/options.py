@@ -33,9 +33,9 @@ how to choose:
   --methods    tcurlora. Take decoder beside it to see whether the cores help on your data; core if
                the decoder must stay as it is.
   --rank       8. A core has rank x rank numbers for each matrix. More is worth a try with more than
-               a few dozen volumes; then divide --core-lr by the square of the factor.
-  --core-lr    1e-2 for rank 8. Look at ||U|| and at the loss in curves.png: if ||U|| stays near 0,
-               take 3 times as much; if the loss jumps, a third.
+               a few dozen volumes; --core-lr stays.
+  --core-lr    1e-2, at every rank. Look at ||U|| and at the loss in curves.png: if ||U|| stays near
+               0, take 3 times as much; if the loss jumps, a third.
   --steps      20 to 100 for each training volume. The learning rate falls to 0 at the last step, so
                a longer training is another training: --patience ends it early.
   --targets    all linear layers. Fewer, such as attn.qkv, train fewer numbers.
@@ -183,6 +183,13 @@ def build_parser() -> argparse.ArgumentParser:
         type=float,
         default=1e-3,
         help="where the ViT itself trains; default %(default)s",
+    )
+    add(
+        "--basis",
+        choices=("orthonormal", "slices"),
+        default="orthonormal",
+        help="orthonormal: one --core-lr for all ranks; slices: the published form; "
+        "default %(default)s",
     )
     add("--alpha", type=float, default=1.0, help="scale of the update; default %(default)s")
     add(
@@ -332,6 +339,7 @@ def training_settings(args: argparse.Namespace) -> Settings:
         vit_lr=args.vit_lr,
         rank=args.rank,
         alpha=args.alpha,
+        basis=args.basis,
         selection=args.selection,
         targets=None if args.targets is None else tuple(args.targets),
         mirror=tuple(args.mirror),

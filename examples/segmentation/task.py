@@ -161,6 +161,7 @@ def _pretraining_settings(args: argparse.Namespace) -> Settings:
         rank=1,
         alpha=1.0,
         selection="norm",
+        basis="orthonormal",
         targets=None,
     )
 
