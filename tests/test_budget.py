@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+import hf_models
 import oracle
 import tcur_kernels as tcur
 from models import Tiny
@@ -357,19 +358,10 @@ def test_ranks_are_raised_where_a_number_gains_most():
 
 
 def test_the_command_line_plans_a_budget(tmp_path, capsys):
-    transformers = pytest.importorskip("transformers")
-    config = transformers.LlamaConfig(
-        vocab_size=32,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-    )
     torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(config).eval()
+    model = hf_models.llama().eval()
     model.save_pretrained(tmp_path / "model")
-    ids = torch.randint(32, (2, 6))
+    ids = torch.randint(50, (2, 6))
     grads = tcur.collect_gradients(model, [{"input_ids": ids, "labels": ids}])
     save_file(grads, tmp_path / "g.safetensors")
 
