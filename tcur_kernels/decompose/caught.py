@@ -22,6 +22,8 @@ def caught_energy(gradient: Slices, lateral: Tensor, horizontal: Tensor) -> tupl
         lateral: the lateral slices ``[n3, n1, r]``.
         horizontal: the horizontal slices ``[n3, r, n2]``.
     """
+    # Gradients may be on the CPU while the model is elsewhere; the slices are much smaller.
+    lateral, horizontal = lateral.to(gradient.device), horizontal.to(gradient.device)
     left = half_spectrum(t_transpose(orthonormal(lateral)))
     right = half_spectrum(orthonormal(t_transpose(horizontal)))
     core_hat = left.new_zeros(gradient.bins, left.shape[1], right.shape[2])
