@@ -133,7 +133,7 @@ def show_plan(args: argparse.Namespace) -> None:
 
         came = read_gradients(args.gradients)
         budget = Budget(args.budget)
-        plan = within_budget(plan, budget, came, slices_of, args.selection, generator=None)
+        plan, _ = within_budget(plan, budget, came, slices_of, args.selection, generator=None)
     print(plan.describe() if args.verbose else f"{plan}\n(every layer: --verbose)")
     cores = sum(stack.n3 * stack.rank**2 for stack in plan.stacks)
     total = sum(parameter.numel() for parameter in model.parameters())

@@ -218,13 +218,18 @@ def test_numbers_go_where_the_gradient_is(base, gradients):
         assert rank == min(8, math.isqrt(alone // loud.n3))
 
 
+def caught_by(adapter, entry, gradients):
+    """The part of the gradient's energy that the slices of an adapted stack catch."""
+    parts = [p for m in entry.members for p in gradients[m.module].split(entry.n1)]
+    slices = adapter.stacks[entry.name].factors.slices
+    caught, total = caught_energy(HeldSlices("gradient", parts), *slices)
+    return caught / total
+
+
 def test_the_plan_tells_what_is_caught(base, gradients, tmp_path):
     adapter = tcur.adapt(base, rank=tcur.Budget(300), gradients=gradients)
     for entry in adapter.plan.stacks:
-        stack = adapter.stacks[entry.name]
-        parts = [p for m in entry.members for p in gradients[m.module].split(entry.n1)]
-        caught, total = caught_energy(HeldSlices("gradient", parts), *stack.factors.slices)
-        assert abs(entry.caught / (caught / total) - 1) < 1e-6
+        assert entry.caught == pytest.approx(caught_by(adapter, entry, gradients), rel=1e-6)
         words = f"which catches {entry.caught:.2%} of the gradient"
         assert words in str(adapter.plan)
         assert f"rank {entry.rank}, {words}" in adapter.plan.describe()
@@ -235,15 +240,41 @@ def test_the_plan_tells_what_is_caught(base, gradients, tmp_path):
     assert "catches" not in str(tcur.adapt(Tiny(), rank=2).plan)
 
 
-def test_rules_that_draw_and_a_rule_for_each_stack(base, gradients):
-    for selection, generator in (
-        ("uniform", torch.Generator().manual_seed(1)),
-        ({"8x8": "deim", "*": "norm2"}, None),
-    ):
-        settings = {"selection": selection, "gradients": gradients, "rank": tcur.Budget(300)}
-        model = copy.deepcopy(base)
-        adapter = tcur.adapt(model, generator=generator, **settings)
+def test_a_rule_for_each_stack(base, gradients):
+    rules = {"8x8": "deim", "*": "norm2"}
+    adapter = tcur.adapt(base, rank=tcur.Budget(300), gradients=gradients, selection=rules)
+    assert adapter.count_parameters() <= 300
+
+
+@pytest.mark.parametrize("seed", [None, 1])
+def test_slices_that_were_drawn_are_those_of_the_plan(base, gradients, seed):
+    """Another draw would catch something else than what the plan says."""
+    made = []
+    for _ in range(2):
+        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        adapter = tcur.adapt(
+            copy.deepcopy(base),
+            rank=tcur.Budget(300),
+            gradients=gradients,
+            selection="uniform",
+            generator=generator,
+        )
         assert adapter.count_parameters() <= 300
+        for entry in adapter.plan.stacks:
+            assert entry.caught == pytest.approx(caught_by(adapter, entry, gradients), rel=1e-6)
+        made.append([stack.factors.slices[0] for stack in adapter.stacks.values()])
+    if seed is not None:
+        assert all(torch.equal(a, b) for a, b in zip(*made, strict=True))
+
+
+def test_a_budget_moves_the_generator_on(base, gradients):
+    """Two calls with one generator draw different slices, as without a budget."""
+    generator, drawn = torch.Generator().manual_seed(0), []
+    for _ in range(2):
+        settings = {"rank": tcur.Budget(300), "selection": "uniform", "generator": generator}
+        adapter = tcur.adapt(copy.deepcopy(base), gradients=gradients, **settings)
+        drawn.append(torch.cat([s.factors.slices[0].flatten() for s in adapter.stacks.values()]))
+    assert drawn[0].shape != drawn[1].shape or not torch.equal(*drawn)
 
 
 def test_a_file_of_gradients_and_a_model_on_meta(base, gradients, tmp_path):
@@ -346,7 +377,7 @@ def test_ranks_are_raised_where_a_number_gains_most():
     def slices_of(stack):
         return HeldSlices(stack.name, [weights[stack.name]])
 
-    made = within_budget(plan, tcur.Budget(50), gradients, slices_of, first, None)
+    made, _ = within_budget(plan, tcur.Budget(50), gradients, slices_of, first, None)
     ranks = {stack.name: stack.rank for stack in made.stacks}
     assert ranks == {"a": 6, "b": 3}  # 36 + 9 of 50: all that a has, and what is left to b
     caught = {stack.name: stack.caught for stack in made.stacks}

@@ -134,7 +134,8 @@ def adapt(
 
     if isinstance(rank, Budget) and gradients is not None:
         came = read_gradients(gradients)
-        plan = within_budget(plan, rank, came, slices_of, selection, generator)
+        plan, selection = within_budget(plan, rank, came, slices_of, selection, generator)
+        generator = None  # nothing is left to draw
     for stack in plan.stacks:
         rule: Selection = setting("selection", selection, stack.name)  # type: ignore[assignment]
         built[stack.name] = build_stack(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, count
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +16,9 @@ from ..decompose.tensor import select_slices
 from .build import errors_named
 from .gradients import gradient_of
 from .plan import Plan, StackPlan, check_setting, setting
+
+#: The rows and columns of a stack that its horizontal and lateral slices are.
+Indices = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -50,15 +54,21 @@ def within_budget(
     slices_of: Callable[[StackPlan], Slices],
     selection: Selection | Mapping[str, Selection],
     generator: torch.Generator | None,
-) -> Plan:
-    """The plan with ranks within the budget, and what each stack catches.
+) -> tuple[Plan, dict[str, Indices]]:
+    """The plan with ranks within the budget, and the slices that were tried with them.
+
+    A rule that draws would draw others when asked again. So the stacks must be built of the slices
+    that are returned: what the plan says is caught is caught by them.
 
     Args:
         plan: stacks of rank 1.
         budget: the numbers to share out.
         gradients: name of a layer -> gradient ``[out, in]``.
         slices_of: gives the weights of a stack.
-        selection, generator: as in `adapt`. Rules that draw are tried from the same state as here.
+        selection, generator: as in `adapt`. All ranks of a stack are drawn from the same state.
+
+    Returns:
+        The plan, and ``{stack name: (rows, columns)}``.
 
     Raises:
         TypeError, ValueError: the budget is smaller than rank 1 everywhere, or gradients do not fit
@@ -71,30 +81,41 @@ def within_budget(
             f"{len(plan.stacks)} stacks, got {budget.parameters:,}"
         )
     check_setting("selection", selection, plan.stacks)
-    energies, totals = {}, {}
+    tried: dict[str, dict[int, _Tried]] = {}
     for stack in plan.stacks:
         most = budget.parameters - smallest + stack.n3
         rule: Selection = setting("selection", selection, stack.name)  # type: ignore[assignment]
         with errors_named(stack):
             source = slices_of(stack)
             gradient = gradient_of(stack, gradients, source.max_workspace, source.progress)
+            state = None if generator is None else generator.get_state()
             curve = {}
             for rank in _candidates(stack, most):
-                drawn = None if generator is None else torch.Generator()
-                if drawn is not None and generator is not None:
-                    drawn.set_state(generator.get_state())
-                rows, columns = select_slices(source, rank, rule, drawn)
+                if generator is not None and state is not None:
+                    generator.set_state(state)
+                rows, columns = select_slices(source, rank, rule, generator)
                 sides = source.columns(columns), source.rows(rows)
-                curve[rank], totals[stack.name] = caught_energy(gradient, *sides)
-        energies[stack.name] = curve
+                curve[rank] = _Tried((rows, columns), *caught_energy(gradient, *sides))
+        tried[stack.name] = curve
     ranks = _shared_out(
-        {stack.name: stack.n3 for stack in plan.stacks}, energies, budget.parameters
+        {stack.name: stack.n3 for stack in plan.stacks},
+        {name: {r: one.energy for r, one in curve.items()} for name, curve in tried.items()},
+        budget.parameters,
     )
+    taken = {name: curve[ranks[name]] for name, curve in tried.items()}
     stacks = tuple(
-        replace(stack, rank=rank, caught=energies[stack.name][rank] / totals[stack.name])
-        for stack, rank in ((stack, ranks[stack.name]) for stack in plan.stacks)
+        replace(s, rank=ranks[s.name], caught=taken[s.name].energy / taken[s.name].total)
+        for s in plan.stacks
     )
-    return replace(plan, stacks=stacks)
+    return replace(plan, stacks=stacks), {name: one.indices for name, one in taken.items()}
+
+
+class _Tried(NamedTuple):
+    """Slices (rows, columns), what they catch of the gradient's energy, and all of that energy."""
+
+    indices: Indices
+    energy: float
+    total: float
 
 
 def _candidates(stack: StackPlan, most: int) -> Sequence[int]:
