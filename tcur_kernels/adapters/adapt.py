@@ -94,24 +94,7 @@ def adapt(
         TypeError, ValueError: an argument is wrong; the message says what was expected. The model
             is then unchanged.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
-    if is_adapted(model):
-        raise ValueError("model: expected a base model, got one that is adapted already")
-    ranks = list(rank.values()) if isinstance(rank, Mapping) else [rank]
-    is_shared_out = isinstance(rank, Budget)
-    if is_shared_out != (gradients is not None):
-        kind = "those of collect_gradients for" if is_shared_out else "None without"
-        got = "None" if gradients is None else type(gradients).__name__
-        raise ValueError(f"gradients: expected {kind} a rank that is a Budget, got {got}")
-    if not isinstance(mode, str) or not (is_shared_out or all(type(one) is int for one in ranks)):
-        raise TypeError(f"rank, mode: expected an int and a str, got {rank!r} and {mode!r}")
-    for name, buffer in model.named_buffers():
-        if isinstance(buffer, UninitializedBuffer):
-            raise ValueError(
-                f"model: expected buffers with values, got {name} that is not initialised yet: run "
-                "a batch through the model first"
-            )
+    _check_arguments(model, rank, mode, gradients)
     check_basis(basis)
     patterns = (train_also,) if isinstance(train_also, str) else tuple(train_also)
     trained = trained_names(model, patterns)
@@ -155,6 +138,28 @@ def adapt(
         )
         _check_learns(stack.name, built[stack.name])
     return install(model, plan, built, patterns, files)
+
+
+def _check_arguments(model: nn.Module, rank: object, mode: object, gradients: object) -> None:
+    """Refuses a model that cannot be adapted, and arguments of the wrong type."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    if is_adapted(model):
+        raise ValueError("model: expected a base model, got one that is adapted already")
+    ranks = list(rank.values()) if isinstance(rank, Mapping) else [rank]
+    is_shared_out = isinstance(rank, Budget)
+    if is_shared_out != (gradients is not None):
+        kind = "those of collect_gradients for" if is_shared_out else "None without"
+        got = "None" if gradients is None else type(gradients).__name__
+        raise ValueError(f"gradients: expected {kind} a rank that is a Budget, got {got}")
+    if not isinstance(mode, str) or not (is_shared_out or all(type(one) is int for one in ranks)):
+        raise TypeError(f"rank, mode: expected an int and a str, got {rank!r} and {mode!r}")
+    for name, buffer in model.named_buffers():
+        if isinstance(buffer, UninitializedBuffer):
+            raise ValueError(
+                f"model: expected buffers with values, got {name} that is not initialised yet: run "
+                "a batch through the model first"
+            )
 
 
 def _check_learns(name: str, stack: TProductStack) -> None:
