@@ -1,4 +1,4 @@
-"""The tables of docs/decomposition.md and the plot of accuracies over learning rates."""
+"""The tables of README.md and docs/decomposition.md, and the plot of accuracies over rates."""
 
 from __future__ import annotations
 
@@ -14,10 +14,14 @@ from .experiment import METHODS, MORE, RANKS, SEARCH, chosen, rates_of
 from .tasks import ROOT, TASKS
 
 matplotlib.use("Agg")
-PAGE, PLOT = ROOT / "docs" / "decomposition.md", ROOT / "docs" / "plots" / "conditioning.png"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "decomposition.md")
+PLOT = ROOT / "docs" / "plots" / "conditioning.png"
 
 #: The rate that the documents recommend, and the method that others are compared with.
 RATE, OURS = 1e-3, "cores:orthonormal:norm:8"
+
+#: What README.md shows, of minilm.
+SHOWN = ("head", OURS, "cores:orthonormal:norm:32", "lora:1", "lora:8", "full")
 
 Rows = dict[records.Key, dict[str, str]]
 
@@ -25,18 +29,36 @@ Rows = dict[records.Key, dict[str, str]]
 def write() -> list[Path]:
     """Writes the tables between their marks, and draws the plot. Returns the written files."""
     rows = {records.key(row): row for row in records.read()}
-    text = PAGE.read_text(encoding="utf-8")
-    for name, table in tables(rows).items():
-        begin, end = f"<!-- begin {name} -->\n", f"<!-- end {name} -->\n"
-        head, rest = text.split(begin)
-        text = head + begin + table + end + rest.split(end)[1]
-    PAGE.write_text(text, encoding="utf-8")
-    return [PAGE, _plot(rows)]
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        for name, table in tables(rows).items():
+            begin, end = f"<!-- begin {name} -->\n", f"<!-- end {name} -->\n"
+            if begin in text:
+                head, rest = text.split(begin)
+                text = head + begin + table + end + rest.split(end)[1]
+        page.write_text(text, encoding="utf-8")
+    return [*PAGES, _plot(rows)]
 
 
 def tables(rows: Rows) -> dict[str, str]:
     """Name of the mark -> Markdown table."""
-    return {"conditioning_methods": _methods(rows), "conditioning_rates": _rates(rows)}
+    return {
+        "conditioning": _shown(rows),
+        "conditioning_methods": _methods(rows),
+        "conditioning_rates": _rates(rows),
+    }
+
+
+def _shown(rows: Rows) -> str:
+    """The methods that README.md shows, each at the rate of its search."""
+    lines = ["| what trains beside the head | numbers | accuracy |", "|---|---|---|"]
+    for method in SHOWN:
+        found = _tests(rows, "minilm", method)
+        if found is not None:
+            trained = int(rows["minilm", method, chosen(rows, "minilm", method), 0]["trained"])
+            name = "nothing" if method == "head" else said(method).split(", ")[0]
+            lines.append(f"| {name} | {trained:,} | {mean(found):.3f} ± {stdev(found):.3f} |")
+    return "\n".join(lines) + "\n"
 
 
 def _methods(rows: Rows) -> str:
