@@ -115,6 +115,8 @@ def test_what_the_page_says_of_the_recommended_rate():
                 short[task, rank] = round(max(curve.values()) - curve[report.RATE], 3)
     assert compared == 15
     assert short == {("minilm", 64): 0.011}
+    curve = report._curve(rows, "minilm", "cores:orthonormal:norm:64")
+    assert round(max(curve.values()) - curve[3 * report.RATE], 3) == 0.071
     validation = {
         rate: float(rows["minilm", "cores:orthonormal:norm:64", rate, 0]["validation"])
         for rate in experiment.RATES["minilm"]
