@@ -11,6 +11,7 @@ from matplotlib import pyplot
 from matplotlib.figure import Figure
 
 from . import gpu_report, rows
+from .documents import fill
 
 matplotlib.use("Agg")
 ROOT = Path(__file__).parent.parent
@@ -19,7 +20,6 @@ DIFFERENCES = {"overhead": (("materialized", "linear"), ("factored", "linear"))}
 DOCUMENTS = tuple(
     ROOT / name for name in ("docs/performance.md", "docs/decomposition.md", "README.md")
 )
-BEGIN, END = "<!-- begin {op} -->\n", "<!-- end {op} -->\n"
 PLOTS = ROOT / "docs" / "plots"
 #: op -> columns, each a ratio of two contenders' values; the first numerator is ours.
 LAYOUT = {
@@ -129,20 +129,9 @@ def write() -> list[Path]:
     recorded, on_gpus = rows.read(), gpu_report.read()
     tables = {op: table(op, recorded) for op in LAYOUT}
     tables |= {op: make(on_gpus) for op, make in gpu_report.TABLES.items()}
-    texts = {path: path.read_text(encoding="utf-8") for path in DOCUMENTS}
-    for op, made in tables.items():
-        begin, end = BEGIN.format(op=op), END.format(op=op)
-        holders = [path for path, text in texts.items() if begin in text and end in text]
-        if not holders:
-            names = " or ".join(path.name for path in DOCUMENTS)
-            raise ValueError(f"{names}: expected the marks {begin.strip()} and {end.strip()}")
-        for path in holders:
-            head, rest = texts[path].split(begin)
-            texts[path] = head + begin + made + end + rest.split(end)[1]
-    for path, text in texts.items():
-        path.write_text(text, encoding="utf-8")
+    documents = fill(tables, DOCUMENTS)
     drawn = [_save(figure, name) for name, figure in gpu_report.draw(on_gpus).items()]
-    return [*texts, *plot(recorded), *drawn]
+    return [*documents, *plot(recorded), *drawn]
 
 
 def plot(recorded: Sequence[dict[str, str]]) -> list[Path]:

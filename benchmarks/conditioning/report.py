@@ -9,6 +9,7 @@ from statistics import mean, stdev
 import matplotlib
 from matplotlib import pyplot
 
+from ..documents import fill
 from . import records
 from .experiment import METHODS, MORE, RANKS, SEARCH, chosen, rates_of
 from .tasks import ROOT, TASKS
@@ -27,17 +28,13 @@ Rows = dict[records.Key, dict[str, str]]
 
 
 def write() -> list[Path]:
-    """Writes the tables between their marks, and draws the plot. Returns the written files."""
+    """Writes the tables between their marks, and draws the plot. Returns the written files.
+
+    Raises:
+        ValueError: no page has the marks of a table.
+    """
     rows = {records.key(row): row for row in records.read()}
-    for page in PAGES:
-        text = page.read_text(encoding="utf-8")
-        for name, table in tables(rows).items():
-            begin, end = f"<!-- begin {name} -->\n", f"<!-- end {name} -->\n"
-            if begin in text:
-                head, rest = text.split(begin)
-                text = head + begin + table + end + rest.split(end)[1]
-        page.write_text(text, encoding="utf-8")
-    return [*PAGES, _plot(rows)]
+    return [*fill(tables(rows), PAGES), _plot(rows)]
 
 
 def tables(rows: Rows) -> dict[str, str]:
