@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 SOURCES = ROOT / "csrc" / "cuda"
 HOST = ROOT / "tests" / "cuda_host.py"
 #: Builds that are made many times: kernels of their own for three lengths only.
-FAST = ("-O1", "-DTCUR_FEW_LENGTHS")
+FAST = ("-O1", "-DTCUR_LENGTHS=5,12,48")
 REGISTERS = 65536  # of a multiprocessor, on every architecture from sm_80 on
 
 sys.path.insert(0, str(ROOT))

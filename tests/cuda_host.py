@@ -59,14 +59,6 @@ def _build(folder, sources, flags):
         *(f"-isystem{path}" for path in include_paths()),
         *flags,
     ]
-    order = folder / "order.cpp"
-    order.write_text(
-        f'#include "{sources}/cuda/emulator/fibers.h"\n'
-        'extern "C" __attribute__((visibility("default"))) void tcur_host_order(int64_t order) {\n'
-        "  tcur::fibers::order = order;\n}\n"
-        'extern "C" __attribute__((visibility("default"))) void tcur_host_shared(int64_t bytes) {\n'
-        "  tcur::fibers::shared_limit = bytes;\n}\n"
-    )
 
     def compile_one(source):
         # What a build of the same text left is taken: of the source, and of the headers that the
@@ -82,7 +74,8 @@ def _build(folder, sources, flags):
         part.rename(target)  # whole, or not there
         return target
 
-    files = [*sorted((sources / "cuda").glob("*.cu")), order]
+    controls = sources / "cuda" / "emulator" / "controls.cpp"
+    files = [*sorted((sources / "cuda").glob("*.cu")), controls]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(compile_one, files))
     name = hashlib.sha256(" ".join(path.name for path in objects).encode()).hexdigest()[:16]

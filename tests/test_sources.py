@@ -96,5 +96,5 @@ def test_sizes_are_divided_by_the_one_function():
         lines = [line for line in path.read_text().splitlines() if spelled.search(line)]
         if path.name == "integers.h":
             assert len(lines) == 1
-        else:  # that of token_grid.h is of 64 bits without a sign
-            assert len(lines) == (path.name == "token_grid.h"), (path, lines)
+        else:  # that of divisor.h is of 64 bits without a sign
+            assert len(lines) == (path.name == "divisor.h"), (path, lines)

@@ -115,12 +115,26 @@ def test_compiled_graphs_hold_the_launches(monkeypatch):
 
 def test_tables_of_addresses_are_kept_and_not_made_in_a_capture(monkeypatch):
     """A captured graph reads them for as long as it lives, and copies nothing from the host."""
-    from tcur_kernels.operators.triton import materialize
+    from tcur_kernels.operators.triton import places
 
     here = torch.device("cpu")
-    tables = [materialize._table((0, place), here) for place in range(1000)]
-    assert all(materialize._table((0, p), here) is tables[p] for p in range(1000))
+    tables = [places._table((0, place), here) for place in range(1000)]
+    assert all(places._table((0, p), here) is tables[p] for p in range(1000))
     assert tables[7].tolist() == [0, 7]
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(RuntimeError, match=r"weights: expected .* one call before the capture"):
-        materialize._table((0, 1), torch.device("cuda", 0))
+        places._table((0, 1), torch.device("cuda", 0))
+
+
+def test_factors_too_large_for_offsets_of_32_bits():
+    from tcur_kernels.operators.contract import MaterializeOut
+    from tcur_kernels.operators.triton import materialize
+
+    def empty(*shape):
+        return torch.empty(*shape, device="meta")
+
+    n1, n3, rank = 1 << 20, 48, 64
+    packed = empty(n1, n3 * rank), empty(n3 * rank, 8)
+    arguments = MaterializeOut([], *packed, empty(n3, rank, rank), 1.0, empty(n3, n1, 8))
+    with pytest.raises(ValueError, match=r"core: expected r \* n1 and r \* n2 below 67108864"):
+        materialize.run(arguments, "ieee")

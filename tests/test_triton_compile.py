@@ -8,15 +8,13 @@ at a precision that was not asked for. `test_triton_oldest.py` runs a part with 
 import re
 import subprocess
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from unittest import mock
 
 import pytest
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
+from benchmarks.sass.triton_launches import compiled, record
 from cases import counts_of, make_case
 from tcur_kernels.operators import contract
 from tcur_kernels.operators.contract import (
@@ -28,7 +26,6 @@ from tcur_kernels.operators.contract import (
 )
 from tcur_kernels.operators.triton import (
     INTERPRETED,
-    blocks,
     core_grad_dense,
     core_grad_tokens,
     core_of_packed,
@@ -36,60 +33,15 @@ from tcur_kernels.operators.triton import (
     launch,
     materialize,
     operators,
-    products,
 )
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
 
-MODULES = (blocks, core_grad_dense, cur_linear, materialize, products)
 ARCHITECTURES = (*launch.NVIDIA, *launch.AMD)
 #: Bytes of shared memory that a program may have.
 SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 #: One length of tubes for every row of the table, and for even and odd.
 N3 = (1, 4, 12, 17, 47, 48, 128)
-TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64"}
-
-
-@dataclass
-class Launch:
-    """One recorded launch."""
-
-    kernel: object
-    args: tuple
-    options: dict
-
-    @property
-    def name(self):
-        return f"{self.kernel.__name__} {self.options}"
-
-
-@dataclass
-class Recorder:
-    """Stands in for `wrap_triton`."""
-
-    launches: list
-
-    def __call__(self, kernel):
-        def of_grid(grid):
-            assert all(n > 0 for n in grid), (kernel, grid)
-            return lambda *args, **options: self.launches.append(Launch(kernel, args, options))
-
-        return mock.MagicMock(__getitem__=lambda _, grid: of_grid(grid))
-
-
-def record(arch, call, launches=None):
-    """The launches that ``call`` would make on a device of an architecture."""
-    recorder = Recorder([] if launches is None else launches)
-    with mock.patch.object(launch, "arch_of", return_value=arch):
-        patches = [mock.patch.object(module, "wrap_triton", recorder) for module in MODULES]
-        for patch in patches:
-            patch.start()
-        try:
-            call()
-        finally:
-            for patch in patches:
-                patch.stop()
-    return recorder.launches
 
 
 def launches_of(arch, precision, n3, rank, dtype, n1=768, n2=1024):
@@ -125,31 +77,6 @@ def launches_of(arch, precision, n3, rank, dtype, n1=768, n2=1024):
             cur_linear.run(linear._replace(core=cores, adapter_ids=ids), precision)
 
     return record(arch, calls)
-
-
-def compiled(arch, launched):
-    """Compiles as Triton would at that launch, without the device."""
-    if arch.startswith("gfx"):
-        target = GPUTarget("hip", arch, 64)
-    else:
-        target = GPUTarget("cuda", int(arch[3:]), 32)
-    kernel, options = launched.kernel, dict(launched.options)
-    build = {name: options.pop(name) for name in ("num_warps", "num_stages")}
-    signature, attributes = {}, {}
-    for place, (name, value) in enumerate(zip(kernel.arg_names, launched.args, strict=False)):
-        if isinstance(value, torch.Tensor):
-            signature[name] = "*" + TYPES[value.dtype]
-            aligned = True
-        elif isinstance(value, float):
-            signature[name], aligned = "fp32", False
-        else:
-            signature[name], aligned = "i32", value % 16 == 0
-        if aligned:
-            attributes[(place,)] = [["tt.divisibility", 16]]
-    constants = {name: options[name] for name in kernel.arg_names[len(launched.args) :]}
-    signature.update(dict.fromkeys(constants, "constexpr"))
-    source = ASTSource(kernel, signature, constants, attributes)
-    return triton.compile(source, target=target, options=build)
 
 
 def check_fits(arch, launched, built, path):

@@ -19,6 +19,11 @@ TCUR_HOST_DEVICE constexpr std::common_type_t<Size, Piece> round_up(Size size, P
   return ceil_div(size, multiple) * multiple;
 }
 
+// The logarithm of a power of two.
+constexpr int log2_of(int64_t power) {
+  return power > 1 ? 1 + log2_of(power / 2) : 0;
+}
+
 // Whether an address is a multiple of `bytes`.
 inline bool is_aligned(const void* data, int64_t bytes) {
   return reinterpret_cast<uintptr_t>(data) % static_cast<uintptr_t>(bytes) == 0;

@@ -160,13 +160,13 @@ TCUR_HOST_DEVICE constexpr DftFactors dft_factors(int64_t n3) {
 // number i.
 template <class Int>
 TCUR_HOST_DEVICE constexpr Int first_plane(Int outer, Int i) {
-  return i == 0 ? 0 : i % 2 != 0 ? (i + 1) * outer - 1 : i * outer;
+  return (i + 1) / 2 * (2 * outer) - i % 2;
 }
 // For k1 = outer/2 they are pairs, and for an odd inner also the real bin n3/2. This is the plane
 // of number i.
 template <class Int>
-TCUR_HOST_DEVICE constexpr Int last_plane(Int outer, Int inner, Int i) {
-  return i == inner - 1 && inner % 2 != 0 ? outer * inner - 1 : (i / 2 * 2 + 1) * outer - 1 + i % 2;
+TCUR_HOST_DEVICE constexpr Int last_plane(Int outer, Int i) {
+  return (i / 2 * 2 + 1) * outer - 1 + i % 2;
 }
 // For any other k1 they are pairs. This is the plane of the real part of a bin. A bin beyond n3/2,
 // which means 2 * k2 >= inner, is stored as n3 - bin, conjugate.

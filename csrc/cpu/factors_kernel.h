@@ -98,7 +98,7 @@ TCUR_TARGET void inner_rows(const TubeDft<T>& dft, Rows<T> planes, T* between) {
   if (outer % 2 == 0) {
     const Rows<T> last{between + (outer - 1) * lanes, middle.step};
     Vec<T> x[INNER];
-    const auto plane = [&](int64_t i) { return last_plane<int64_t>(outer, INNER, i); };
+    const auto plane = [&](int64_t i) { return last_plane<int64_t>(outer, i); };
     static_for<INNER>([&](auto i) __attribute__((always_inline)) {
       x[i] = INVERSE ? planes.get(plane(i)) : last.get(i);
     });

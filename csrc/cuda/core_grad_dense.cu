@@ -81,6 +81,7 @@ TCUR_DEVICE void read_folded(
 // z += planes R̂ᵀ for some bins. Only one thread of one block adds to any number of z.
 TCUR_DEVICE void project(
     const ProjectArgs& args,
+    Precision precision,
     const Corner& corner,
     const Planes& planes,
     int bins,
@@ -111,7 +112,7 @@ TCUR_DEVICE void project(
           const bool is_re = (k < columns) != is_lower;
           value = is_re ? re[at] : k < columns ? -im[at] : im[at];
         }
-        left.set(i, value, args.precision);
+        left.set(i, value, precision);
       }
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
@@ -122,9 +123,9 @@ TCUR_DEVICE void project(
         if (k < depth && b < rank && column < args.n2) {
           value = args.horizontal_hat[row * args.n2 + column];
         }
-        right.set(i, value, args.precision);
+        right.set(i, value, precision);
       }
-      multiply(sums, left, right, args.precision);
+      multiply(sums, left, right, precision);
     }
     const int64_t row = corner.row + g;
 #pragma unroll
@@ -141,15 +142,18 @@ TCUR_DEVICE void project(
 // Calls work(corner, z, is_first) for each tile of a block, one after another.
 template <class F>
 TCUR_DEVICE void for_tiles(const ProjectArgs& args, F&& work) {
-  const int split = blockIdx.x % args.splits;
+  const int row_tile = args.splits.quotient(static_cast<int>(blockIdx.x));
+  const int split = static_cast<int>(blockIdx.x) - row_tile * args.splits.value;
   float* z = args.z + split * args.n1 * args.n3 * args.rank;
-  Corner corner{blockIdx.x / args.splits * static_cast<int64_t>(kRows), 0};
-  for (int64_t i = 0; i < args.tiles_per_split; ++i) {
-    corner.column = (split * args.tiles_per_split + i) * args.tile.columns();
-    if (corner.column >= args.n2 && i > 0) {
+  const int first = split * args.tiles_per_split;
+  for (int tile = first; tile < first + args.tiles_per_split; ++tile) {
+    const Corner corner{
+        static_cast<int64_t>(row_tile) * kRows,
+        static_cast<int64_t>(tile) << args.tile.log_columns};
+    if (corner.column >= args.n2 && tile > first) {
       return;  // all threads return together; the first tile always runs, because it clears z
     }
-    work(corner, z, i == 0);
+    work(corner, z, tile == first);
   }
 }
 
@@ -168,7 +172,10 @@ project_kernel(const TCUR_PARAMETER ProjectArgs args) {
           inner_steps<false, OUTER>(rows, positions, args.tables);
           __syncthreads();
         }
-        project(args, corner, {rows, positions, 0, true}, args.n3 / 2 + 1, z, is_first);
+        with_precision(args.precision, [&](Precision precision) __attribute__((always_inline)) {
+          const Planes planes{rows, positions, 0, true};
+          project(args, precision, corner, planes, args.n3 / 2 + 1, z, is_first);
+        });
         __syncthreads();
       });
 }
@@ -193,7 +200,9 @@ project_matrix_kernel(const TCUR_PARAMETER ProjectArgs args) {
         sums.store(rows, stride, -1.0f);
         __syncthreads();
         const int bins = lines.end(args.n3) - lines.first;
-        project(args, corner, {rows, stride, lines.first, false}, bins, z, is_first);
+        // Not `with_precision`: on sm_100 the copies of it would spill a register.
+        const Planes planes{rows, stride, lines.first, false};
+        project(args, args.precision, corner, planes, bins, z, is_first);
         __syncthreads();
       });
 }
@@ -246,22 +255,13 @@ Tensor project_by_tubes(const Call& call, const Sizes& sizes, const Tensor& h, P
   const int quads = static_cast<int>(ceil_div(sizes.rank, 4));
   const int64_t width = ceil_div(sizes.n2, tubes.columns) * tubes.columns;
   const Tensor tiles = call.floats({width, quads * 4 * sizes.n3});
-  PrepareArgs lay_out{};
-  lay_out.horizontal_hat = h.const_data_ptr<float>();
-  lay_out.tiles = tiles.mutable_data_ptr<float>();
-  lay_out.n2 = sizes.n2;
-  lay_out.n3 = args.n3;
-  lay_out.rank = args.rank;
-  lay_out.quads = quads;
-  lay_out.columns = tubes.columns;
-  lay_out.vector = sizes.n2 % 4 == 0 && is_aligned(lay_out.horizontal_hat, 16);
-  prepare(lay_out, call.stream());
+  prepare(laying_out(h.const_data_ptr<float>(), tiles, sizes, tubes.columns, quads), call.stream());
   const Walk walk(sizes, tubes.rows, tubes.columns, 792);
   const Tensor z = call.floats({walk.splits, sizes.n1, sizes.q()});
-  args.horizontal_hat = lay_out.tiles;
+  args.horizontal_hat = tiles.const_data_ptr<float>();
   args.z = z.mutable_data_ptr<float>();
-  args.splits = walk.splits;
-  args.tiles_per_split = walk.per_split;
+  args.splits = divisor_of_blocks(walk.splits);
+  args.tiles_per_split = static_cast<int>(walk.per_split);
   args.quads = quads;
   for (; args.first_quad < quads; args.first_quad += tubes.quads) {
     launch_early(
@@ -285,8 +285,8 @@ Tensor project_by_tiles(const Call& call, const Sizes& sizes, const Tensor& h, P
   const Tensor z = call.floats({walk.splits, sizes.n1, sizes.q()});
   args.horizontal_hat = h.const_data_ptr<float>();
   args.z = z.mutable_data_ptr<float>();
-  args.splits = walk.splits;
-  args.tiles_per_split = walk.per_split;
+  args.splits = divisor_of_blocks(walk.splits);
+  args.tiles_per_split = static_cast<int>(walk.per_split);
   const int64_t blocks = walk.row_tiles * walk.splits;
   if (has_factors) {
     launch(

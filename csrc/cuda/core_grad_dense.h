@@ -2,6 +2,7 @@
 #pragma once
 
 #include "dft_matrix.h"
+#include "divisor.h"
 #include "fragments.h"
 #include "lanes.h"
 #include "spectrum.h"
@@ -16,9 +17,10 @@ struct ProjectArgs {
   Tables tables;
   float* z;  // [splits, n1, n3*rank]
   int64_t n1, n2;
-  int n3, rank, splits;
+  int n3, rank;
+  Divisor splits;
   int quads, first_quad;  // of the rank, for tubes: how many, and the first one of a launch
-  int64_t tiles_per_split;
+  int tiles_per_split;
   Precision precision;
   Tile tile;
   Lines lines;  // of the product with the matrix: bins

@@ -141,7 +141,7 @@ class Projected {
   // For number i of a real tube, k1 = 0 (FIRST) or outer/2: its plane, and the slot of its sums.
   template <bool FIRST>
   TCUR_DEVICE static constexpr int plane_of(int i) {
-    return FIRST ? first_plane(kOuter, i) : last_plane(kOuter, kInner, i);
+    return FIRST ? first_plane(kOuter, i) : last_plane(kOuter, i);
   }
   template <bool FIRST>
   TCUR_DEVICE static constexpr int slot_of(int i) {
@@ -254,26 +254,26 @@ class Projected {
 };
 
 // Reads a few columns of OUTER slices of G, does the outer step on them, and writes the results to
-// shared memory.
+// shared memory. `from` is their first number in slice l0, or null if it is not inside the slice.
 template <int BYTES, int N3>
 TCUR_DEVICE void read_slices(
-    const ProjectArgs& args, int l0, int64_t row, int64_t column, float* to) {
+    const ProjectArgs& args, Element element, int l0, const char* from, float* to) {
   using T = ForwardTubes<N3>;
   using Several = Raw<BYTES, T::kWide>;
   Lanes<T::kWide> x[T::kOuter] = {};
-  if (row < args.n1 && column < args.n2) {
-    const auto at = static_cast<unsigned>(row * args.n2 + column);
-    const int64_t slice = args.n1 * args.n2 * BYTES;
-    const char* from = static_cast<const char*>(args.grad) + l0 * slice;
+  if (from != nullptr) {
+    // In units of four numbers, the distance of two slices of a thread fits into 32 bits.
+    const unsigned slice = static_cast<unsigned>(args.n1) * static_cast<unsigned>(args.n2) / 4;
+    from = behind<4 * BYTES>(from, l0 * slice);
     typename Several::Type raw[T::kOuter];
 #pragma unroll
     for (int j = 0; j < T::kOuter; ++j) {
-      raw[j] = Several::load(from, at);
-      from += T::kInner * slice;
+      raw[j] = Several::load(from);
+      from = behind<4 * BYTES>(from, T::kInner * slice);
     }
 #pragma unroll
     for (int j = 0; j < T::kOuter; ++j) {
-      x[j] = Several::widened(raw[j], args.element);
+      x[j] = Several::widened(raw[j], element);
     }
   }
   real_forward<T::kOuter, float>(x);
@@ -283,17 +283,20 @@ TCUR_DEVICE void read_slices(
 }
 
 // Prefetches a tile of all slices.
-template <int N3>
-TCUR_DEVICE void prefetch_slices(const ProjectArgs& args, int64_t row, int64_t column) {
+template <int BYTES, int N3>
+TCUR_DEVICE void prefetch_slices(const ProjectArgs& args, unsigned row, unsigned column) {
   using T = ForwardTubes<N3>;
-  constexpr int kLine = 128;  // bytes
-  const int bytes = bytes_of(args.element);
-  const int in_row = ceil_div(T::kColumns * bytes, kLine), in_slice = T::kRows * in_row;
-  for (int i = threadIdx.x; i < N3 * in_slice; i += T::kThreads) {
-    const int l = i / in_slice, at = i - l * in_slice;
-    const int64_t r = row + at / in_row, c = column + at % in_row * (kLine / bytes);
-    if (r < args.n1 && c < args.n2) {
-      prefetch(static_cast<const char*>(args.grad) + ((l * args.n1 + r) * args.n2 + c) * bytes);
+  constexpr unsigned kLine = 128 / BYTES, kInRow = ceil_div(T::kColumns, 128 / BYTES);
+  constexpr unsigned kInSlice = T::kRows * kInRow;
+  const auto n1 = static_cast<unsigned>(args.n1), n2 = static_cast<unsigned>(args.n2);
+  const unsigned slice = static_cast<unsigned>(args.n1) * static_cast<unsigned>(args.n2) / 4;
+#pragma unroll
+  for (unsigned i = threadIdx.x; i < N3 * kInSlice; i += T::kThreads) {
+    const unsigned l = i / kInSlice, at = i % kInSlice;
+    const unsigned r = row + at / kInRow, c = column + at % kInRow * kLine;
+    if (r < n1 && c < n2) {
+      const char* place = behind<BYTES>(args.grad, r * n2 + c);
+      prefetch(place + l * (static_cast<uint64_t>(slice) * (4 * BYTES)));
     }
   }
 }
@@ -314,29 +317,39 @@ project_tubes_kernel(const TCUR_PARAMETER ProjectArgs args) {
   constexpr int kQuad = ProjectStages<N3>::kQuad;
   float* rows = shared_memory<float>();
   float* staged = rows + T::kTileFloats;
-  const int split = blockIdx.x % args.splits, k1 = T::turn();
-  const int64_t first_row = blockIdx.x / args.splits * static_cast<int64_t>(T::kRows);
-  const int64_t first_tile = split * args.tiles_per_split;
-  prefetch_slices<N3>(args, first_row, first_tile * T::kColumns);
+  const auto n1 = static_cast<unsigned>(args.n1), n2 = static_cast<unsigned>(args.n2);
+  const unsigned row_tile = args.splits.quotient(static_cast<int>(blockIdx.x));
+  const unsigned split = blockIdx.x - row_tile * args.splits.value;
+  const unsigned first_row = row_tile * T::kRows;
+  const int k1 = T::turn();
+  const unsigned tiles = args.tiles_per_split;
+  const auto prefetch_tile = [&](unsigned first_column) __attribute__((always_inline)) {
+    with_bytes(args.element, [&](auto bytes) __attribute__((always_inline)) {
+      prefetch_slices<bytes, N3>(args, first_row, first_column);
+    });
+  };
+  prefetch_tile(split * tiles * T::kColumns);
   wait_for_launch_before();  // the previous launch lays out R̂
   const int left = args.quads - args.first_quad;
   const int quads = left < kQuadsOfLaunch ? left : kQuadsOfLaunch;
   Projected<N3> projected;
-  for (int64_t tile = first_tile; tile < first_tile + args.tiles_per_split; ++tile) {
-    const int64_t first_column = tile * T::kColumns;
-    if (first_column >= args.n2) {
+  for (unsigned tile = split * tiles; tile < (split + 1) * tiles; ++tile) {
+    const unsigned first_column = tile * T::kColumns;
+    if (first_column >= n2) {
       break;  // all threads leave together
     }
-    const float* r = args.horizontal_hat + first_column * args.quads * (4 * N3);
-    Staged<T, false>::ask(r, nullptr, args.first_quad, quads, staged);
+    const int64_t quad = static_cast<int64_t>(tile) * args.quads + args.first_quad;
+    Staged<T, false>::ask(args.horizontal_hat + quad * kQuad, nullptr, quads, staged);
     T::for_outer([&](int l0, int row, int column) __attribute__((always_inline)) {
+      const unsigned r = first_row + row, c = first_column + column;
       float* to = rows + row * T::kColumns + column;
-      with_bytes(args.element, [&](auto bytes) __attribute__((always_inline)) {
-        read_slices<bytes, N3>(args, l0, first_row + row, first_column + column, to);
+      with_number(args.element, [&](auto bytes, Element element) __attribute__((always_inline)) {
+        const char* from = r < n1 && c < n2 ? behind<bytes>(args.grad, r * n2 + c) : nullptr;
+        read_slices<bytes, N3>(args, element, l0, from, to);
       });
     });
-    if (tile + 1 < first_tile + args.tiles_per_split) {
-      prefetch_slices<N3>(args, first_row, first_column + T::kColumns);
+    if (tile + 1 < (split + 1) * tiles) {
+      prefetch_tile(first_column + T::kColumns);
     }
     wait_for_copies();
     __syncthreads();
@@ -349,7 +362,7 @@ project_tubes_kernel(const TCUR_PARAMETER ProjectArgs args) {
   }
   projected.store(
       k1,
-      args.z + (split * args.n1 + first_row) * N3 * args.rank,
+      args.z + (static_cast<int64_t>(split) * args.n1 + first_row) * N3 * args.rank,
       args.n1 - first_row,
       args.rank,
       4 * args.first_quad);

@@ -19,16 +19,29 @@ constexpr bool are_factors = dft_factors(OUTER * INNER).outer == OUTER;
 
 // For one l0, the middle planes are a packed half spectrum over k1. Calls f(j, row) for each of
 // its numbers: number j is in `row`.
+//
+// The pairs are those of the bins OUTER * l0 + 1, OUTER * l0 + 2, …, of which all lie before n3/2
+// or all behind it. So the rows go up from the first one, or down, and their distances are
+// constants.
 template <int OUTER, class F>
 TCUR_DEVICE void for_middle_rows(int n3, int l0, F&& f) {
-  f(0, first_plane(OUTER, l0));
-  static_for<(OUTER - 1) / 2>([&](auto k) __attribute__((always_inline)) {
-    const int plane = pair_plane(n3, OUTER * l0 + k + 1);
-    f(2 * k + 1, plane);
-    f(2 * k + 2, plane + 1);
-  });
+  constexpr int kPairs = (OUTER - 1) / 2;
+  const unsigned number = l0, outer = OUTER;  // unsigned numbers are halved by one shift
+  f(0, static_cast<int>(first_plane(outer, number)));
+  const int pair = pair_plane(n3, OUTER * l0 + 1);
+  if (2 * OUTER * l0 < n3) {
+    static_for<kPairs>([&](auto k) __attribute__((always_inline)) {
+      f(2 * k + 1, pair + 2 * k);
+      f(2 * k + 2, pair + 2 * k + 1);
+    });
+  } else {
+    static_for<kPairs>([&](auto k) __attribute__((always_inline)) {
+      f(2 * k + 1, pair - 2 * k);
+      f(2 * k + 2, pair - 2 * k + 1);
+    });
+  }
   if constexpr (OUTER % 2 == 0) {
-    f(OUTER - 1, last_plane(OUTER, n3 / OUTER, l0));
+    f(OUTER - 1, static_cast<int>(last_plane(outer, number)));
   }
 }
 
@@ -44,7 +57,7 @@ TCUR_DEVICE void inner_step(float* column, int stride, int k1, const Tables& tab
                        __attribute__((always_inline)) { store_lanes(column + plane * stride, x); };
   if (k1 == 0 || 2 * k1 == outer) {
     const auto plane = [&](int i) __attribute__((always_inline)) {
-      return k1 == 0 ? first_plane(outer, i) : last_plane(outer, INNER, i);
+      return k1 == 0 ? first_plane(outer, i) : last_plane(outer, i);
     };
     V x[INNER];
     static_for<INNER>([&](auto i) __attribute__((always_inline)) { x[i] = get(plane(i)); });

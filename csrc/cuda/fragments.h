@@ -53,6 +53,19 @@ TCUR_DEVICE float to_bf16(float x) {
 // are always fp32.
 enum class Precision { ieee, tf32, bf16 };
 
+// Calls f with the precision, which the compiler then knows: what rounds and multiplies is compiled
+// for each, and does not decide again for every number.
+template <class F>
+TCUR_DEVICE void with_precision(Precision precision, F&& f) {
+  if (precision == Precision::ieee) {
+    f(Precision::ieee);
+  } else if (precision == Precision::tf32) {
+    f(Precision::tf32);
+  } else {
+    f(Precision::bf16);
+  }
+}
+
 template <int N>
 struct Fragment {
   float big[N], small[N];

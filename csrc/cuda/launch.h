@@ -51,19 +51,23 @@ TCUR_DEVICE float exchange(float x, int bits) {
   return __shfl_xor_sync(0xFFFFFFFFU, x, bits);
 }
 
-// Starts a copy of 16 bytes from device to shared memory; the thread does not wait for it.
-// `wait_for_copies` waits for the copies of this thread. To read what other threads copied, a
-// barrier must follow.
+// Starts a copy of 16 bytes from device to shared memory; the thread does not wait for it. Both
+// places are AHEAD numbers behind the pointers. `wait_for_copies` waits for the copies of this
+// thread. To read what other threads copied, a barrier must follow.
+template <int AHEAD>
 TCUR_DEVICE void copy_later(float* to_shared, const float* from) {
   const auto to = static_cast<unsigned>(__cvta_generic_to_shared(to_shared));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" : : "r"(to), "l"(from) : "memory");
+  asm volatile("cp.async.cg.shared.global [%0 + %2], [%1 + %2], 16;"
+               :
+               : "r"(to), "l"(from), "n"(AHEAD * 4)
+               : "memory");
 }
 TCUR_DEVICE void wait_for_copies() {
   asm volatile("cp.async.wait_all;" : : : "memory");
 }
 
-// Returns the same number, but the compiler does not know that. So it cannot move what depends on
-// the number out of a loop.
+// Returns the same number, but the compiler does not know that. So it computes what depends on the
+// number where it is needed, and keeps it in no register meanwhile.
 TCUR_DEVICE int concealed(int number) {
   asm volatile("mov.b32 %0, %0;" : "+r"(number));
   return number;

@@ -11,7 +11,7 @@
 // Each element of W_eff takes 8 bytes of device memory (6 for bf16), 4*rank/rows + 4*rank/columns
 // bytes of R̂ and P from the second-level cache, and 16*rank operations of tensor cores. The
 // transform takes 4 to 23 fp32 operations with codelets, or about 4*n3 operations of tensor cores.
-// docs/design.md compares these figures with what a multiprocessor can do.
+// docs/performance.md compares what is counted with what a multiprocessor can do.
 // Planned: 256 threads, up to 128 registers, 2 blocks per multiprocessor, each with as much shared
 // memory as its tile needs: 96 KiB for 48 slices of 16 x 32.
 #include "../common/slice_places.h"
@@ -86,7 +86,11 @@ TCUR_DEVICE void prefetch_base(const MaterializeArgs& args, const Corner& corner
 // fragment gives 8 rows of the tile, so a tile of up to 8 * HALVES rows takes HALVES fragments.
 template <int HALVES>
 TCUR_DEVICE void form_planes(
-    const MaterializeArgs& args, const Corner& corner, const Planes& planes, int count) {
+    const MaterializeArgs& args,
+    Precision precision,
+    const Corner& corner,
+    const Planes& planes,
+    int count) {
   const int rank = args.rank, q = args.n3 * rank;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const Tile& tile = args.tile;
@@ -113,7 +117,7 @@ TCUR_DEVICE void form_planes(
             value = p[!is_lower ? k : k < rank ? k + rank : k - rank];
             value = !is_lower && k >= rank ? -value : value;
           }
-          left[m].set(i, value, args.precision);
+          left[m].set(i, value, precision);
         }
       }
 #pragma unroll
@@ -131,11 +135,11 @@ TCUR_DEVICE void form_planes(
             value =
                 args.horizontal_hat[(static_cast<int64_t>(plane) * rank + k) * args.n2 + column];
           }
-          right.set(i, value, args.precision);
+          right.set(i, value, precision);
         }
-        multiply(sums[0][n], left[0], right, args.precision);
+        multiply(sums[0][n], left[0], right, precision);
         if (HALVES > 1 && tile.rows > 8) {
-          multiply(sums[HALVES - 1][n], left[HALVES - 1], right, args.precision);
+          multiply(sums[HALVES - 1][n], left[HALVES - 1], right, precision);
         }
       }
     }
@@ -225,9 +229,11 @@ TCUR_KERNEL(kThreads, 2)
 materialize_kernel(const TCUR_PARAMETER MaterializeArgs args) {
   float* rows = shared_memory<float>();
   const int positions = args.tile.positions(), quads = positions / 4, inner = args.n3 / OUTER;
-  const Corner corner = corner_of(args.tile, blockIdx.x, args.tiles_in_row);
+  const Corner corner = corner_of(args.tile, blockIdx.x, args.tiles_in_row.value);
   prefetch_base(args, corner);
-  form_planes<2>(args, corner, {rows, positions, 0, true}, args.n3 / 2 + 1);
+  with_precision(args.precision, [&](Precision precision) __attribute__((always_inline)) {
+    form_planes<2>(args, precision, corner, {rows, positions, 0, true}, args.n3 / 2 + 1);
+  });
   __syncthreads();
   if (inner > 1) {
     inner_steps<true, OUTER>(rows, positions, args.tables);
@@ -251,12 +257,13 @@ materialize_matrix_kernel(const TCUR_PARAMETER MaterializeArgs args) {
   const Tile& tile = args.tile;
   const Lines& lines = args.lines;
   const int stride = matrix_stride(tile), quads = tile.positions() / 4;
-  const Corner corner = corner_of(tile, blockIdx.x, args.tiles_in_row);
+  const Corner corner = corner_of(tile, blockIdx.x, args.tiles_in_row.value);
   prefetch_base(args, corner);
   LineSums sums(lines);
   for (int bin = 0; bin <= args.n3 / 2; bin += lines.count) {
     const int bins = chunk_bins(args.n3, lines, bin);
-    form_planes<1>(args, corner, {rows, stride, bin, false}, bins);
+    // Not `with_precision`: on sm_90 the copies of it would spill a register.
+    form_planes<1>(args, args.precision, corner, {rows, stride, bin, false}, bins);
     __syncthreads();
     sums.add(rows, stride, bin, bins, lines, args.tables);
     __syncthreads();
@@ -358,28 +365,22 @@ void launch_tubes(
     MaterializeArgs args) {
   const TubesKernel tubes = tubes_kernel_for(sizes.n3);
   const int64_t in_column = ceil_div(sizes.n1, tubes.rows), rows = in_column * tubes.rows;
-  args.tiles_in_row = ceil_div(sizes.n2, tubes.columns);
+  const int64_t in_row = ceil_div(sizes.n2, tubes.columns);
+  args.tiles_in_row = divisor_of_blocks(in_row);
   args.quads = static_cast<int>(ceil_div(args.rank, 4));
   const int64_t numbers = 4 * args.quads * sizes.n3;
   const Tensor mixed = call.floats({rows, numbers});
-  const Tensor tiles = call.floats({args.tiles_in_row * tubes.columns, numbers});
-  const PrepareArgs arguments{
-      args.horizontal_hat,
-      tiles.mutable_data_ptr<float>(),
-      sizes.n2,
-      args.n3,
-      args.rank,
-      args.quads,
-      tubes.columns,
-      sizes.n2 % 4 == 0 && is_aligned(args.horizontal_hat, 16),
-      lateral_hat,
-      core,
-      mixed.mutable_data_ptr<float>(),
-      sizes.n1,
-      rows,
-      tubes.rows,
-      args.tables,
-      scale};
+  const Tensor tiles = call.floats({in_row * tubes.columns, numbers});
+  PrepareArgs arguments = laying_out(args.horizontal_hat, tiles, sizes, tubes.columns, args.quads);
+  arguments.mixed = mixed.mutable_data_ptr<float>();
+  arguments.lateral_hat = lateral_hat;
+  arguments.lateral_vector = args.rank % 4 == 0 && is_aligned(lateral_hat, 16);
+  arguments.core = core;
+  arguments.n1 = sizes.n1;
+  arguments.rows = rows;
+  arguments.log_rows = log2_of(tubes.rows);
+  arguments.weight = scale / args.n3;
+  arguments.tables = args.tables;
   prepare(arguments, call.stream());
   args.mixed = mixed.const_data_ptr<float>();
   args.horizontal_hat = tiles.const_data_ptr<float>();
@@ -395,7 +396,7 @@ void launch_tubes(
   launch_early(
       call.device(),
       tubes.kernel,
-      in_column * args.tiles_in_row,
+      in_column * in_row,
       tubes.threads,
       tubes.shared_bytes,
       call.stream(),
@@ -405,14 +406,15 @@ void launch_tubes(
 void launch_by_codelets(
     const Call& call, const Sizes& sizes, const SlicePlaces& slices, MaterializeArgs args) {
   args.tile = choose_tile(sizes, call.limits());
-  args.tiles_in_row = ceil_div(sizes.n2, args.tile.columns());
+  const int64_t in_row = ceil_div(sizes.n2, args.tile.columns());
+  args.tiles_in_row = divisor_of_blocks(in_row);
   args.bases = args.base_element == Element::none ? 0 : args.n3;
   for (int l = 0; l < args.n3; ++l) {
     put_slice(slices, l, args, l);
   }
   launch(
       kernel_for(dft_factors(sizes.n3).outer, std::make_integer_sequence<int, kLongestOuter>{}),
-      ceil_div(sizes.n1, args.tile.rows) * args.tiles_in_row,
+      ceil_div(sizes.n1, args.tile.rows) * in_row,
       kThreads,
       sizes.n3 * args.tile.positions() * static_cast<int64_t>(sizeof(float)),
       call.stream(),
@@ -423,7 +425,8 @@ void launch_by_matrix(
     const Call& call, const Sizes& sizes, const SlicePlaces& slices, MaterializeArgs args) {
   args.lines = first_lines(args.n3);
   args.tile = matrix_tile(args.lines);
-  args.tiles_in_row = ceil_div(sizes.n2, args.tile.columns());
+  const int64_t in_row = ceil_div(sizes.n2, args.tile.columns());
+  args.tiles_in_row = divisor_of_blocks(in_row);
   args.bases = args.base_element == Element::none ? 0 : 2 * args.lines.count;
   for (; args.lines.first <= args.n3 / 2; args.lines.first += args.lines.count) {
     std::fill_n(args.base, 2 * args.lines.count, nullptr);
@@ -436,7 +439,7 @@ void launch_by_matrix(
     }
     launch(
         materialize_matrix_kernel,
-        ceil_div(sizes.n1, args.tile.rows) * args.tiles_in_row,
+        ceil_div(sizes.n1, args.tile.rows) * in_row,
         kThreads,
         matrix_bytes(args.lines, args.tile),
         call.stream(),

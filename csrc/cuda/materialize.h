@@ -2,6 +2,7 @@
 #pragma once
 
 #include "dft_matrix.h"
+#include "divisor.h"
 #include "fragments.h"
 #include "lanes.h"
 #include "spectrum.h"
@@ -26,7 +27,8 @@ struct MaterializeArgs {
   const float* horizontal_hat;  // R̂ [n3*rank, n2]; both as `prepare_kernel` leaves them for tubes
   Tables tables;
   void* out;  // the matrices of all slices, one after the other
-  int64_t n1, n2, tiles_in_row;
+  int64_t n1, n2;
+  Divisor tiles_in_row;
   int n3, rank;
   int quads;        // of the rank, for tubes
   bool prefetches;  // for tubes: whether a block prefetches its bases when it begins

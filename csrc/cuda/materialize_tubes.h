@@ -16,18 +16,44 @@
 
 namespace tcur {
 
+// A position of a slice. Its row and column fit into 32 bits, and so does its offset in a slice
+// with a matrix of its own (`fits_tubes`).
+struct Spot {
+  unsigned row_start, column;
+
+  // The offset within slice l. BESIDE: slices may lie side by side in a matrix.
+  template <bool BESIDE>
+  TCUR_DEVICE unsigned within(const MaterializeArgs& args, int l) const {
+    return (BESIDE ? row_start * args.beside[l].count : row_start) + column;
+  }
+};
+
+// Which tile the block computes.
+struct TilePlace {
+  unsigned row, column;  // counted in tiles
+
+  TCUR_DEVICE explicit TilePlace(const MaterializeArgs& args) {
+    const int block = concealed(static_cast<int>(blockIdx.x));
+    row = args.tiles_in_row.quotient(block);
+    column = block - row * args.tiles_in_row.value;
+  }
+};
+
 // Prefetches a tile of all bases.
-template <int N3>
-TCUR_DEVICE void prefetch_bases(const MaterializeArgs& args, int64_t row, int64_t column) {
+template <int BYTES, bool BESIDE, int N3>
+TCUR_DEVICE void prefetch_bases(const MaterializeArgs& args, const TilePlace& tile) {
   using T = Tubes<N3>;
-  constexpr int kLine = 128;  // bytes
-  const int bytes = bytes_of(args.base_element);
-  const int in_row = ceil_div(T::kColumns * bytes, kLine), in_base = T::kRows * in_row;
-  for (int i = threadIdx.x; i < N3 * in_base; i += T::kThreads) {
-    const int l = i / in_base, at = i - l * in_base;
-    const int64_t r = row + at / in_row, c = column + at % in_row * (kLine / bytes);
-    if (r < args.n1 && c < args.n2) {
-      prefetch(static_cast<const char*>(args.base[l]) + args.within(l, r * args.n2, c) * bytes);
+  constexpr unsigned kLine = 128 / BYTES, kInRow = ceil_div(T::kColumns, 128 / BYTES);
+  constexpr unsigned kInBase = T::kRows * kInRow;
+  const auto n1 = static_cast<unsigned>(args.n1), n2 = static_cast<unsigned>(args.n2);
+#pragma unroll 1
+  for (unsigned i = threadIdx.x; i < N3 * kInBase; i += T::kThreads) {
+    const unsigned l = i / kInBase, at = i % kInBase;
+    const unsigned r = tile.row * T::kRows + at / kInRow;
+    const unsigned c = tile.column * T::kColumns + at % kInRow * kLine;
+    if (r < n1 && c < n2) {
+      const Spot spot{r * n2, c};
+      prefetch(behind<BYTES>(args.base[l], spot.within<BESIDE>(args, l)));
     }
   }
 }
@@ -125,7 +151,7 @@ class Formed {
   // For k1 = 0 (FIRST) and k1 = outer/2 the tubes are real, and x holds their packed half spectra.
   template <bool FIRST>
   TCUR_DEVICE static constexpr int plane_of(int i) {
-    return FIRST ? first_plane(kOuter, i) : last_plane(kOuter, kInner, i);
+    return FIRST ? first_plane(kOuter, i) : last_plane(kOuter, i);
   }
   template <bool FIRST>
   TCUR_DEVICE static void add_real_tubes(const Operands& operands, Quad (&x)[kInner][kTall]) {
@@ -192,22 +218,11 @@ class Formed {
   Quad re_[kInner][kTall] = {}, im_[kInner][kTall] = {};
 };
 
-// Where some numbers of a row begin in every slice. In a slice with a matrix of its own that is
-// row_start + column.
-struct Spot {
-  unsigned row_start, column;
-
-  // The offset within slice l. BESIDE: slices may lie side by side in a matrix.
-  template <bool BESIDE>
-  TCUR_DEVICE unsigned within(const MaterializeArgs& args, int l) const {
-    return (BESIDE ? row_start * args.beside[l].count : row_start) + column;
-  }
-};
-
 // x += the bases of slices l0, l0 + inner, … The thread loads all of them before it uses the first.
 template <int BYTES, bool BESIDE, int N3>
 TCUR_DEVICE void add_bases(
     const MaterializeArgs& args,
+    Element element,
     int l0,
     const Spot& spot,
     Lanes<Tubes<N3>::kWide> (&x)[Tubes<N3>::kOuter]) {
@@ -217,44 +232,47 @@ TCUR_DEVICE void add_bases(
 #pragma unroll
   for (int j = 0; j < T::kOuter; ++j) {
     const int l = l0 + T::kInner * j;
-    raw[j] = Several::load(args.base[l], spot.within<BESIDE>(args, l));
+    raw[j] = Several::load(behind<BYTES>(args.base[l], spot.within<BESIDE>(args, l)));
   }
 #pragma unroll
   for (int j = 0; j < T::kOuter; ++j) {
-    x[j] = x[j] + Several::widened(raw[j], args.base_element);
+    x[j] = x[j] + Several::widened(raw[j], element);
   }
 }
 
 template <int BYTES, bool BESIDE, int N3>
 TCUR_DEVICE void store_slices_of(
     const MaterializeArgs& args,
+    Element element,
     int l0,
     const Spot& spot,
     const Lanes<Tubes<N3>::kWide> (&x)[Tubes<N3>::kOuter]) {
   using T = Tubes<N3>;
   using Several = Raw<BYTES, T::kWide>;
-  const int64_t slice = args.n1 * args.n2 * BYTES;
-  char* out = static_cast<char*>(args.out) + l0 * slice;
+  // In units of four numbers, the distance of two slices of a thread fits into 32 bits.
+  const unsigned slice = static_cast<unsigned>(args.n1) * static_cast<unsigned>(args.n2) / 4;
+  char* to = behind<BYTES>(behind<4 * BYTES>(args.out, l0 * slice), spot.within<false>(args, l0));
 #pragma unroll
   for (int j = 0; j < T::kOuter; ++j) {
     const int l = l0 + T::kInner * j;
     if constexpr (BESIDE) {
-      out = static_cast<char*>(args.out) + args.first(l, l) * BYTES;
+      char* first = static_cast<char*>(args.out) + args.first(l, l) * BYTES;
+      to = behind<BYTES>(first, spot.within<true>(args, l));
     }
-    const unsigned at = spot.within<BESIDE>(args, l);
-    Several::store(out, at, Several::narrowed(x[j], args.out_element));
-    out += T::kInner * slice;
+    Several::store(to, Several::narrowed(x[j], element));
+    to = behind<4 * BYTES>(to, T::kInner * slice);
   }
 }
 
 // Does the outer step: reads the middle planes of a tile from shared memory and writes W_eff.
 template <bool BESIDE, int N3>
-TCUR_DEVICE void write_tile(
-    const MaterializeArgs& args, const float* rows, int64_t first_row, int64_t first_column) {
+TCUR_DEVICE void write_tile(const MaterializeArgs& args, const float* rows) {
   using T = Tubes<N3>;
+  const auto n1 = static_cast<unsigned>(args.n1), n2 = static_cast<unsigned>(args.n2);
+  const TilePlace tile(args);
   T::template for_outer<BESIDE>([&](int l0, int row, int column) __attribute__((always_inline)) {
-    const int64_t r = first_row + row, c = first_column + column;
-    if (r >= args.n1 || c >= args.n2) {
+    const unsigned r = tile.row * T::kRows + row, c = tile.column * T::kColumns + column;
+    if (r >= n1 || c >= n2) {
       return;
     }
     Lanes<T::kWide> x[T::kOuter];
@@ -263,14 +281,15 @@ TCUR_DEVICE void write_tile(
       x[j] = load_lanes<T::kWide>(from + plane * T::kPositions);
     });
     real_inverse<T::kOuter, float>(x);
-    const Spot spot{static_cast<unsigned>(r * args.n2), static_cast<unsigned>(c)};
+    const Spot spot{r * n2, c};
     if (args.base_element != Element::none) {
-      with_bytes(args.base_element, [&](auto bytes) __attribute__((always_inline)) {
-        add_bases<bytes, BESIDE, N3>(args, l0, spot, x);
-      });
+      with_number(
+          args.base_element, [&](auto bytes, Element element) __attribute__((always_inline)) {
+            add_bases<bytes, BESIDE, N3>(args, element, l0, spot, x);
+          });
     }
-    with_bytes(args.out_element, [&](auto bytes) __attribute__((always_inline)) {
-      store_slices_of<bytes, BESIDE, N3>(args, l0, spot, x);
+    with_number(args.out_element, [&](auto bytes, Element element) __attribute__((always_inline)) {
+      store_slices_of<bytes, BESIDE, N3>(args, element, l0, spot, x);
     });
   });
 }
@@ -291,38 +310,47 @@ materialize_tubes_kernel(const TCUR_PARAMETER MaterializeArgs args) {
   constexpr int kQuads = Stages<N3>::kQuads, kQuad = Stages<N3>::kQuad;
   float* rows = shared_memory<float>();
   float* staged = rows + T::kTileFloats;
-  const int64_t first_row = blockIdx.x / args.tiles_in_row * T::kRows;
-  const int64_t first_column = blockIdx.x % args.tiles_in_row * T::kColumns;
   if (args.prefetches) {
-    prefetch_bases<N3>(args, first_row, first_column);
+    const TilePlace tile(args);
+    with_bytes(args.base_element, [&](auto bytes) __attribute__((always_inline)) {
+      if (args.side_by_side) {
+        prefetch_bases<bytes, true, N3>(args, tile);
+      } else {
+        prefetch_bases<bytes, false, N3>(args, tile);
+      }
+    });
   }
-  const int64_t numbers =
-      static_cast<int64_t>(args.quads) * 4 * N3;  // in a row of P or a column of R̂
-  const float* left = args.mixed + first_row * numbers;
-  const float* right = args.horizontal_hat + first_column * numbers;
+  using Quads = Staged<Tubes<N3>, true>;
   wait_for_launch_before();  // the previous launch makes P and R̂
   const int k1 = T::turn();
   {
     Formed<N3> planes;
-    for (int quad = 0; quad < args.quads; quad += kQuads) {
-      const int count = args.quads - quad < kQuads ? args.quads - quad : kQuads;
-      if (quad > 0) {
+#pragma unroll 1
+    for (int quad = 0; quad < args.quads; ++quad) {
+      if (quad % kQuads == 0) {
+        const TilePlace tile(args);
+        const unsigned first_left = tile.row * args.quads + quad;
+        const unsigned first_right = tile.column * args.quads + quad;
+        if (quad > 0) {
+          __syncthreads();
+        }
+        Quads::ask(
+            args.horizontal_hat + static_cast<uint64_t>(first_right) * Quads::kRight,
+            args.mixed + static_cast<uint64_t>(first_left) * Quads::kLeft,
+            args.quads - quad < kQuads ? args.quads - quad : kQuads,
+            staged);
+        wait_for_copies();
         __syncthreads();
       }
-      Staged<Tubes<N3>, true>::ask(right, left, quad, count, staged);
-      wait_for_copies();
-      __syncthreads();
-      for (int i = 0; i < count; ++i) {
-        planes.add(k1, staged + i * kQuad);
-      }
+      planes.add(k1, staged + quad % kQuads * kQuad);
     }
     planes.transform(k1, args.tables, rows);
   }
   __syncthreads();
   if (args.side_by_side) {  // compiled separately, so that other stacks pay nothing for it
-    write_tile<true, N3>(args, rows, first_row, first_column);
+    write_tile<true, N3>(args, rows);
   } else {
-    write_tile<false, N3>(args, rows, first_row, first_column);
+    write_tile<false, N3>(args, rows);
   }
 }
 

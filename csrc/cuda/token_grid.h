@@ -7,6 +7,7 @@
 // threads read vectors; otherwise they read number by number.
 #pragma once
 
+#include "divisor.h"
 #include "operators.h"
 
 #include <algorithm>
@@ -155,27 +156,6 @@ struct Turn {
     const int now = at;
     at = at + bin >= n3 ? at + bin - n3 : at + bin;
     return now;
-  }
-};
-
-// Division by a value that a launch fixes. A multiplication and a shift replace some thirty
-// instructions, for which every thread of a short kernel would wait. The factor is 2^(31+s)/value,
-// rounded up. With value <= 2^s, n * factor is too large by less than 2^(31+s)/value for
-// 0 <= n < 2^31, which is too little to reach the next quotient. With 2^(s-1) < value, the factor
-// has 32 bits.
-struct Divisor {
-  int value = 1, shift = 31;
-  unsigned factor = 1U << 31;
-
-  Divisor() = default;
-  explicit Divisor(int value_) : value(value_) {
-    while (1LL << (shift - 31) < value) {
-      ++shift;
-    }
-    factor = static_cast<unsigned>(((1ULL << shift) + value - 1) / value);
-  }
-  TCUR_DEVICE int quotient(int n) const {
-    return static_cast<int>(static_cast<uint64_t>(static_cast<unsigned>(n)) * factor >> shift);
   }
 };
 

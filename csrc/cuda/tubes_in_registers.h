@@ -22,19 +22,24 @@ constexpr int kShortRank = 32;
 // numbers of layers: up to 16, or a multiple of 4. Each takes some seconds to compile for every
 // architecture.
 TCUR_HOST_DEVICE constexpr bool has_tubes(int64_t n3) {
-#ifdef TCUR_FEW_LENGTHS  // builds of the tests that are made many times
-  return n3 == 5 || n3 == 12 || n3 == 48;
+#ifdef TCUR_LENGTHS  // of builds that are made many times, or of one kernel
+  for (const int64_t one : {TCUR_LENGTHS}) {
+    if (n3 == one) {
+      return true;
+    }
+  }
+  return false;
 #else
   return dft_factors(n3).outer > 0 && (n3 <= 16 || n3 % 4 == 0);
 #endif
 }
 
 // Whether these kernels take such sizes. Rows must start at multiples of four numbers (`vector`).
-// 32 bits must suffice to index every number of a slice, and every quad of R̂ in the layout of
-// `prepare`.
+// 32 bits must suffice to index every number of a slice, every fourth number of as many slices as
+// lie between two that a thread writes, and every quad of R̂ in the layout of `prepare`.
 inline bool fits_tubes(int64_t n1, int64_t n2, int64_t n3, int64_t rank, bool vector) {
   return rank <= kShortRank && has_tubes(n3) && vector && n1 * n2 <= UINT32_MAX &&
-         n2 * n3 * kShortRank <= UINT32_MAX;
+         n1 * n2 / 4 * kLongestInner <= UINT32_MAX && n2 * n3 * kShortRank <= UINT32_MAX;
 }
 
 // The kernels are compiled in this many sources. The sources take turns by n3/4, so that all
@@ -108,16 +113,16 @@ struct Tubes {
   // rows follow, kRowStep apart.
   static constexpr int kRowStep = kRows / kTall;
   TCUR_DEVICE static int turn() {
-    return static_cast<int>(threadIdx.x) / 32 / kParts;
+    return static_cast<int>(threadIdx.x / (32 * kParts));
   }
-  TCUR_DEVICE static int group() {
-    return static_cast<int>(threadIdx.x) % (32 * kParts);
+  TCUR_DEVICE static unsigned group() {
+    return threadIdx.x % (32 * kParts);
   }
   TCUR_DEVICE static int inner_row() {
-    return group() / (kColumns / 4);
+    return static_cast<int>(group() / (kColumns / 4));
   }
   TCUR_DEVICE static int inner_column() {
-    return 4 * (group() % (kColumns / 4));
+    return static_cast<int>(4 * (group() % (kColumns / 4)));
   }
 
   // Calls f(l0, row, column) for each share of this thread in the outer step. CONCEALED keeps the
@@ -125,11 +130,23 @@ struct Tubes {
   // to hold it.
   template <bool CONCEALED = false, class F>
   TCUR_DEVICE static void for_outer(F&& f) {
-    constexpr int kInRow = kColumns / kWide, kShares = kVectors / 32;
-    const int lane = threadIdx.x % 32;
-    for (int i = threadIdx.x / 32; i < kInner * kShares; i += kWarps) {
-      const int l0 = (CONCEALED ? concealed(i) : i) / kShares, vector = i % kShares * 32 + lane;
-      f(l0, vector / kInRow, kWide * (vector % kInRow));
+    constexpr unsigned kInRow = kColumns / kWide, kShares = kVectors / 32;
+    const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const auto share = [&](unsigned l0, unsigned vector) __attribute__((always_inline)) {
+      f(CONCEALED ? concealed(static_cast<int>(l0)) : static_cast<int>(l0),
+        static_cast<int>(vector / kInRow),
+        static_cast<int>(kWide * (vector % kInRow)));
+    };
+    if constexpr (kWarps % kShares == 0) {  // the place stays, and is computed once
+#pragma unroll 1
+      for (unsigned l0 = warp / kShares; l0 < kInner; l0 += kWarps / kShares) {
+        share(l0, warp % kShares * 32 + lane);
+      }
+    } else {
+#pragma unroll 1
+      for (unsigned i = warp; i < kInner * kShares; i += kWarps) {
+        share(i / kShares, i % kShares * 32 + lane);
+      }
     }
   }
 };
@@ -145,24 +162,30 @@ struct Staged {
   static constexpr int kLeft = WITH_P ? T::kLength * 4 * T::kRows : 0;
   static constexpr int kFloats = kRight + kLeft;  // of one quad
 
-  // Starts to copy quads first … first+count-1 of the tiles `right` and `left`. With `right` null,
-  // none of R̂ are copied.
-  TCUR_DEVICE static void ask(
-      const float* right, const float* left, int first, int count, float* to) {
-    for (int quad = first; quad < first + count; ++quad, to += kFloats) {
-      if (right != nullptr) {
-        copy(to, right + static_cast<int64_t>(quad) * kRight, kRight);
-      }
+  // Starts to copy `count` quads, which follow each other in the tiles `right` and `left`.
+  TCUR_DEVICE static void ask(const float* right, const float* left, int count, float* to) {
+    const unsigned own = 4 * threadIdx.x;
+#pragma unroll 1
+    for (int i = 0; i < count; ++i) {
+      copy<kRight>(to + own, right + own);
+      right += kRight;
       if constexpr (WITH_P) {
-        copy(to + kRight, left + static_cast<int64_t>(quad) * kLeft, kLeft);
+        copy<kLeft>(to + kRight + own, left + own);
+        left += kLeft;
       }
+      to += kFloats;
     }
   }
 
  private:
-  TCUR_DEVICE static void copy(float* to, const float* from, int floats) {
-    for (int i = 4 * static_cast<int>(threadIdx.x); i < floats; i += 4 * T::kThreads) {
-      copy_later(to + i, from + i);
+  // Starts the copies of this thread, whose first number is at both pointers.
+  template <int FLOATS>
+  TCUR_DEVICE static void copy(float* to, const float* from) {
+    constexpr int kTogether = 4 * T::kThreads, kWhole = FLOATS / kTogether * kTogether;
+    static_for<kWhole / kTogether>(
+        [&](auto i) __attribute__((always_inline)) { copy_later<i * kTogether>(to, from); });
+    if (FLOATS > kWhole && 4 * threadIdx.x < FLOATS - kWhole) {
+      copy_later<kWhole>(to, from);
     }
   }
 };

@@ -7,6 +7,7 @@ import importlib.util
 import linecache
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ import tcur_kernels.operators.triton
 from cases import make_case
 from checks import check
 from tcur_kernels.operators.contract import CoreGradDense, CurLinear, MaterializeOut
+from tcur_kernels.operators.triton import materialize
 
 SOURCE = Path(tcur_kernels.operators.triton.__file__).parent
 
@@ -37,6 +39,7 @@ def mutant(tmp_path, module, old, new):
 
 
 def run_materialize(module, n3):
+    """As few programs as there can be, so that one walks over several tiles."""
     case = make_case(n3, 18, 35, 3)
 
     def run(weights, lateral_hat, horizontal_hat, core, scale, out_dtype):
@@ -45,7 +48,13 @@ def run_materialize(module, n3):
         return out
 
     args = ([case.weight], *case.packed, case.core, 0.5, torch.float32)
-    check("materialize", *args, run=run)
+    with mock.patch.object(module, "ENOUGH", 1):
+        check("materialize", *args, run=run)
+
+
+def run_mix(module, n3):
+    with mock.patch.object(materialize, "mixed", module.mixed):
+        run_materialize(materialize, n3)
 
 
 def run_core_grad_dense(module, n3):
@@ -87,14 +96,15 @@ MUTATIONS = [
     (CONJUGATE, "materialize", "imag, -cos, cos)[None", "imag, cos, cos)[None", 3),
     (PHASE, "materialize", "n3 + l[:, None], mask", "n3 + (n3 - 1 - l)[:, None], mask", 12),
     (CONJUGATE, "materialize", "| imag[:, None], 1.0, -1.0", "| imag[:, None], 1.0, 1.0", 12),
-    (PHASE, "materialize", "even - odd, l", "even + odd, l", 18),
+    (PHASE, "materialize", "tl.reshape(even - odd, [", "tl.reshape(even + odd, [", 18),
     (CONJUGATE, "materialize", "dot(left * sign[None", "dot(left * (sign * sign)[None", 18),
-    (CONJUGATE, "materialize", "u_im -= tl.sum", "u_im += tl.sum", 18),
-    (TILE, "materialize", "& (i < n1)[None, :, None] &", "& (i < 16)[None, :, None] &", 18),
+    (CONJUGATE, "mix", "u_im -= tl.sum", "u_im += tl.sum", 18),
+    (TILE, "materialize", "(i < n1 - i0)[:, None] &", "(i < 16 - i0)[:, None] &", 18),
     (TILE, "materialize", "MIDDLE else half", "n3 else half", 18),
     (TILE, "materialize", "tl.program_id(1) == 0, n3, 0)", "n3 < 0, n3, 0)", 64),
     (TILE, "materialize", "paired = (l > 0)", "paired = (l > 1)", 18),
-    (TILE, "materialize", "(tiles, triton.cdiv", "(tiles - 1, triton.cdiv", 12),
+    (TILE, "materialize", "[(col_blocks * tiles,", "[(col_blocks * tiles - 1,", 12),
+    (TILE, "materialize", "range(first, first + walk,", "range(first, first + 1,", 18),
     # core_grad_dense
     (PHASE, "core_grad_dense", "other_sin = tl.where(imag, sin, -sin)", "other_sin = sin", 3),
     (PHASE, "core_grad_dense", "near - far, [", "near + far, [", 18),
@@ -113,6 +123,7 @@ MUTATIONS = [
 ]  # fmt: skip
 RUN = {
     "materialize": run_materialize,
+    "mix": run_mix,
     "core_grad_dense": run_core_grad_dense,
     "blocks": run_blocks,
     "cur_linear": run_cur_linear,

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "fibers.h"
+#include "recorder.h"
 
 #include <algorithm>
 #include <stdexcept>
@@ -15,8 +16,9 @@ namespace tcur {
 
 struct Stream {};
 
-inline void copy_later(float* to_shared, const float* from) {
-  std::copy_n(from, 4, to_shared);
+template <int AHEAD>
+void copy_later(float* to_shared, const float* from) {
+  std::copy_n(from + AHEAD, 4, to_shared + AHEAD);
 }
 inline void wait_for_copies() {
 }
@@ -69,6 +71,11 @@ void launch_kernel(
     const Args&... args) {
   if (shared_bytes > fibers::shared_limit) {
     throw std::runtime_error("tcur: a block asks for more shared memory than there is");
+  }
+  if (recorded != nullptr) {
+    recorded->push_back({reinterpret_cast<const void*>(kernel), blocks, threads, shared_bytes, {}});
+    (recorded->back().append(static_cast<const Params&>(args)), ...);
+    return;
   }
   fibers::run(blocks, threads, shared_bytes, [&] { kernel(args...); });
 }

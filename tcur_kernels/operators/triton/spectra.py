@@ -25,6 +25,15 @@ def rounded(a, BITS: tl.constexpr):
 
 
 @triton.jit
+def split_dot(a_lead, a_rest, b, acc):
+    """Returns ``acc + a @ b`` for an ``a`` that is split already, see "3xtf32" in `dot`."""
+    b_lead = rounded(b, 13)
+    triple = tl.dot(a_rest, b_lead, input_precision="tf32")
+    triple = tl.dot(a_lead, b - b_lead, triple, input_precision="tf32")
+    return acc + tl.dot(a_lead, b_lead, triple, input_precision="tf32")
+
+
+@triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
     """Returns ``acc + a @ b``, summed in fp32; PRECISION is one of `launch.dot_precisions`.
 
@@ -43,10 +52,7 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
         b = b.to(tl.float32)
         if PRECISION == "3xtf32":
             a_lead = rounded(a, 13)
-            b_lead = rounded(b, 13)
-            triple = tl.dot(a - a_lead, b_lead, input_precision="tf32")
-            triple = tl.dot(a_lead, b - b_lead, triple, input_precision="tf32")
-            acc += tl.dot(a_lead, b_lead, triple, input_precision="tf32")
+            acc = split_dot(a_lead, a - a_lead, b, acc)
         elif PRECISION == "emulated tf32":
             acc = tl.dot(rounded(a, 13), rounded(b, 13), acc, input_precision="ieee")
         elif PRECISION == "emulated bf16":
