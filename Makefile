@@ -59,9 +59,9 @@ test-versions: $(VENV)/.torch
 	$(BIN)/python tests/versions.py
 
 # More lengths, ranks and precisions of the Triton kernels: interpreted, then compiled.
-test-matrix: $(VENV)/.built_tests
+test-matrix: $(VENV)/.built_tests $(VENV)/.oldest_triton
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m matrix tests/conformance
-	$(BIN)/python -m pytest -m matrix tests/test_triton_compile.py
+	$(BIN)/python -m pytest -m matrix tests/test_triton_compile.py tests/test_triton_oldest.py
 
 # peft's own tests with tCUR, from the checkout that PEFT names; the table of docs/peft.md.
 test-peft: $(VENV)/.peft_own

@@ -10,6 +10,8 @@ from pathlib import Path
 from matplotlib import pyplot
 from matplotlib.figure import Figure
 
+from . import documents
+
 RESULTS = Path(__file__).parent / "results" / "gpu"
 PLAIN = " plain torch"
 BASELINES = ("eager", "compile", "S1", "S2")
@@ -44,11 +46,6 @@ def cases(found: Found) -> list[str]:
     return list(dict.fromkeys(case for case, _, _ in found))
 
 
-def _markdown(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    table = [heads, ["---"] * len(heads), *lines]
-    return "".join(f"| {' | '.join(line)} |\n" for line in table)
-
-
 def _number(row: Row | None, column: str, form: str = ".4g") -> str:
     return format(float(row[column]), form) if row and row[column] else "–"
 
@@ -81,7 +78,7 @@ def materialize(recorded: Sequence[Row]) -> str:
                 + [_number(row, "percent_of_copy", ".0f") for row in shares]
                 + [_ratio(row, ours) for row in plain]
             )
-    return _markdown(heads, lines)
+    return documents.table(heads, lines)
 
 
 def gradients(recorded: Sequence[Row]) -> str:
@@ -100,7 +97,7 @@ def gradients(recorded: Sequence[Row]) -> str:
                 triton = found.get((case, contender, "triton"))
                 times = [_number(row, "ms"), share, _number(triton, "ms")]
                 lines.append([device, section, case, *times])
-    return _markdown(heads, lines)
+    return documents.table(heads, lines)
 
 
 def step(recorded: Sequence[Row]) -> str:
@@ -124,7 +121,7 @@ def step(recorded: Sequence[Row]) -> str:
             times = [_number(of(name, how), "ms") for how in ("wall", "graph")]
             peak = _number(of(name, "graph"), "peak_mb", ".0f")
             lines.append([device, case, name, *times, *ratios, peak])
-    return _markdown(heads, lines)
+    return documents.table(heads, lines)
 
 
 def serving(recorded: Sequence[Row]) -> str:
@@ -138,7 +135,7 @@ def serving(recorded: Sequence[Row]) -> str:
             others = ("64 adapters", "4096 adapters", "loop of 64")
             ratios = [_ratio(found.get((case, name, "")), one) for name in others]
             lines.append([device, case, _number(one, "ms"), *ratios])
-    return _markdown(heads, lines)
+    return documents.table(heads, lines)
 
 
 def counters(recorded: Sequence[Row]) -> str:
@@ -153,7 +150,7 @@ def counters(recorded: Sequence[Row]) -> str:
             read_off = [match[1].rstrip(",") if match else "–" for match in said]
             micros = f"{1e3 * float(row['ms']):.1f}"
             lines.append([device, case, f"`{kernel}`", micros, *read_off])
-    return _markdown(["device", "case", "kernel", "µs", *names], lines)
+    return documents.table(["device", "case", "kernel", "µs", *names], lines)
 
 
 #: Name of the marks in the documents -> the table to put between them.

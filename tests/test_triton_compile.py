@@ -150,7 +150,12 @@ def _cache(tmp_path_factory):
 def check_all(arch, launches, tmp_path):
     seen = set()
     for launched in launches:
-        key = (launched.name, *(getattr(a, "dtype", type(a)) for a in launched.args))
+        # Triton compiles anew for numbers that are multiples of 16.
+        kinds = [
+            a % 16 == 0 if isinstance(a, int) else getattr(a, "dtype", type(a))
+            for a in launched.args
+        ]
+        key = (launched.name, *kinds)
         if key not in seen:
             seen.add(key)
             built = compiled(arch, launched)

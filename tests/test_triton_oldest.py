@@ -15,7 +15,15 @@ TESTS = Path(__file__).parent
 OLDEST = Path(sys.prefix) / "oldest_triton"
 
 
-def test_with_the_oldest_supported_triton():
+@pytest.mark.parametrize(
+    ("marker", "kernels", "count"),
+    [
+        ("not matrix", "test_every_launch_fits and sm_", 4),
+        pytest.param("matrix", "at_other_ranks and sm_ and not 1-sm_", 6, marks=pytest.mark.matrix),
+    ],
+    ids=["rank 8", "ranks 16 and 32"],
+)
+def test_with_the_oldest_supported_triton(marker, kernels, count):
     if not OLDEST.is_dir():
         pytest.skip("the oldest supported Triton is not there; `make test` installs it")
     pinned = (TESTS / "oldest_triton.txt").read_text().split("==")[-1].strip()
@@ -33,8 +41,8 @@ def test_with_the_oldest_supported_triton():
 
     found = run("-c", "import triton, tcur_kernels.operators.triton; print(triton.__version__)")
     assert found.stdout.strip() == pinned, found.stderr
-    chosen = "test_every_launch_fits and sm_"
     file = str(TESTS / "test_triton_compile.py")
-    result = run("-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen, file)
+    options = ("-q", "-p", "no:cacheprovider", "-m", marker, "-k", kernels)
+    result = run("-m", "pytest", *options, file)
     assert result.returncode == 0, result.stdout[-5000:]
-    assert "4 passed" in result.stdout
+    assert f"{count} passed" in result.stdout

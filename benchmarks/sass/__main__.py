@@ -38,7 +38,7 @@ def main() -> None:
     hot.add_argument("--architecture", default=ARCHITECTURES[0])
     args = parser.parse_args()
     if args.command == "report":
-        tables = report.tables(rows.read()) | {"sass_triton": triton_rows.table()}
+        tables = report.tables(rows.read()) | {"sass_triton": triton_rows.comparison()}
         print(*documents.fill(tables, report.DOCUMENTS), sep="\n")
     elif args.command == "triton":
         count_triton(args.case or [""])
@@ -57,7 +57,7 @@ def count_triton(parts: list[str]) -> None:
     for name, elements, launches in triton_rows.cases():
         if any(part in name for part in parts):
             own = triton_rows.of_call(name, elements, launches, commit.commit())
-            triton_rows.append(own)
+            rows.append([own], triton_rows.PATH, triton_rows.FIELDS)
             print(name, own["total"], own["factor_bytes"], flush=True)
 
 

@@ -131,6 +131,17 @@ def _sorted_rows(order: Launch, ids: torch.Tensor, adapters: int) -> list[tuple[
     return [(at, rows.to(torch.int32).numpy().tobytes()) for at, rows in contents.items()]
 
 
+def _cur_linear(sizes: Sizes, is_transposed: bool) -> Case:
+    def launches() -> list[Launch]:
+        _, n1, n2, _ = sizes
+        x = torch.zeros(TOKENS, n1 if is_transposed else n2)
+        how = (_core(sizes), 0, 1, 0.5, is_transposed)
+        return record(lambda: operator("cur_linear")(x, None, None, *_factors(sizes), *how))
+
+    how = f"{TOKENS} tokens{', transposed' if is_transposed else ''}"
+    return Case("cur_linear", sizes, how, launches)
+
+
 def _core_of_packed(sizes: Sizes) -> Case:
     def launches() -> list[Launch]:
         parts = torch.empty(LAYERS, *_core(sizes).shape)
@@ -144,5 +155,6 @@ CASES = (
     *(_core_grad_dense(sizes, dtype) for sizes in SHAPES for dtype in (FP32, BF16)),
     *(_core_grad_tokens(SHAPES[0], is_packed) for is_packed in (False, True)),
     core_grad_ids(SHAPES[0]),
+    *(_cur_linear(SHAPES[0], is_transposed) for is_transposed in (False, True)),
     _core_of_packed(SHAPES[0]),
 )

@@ -59,7 +59,7 @@ def registers_of(instruction: Instruction) -> list[str]:
     return found
 
 
-def _width(instruction: Instruction) -> int:
+def width_of(instruction: Instruction) -> int:
     """Bytes of a lane."""
     last = instruction.opcode.rpartition(".")[2]
     if instruction.name in ("LDSM", "STSM"):
@@ -101,7 +101,7 @@ def _prefetch(instruction: Instruction) -> Step:
 
 
 def _in_shared(instruction: Instruction) -> Step:
-    width = _width(instruction)
+    width = width_of(instruction)
     address, targets = of.address(_places(instruction)[0]), _targets(instruction, width)
     is_matrix = instruction.name in ("LDSM", "STSM")
 
@@ -117,7 +117,7 @@ def _in_shared(instruction: Instruction) -> Step:
 
 def _copy(instruction: Instruction) -> Step:
     """LDGSTS: from device memory to shared memory, past the registers."""
-    width = _width(instruction)
+    width = width_of(instruction)
     to, start = (of.address(text) for text in _places(instruction))
 
     def step(warp: Warp, mask: int) -> None:
@@ -129,7 +129,7 @@ def _copy(instruction: Instruction) -> Step:
 
 
 def _in_device(instruction: Instruction) -> Step:
-    width = _width(instruction)
+    width = width_of(instruction)
     address, targets = of.address(_places(instruction)[-1]), _targets(instruction, width)
     kind = "read" if targets else "written"
 

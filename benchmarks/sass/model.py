@@ -96,6 +96,12 @@ def microseconds(device: Device, busy: float) -> float:
     return busy / device.multiprocessors / device.gigahertz / 1e3
 
 
+def budget(device: Device, moved: int) -> float:
+    """Instructions of lanes that a device can issue while a copy moves ``moved`` bytes."""
+    issued = ISSUED * 32 * device.multiprocessors * device.gigahertz * 1e9
+    return issued * moved / (device.copy_tb_s * 1e12)
+
+
 def percent_of_copy(device: Device, busy: float, moved: int) -> float:
     """The speed relative to a copy of ``moved`` bytes, at most 100."""
     copied = moved / device.copy_tb_s / 1e6

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..documents import table
 from ..gpu_operators import SHAPES, text
 from . import model
 from .count import KINDS
@@ -66,12 +67,6 @@ def calls_of(rows: Sequence[Row]) -> list[tuple[Call, Call]]:
     return [(Call(runs[0]), Call(runs[-1])) for runs in every]
 
 
-def markdown(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown."""
-    table = [heads, ["---"] * len(heads), *lines]
-    return "".join(f"| {' | '.join(line)} |\n" for line in table)
-
-
 def change(before: float | str, now: float | str, form: str) -> str:
     """A number, behind what it was where that was another one."""
     both = [format(float(one), form) if one != "" else "–" for one in (before, now)]
@@ -89,13 +84,13 @@ def instructions(calls: Sequence[tuple[Call, Call]]) -> str:
         line += [f"{float(row[kind]):.3g}" for kind in KINDS]
         line.append(change(before.beside, now.beside, ".3g"))
         lines.append(line)
-    return markdown(heads, lines)
+    return table(heads, lines)
 
 
 def totals(calls: Sequence[tuple[Call, Call]]) -> str:
     """Table of what main kernels execute for each number of W, and of loads on their way."""
     heads = ["case", "architecture", "instructions", "loads, KB", "blocks"]
-    return markdown(
+    return table(
         heads,
         [
             [
@@ -136,7 +131,7 @@ def ceilings(calls: Sequence[tuple[Call, Call]]) -> str:
                 ),
             ]
         )
-    return markdown(heads, lines)
+    return table(heads, lines)
 
 
 def nsight(counted: Sequence[Row], others: Sequence[Row]) -> str:
@@ -157,7 +152,7 @@ def nsight(counted: Sequence[Row], others: Sequence[Row]) -> str:
             registers = [row["registers"], str(_said(other, "registers"))]
             numbers = [f"{found:,}", f"{known:,}", difference]
             lines.append([row["case"], f"`{row['kernel']}`", *registers, *numbers])
-    return markdown(heads, lines)
+    return table(heads, lines)
 
 
 def _said(row: Row, name: str) -> int:

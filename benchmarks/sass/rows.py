@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import datetime
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 from . import launches, model
@@ -46,11 +47,11 @@ def of_case(case: Case, found: list[Counted], commit: str) -> list[Row]:
     return rows
 
 
-def append(rows: list[Row], path: Path = PATH) -> None:
+def append(rows: list[Row], path: Path = PATH, columns: Sequence[str] = FIELDS) -> None:
     """Adds rows to a file, with the names of its columns if it is new."""
     is_new = not path.exists()
     with open(path, "a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
         if is_new:
             writer.writeheader()
         writer.writerows(rows)

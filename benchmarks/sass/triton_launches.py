@@ -116,7 +116,8 @@ def compiled(arch: str, launched: Launch) -> Any:
         elif isinstance(value, float):
             signature[name], aligned = "fp32", False
         else:
-            signature[name], aligned = "i32", value % 16 == 0
+            signature[name] = "i32"
+            aligned = value % 16 == 0 and not kernel.params[place].do_not_specialize
         if aligned:
             attributes[(place,)] = [["tt.divisibility", 16]]
     constants = {name: options[name] for name in kernel.arg_names[len(launched.args) :]}
@@ -244,10 +245,7 @@ def count(arch: str, launched: Launch, at: Iterable[tuple[int, ...]] | None = No
 
 def widths(kernel: listing.Kernel, name: str) -> Counter[int]:
     """Bytes of a lane's loads (LDG) or stores (STG), with how often each stands in the code."""
-    modifiers = [one.opcode.split(".") for one in kernel.code if one.name == name]
-    return Counter(
-        next((memory.WIDTHS[m] for m in parts if m in memory.WIDTHS), 4) for parts in modifiers
-    )
+    return Counter(memory.width_of(one) for one in kernel.code if one.name == name)
 
 
 # The launches at a shape.

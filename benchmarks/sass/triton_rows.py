@@ -6,15 +6,15 @@ The Triton that is imported compiles them. For an older one, put it before the o
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import triton
 
-from . import triton_launches
+from ..documents import table
+from . import rows, triton_launches
 from .cases import BF16, FP32, NAMES, SHAPES
-from .report import change, markdown
+from .report import change
 from .triton_launches import Counted, Launch
 
 PATH = Path(__file__).parents[1] / "results" / "sass_triton.csv"
@@ -25,8 +25,6 @@ FIELDS = (
 
 #: On sm_100 Triton's kernels poll for memory of their tensor cores, and go by what they find there.
 ARCHITECTURE = "sm_90"
-
-Row = dict[str, str]
 
 
 def cases() -> Iterator[tuple[str, int, list[Launch]]]:
@@ -43,7 +41,7 @@ def cases() -> Iterator[tuple[str, int, list[Launch]]]:
         yield f"core_grad_dense {text} fp32", n3 * n1 * n2, found
 
 
-def of_call(name: str, elements: int, launches: Sequence[Launch], commit: str) -> Row:
+def of_call(name: str, elements: int, launches: Sequence[Launch], commit: str) -> rows.Row:
     """The row of the launch of a call that executes most."""
     found = [triton_launches.count(ARCHITECTURE, launched) for launched in launches]
     main = max(found, key=lambda one: sum(one.classes.values()))
@@ -67,24 +65,12 @@ def _factor_bytes(one: Counted) -> float:
     return one.once.get("mixed_ptr", 0.0) + one.once.get("horizontal_ptr", 0.0)
 
 
-def append(row: Row) -> None:
-    """Adds a row to the file."""
-    is_new = not PATH.exists()
-    with open(PATH, "a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
-        if is_new:
-            writer.writeheader()
-        writer.writerow(row)
-
-
-def table() -> str:
+def comparison() -> str:
     """Table of main kernels, with what became of a number since the first rows."""
-    with open(PATH, newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
     heads = ["case", "Triton", "kernel", "instructions", "P and R̂, bytes"]
     heads += ["registers", "programs", "widest load, bytes"]
-    found: dict[tuple[str, str], list[Row]] = {}
-    for row in rows:
+    found: dict[tuple[str, str], list[rows.Row]] = {}
+    for row in rows.read(PATH):
         found.setdefault((row["case"], row["triton"]), []).append(row)
     lines = []
     for (case, version), runs in found.items():
@@ -95,4 +81,4 @@ def table() -> str:
         for name in ("registers", "programs", "load_bytes"):
             line.append(change(before[name], now[name], ".0f"))
         lines.append(line)
-    return markdown(heads, lines)
+    return table(heads, lines)

@@ -104,7 +104,7 @@ MUTATIONS = [
     (TILE, "materialize", "tl.program_id(1) == 0, n3, 0)", "n3 < 0, n3, 0)", 64),
     (TILE, "materialize", "paired = (l > 0)", "paired = (l > 1)", 18),
     (TILE, "materialize", "[(col_blocks * tiles,", "[(col_blocks * tiles - 1,", 12),
-    (TILE, "materialize", "range(first, first + walk,", "range(first, first + 1,", 18),
+    (TILE, "materialize", "first * walk + walk, dis", "first * walk + 1, dis", 18),
     # core_grad_dense
     (PHASE, "core_grad_dense", "other_sin = tl.where(imag, sin, -sin)", "other_sin = sin", 3),
     (PHASE, "core_grad_dense", "near - far, [", "near + far, [", 18),

@@ -25,6 +25,8 @@ In the last two, a program computes all slices of its tile, or some of them if t
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import triton
 import triton.language as tl
 
@@ -110,9 +112,9 @@ def _finish(
 
 
 @triton.jit
-def _turned(roots_ptr, at, size, planes, acc, PRECISION: tl.constexpr):
-    """Adds roots times planes; where a product is of split numbers, the roots are split already."""
-    if PRECISION == "3xtf32":
+def _turned(roots_ptr, at, size, planes, acc, PRECISION: tl.constexpr, SPLIT: tl.constexpr):
+    """Adds roots times planes. SPLIT: the product is of split numbers, and so are the roots."""
+    if SPLIT:
         lead = tl.load(roots_ptr + 2 * size + at)
         rest = tl.load(roots_ptr + 4 * size + at)
         acc = split_dot(lead, rest, planes, acc)
@@ -173,6 +175,86 @@ def _dense_kernel(
     )  # fmt: skip
 
 
+@triton.jit
+def _folded_tile(
+    tile,  # counted from the top
+    base_ptr, places_ptr, mixed_ptr, horizontal_ptr, roots_ptr, out_ptr, n1, n2, n3, rank,
+    ROWS: tl.constexpr, COLS: tl.constexpr, RANKS: tl.constexpr, PARTS: tl.constexpr,
+    BINS: tl.constexpr, SLICES: tl.constexpr,
+    BASE: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr, MIDDLE: tl.constexpr,
+    SPLIT: tl.constexpr,
+):  # fmt: skip
+    """Computes one tile of some slices and of their mirror images."""
+    col_blocks = tl.cdiv(n2, COLS)
+    half = n3 // 2
+    size = (half + 1) * n3
+    # l goes from 0 to last. If MIDDLE, slice n3/2, its own mirror image, is computed apart.
+    last = (n3 - 1) // 2 if MIDDLE else half
+    i0 = tile * ROWS
+    j0 = tl.program_id(0) % col_blocks * COLS
+    i = tl.arange(0, ROWS)
+    j = tl.arange(0, COLS)
+    in_cols = j < n2 - j0
+    left_ptr = mixed_ptr + tl.cast(i0, tl.int64) * RANKS
+    right_ptr = horizontal_ptr + j0
+    l = tl.program_id(1) * SLICES + tl.arange(0, SLICES)  # and slices n3 - l
+    sign = tl.where(tl.arange(0, PARTS) < PARTS // 2, 1.0, -1.0)
+    constant = tl.zeros([ROWS, COLS], tl.float32)  # bin 0
+    for c0 in range(0, RANKS, PARTS):
+        c = c0 + tl.arange(0, PARTS)
+        mask = (c < RANKS)[None, :]
+        left = tl.load(left_ptr + (i[:, None] * RANKS + c[None, :]), mask=mask, other=0.0)
+        mask = (c < rank)[:, None] & in_cols[None, :]
+        right = tl.load(right_ptr + (c[:, None] * n2 + j[None, :]), mask=mask, other=0.0)
+        constant = dot(left, right.to(tl.float32), constant, PRECISION)
+    even = tl.broadcast_to(tl.reshape(constant, [1, ROWS * COLS]), [SLICES, ROWS * COLS])
+    odd = tl.zeros([SLICES, ROWS * COLS], tl.float32)
+    if MIDDLE:
+        middle = constant
+    left_ptr += n1 * RANKS
+    right_ptr += rank * n2
+    plane = 2 * tl.arange(0, BINS)
+    # Without a base the compiler keeps so much for this loop that it spills, too.
+    for k0 in tl.range(1, half + 1, BINS, disable_licm=BASE == "none"):
+        k = k0 + tl.arange(0, BINS)
+        is_pair = 2 * k < n3
+        re = tl.zeros([BINS, ROWS, COLS], tl.float32)
+        im = tl.zeros([BINS, ROWS, COLS], tl.float32)
+        for c0 in range(0, RANKS, PARTS // 2):
+            used = k <= half
+            right = _right(right_ptr, plane, used, is_pair, c0, j, in_cols, n2, rank, PARTS)
+            left = _left(left_ptr, plane, 1, used, is_pair, i, c0, n1, RANKS, PARTS)
+            re = dot(left * sign[None, None, :], right, re, PRECISION)
+            left = _left(left_ptr, plane + 1, -1, is_pair, is_pair, i, c0, n1, RANKS, PARTS)
+            im = dot(left, right, im, PRECISION)
+        if MIDDLE:  # in slice n3/2 every cosine is 1 or -1, and every sine is 0
+            middle += tl.sum(re * tl.where(k % 2 == 0, 1.0, -1.0)[:, None, None], axis=0)
+        re_planes = tl.reshape(re, [BINS, ROWS * COLS])
+        im_planes = tl.reshape(im, [BINS, ROWS * COLS])
+        # Planes beyond the last bin are zero, and slices beyond the last are not written.
+        at = tl.minimum(k, half)[None, :] * n3 + l[:, None]
+        even = _turned(roots_ptr, at, size, re_planes, even, PRECISION, SPLIT)
+        odd = _turned(roots_ptr + size, at, size, im_planes, odd, PRECISION, SPLIT)
+        left_ptr += 2 * BINS * n1 * RANKS
+        right_ptr += 2 * BINS * rank * n2
+    _finish(
+        base_ptr, places_ptr, out_ptr, tl.reshape(even - odd, [SLICES, ROWS, COLS]), l,
+        l <= last, i0, j0, n1, n2, n3, BASE, ALIGNED,
+    )  # fmt: skip
+    paired = (l > 0) & (2 * l < n3)  # slices 0 and n3/2 are their own mirror images
+    _finish(
+        base_ptr, places_ptr, out_ptr, tl.reshape(even + odd, [SLICES, ROWS, COLS]), n3 - l,
+        paired, i0, j0, n1, n2, n3, BASE, ALIGNED,
+    )  # fmt: skip
+    if MIDDLE:
+        l_middle = half + tl.arange(0, 1)
+        mask = l_middle < tl.where(tl.program_id(1) == 0, n3, 0)
+        _finish(
+            base_ptr, places_ptr, out_ptr, tl.reshape(middle, [1, ROWS, COLS]), l_middle, mask,
+            i0, j0, n1, n2, n3, BASE, ALIGNED,
+        )  # fmt: skip
+
+
 @triton.jit(do_not_specialize=["walk"])
 def _folded_kernel(
     base_ptr,  # as in `_dense_kernel`
@@ -185,83 +267,28 @@ def _folded_kernel(
     ROWS: tl.constexpr, COLS: tl.constexpr, RANKS: tl.constexpr, PARTS: tl.constexpr,
     BINS: tl.constexpr, SLICES: tl.constexpr,
     BASE: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr, MIDDLE: tl.constexpr,
+    SPLIT: tl.constexpr, WALKS: tl.constexpr,
 ):  # fmt: skip
-    """Computes ``walk`` tiles, one below the other.
+    """Computes ``walk`` tiles, one below the other; without WALKS just one.
 
     All of them need the same columns of R̂. They come from the second-level cache once, if the
     first-level cache holds them for the next tile. Nothing but ``walk`` is kept in registers from
     tile to tile: offsets that a compiler moves out of the loop would spill.
     """
-    col_blocks = tl.cdiv(n2, COLS)
-    half = n3 // 2
-    size = (half + 1) * n3
-    # l goes from 0 to last. If MIDDLE, slice n3/2, its own mirror image, is computed apart.
-    last = (n3 - 1) // 2 if MIDDLE else half
-    first = tl.program_id(0) // col_blocks * walk
-    for tile in tl.range(first, first + walk, disable_licm=True):
-        i0 = tile * ROWS
-        j0 = tl.program_id(0) % col_blocks * COLS
-        i = tl.arange(0, ROWS)
-        j = tl.arange(0, COLS)
-        in_cols = j < n2 - j0
-        left_ptr = mixed_ptr + tl.cast(i0, tl.int64) * RANKS
-        right_ptr = horizontal_ptr + j0
-        l = tl.program_id(1) * SLICES + tl.arange(0, SLICES)  # and slices n3 - l
-        sign = tl.where(tl.arange(0, PARTS) < PARTS // 2, 1.0, -1.0)
-        constant = tl.zeros([ROWS, COLS], tl.float32)  # bin 0
-        for c0 in range(0, RANKS, PARTS):
-            c = c0 + tl.arange(0, PARTS)
-            mask = (c < RANKS)[None, :]
-            left = tl.load(left_ptr + (i[:, None] * RANKS + c[None, :]), mask=mask, other=0.0)
-            mask = (c < rank)[:, None] & in_cols[None, :]
-            right = tl.load(right_ptr + (c[:, None] * n2 + j[None, :]), mask=mask, other=0.0)
-            constant = dot(left, right.to(tl.float32), constant, PRECISION)
-        even = tl.broadcast_to(tl.reshape(constant, [1, ROWS * COLS]), [SLICES, ROWS * COLS])
-        odd = tl.zeros([SLICES, ROWS * COLS], tl.float32)
-        if MIDDLE:
-            middle = constant
-        left_ptr += n1 * RANKS
-        right_ptr += rank * n2
-        plane = 2 * tl.arange(0, BINS)
-        # Without a base the compiler keeps so much for this loop that it spills, too.
-        for k0 in tl.range(1, half + 1, BINS, disable_licm=BASE == "none"):
-            k = k0 + tl.arange(0, BINS)
-            is_pair = 2 * k < n3
-            re = tl.zeros([BINS, ROWS, COLS], tl.float32)
-            im = tl.zeros([BINS, ROWS, COLS], tl.float32)
-            for c0 in range(0, RANKS, PARTS // 2):
-                used = k <= half
-                right = _right(right_ptr, plane, used, is_pair, c0, j, in_cols, n2, rank, PARTS)
-                left = _left(left_ptr, plane, 1, used, is_pair, i, c0, n1, RANKS, PARTS)
-                re = dot(left * sign[None, None, :], right, re, PRECISION)
-                left = _left(left_ptr, plane + 1, -1, is_pair, is_pair, i, c0, n1, RANKS, PARTS)
-                im = dot(left, right, im, PRECISION)
-            if MIDDLE:  # in slice n3/2 every cosine is 1 or -1, and every sine is 0
-                middle += tl.sum(re * tl.where(k % 2 == 0, 1.0, -1.0)[:, None, None], axis=0)
-            re_planes = tl.reshape(re, [BINS, ROWS * COLS])
-            im_planes = tl.reshape(im, [BINS, ROWS * COLS])
-            # Planes beyond the last bin are zero, and slices beyond the last are not written.
-            at = tl.minimum(k, half)[None, :] * n3 + l[:, None]
-            even = _turned(roots_ptr, at, size, re_planes, even, PRECISION)
-            odd = _turned(roots_ptr + size, at, size, im_planes, odd, PRECISION)
-            left_ptr += 2 * BINS * n1 * RANKS
-            right_ptr += 2 * BINS * rank * n2
-        _finish(
-            base_ptr, places_ptr, out_ptr, tl.reshape(even - odd, [SLICES, ROWS, COLS]), l,
-            l <= last, i0, j0, n1, n2, n3, BASE, ALIGNED,
-        )  # fmt: skip
-        paired = (l > 0) & (2 * l < n3)  # slices 0 and n3/2 are their own mirror images
-        _finish(
-            base_ptr, places_ptr, out_ptr, tl.reshape(even + odd, [SLICES, ROWS, COLS]), n3 - l,
-            paired, i0, j0, n1, n2, n3, BASE, ALIGNED,
-        )  # fmt: skip
-        if MIDDLE:
-            l_middle = half + tl.arange(0, 1)
-            mask = l_middle < tl.where(tl.program_id(1) == 0, n3, 0)
-            _finish(
-                base_ptr, places_ptr, out_ptr, tl.reshape(middle, [1, ROWS, COLS]), l_middle, mask,
-                i0, j0, n1, n2, n3, BASE, ALIGNED,
+    first = tl.program_id(0) // tl.cdiv(n2, COLS)
+    if WALKS:
+        for tile in tl.range(first * walk, first * walk + walk, disable_licm=True):
+            _folded_tile(
+                tile, base_ptr, places_ptr, mixed_ptr, horizontal_ptr, roots_ptr, out_ptr,
+                n1, n2, n3, rank, ROWS, COLS, RANKS, PARTS, BINS, SLICES, BASE, ALIGNED, PRECISION,
+                MIDDLE, SPLIT,
             )  # fmt: skip
+    else:
+        _folded_tile(
+            first, base_ptr, places_ptr, mixed_ptr, horizontal_ptr, roots_ptr, out_ptr,
+            n1, n2, n3, rank, ROWS, COLS, RANKS, PARTS, BINS, SLICES, BASE, ALIGNED, PRECISION,
+            MIDDLE, SPLIT,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -334,11 +361,16 @@ def run(a: MaterializeOut, precision: str) -> None:
         # Offsets within the planes that a program loads at once are of 32 bits.
         most = (1 << 31) // (2 * chosen.bins)
         raise ValueError(f"core: expected r * n1 and r * n2 below {most}, got r = {rank}")
-    planes, roots = mixed(a.lateral_hat, a.core, a.scale, arch, exact, precision)
+    # Above a rank of 8 the products leave too few registers to walk and to hold split roots.
+    is_short = chosen.form == "folded" and ranks <= launch.PART
+    is_split = is_short and precision == "3xtf32"
+    planes, roots = mixed(a.lateral_hat, a.core, a.scale, arch, exact, is_split)
     base = Base(planes, planes)
     if len(a.weights) > 0:
         base = base_of(a.weights, counts, n1, n2, planes)
     kernel = _FORMS[chosen.form]
+    if chosen.form == "folded" and arch == launch.NVIDIA[0] and ranks > launch.PARTS:
+        chosen = replace(chosen, rows=32) if chosen.slices < 32 else replace(chosen, cols=8)
     col_blocks, tiles = triton.cdiv(n2, chosen.cols), triton.cdiv(n1, chosen.rows)
     count, extra = n3, {}
     walk: tuple[int, ...] = ()
@@ -348,8 +380,8 @@ def run(a: MaterializeOut, precision: str) -> None:
         count = (n3 + 1) // 2
         is_beside = bool(n3 % 2 == 0 and count % chosen.slices == 0 and ranks <= launch.PARTS)
         count = count if is_beside else n3 // 2 + 1
-        extra = {"MIDDLE": is_beside}
-        walk = (_walk(col_blocks, tiles),)
+        walk = (_walk(col_blocks, tiles) if is_short else 1,)
+        extra = {"MIDDLE": is_beside, "SPLIT": is_split, "WALKS": is_short}
         tiles = triton.cdiv(tiles, walk[0])
     wrap_triton(kernel)[(col_blocks * tiles, triton.cdiv(count, chosen.slices))](
         base.tensor, base.places, planes, a.horizontal_hat.contiguous(), roots, a.out,

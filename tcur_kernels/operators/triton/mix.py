@@ -85,7 +85,7 @@ def _mix_kernel(
 
 
 def mixed(
-    lateral_hat: Tensor, core: Tensor, scale: float, arch: str, exact: str, precision: str
+    lateral_hat: Tensor, core: Tensor, scale: float, arch: str, exact: str, split: bool
 ) -> tuple[Tensor, Tensor]:
     """Returns the planes of P, [n3, n1, ranks], and the roots as `_mix_kernel` writes them.
 
@@ -95,13 +95,12 @@ def mixed(
         lateral_hat, core, scale: of `materialize`.
         arch: as for `launch.row`.
         exact: precision of P.
-        precision: of the products with roots, which may take them split.
+        split: whether the roots are also wanted split, for `spectra.split_dot`.
     """
     n3, _, rank = core.shape
     n1 = lateral_hat.shape[0]
     ranks = launch.padded(rank, launch.PART)
     planes = core.new_empty((n3 * n1 + BEYOND) * ranks)[: n3 * n1 * ranks].view(n3, n1, ranks)
-    split = precision == "3xtf32"
     roots = core.new_empty((6 if split else 2) * (n3 // 2 + 1) * n3 + BEYOND)
     row = launch.row("mix", arch, n3)
     wrap_triton(_mix_kernel)[(n3 // 2 + 1, triton.cdiv(n1, row.rows))](
