@@ -8,11 +8,14 @@ from collections.abc import Mapping
 
 import torch
 
+from tcur_kernels.operators import native
+
 from . import (
     cast,
     cost_rule,
     materialize,
     memory,
+    neighbour,
     overhead,
     report,
     rows,
@@ -20,6 +23,7 @@ from . import (
     selection,
     selection_memory,
     serving,
+    small,
     step,
 )
 from .memory import Peak
@@ -30,7 +34,9 @@ OPERATIONS = {
     "scaling": scaling,
     "cast": cast,
     "step": step,
+    "small": small,
     "memory": memory,
+    "neighbour": neighbour,
     "overhead": overhead,
     "serving": serving,
     "selection": selection,
@@ -50,6 +56,9 @@ def main() -> None:
     run.add_argument("--case", choices=known, action="append", help="default: all")
     run.add_argument("--rounds", type=int, default=9, help="interleaved rounds per case")
     run.add_argument("--quick", action="store_true", help="two rounds, nothing appended")
+    isas = native.cpu_facts().get("isa_runnable", [])
+    run.add_argument("--isa", choices=isas, help="our kernels' instruction set; default: the best")
+    run.add_argument("--cache", type=int, metavar="KIB", help="size tiles for such an L2 cache")
     run.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     if args.command == "report":
@@ -61,6 +70,7 @@ def main() -> None:
 def measure(args: argparse.Namespace) -> None:
     """Runs the chosen cases and prints a table for each."""
     torch.set_num_threads(args.threads)
+    native.force(args.isa, args.cache and 1024 * args.cache)
     # torch.compile warns about the complex tensors of the baselines.
     warnings.filterwarnings("ignore", "Torchinductor does not support code generation for complex")
     for op in args.op or OPERATIONS:
@@ -72,7 +82,9 @@ def measure(args: argparse.Namespace) -> None:
             print(f"\n{op} {case} {description}, {args.threads} threads")
             show(measured, module.YARDSTICK)
             if not args.quick:
-                print(f"rows appended to {rows.append(op, case, description, measured).name}")
+                is_forced = args.isa is not None or args.cache is not None
+                path = rows.append(op, case, description, measured, is_forced)
+                print(f"rows appended to {path.name}")
 
 
 def show(measured: Mapping[str, Timing | Peak], yardstick: str) -> None:

@@ -26,6 +26,21 @@ CASES = {
     for name, stack in STACKS.items()
     for tokens in (16, 64, 256, 1024)
 }
+#: Models whose stacks are small; MiniLM's 352 tokens are 16 texts of 22.
+SMALL = {
+    "minilm_attention": (24, 384, 384),
+    "minilm_up": (6, 1536, 384),
+    "minilm_down": (6, 384, 1536),
+    "unetr_attention": (48, 192, 192),
+    "unetr_up": (12, 768, 192),
+    "unetr_down": (12, 192, 768),
+}
+CASES |= {
+    f"{name}_r{rank}_{tokens}": (*sizes, rank, tokens)
+    for name, sizes in SMALL.items()
+    for rank in ((8, 32) if name.startswith("minilm") else (8,))
+    for tokens in (64, 128, 352, 512)
+}
 YARDSTICK = "auto"
 
 

@@ -195,7 +195,9 @@ def choice(bench: Bench, section: str, case: str, t: Tokens) -> None:
         ]
     medians = bench.race(section, case, contenders)
     for backend in here:
-        note = _judged(medians, backend, cost.choose_gradient(len(t.x[0]), n1, n2, n3, rank))
+        note = _judged(
+            medians, backend, cost.choose_gradient(len(t.x[0]), n1, n2, n3, rank, at_once=False)
+        )
         bench.rows.add(Row(section, case, "choice", backend, note=note))
 
 

@@ -10,7 +10,7 @@ import matplotlib
 from matplotlib import pyplot
 from matplotlib.figure import Figure
 
-from . import gpu_report, rows
+from . import gpu_report, rows, sentences
 from .documents import fill
 
 matplotlib.use("Agg")
@@ -40,6 +40,16 @@ LAYOUT = {
         ("tcur", "lora"),
         ("tcur_bf16", "lora"),
     ),
+    "small": (
+        ("tcur_8", "lora_8"),
+        ("tcur_16", "lora_8"),
+        ("tcur_32", "lora_8"),
+        ("lora_1", "lora_8"),
+        ("head", "lora_8"),
+        ("full", "lora_8"),
+        ("tcur_8", "full"),
+        ("tcur_32", "full"),
+    ),
     "memory": (("tcur", "lora"), ("fourierft", "lora"), ("full", "lora"), ("frozen", "lora")),
     "overhead": (
         ("materialized", "linear"),
@@ -52,6 +62,11 @@ LAYOUT = {
         ("one_by_factors", "one"),
         ("thousand", "one_by_factors"),
         ("thousand", "frozen"),
+    ),
+    "neighbour": (
+        ("tcur_beside", "tcur"),
+        ("frozen_beside", "frozen"),
+        ("lora_beside", "lora"),
     ),
     "selection": (
         ("norm", "read"),
@@ -129,6 +144,8 @@ def write() -> list[Path]:
     recorded, on_gpus = rows.read(), gpu_report.read()
     tables = {op: table(op, recorded) for op in LAYOUT}
     tables |= {op: make(on_gpus) for op, make in gpu_report.TABLES.items()}
+    for name, (op, _) in sentences.SENTENCES.items():
+        tables[name] = sentences.written(name, newest(op, recorded))
     documents = fill(tables, DOCUMENTS)
     drawn = [_save(figure, name) for name, figure in gpu_report.draw(on_gpus).items()]
     return [*documents, *plot(recorded), *drawn]
@@ -139,7 +156,7 @@ def plot(recorded: Sequence[dict[str, str]]) -> list[Path]:
     PLOTS.mkdir(exist_ok=True)
     scaling, step, memory = (newest(op, recorded) for op in ("scaling", "step", "memory"))
     paths = []
-    for device in sorted({row["device"] for row in recorded}):
+    for device in sorted({device for device, _ in scaling}):
         figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
         for axis, prefix, label in zip(axes, ("n3", "rank"), ("n3", "rank (n3 = 12)"), strict=True):
             for suffix, threads in (("", "all threads"), ("_1", "one thread")):

@@ -21,17 +21,20 @@ RESULTS = Path(__file__).parent / "results"
 MEMORY = "-memory"  # suffix of the names of files with rows about memory
 
 
-def device_name() -> str:
-    """A name for the processor that can be part of a file name."""
+def device_name(is_forced: bool = False) -> str:
+    """The processor, its instruction set and second-level cache, in words for a file name.
+
+    "forced" is added where our kernels were forced to these: torch's own stay as they are.
+    """
     model = platform.processor() or platform.machine()
     with open("/proc/cpuinfo", encoding="utf-8") as file:
         for line in file:
             if line.startswith("model name"):
                 model = line.partition(":")[2].strip()
                 break
-    return "".join(
-        c if c.isalnum() else "-" for c in f"{model}-{tcur.build_info()['cpu']['isa_chosen']}"
-    )
+    cpu = tcur.build_info()["cpu"]
+    name = f"{model}-{cpu['isa_chosen']}-{cpu['l2_cache'] // 1024}K{'-forced' if is_forced else ''}"
+    return "".join(c if c.isalnum() else "-" for c in name)
 
 
 def append(
@@ -39,6 +42,7 @@ def append(
     case: str,
     shape: tuple[int | bool, ...],
     measured: Mapping[str, Timing | Peak],
+    is_forced: bool = False,
 ) -> Path:
     """Appends one row per contender and returns the file; times and memory have separate files."""
     common = {
@@ -52,7 +56,7 @@ def append(
     }
     RESULTS.mkdir(exist_ok=True)
     (kind,) = {type(numbers) for numbers in measured.values()}
-    path = RESULTS / f"{device_name()}{MEMORY if kind is Peak else ''}.csv"
+    path = RESULTS / f"{device_name(is_forced)}{MEMORY if kind is Peak else ''}.csv"
     new = not path.exists()
     with open(path, "a", newline="", encoding="utf-8") as file:
         fields = [*common, "contender", *kind.__dataclass_fields__]
@@ -74,7 +78,10 @@ def read() -> list[dict[str, str]]:
     for path in sorted(RESULTS.glob("*.csv")):
         with open(path, newline="", encoding="utf-8") as file:
             device = path.stem.removesuffix(MEMORY)
-            for row in csv.DictReader(file):
+            reader = csv.DictReader(file)
+            if "contender" not in (reader.fieldnames or ()):
+                continue  # rows of what was counted
+            for row in reader:
                 value = row["peak_mb" if path.stem.endswith(MEMORY) else "median_ms"]
                 found.append({"device": device, "value": value, **row})
     return sorted(found, key=lambda row: row["time"])

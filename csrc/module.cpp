@@ -1,6 +1,8 @@
 // The Python interface of the compiled library: facts about the build, and the choice of the
 // instruction set. No tensors pass through it; the files in cpu/ register the operators with torch.
+#include "cpu/caches.h"
 #include "cpu/isa.h"
+#include "cpu/plans.h"
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -36,6 +38,13 @@ void use_isa(const std::string& name) {
   }
 }
 
+void use_second_level_cache(int64_t bytes) {
+  if (bytes <= 0) {
+    throw py::value_error("bytes: expected a positive number, got " + std::to_string(bytes));
+  }
+  tcur::use_second_level_cache(bytes);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
@@ -45,5 +54,20 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("compiled_isas", &tcur::compiled_isas, "Variants compiled into the library, best first.");
   m.def("runnable_isas", &tcur::runnable_isas, "Those of them that this processor runs.");
   m.def("chosen_isa", &tcur::chosen_isa, "The variant in use.");
+  m.def(
+      "strip_columns",
+      &tcur::strip_columns,
+      py::arg("bytes"),
+      "Columns that its kernels for numbers of so many bytes, 4 or 8, work on together.");
+  m.def("plans_made", &tcur::plans_made, "Tables of transforms made so far; for tests.");
+  m.def(
+      "second_level_cache",
+      &tcur::second_level_cache,
+      "Bytes of the second-level cache of a core, which tiles are sized for.");
+  m.def(
+      "use_second_level_cache",
+      &use_second_level_cache,
+      py::arg("bytes"),
+      "Size tiles for another cache; for tests and benchmarks.");
   m.def("use_isa", &use_isa, py::arg("name"), "Use another variant; for tests and benchmarks.");
 }

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tcur_kernels.operators import native
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -71,6 +73,25 @@ def test_the_cost_rule_is_measured(benchmarks, monkeypatch):
     assert set(timings) == {"auto", *ways}
 
 
+def test_steps_of_a_small_model_are_checked(benchmarks, monkeypatch):
+    import benchmarks.small as small
+
+    sizes = {"num_hidden_layers": 2, "hidden_size": 24, "intermediate_size": 48}
+    monkeypatch.setattr(small, "SIZE", {**sizes, "num_attention_heads": 2})
+    ranks = {f"tcur_{rank}": lambda model, rank=rank: small.cores(model, rank) for rank in (2, 8)}
+    kept = {name: small.METHODS[name] for name in ("lora_8", "head", "full")}
+    monkeypatch.setattr(small, "METHODS", kept | ranks)
+    assert set(small.measure("minilm_16x22", 2)) == set(small.METHODS)
+
+    def other(model):
+        torch.nn.init.normal_(model.classifier.weight)
+        return model
+
+    monkeypatch.setattr(small, "METHODS", kept | {"other": other})
+    with pytest.raises(RuntimeError, match="other: losses"):
+        small.measure("minilm_16x22", 2)
+
+
 def test_overhead_is_measured_and_checked(benchmarks, monkeypatch, capsys):
     import benchmarks.overhead as overhead
 
@@ -125,6 +146,51 @@ def test_serving_is_measured_and_checked(benchmarks, monkeypatch):
         serving.measure("small", 2)
 
 
+def test_a_neighbour_runs_only_beside(benchmarks, monkeypatch):
+    """It is stopped while a method runs alone, and killed at the end."""
+    from benchmarks import neighbour
+
+    monkeypatch.setattr(benchmarks.methods, "WIDTH", 32)
+    states = {}
+
+    def once(contenders, yardstick, rounds):
+        for name, run in contenders.items():
+            before = [Path(f"/proc/{each.pid}/stat").read_text().split()[2] for each in started]
+            run()
+            states[name] = before
+        return {name: neighbour.Timing(1, 1, 1, 1) for name in contenders}
+
+    started, popen = [], neighbour.subprocess.Popen
+
+    def start(*args, **kwargs):
+        started.append(popen(*args, **kwargs))
+        return started[-1]
+
+    monkeypatch.setattr(neighbour.subprocess, "Popen", start)
+    monkeypatch.setattr(neighbour, "interleave", once)
+    for is_same, methods in ((False, ("frozen", "tcur")), (True, ("frozen",))):
+        monkeypatch.setattr(neighbour, "METHODS", methods)
+        monkeypatch.setitem(neighbour.CASES, "small", (3, is_same))
+        timings = neighbour.measure("small", 1)
+        assert [*timings] == [each for name in methods for each in (name, f"{name}_beside")]
+        assert all(state == "T" for before in states.values() for state in before)
+        assert all(each.poll() is not None for each in started)
+        started.clear()
+
+
+def test_kernels_can_be_forced(benchmarks):
+    """To another instruction set and cache, which then name the rows."""
+    before = native.cpu_facts()
+    least = before["isa_runnable"][-1]
+    try:
+        native.force(least, 256 * 1024)
+        assert benchmarks.rows.device_name(True).endswith(f"-{least}-256K-forced")
+    finally:
+        native.force(before["isa_chosen"], before["l2_cache"])
+    own = f"-{before['isa_chosen']}-{before['l2_cache'] // 1024}K"
+    assert benchmarks.rows.device_name().endswith(own)
+
+
 def test_rules_are_timed(benchmarks, monkeypatch):
     import benchmarks.selection as selection
 
@@ -168,6 +234,8 @@ def test_rows_and_tables(benchmarks, monkeypatch, tmp_path):
     for ms in (9.0, 2.0):
         timings = {"stream": Timing(1, 1, 1, 1), "materialize": Timing(ms, ms, ms, ms)}
         benchmarks.rows.append("materialize", "some", (4, 6, 7, 2), timings)
+    scaled = {f"{name}{end}": timings["stream"] for name in timings for end in ("", "_1")}
+    benchmarks.rows.append("scaling", "n3_12", (12, 6, 7, 2), scaled)
     (row, *_) = benchmarks.rows.read()
     assert (row["op"], row["shape"], row["torch"]) == ("materialize", "4x6x7x2", torch.__version__)
     peaks = {"lora": benchmarks.memory.Peak(2, 1), "tcur": benchmarks.memory.Peak(1, 0.5)}
@@ -181,13 +249,16 @@ def test_rows_and_tables(benchmarks, monkeypatch, tmp_path):
         for op in (
             "cast",
             "step",
+            "small",
             "memory",
+            "neighbour",
             "overhead",
             "serving",
             "selection",
             "selection_memory",
             "cost_rule",
             *benchmarks.report.gpu_report.TABLES,
+            *benchmarks.report.sentences.SENTENCES,
         ):
             file.write(f"<!-- begin {op} -->\n<!-- end {op} -->\n")
     written = benchmarks.report.write()
@@ -200,6 +271,28 @@ def test_rows_and_tables(benchmarks, monkeypatch, tmp_path):
     assert "the former table" not in text
     benchmarks.report.write()
     assert document.read_text() == text
+
+
+def test_the_pages_say_what_the_rows_say(benchmarks):
+    """Tables and sentences, between their marks: nobody has changed them or forgotten to."""
+    report = benchmarks.report
+    recorded = benchmarks.rows.read()
+    wanted = {op: report.table(op, recorded) for op in report.LAYOUT}
+    for name, (op, _) in report.sentences.SENTENCES.items():
+        wanted[name] = report.sentences.written(name, report.newest(op, recorded))
+    pages = "".join(path.read_text(encoding="utf-8") for path in report.DOCUMENTS)
+    for name, text in wanted.items():
+        assert f"<!-- begin {name} -->\n{text}<!-- end {name} -->\n" in pages, name
+
+
+def test_sentences_say_so_where_the_rule_is_beaten(benchmarks):
+    rule = benchmarks.report.sentences.rule
+    case = {"auto": 10.0, "materialized_z": 9.95, "factored_z": 11.0}
+    values = {("here", "vit_b_up_16"): case, ("here", "vit_b_up_64"): {**case, "factored_z": 9.0}}
+    assert rule(values) == (
+        "On here the rule's way is the fastest or within 1 % of it in 1 of 2 cases. At worst "
+        "another way takes 10 % less (vit_b_up_64)."
+    )
 
 
 def test_dry_run_of_the_gpu_command(tmp_path):

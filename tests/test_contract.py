@@ -61,7 +61,7 @@ def test_every_operator_is_registered_by_its_record(language):
 
 def test_gradients_go_by_name():
     found = contract.gradients(CurLinear, core="of core", x="of x")
-    assert CurLinear(*found) == CurLinear("of x", *[None] * 4, "of core", *[None] * 7)[:13]
+    assert CurLinear(*found) == CurLinear("of x", *[None] * 4, "of core", *[None] * 8)
     with pytest.raises(TypeError, match=r"gradients: expected .*'core'.*, got \['cores'\]"):
         contract.gradients(CurLinear, cores=1)
 
@@ -97,7 +97,8 @@ def test_a_map_by_w_eff_and_its_gradients(language, transposed, slices):
     a = by_w_eff(case.packed, x, w_eff, core, 2, slices, **how)
     y = contract.operator("w_eff_linear", language)(*a)
     assert torch.equal(y, x @ w_eff if transposed else F.linear(x, w_eff, bias))
-    factored = CurLinear(x, weight, *a[2:])
+    shared = {name: given for name, given in a._asdict().items() if name != "w_eff"}
+    factored = CurLinear(**shared, weight=weight)
     same = contract.operator("cur_linear", language)(*factored)
     grads = (torch.autograd.grad(each.sin().sum(), (x, core)) for each in (y, same))
     assert_equal_in_float64(next(grads), next(grads))

@@ -15,13 +15,13 @@ from torch.utils.checkpoint import checkpoint
 import tcur_kernels as tcur
 from fake_cuda import FakeStreams
 from plain import base_slices, product
-from tcur_kernels.operators import eager
+from tcur_kernels.operators import gradient_sum
 from tolerance import assert_composition_close, assert_equal_in_float64
 
 MODES = pytest.mark.parametrize("mode", ["materialized", "factored"])
 #: How the gradient is formed -> slices of each layer, n1, n2.
-SIZES = {"z": ((1, 1, 1, 1), 9, 40), "x": ((1, 1, 1), 9, 9), "dense": ((1,) * 12, 9, 9)}
-SIZES["fused"] = ((1, 3, 1), 9, 40)
+SIZES = {"z": ((1, 1, 1, 1), 40, 40), "dense": ((1,) * 12, 9, 9)}
+SIZES |= {"fused": ((1, 3, 1), 40, 40), "fused_dense": ((1, 3, 1), 9, 9)}
 
 
 def make_stack(mode="factored", way="z", dtype=torch.float64, alpha=0.7):
@@ -70,6 +70,8 @@ class Counted(TorchDispatchMode):
         name = func._schema.name
         if name.startswith("tcur::core_of_packed"):
             self.transforms.append(args[0].shape[0])
+        elif name.startswith("tcur::core_grad_dense"):
+            self.transforms.append("dense")
         elif name in ("aten::add", "aten::add_") and args[0].shape == self.shape:
             self.additions += 1
         elif name.startswith("tcur::core_grad") and not any(args[9:]):  # packed is the last
@@ -90,7 +92,9 @@ def test_one_transform_and_no_addition_for_all_layers(mode, way, alpha):
     stack = make_stack(mode, way, torch.float32, alpha)
     x = tokens(stack)
     loss = loss_of(stack, x)
-    assert counted(stack, loss.backward) == ([len(stack.layers)], 0, 0)
+    at_once = "dense" in way and mode == "materialized"
+    transforms = ["dense" if at_once else len(stack.layers)]
+    assert counted(stack, loss.backward) == (transforms, 0, 0)
     grads = (x.grad, stack.core.grad)
     assert_composition_close(grads, lambda: by_torch(stack, x, torch.float32), exact(stack, x))
 
@@ -98,7 +102,7 @@ def test_one_transform_and_no_addition_for_all_layers(mode, way, alpha):
 def test_the_counts_would_tell(monkeypatch):
     """Without the node every layer transforms, and autograd adds up."""
     stack = make_stack()
-    monkeypatch.setattr(eager.LatestSum, "of", lambda *args: None)
+    monkeypatch.setattr(gradient_sum.LatestSum, "of", lambda *args: None)
     x = tokens(stack)
     loss = loss_of(stack, x)
     layers = len(stack.layers)
@@ -238,7 +242,8 @@ def test_gradients_that_are_differentiated_again(mode, way):
     assert others == layers
     assert_equal_in_float64(found, wanted)
     length = sum(grad.square().sum() for grad in found)
-    assert counted(stack, lambda: length.backward(retain_graph=True))[0] == [layers]
+    transforms = ["dense" if way == "dense" and mode == "materialized" else layers]
+    assert counted(stack, lambda: length.backward(retain_graph=True))[0] == transforms
     x64, core = (t.detach().requires_grad_() for t in (x, stack.core))
     w_eff = torch.stack(base_slices(stack))
     w_eff = w_eff + stack.scale * product(stack.lateral, core, stack.horizontal)
@@ -247,7 +252,7 @@ def test_gradients_that_are_differentiated_again(mode, way):
     first = torch.autograd.grad(plain, (x64, core), create_graph=True)
     second = torch.autograd.grad(sum(g.square().sum() for g in first), (x64, core))
     assert_equal_in_float64((x.grad, stack.core.grad), second)
-    assert counted(stack, lambda: torch.autograd.grad(loss, stack.core))[0] == [layers]
+    assert counted(stack, lambda: torch.autograd.grad(loss, stack.core))[0] == transforms
 
 
 @MODES

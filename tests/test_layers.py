@@ -500,15 +500,23 @@ def test_bf16_projections_of_a_stack(mode, n1, autocast):
         y.backward(grad.to(y.dtype))
         grads.append(stack.core.grad)
     error = relative_error(grads[1], grads[0])
-    assert 0 < error < PROMISE["bf16"] * (2 if autocast else 1)
+    rounds = autocast or n1 == 40 or mode == "factored"  # G of all layers meets exact factors
+    assert (error > 0) == rounds
+    assert error < PROMISE["bf16"] * (2 if autocast else 1)
 
 
 def test_gradients_choose_their_way():
-    sizes = {"n1": 768, "n2": 768, "n3": 48, "rank": 8}
+    sizes = {"n1": 768, "n2": 768, "n3": 48, "rank": 8, "at_once": False}
     assert cost.choose_gradient(10**6, **sizes) == "z"  # rho = 1
     assert cost.choose_gradient(10**6, **{**sizes, "rank": 12}) == "dense"  # rho < 1
     assert cost.choose_gradient(100, **{**sizes, "rank": 12}) == "z"
     assert cost.choose_gradient(100, **{**sizes, "rank": 16}) == "x"  # z would be no smaller
+    sizes["at_once"] = True  # G is no longer projected layer by layer: it pays for fewer tokens
+    assert cost.choose_gradient(10**6, **sizes) == "z"
+    assert cost.choose_gradient(200, **{**sizes, "rank": 12}) == "dense"
+    assert cost.choose_gradient(100, **{**sizes, "rank": 12}) == "z"
+    assert cost.choose_gradient(100, **{**sizes, "rank": 16}) == "dense"
+    assert cost.choose_gradient(60, **{**sizes, "rank": 16}) == "x"
 
 
 def test_a_stack_takes_every_way_to_the_gradient():

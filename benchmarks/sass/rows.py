@@ -1,4 +1,4 @@
-"""Rows of what was counted, in ``benchmarks/results/sass.csv``."""
+"""Rows of what was counted, in ``benchmarks/results/counted/sass.csv``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from . import launches, model
 from .cases import Case
 from .count import KINDS, Counted, main_of
 
-PATH = Path(__file__).parents[1] / "results" / "sass.csv"
+PATH = Path(__file__).parents[1] / "results" / "counted" / "sass.csv"
 FIELDS = (
     "time", "commit", "nvcc", "triton", "case", "operator", "role", "kernel", "architecture",
     "blocks", "threads", "warp_instructions", *KINDS, "total", "shared_passes", "read_bytes",

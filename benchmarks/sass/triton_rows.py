@@ -1,4 +1,4 @@
-"""Rows of what Triton's kernels would execute, in ``benchmarks/results/sass_triton.csv``.
+"""Rows of what Triton's kernels would execute, in ``benchmarks/results/counted/sass_triton.csv``.
 
 The Triton that is imported compiles them. For an older one, put it before the others:
 ``PYTHONPATH=.venv/oldest_triton:. python -m benchmarks.sass triton``.
@@ -17,7 +17,7 @@ from .cases import BF16, FP32, NAMES, SHAPES
 from .report import change
 from .triton_launches import Counted, Launch
 
-PATH = Path(__file__).parents[1] / "results" / "sass_triton.csv"
+PATH = Path(__file__).parents[1] / "results" / "counted" / "sass_triton.csv"
 FIELDS = (
     "commit", "triton", "case", "kernel", "architecture", "registers", "local_bytes",
     "shared_bytes", "programs", "total", "factor_bytes", "load_bytes",

@@ -22,13 +22,15 @@ struct MaterializeArguments {
   Tensor horizontal_hat;        // [n3*rank, n2]
   Tensor core;                  // [n3, rank, rank]
   double scale;
-  Tensor out;  // see slice_places.h
+  Tensor out;                    // see slice_places.h
+  std::optional<Tensor> panels;  // R̂ in the layout of the CPU kernels, if the caller keeps it
 };
 
 struct CoreGradDenseArguments {
   Tensor grad;            // [n3, n1, n2]
   Tensor lateral_hat;     // [n1, n3*rank]
   Tensor horizontal_hat;  // [n3*rank, n2]
+  std::optional<Tensor> panels;
 };
 
 struct CoreGradTokensArguments {
@@ -39,7 +41,8 @@ struct CoreGradTokensArguments {
   int64_t n3, slice_index, slices;
   std::optional<Tensor> adapter_ids;  // [rows]
   int64_t adapters;
-  bool packed;  // return ∂Û, not transformed back
+  bool packed;         // return ∂Û, not transformed back
+  bool bf16_operands;  // see token_products.h
 };
 
 struct CoreOfPackedArguments {
@@ -60,6 +63,7 @@ struct CurLinearArguments {
   std::optional<Tensor> z;            // [..., n3*rank]: x R̂ᵀ, if the caller has it
   bool dense_grad;                    // for the derivative alone
   std::optional<Tensor> adapter_ids;  // [rows]
+  bool bf16_operands;                 // see token_products.h
 };
 
 namespace positional {
@@ -71,8 +75,9 @@ void materialize_out(
     Tensor horizontal_hat,
     Tensor core,
     double scale,
-    Tensor out) {
-  run({std::move(weights), lateral_hat, horizontal_hat, core, scale, out});
+    Tensor out,
+    std::optional<Tensor> panels) {
+  run({std::move(weights), lateral_hat, horizontal_hat, core, scale, out, panels});
 }
 
 // The same, but it allocates W_eff [n3, n1, n2] itself.
@@ -83,19 +88,21 @@ Tensor materialize(
     Tensor horizontal_hat,
     Tensor core,
     double scale,
-    ScalarType out_dtype) {
+    ScalarType out_dtype,
+    std::optional<Tensor> panels) {
   STD_TORCH_CHECK(
       core.dim() == 3 && lateral_hat.dim() == 2 && horizontal_hat.dim() == 2,
       "tcur: materialize takes packed factors [n1, q], [q, n2] and a core [n3, rank, rank]");
   Tensor out = torch::stable::new_empty(
       core, {core.size(0), lateral_hat.size(0), horizontal_hat.size(1)}, out_dtype);
-  run({std::move(weights), lateral_hat, horizontal_hat, core, scale, out});
+  run({std::move(weights), lateral_hat, horizontal_hat, core, scale, out, panels});
   return out;
 }
 
 template <Tensor (*run)(const CoreGradDenseArguments&)>
-Tensor core_grad_dense(Tensor grad, Tensor lateral_hat, Tensor horizontal_hat) {
-  return run({grad, lateral_hat, horizontal_hat});
+Tensor core_grad_dense(
+    Tensor grad, Tensor lateral_hat, Tensor horizontal_hat, std::optional<Tensor> panels) {
+  return run({grad, lateral_hat, horizontal_hat, panels});
 }
 
 template <Tensor (*run)(const CoreGradTokensArguments&)>
@@ -109,7 +116,8 @@ Tensor core_grad_tokens(
     int64_t slices,
     std::optional<Tensor> adapter_ids,
     int64_t adapters,
-    bool packed) {
+    bool packed,
+    bool bf16_operands) {
   return run(
       {x,
        grad_y,
@@ -120,7 +128,8 @@ Tensor core_grad_tokens(
        slices,
        adapter_ids,
        adapters,
-       packed});
+       packed,
+       bf16_operands});
 }
 
 template <Tensor (*run)(const CoreOfPackedArguments&)>
@@ -142,7 +151,8 @@ Tensor cur_linear(
     bool transposed,
     std::optional<Tensor> z,
     bool dense_grad,
-    std::optional<Tensor> adapter_ids) {
+    std::optional<Tensor> adapter_ids,
+    bool bf16_operands) {
   return run(
       {x,
        weight,
@@ -156,7 +166,8 @@ Tensor cur_linear(
        transposed,
        z,
        dense_grad,
-       adapter_ids});
+       adapter_ids,
+       bf16_operands});
 }
 
 }  // namespace positional

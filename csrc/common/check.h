@@ -10,14 +10,18 @@
 
 namespace tcur {
 
-inline void check_shape(
-    const char* name, const Tensor& tensor, std::initializer_list<int64_t> shape) {
+inline bool has_shape(const Tensor& tensor, std::initializer_list<int64_t> shape) {
   bool same = tensor.dim() == static_cast<int64_t>(shape.size());
   int64_t d = 0;
   for (auto it = shape.begin(); same && it != shape.end(); ++it, ++d) {
     same = tensor.size(d) == *it;
   }
-  STD_TORCH_CHECK(same, "tcur: ", name, " has an unexpected shape");
+  return same;
+}
+
+inline void check_shape(
+    const char* name, const Tensor& tensor, std::initializer_list<int64_t> shape) {
+  STD_TORCH_CHECK(has_shape(tensor, shape), "tcur: ", name, " has an unexpected shape");
 }
 
 inline void check_dtype(const char* name, const Tensor& tensor, ScalarType dtype) {
@@ -51,11 +55,15 @@ inline Sizes check_packed(
   return {lateral_hat.size(0), horizontal_hat->size(1), n3, q / n3};
 }
 
-// Operators on tokens also take factors in bf16, and then project in that precision.
-inline void check_token_factors(const Tensor& lateral_hat) {
+// Operators on tokens also take factors in bf16, and then project in that precision. With
+// bf16_operands, numbers of bf16 are held in fp32.
+inline void check_token_factors(const Tensor& lateral_hat, bool bf16_operands) {
   STD_TORCH_CHECK(
       is_compute_dtype(compute_dtype(lateral_hat.scalar_type())),
       "tcur: lateral_hat must be fp32, fp64 or bf16");
+  STD_TORCH_CHECK(
+      !bf16_operands || lateral_hat.scalar_type() == ScalarType::Float,
+      "tcur: lateral_hat must be fp32 with bf16_operands");
 }
 
 inline Sizes check_materialize(const MaterializeArguments& a) {
@@ -77,7 +85,7 @@ struct TokenSizes : Sizes {
 };
 
 inline TokenSizes check_core_grad_tokens(const CoreGradTokensArguments& a) {
-  check_token_factors(a.lateral_hat);
+  check_token_factors(a.lateral_hat, a.bf16_operands);
   const Sizes sizes = check_packed(a.lateral_hat, a.horizontal_hat, a.n3);
   STD_TORCH_CHECK(
       a.slice_index >= 0 && a.slices >= 1 && a.slice_index + a.slices <= a.n3,
@@ -129,7 +137,7 @@ inline LinearSizes check_cur_linear(const CurLinearArguments& a) {
   STD_TORCH_CHECK(
       !many || !a.dense_grad, "tcur: adapter_ids goes by the factors, without a dense gradient");
   const int64_t n3 = a.core.size(a.core.dim() - 3);
-  check_token_factors(a.lateral_hat);
+  check_token_factors(a.lateral_hat, a.bf16_operands);
   const Sizes sizes = check_packed(a.lateral_hat, a.horizontal_hat, n3);
   STD_TORCH_CHECK(
       a.core.size(a.core.dim() - 2) == sizes.rank && a.core.size(a.core.dim() - 1) == sizes.rank,

@@ -24,6 +24,16 @@ inline Tensor matmul_transposed(const Tensor& a, const Tensor& b) {
   return torch::stable::matmul(a, torch::stable::transpose(b, 0, 1));
 }
 
+// The operand of a product with the factors: in their dtype, or with bf16_operands in fp32 after it
+// was rounded to bf16. The factors are then numbers of bf16 in fp32 already. A processor without
+// units for bf16 multiplies so: torch's products of bf16 matrices are slower there than those in
+// fp32.
+template <class Arguments>
+Tensor operand(const Arguments& a, const Tensor& rows) {
+  const Tensor given = a.bf16_operands ? cast(rows, ScalarType::BFloat16) : rows;
+  return cast(given, a.lateral_hat.scalar_type());
+}
+
 // What the base contributes to the output of cur_linear.
 inline Tensor base_product(const CurLinearArguments& a) {
   return a.transposed ? torch::stable::matmul(a.x, *a.weight) : linear(a.x, *a.weight, a.bias);
@@ -32,16 +42,15 @@ inline Tensor base_product(const CurLinearArguments& a) {
 // z = x R̂ᵀ [tokens, n3*rank], or transposed x Ĉ [tokens*slices, n3*rank], in the dtype of the
 // factors. If the caller gave z, this returns it in the dtype that it has.
 inline Tensor project(const CurLinearArguments& a, const LinearSizes& sizes) {
-  const ScalarType precision = a.lateral_hat.scalar_type();
   if (a.z.has_value()) {
     return torch::stable::reshape(*a.z, {sizes.tokens, sizes.q()});
   }
   if (a.transposed) {
     const Tensor rows = torch::stable::reshape(a.x, {sizes.tokens * a.slices, sizes.n1});
-    return torch::stable::matmul(cast(rows, precision), a.lateral_hat);
+    return torch::stable::matmul(operand(a, rows), a.lateral_hat);
   }
   const Tensor rows = torch::stable::reshape(a.x, {sizes.tokens, sizes.n2});
-  return matmul_transposed(cast(rows, precision), a.horizontal_hat);
+  return matmul_transposed(operand(a, rows), a.horizontal_hat);
 }
 
 // What cur_linear returns without a base: the update, in the dtype and the shape of its x.
@@ -58,7 +67,7 @@ inline Tensor project_tokens(const CoreGradTokensArguments& a, const TokenSizes&
   if (!a.horizontal_hat.has_value()) {
     return rows;
   }
-  return matmul_transposed(cast(rows, a.lateral_hat.scalar_type()), *a.horizontal_hat);
+  return matmul_transposed(operand(a, rows), *a.horizontal_hat);
 }
 
 // p = dy Ĉ [tokens, slices*n3*rank], contiguous. Without dy, the tokens are the rows of one slice
@@ -68,8 +77,7 @@ inline Tensor project_gradient(const CoreGradTokensArguments& a, const TokenSize
     return torch::stable::contiguous(a.lateral_hat);
   }
   const Tensor rows = torch::stable::reshape(*a.grad_y, {sizes.tokens * a.slices, sizes.n1});
-  return torch::stable::contiguous(
-      torch::stable::matmul(cast(rows, a.lateral_hat.scalar_type()), a.lateral_hat));
+  return torch::stable::contiguous(torch::stable::matmul(operand(a, rows), a.lateral_hat));
 }
 
 // Allocates the gradient of one core [n3, rank, rank], or of the core of each adapter.

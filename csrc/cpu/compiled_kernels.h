@@ -40,23 +40,26 @@ TCUR_TARGET void core_grad_dense(
 
 // tokens_kernel.h
 template <class T>
+TCUR_TARGET void transform_core(
+    const TokenBasis<T>& basis, const T* core, bool transposed, T* tubes, T* planes);
+template <class T>
 TCUR_TARGET void apply_core(
-    const CoreBlocks& blocks,
-    const T* values,
+    const TokenBasis<T>& basis,
+    const T* planes,
+    bool transposed,
     const TokenRows& in,
     T* out,
-    int64_t out_stride,
-    bool accumulate,
     int64_t begin,
     int64_t end,
     T* scratch);
 template <class T>
 TCUR_TARGET void core_products(
-    const CoreBlocks& blocks,
+    const TokenBasis<T>& basis,
     const TokenRows& p,
     const TokenRows& z,
     int64_t begin,
     int64_t end,
+    bool accumulate,
     T* products,
     T* scratch);
 template <class T>

@@ -5,8 +5,8 @@ namespace tcur {
 namespace {
 
 // Each task keeps a partial sum, and these are added in order. The number of tasks is bounded so
-// that the sums stay small compared with G. It depends on the shape alone, so that the bits of the
-// result do not depend on the number of threads.
+// that the sums stay small compared with G. It depends on the shape and the cache, so that the bits
+// of the result do not depend on the number of threads.
 constexpr int64_t kMaxTasks = 64;
 
 template <class T>
@@ -15,27 +15,21 @@ void run(
     const Tensor& grad,
     const Tensor& lateral_hat,
     const Tensor& horizontal_hat,
+    const std::optional<Tensor>& panels,
     const Tensor& out) {
-  const TubeDft<T> dft(sizes.n3);
-  const PackedFactors<T> factors(sizes, lateral_hat, horizontal_hat, dft);
-  const int64_t row_blocks = ceil_div(sizes.n1, kRowBlock);
-  const int64_t per_task = ceil_div(row_blocks, kMaxTasks);
-  const int64_t tasks = ceil_div(row_blocks, per_task);
+  const std::shared_ptr<const TubeDft<T>> dft = tube_dft<T>(sizes.n3);
+  const PackedFactors<T> factors(sizes, lateral_hat, horizontal_hat, panels, *dft);
+  const TileBlocks tile = tile_blocks<T>(sizes);
+  const int64_t tile_rows = ceil_div(sizes.n1, tile.rows * kRowBlock);
+  const int64_t per_task = ceil_div(tile_rows, kMaxTasks);
+  const int64_t tasks = ceil_div(tile_rows, per_task);
   const CoreGradDenseArgs<T> args{
-      factors.view(),
-      grad.const_data_ptr(),
-      element_of(grad),
-      tile_blocks<T>(sizes.n2, sizes.n3),
-      per_task};
+      factors.view(), grad.const_data_ptr(), element_of(grad), tile, per_task};
   const Kernels<T>& k = kernels<T>();
   const int64_t size = sizes.n3 * sizes.rank * sizes.rank;
-  const int64_t scratch_size = k.core_grad_dense_scratch(args);
   std::vector<T> partial(tasks * size, T(0));
-  torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
-    Scratch<T> scratch(scratch_size);
-    for (int64_t task = begin; task < end; ++task) {
-      k.core_grad_dense(args, task, scratch.data(), partial.data() + task * size);
-    }
+  for_each_task<T>(tasks, k.core_grad_dense_scratch(args), [&](int64_t task, T* scratch) {
+    k.core_grad_dense(args, task, scratch, partial.data() + task * size);
   });
   for (int64_t task = 1; task < tasks; ++task) {
     for (int64_t i = 0; i < size; ++i) {
@@ -43,7 +37,7 @@ void run(
     }
   }
   partial.resize(std::max<size_t>(partial.size(), size), T(0));  // with n1 == 0 no task runs
-  core_from_spectrum(dft, partial.data(), sizes.rank, out.mutable_data_ptr<T>());
+  core_from_spectrum(*dft, partial.data(), sizes.rank, out.mutable_data_ptr<T>());
 }
 
 Tensor core_grad_dense(const CoreGradDenseArguments& a) {
@@ -55,7 +49,7 @@ Tensor core_grad_dense(const CoreGradDenseArguments& a) {
   const Tensor h = torch::stable::contiguous(a.horizontal_hat);
   Tensor out = torch::stable::new_empty(l, {sizes.n3, sizes.rank, sizes.rank});
   with_compute_type(
-      l.scalar_type(), [&](auto number) { run<decltype(number)>(sizes, g, l, h, out); });
+      l.scalar_type(), [&](auto number) { run<decltype(number)>(sizes, g, l, h, a.panels, out); });
   return out;
 }
 

@@ -1,8 +1,9 @@
 // ∂U = Cᵀ * G * Rᵀ from a dense G, read once.
 //
-// One task takes some row blocks. For each tile it does the forward DFT of all slices, and then
-// Q_k += Ĝ_k R̂_kᴴ over the columns. For each row block it does ∂Û_k += Ĉ_kᴴ Q_k. The partial sums
-// of the tasks are added in a fixed order, so the result does not depend on the number of threads.
+// One task takes some rows of tiles. For each tile it does the forward DFT of all slices, and then
+// Q_k += Ĝ_k R̂_kᴴ over the columns. For each row of tiles it does ∂Û_k += Ĉ_kᴴ Q_k. The partial
+// sums of the tasks are added in a fixed order, so the result does not depend on the number of
+// threads.
 #pragma once
 
 #include "compiled_kernels.h"
@@ -10,23 +11,21 @@
 
 namespace tcur::TCUR_ISA {
 
-// tubes: [n3, kRowBlock, kColumnBlock] = a block of G, zeros outside of it.
+// A strip of G: `rows` x `n` numbers of every slice from (row, col) on.
+struct StripOfG {
+  int64_t row, rows, col, n;
+};
+
+// tubes: [n3, kRowBlock, kStrip], kPlaneStride apart, = a strip of G, zeros outside of it.
 template <class T, class S>
-TCUR_TARGET void gather_block(
-    const CoreGradDenseArgs<T>& m,
-    int64_t row,
-    int64_t rows,
-    int64_t col,
-    int64_t n,
-    T* tubes,
-    int64_t tube_stride) {
+TCUR_TARGET void gather_strip(const CoreGradDenseArgs<T>& m, const StripOfG& strip, T* tubes) {
   const S* grad = static_cast<const S*>(m.grad);
   for (int64_t l = 0; l < m.f.n3; ++l) {
     for (int64_t i = 0; i < kRowBlock; ++i) {
-      T* values = tubes + l * tube_stride + i * kColumnBlock;
-      const int64_t valid = i < rows ? n : 0;
-      load_row(grad + (l * m.f.n1 + row + i) * m.f.n2 + col, values, valid);
-      for (int64_t j = valid; j < kColumnBlock; ++j) {
+      T* values = tubes + l * kPlaneStride<T> + i * kStrip<T>;
+      const int64_t valid = i < strip.rows ? strip.n : 0;
+      load_row(grad + (l * m.f.n1 + strip.row + i) * m.f.n2 + strip.col, values, valid);
+      for (int64_t j = valid; j < kStrip<T>; ++j) {
         values[j] = T(0);
       }
     }
@@ -34,53 +33,46 @@ TCUR_TARGET void gather_block(
 }
 
 template <class T>
-using Gather = void (*)(
-    const CoreGradDenseArgs<T>&,
-    int64_t row,
-    int64_t rows,
-    int64_t col,
-    int64_t n,
-    T* tubes,
-    int64_t tube_stride);
+using Gather = void (*)(const CoreGradDenseArgs<T>&, const StripOfG&, T* tubes);
 
 template <class T>
 Gather<T> gather_for(Element grad) {
   return with_any_element(grad, [](auto element) -> Gather<T> {
-    return &gather_block<T, NumberOfConstant<decltype(element)>>;
+    return &gather_strip<T, NumberOfConstant<decltype(element)>>;
   });
 }
 
-// products[plane][b][row] += Σ_j Ĝ[plane][row][j] conj(R̂)[plane][b][j] over the blocks of a tile.
+// products[plane][b][row] += Σ_j Ĝ[plane][row][j] conj(R̂)[plane][b][j] over the strips of a tile.
 template <class T, bool PAIR>
-TCUR_TARGET inline void adjoint_bin(
-    const T* g,  // [1 or 2, blocks, kRowBlock, kColumnBlock], plane_stride apart
+TCUR_INLINE void adjoint_bin(
+    const T* g,  // [1 or 2, strips, kRowBlock, kStrip], plane_stride apart
     int64_t plane_stride,
-    const T* r_hat,  // [1 or 2, rank, kColumnBlock] of the first panel, panels panel_size apart
+    const T* r_hat,  // [1 or 2, rank, kStrip] of the first panel, panels panel_size apart
     int64_t panel_size,
     int64_t rank,
-    int64_t blocks,
+    int64_t strips,
     T* products) {  // [1 or 2, rank, kRowBlock]
   constexpr int lanes = Simd<T>::lanes;
-  const T* r_im = r_hat + rank * kColumnBlock;
+  const T* r_im = r_hat + rank * kStrip<T>;
   for (int64_t b = 0; b < rank; ++b) {
     Vec<T> re[kRowBlock], im[kRowBlock];
     for (int i = 0; i < kRowBlock; ++i) {
       re[i] = im[i] = Vec<T>{};
     }
-    for (int64_t block = 0; block < blocks; ++block) {
-      for (int64_t j = 0; j < kColumnBlock; j += lanes) {
-        const T* g_re = g + block * kBlock + j;
-        const Vec<T> x = load(r_hat + block * panel_size + b * kColumnBlock + j);
+    for (int64_t strip = 0; strip < strips; ++strip) {
+      for (int64_t j = 0; j < kStrip<T>; j += lanes) {
+        const T* g_re = g + strip * kStripSize<T> + j;
+        const Vec<T> x = load(r_hat + strip * panel_size + b * kStrip<T> + j);
         for (int i = 0; i < kRowBlock; ++i) {
-          re[i] += load(g_re + i * kColumnBlock) * x;
+          re[i] += load(g_re + i * kStrip<T>) * x;
         }
         if (PAIR) {
-          const Vec<T> y = load(r_im + block * panel_size + b * kColumnBlock + j);
+          const Vec<T> y = load(r_im + strip * panel_size + b * kStrip<T> + j);
           for (int i = 0; i < kRowBlock; ++i) {
-            const Vec<T> gi = load(g_re + plane_stride + i * kColumnBlock);
+            const Vec<T> gi = load(g_re + plane_stride + i * kStrip<T>);
             re[i] += gi * y;
             im[i] += gi * x;
-            im[i] -= load(g_re + i * kColumnBlock) * y;
+            im[i] -= load(g_re + i * kStrip<T>) * y;
           }
         }
       }
@@ -94,25 +86,27 @@ TCUR_TARGET inline void adjoint_bin(
   }
 }
 
-// Does the step of adjoint_bin for all bins, on a run of blocks.
+// Does the step of adjoint_bin for all bins and rows of a tile.
 template <class T>
 TCUR_TARGET void adjoint_planes(
-    const Factors<T>& f,
+    const CoreGradDenseArgs<T>& m,
     const T* planes,
-    int64_t plane_stride,
-    const T* r_hat,
-    int64_t blocks,
+    int64_t row_blocks,
+    int64_t col,
+    int64_t strips,
     T* products) {
-  const int64_t panel_size = f.q() * kColumnBlock;
+  const Factors<T>& f = m.f;
+  const int64_t panel_size = f.q() * kStrip<T>, stride = m.tile.stride();
   for (Bin bin(f.n3); bin.is_there(); bin.next()) {
-    const int64_t plane = bin.plane;
-    const T* g = planes + plane * plane_stride;
-    const T* x = r_hat + plane * f.rank * kColumnBlock;
-    T* p = products + plane * f.rank * kRowBlock;
-    if (bin.is_pair) {
-      adjoint_bin<T, true>(g, plane_stride, x, panel_size, f.rank, blocks, p);
-    } else {
-      adjoint_bin<T, false>(g, plane_stride, x, panel_size, f.rank, blocks, p);
+    const T* x = f.panel(col) + bin.plane * f.rank * kStrip<T>;
+    for (int64_t block = 0; block < row_blocks; ++block) {
+      const T* g = planes + block * m.tile.row_size(f.n3) + bin.plane * stride;
+      T* p = products + (block * f.n3 + bin.plane) * f.rank * kRowBlock;
+      if (bin.is_pair) {
+        adjoint_bin<T, true>(g, stride, x, panel_size, f.rank, strips, p);
+      } else {
+        adjoint_bin<T, false>(g, stride, x, panel_size, f.rank, strips, p);
+      }
     }
   }
 }
@@ -149,41 +143,46 @@ TCUR_TARGET void add_core_block(
 
 template <class T>
 TCUR_TARGET int64_t core_grad_dense_scratch(const CoreGradDenseArgs<T>& m) {
-  const int64_t tubes = m.f.n3 * (kBlock + kPad), planes = m.f.n3 * tile_stride(m.tile_blocks);
-  return tubes + planes + m.f.q() * kRowBlock;
+  const int64_t tubes = m.f.n3 * kPlaneStride<T>, products = m.tile.rows * m.f.q() * kRowBlock;
+  return tubes + m.tile.size(m.f.n3) + products;
 }
 
 template <class T>
 TCUR_TARGET void core_grad_dense(
     const CoreGradDenseArgs<T>& m, int64_t task, T* scratch, T* core_hat) {
   const Factors<T>& f = m.f;
-  constexpr int64_t tube_stride = kBlock + kPad;
-  const int64_t plane_stride = tile_stride(m.tile_blocks), tile = m.tile_blocks * kColumnBlock;
-  T* tubes = scratch;  // of one block
-  T* planes = tubes + f.n3 * tube_stride;
-  T* products = planes + f.n3 * plane_stride;
+  T* tubes = scratch;  // of one strip
+  T* planes = tubes + f.n3 * kPlaneStride<T>;
+  T* products = planes + m.tile.size(f.n3);
   const Gather<T> gather = gather_for<T>(m.grad_element);
+  const int64_t most_rows = m.tile.rows * kRowBlock, width = m.tile.columns * kColumnBlock;
 
-  for (int64_t step = 0; step < m.row_blocks_per_task; ++step) {
-    const int64_t row = (task * m.row_blocks_per_task + step) * kRowBlock;
+  for (int64_t step = 0; step < m.tile_rows_per_task; ++step) {
+    const int64_t row = (task * m.tile_rows_per_task + step) * most_rows;
     if (row >= f.n1) {
       return;
     }
-    const int64_t rows = f.n1 - row < kRowBlock ? f.n1 - row : kRowBlock;
-    for (int64_t k = 0; k < f.q() * kRowBlock; ++k) {
+    const int64_t rows = f.n1 - row < most_rows ? f.n1 - row : most_rows;
+    const int64_t row_blocks = ceil_div(rows, kRowBlock);
+    for (int64_t k = 0; k < row_blocks * f.q() * kRowBlock; ++k) {
       products[k] = T(0);
     }
-    for (int64_t col = 0; col < f.n2; col += tile) {
-      const int64_t n = f.n2 - col < tile ? f.n2 - col : tile;
-      for (int64_t at = 0, block = 0; at < n; at += kColumnBlock, ++block) {
-        const int64_t width = n - at < kColumnBlock ? n - at : kColumnBlock;
-        gather(m, row, rows, col + at, width, tubes, tube_stride);
-        forward_dft(*f.dft, tubes, tube_stride, planes + block * kBlock, plane_stride, kBlock);
+    for (int64_t col = 0; col < f.n2; col += width) {
+      const int64_t n = f.n2 - col < width ? f.n2 - col : width;
+      for (int64_t at = 0; at < n; at += kStrip<T>) {
+        T* part = planes + at * kRowBlock;
+        const int64_t columns = n - at < kStrip<T> ? n - at : kStrip<T>;
+        for (int64_t down = 0; down < rows; down += kRowBlock, part += m.tile.row_size(f.n3)) {
+          gather(m, {row + down, rows - down, col + at, columns}, tubes);
+          forward_dft(*f.dft, tubes, kPlaneStride<T>, part, m.tile.stride(), kStripSize<T>);
+        }
       }
-      const int64_t blocks = ceil_div(n, kColumnBlock);
-      adjoint_planes(f, planes, plane_stride, f.panel(col), blocks, products);
+      adjoint_planes(m, planes, row_blocks, col, ceil_div(n, kStrip<T>), products);
     }
-    add_core_block(f, row, rows, products, core_hat);
+    for (int64_t down = 0; down < rows; down += kRowBlock) {
+      const int64_t valid = rows - down < kRowBlock ? rows - down : kRowBlock;
+      add_core_block(f, row + down, valid, products + down * f.q(), core_hat);
+    }
   }
 }
 

@@ -24,7 +24,8 @@ void run(
   for (int64_t i = 0; i < size; ++i) {
     core_hat[i] = static_cast<T>(scale * sums[i]);
   }
-  core_from_spectrum(TubeDft<T>(sizes.n3), core_hat.data(), sizes.rank, out.mutable_data_ptr<T>());
+  core_from_spectrum(
+      *tube_dft<T>(sizes.n3), core_hat.data(), sizes.rank, out.mutable_data_ptr<T>());
 }
 
 Tensor core_of_packed(const CoreOfPackedArguments& a) {

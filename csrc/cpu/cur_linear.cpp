@@ -3,60 +3,15 @@
 // forward    y = x Wᵀ + b + ((x R̂ᵀ) M_lᵀ) Ĉᵀ        x: [..., n2], y: [..., slices*n1]
 // transposed y = x W + Σ_l ((x_l Ĉ) M_l) R̂          x: [..., slices*n1], y: [..., n2]
 //
-// M_l is the core at slice l in the real packed basis: for a bin pair, with
-// A + iB = scale * weight_k * e^{2πikl/n3} Û_k, the block [[A, -B], [-B, -A]]. The base product is
-// the same call that nn.Linear makes, so with a core of zeros the output is bit for bit that of
-// nn.Linear. With adapter_ids, every row of tokens uses the M_l of its own core.
+// M_l is the core at slice l in the packed basis; tokens_kernel.h says what it does to a token. The
+// base product is the same call that nn.Linear makes, so with a core of zeros the output is bit for
+// bit that of nn.Linear. With adapter_ids, every row of tokens uses the M_l of its own core.
 #include "../common/token_products.h"
 #include "host.h"
 #include "token_cores.h"
 
 namespace tcur {
 namespace {
-
-// Writes the blocks of M_l, transposed for a forward map, as values[in][out], which apply_core
-// expects. The numbers that are not written here are padding, and are zero from the start.
-template <class T>
-void slice_blocks(
-    const CoreBlocks& blocks,
-    const UnitRoots& roots,
-    const std::vector<T>& core_hat,  // [n3, rank, rank], weighted
-    int64_t rank,
-    int64_t slice,
-    bool transposed,
-    T* values) {  // [blocks.size]
-  const int64_t square = rank * rank;
-  for (const CoreBlock& block : blocks.all) {
-    const int64_t plane = block.offset / rank;
-    const T* re = core_hat.data() + plane * square;
-    T* out = values + block.start;
-    const auto put = [&](int64_t a, int64_t b, T value) {
-      out[transposed ? a * block.stride + b : b * block.stride + a] = value;
-    };
-    if (block.width == rank) {
-      const T sign = plane > 0 && slice % 2 != 0 ? T(-1) : T(1);
-      for (int64_t a = 0; a < rank; ++a) {
-        for (int64_t b = 0; b < rank; ++b) {
-          put(a, b, sign * re[a * rank + b]);
-        }
-      }
-      continue;
-    }
-    const T* im = re + square;
-    const int64_t k = bin_of(plane);
-    const T c = static_cast<T>(roots.cos(k * slice)), s = static_cast<T>(roots.sin(k * slice));
-    for (int64_t a = 0; a < rank; ++a) {
-      for (int64_t b = 0; b < rank; ++b) {
-        const T x = c * re[a * rank + b] - s * im[a * rank + b];
-        const T y = c * im[a * rank + b] + s * re[a * rank + b];
-        put(a, b, x);
-        put(a, rank + b, -y);
-        put(rank + a, b, -y);
-        put(rank + a, rank + b, -x);
-      }
-    }
-  }
-}
 
 template <class T>
 Tensor update(
@@ -65,47 +20,33 @@ Tensor update(
     const Tensor& in,  // [tokens, q] or transposed [tokens*slices, q], contiguous
     const TokensByCore& cores) {
   const bool transposed = a.transposed;
-  const int64_t tokens = sizes.tokens, slices = a.slices, q = sizes.q();
-  const int64_t core_size = q * sizes.rank;
-  const TubeDft<T> dft(sizes.n3);
-  const UnitRoots roots(sizes.n3);
-  const T* core_values = a.core.const_data_ptr<T>();  // [..., n3, rank, rank]
+  const int64_t tokens = sizes.tokens, n3 = sizes.n3, rank = sizes.rank, q = sizes.q();
   const Kernels<T>& k = kernels<T>();
-  const CoreBlocks blocks = core_blocks(sizes.n3, sizes.rank, k.lanes);
-  const int64_t out_slices = transposed ? 1 : slices;
-  const Tensor out_tensor = torch::stable::new_empty(in, {tokens * out_slices, q}, scalar_type<T>);
+  const std::shared_ptr<const TubeDft<T>> dft = tube_dft<T>(n3);
+  // The products of a forward map come out conjugate and turn after that.
+  const std::vector<T> turns =
+      slice_turns<T>(n3, a.slice_index, a.slices, !transposed, [&](int64_t plane) {
+        return a.scale * inverse_weight(plane, n3);
+      });
+  const TokenBasis<T> basis{n3, rank, a.slices, k.lanes, turns.data(), dft.get()};
+  const T* core_values = a.core.const_data_ptr<T>();  // [..., n3, rank, rank]
+  const TokenRows rows = token_rows(in, 0, transposed ? a.slices * q : q);
+  const int64_t out_rows = transposed ? tokens : tokens * a.slices;
+  const Tensor out_tensor = torch::stable::new_empty(in, {out_rows, q}, scalar_type<T>);
   T* out = out_tensor.mutable_data_ptr<T>();
-  const int64_t in_stride = transposed ? slices * q : q;
-  const int64_t out_stride = out_slices * q;
   torch::stable::parallel_for(0, tokens, 64, [&](int64_t begin, int64_t end) {
-    Scratch<T> scratch(2 * kTokenGroup * blocks.widest);
-    std::vector<T> values(slices * blocks.size, T(0));
+    Scratch<T> scratch(basis.scratch()), tubes(basis.planes()), planes(basis.planes());
     int64_t ready = -1;
     cores.visit(begin, end, [&](int64_t index, int64_t first, int64_t last) {
       if (index != ready) {
-        const std::vector<T> core_hat = weighted_core_spectrum(
-            dft, core_values + index * core_size, sizes.rank, a.scale, sizes.rank);
-        for (int64_t s = 0; s < slices; ++s) {
-          T* target = values.data() + s * blocks.size;
-          slice_blocks(blocks, roots, core_hat, sizes.rank, a.slice_index + s, transposed, target);
-        }
+        const T* core = core_values + index * q * rank;
+        k.transform_core(basis, core, transposed, tubes.data(), planes.data());
         ready = index;
       }
-      for (int64_t s = 0; s < slices; ++s) {
-        k.apply_core(
-            blocks,
-            values.data() + s * blocks.size,
-            token_rows(in, transposed ? s * q : 0, in_stride),
-            out + (transposed ? 0 : s * q),
-            out_stride,
-            transposed && s > 0,
-            first,
-            last,
-            scratch.data());
-      }
+      k.apply_core(basis, planes.data(), transposed, rows, out, first, last, scratch.data());
     });
   });
-  const Tensor mixed = cast(out_tensor, a.lateral_hat.scalar_type());
+  const Tensor mixed = operand(a, out_tensor);
   return transposed ? torch::stable::matmul(mixed, a.horizontal_hat)
                     : matmul_transposed(mixed, a.lateral_hat);
 }

@@ -2,11 +2,15 @@
 #pragma once
 
 #include "../common/check.h"
+#include "caches.h"
 #include "kernels.h"
+#include "plans.h"
 
 #include <algorithm>
+#include <atomic>
 #include <memory>
 #include <new>
+#include <optional>
 #include <type_traits>
 
 namespace tcur {
@@ -32,15 +36,31 @@ template <class T>
 constexpr ScalarType scalar_type =
     std::is_same_v<T, double> ? ScalarType::Double : ScalarType::Float;
 
-// Number of blocks in a tile. All slices of the tile, and as much of the base, should leave half of
-// a 512 KiB second-level cache to the panels. Tiles should be about equally wide.
+// Chooses the tile. With all its slices it takes at most this much of the second-level cache, or
+// this many bytes, because larger ones have not been faster. Its base takes as much again. What is
+// left is for R̂.
+//
+// A tile as wide as possible, of one row of blocks, makes the longest runs of memory. But each row
+// of tiles reads all of R̂. If R̂ is far larger than the cache, tiles have several rows of blocks, so
+// that for each weight at most some two bytes of R̂ come from the cache that the cores share, as
+// long as a tile keeps a few blocks of columns. (On a core with 1 MiB, up to twice the cache made
+// no difference.)
 template <class T>
-int64_t tile_blocks(int64_t n2, int64_t n3) {
-  constexpr int64_t budget = 160 * 1024 / (kBlock * sizeof(T)), widest = 32;
-  const int64_t needed = ceil_div(n2, kColumnBlock);
-  const int64_t most = std::max<int64_t>(1, std::min(budget / n3, widest));
-  const int64_t tiles = ceil_div(needed, most);
-  return ceil_div(needed, tiles);
+TileBlocks tile_blocks(const Sizes& s) {
+  constexpr int64_t most_bytes = 160 * 1024, widest = 32, fewest_columns = 3;
+  const int64_t cache = second_level_cache(), bytes = std::min(most_bytes, cache * 5 / 16);
+  const int64_t row_blocks = ceil_div(s.n1, kRowBlock),
+                column_blocks = ceil_div(s.n2, kColumnBlock);
+  const int64_t blocks = bytes / (s.n3 * kBlock * static_cast<int64_t>(sizeof(T)));
+  int64_t rows = 1;
+  if ((s.q() * s.n2) * static_cast<int64_t>(sizeof(T)) + 2 * bytes > 2 * cache) {
+    while (2 * rows <= row_blocks && 4 * rows <= s.rank && 2 * rows * fewest_columns <= blocks) {
+      rows *= 2;
+    }
+  }
+  const int64_t most = std::max<int64_t>(1, std::min(blocks / rows, widest));
+  const int64_t tiles = ceil_div(column_blocks, most);  // about equally wide
+  return {rows, ceil_div(column_blocks, tiles)};
 }
 
 // 64-byte aligned memory, not initialised, that lives as long as the operator call.
@@ -66,38 +86,70 @@ class Scratch {
   std::unique_ptr<T, Free> data_;
 };
 
+// Calls run(task, scratch) for all tasks. A thread that is done takes the next one, so that it
+// never waits for a thread whose core is busy with something else, but for its last task.
+template <class T, class Run>
+void for_each_task(int64_t tasks, int64_t scratch_size, const Run& run) {
+  const int64_t threads =
+      std::min<int64_t>(tasks, static_cast<int64_t>(torch::stable::get_num_threads()));
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    Scratch<T> scratch(scratch_size);
+    for (int64_t task = next++; task < tasks; task = next++) {
+      run(task, scratch.data());
+    }
+  });
+}
+
 // The factors in the form that kernels take, and the memory of the panels.
 template <class T>
 class PackedFactors {
  public:
+  // panels: those of R̂, if the caller has kept them. Panels for another instruction set have
+  // another shape; they are made anew then.
   PackedFactors(
       const Sizes& sizes,
       const Tensor& lateral_hat,
       const Tensor& horizontal_hat,
+      const std::optional<Tensor>& panels,
       const TubeDft<T>& dft)
-      : panels_(round_up(sizes.n2, kColumnBlock) * sizes.q()) {
-    const int64_t q = sizes.q(), n2 = sizes.n2;
-    const T* rows = horizontal_hat.const_data_ptr<T>();
-    T* panels = panels_.data();
-    torch::stable::parallel_for(0, q, 16, [&](int64_t begin, int64_t end) {
-      for (int64_t row = begin; row < end; ++row) {
-        for (int64_t col = 0; col < n2; col += kColumnBlock) {
-          T* panel = panels + col * q + row * kColumnBlock;
-          const int64_t n = std::min<int64_t>(kColumnBlock, n2 - col);
-          std::copy_n(rows + row * n2 + col, n, panel);
-          std::fill_n(panel + n, kColumnBlock - n, T(0));
-        }
-      }
-    });
-    view_ = {sizes.n1, n2, sizes.n3, sizes.rank, lateral_hat.const_data_ptr<T>(), panels, &dft};
+      : sizes_(sizes), dft_(dft), lateral_hat_(lateral_hat.const_data_ptr<T>()) {
+    const int64_t strip = kernels<T>().strip, q = sizes.q(), count = ceil_div(sizes.n2, strip);
+    if (panels.has_value() && has_shape(*panels, {count, q, strip})) {
+      check_dtype("panels", *panels, scalar_type<T>);
+      STD_TORCH_CHECK(panels->is_contiguous(), "tcur: panels must be contiguous");
+      panels_ = panels->const_data_ptr<T>();
+      return;
+    }
+    made_ = std::make_unique<Scratch<T>>(count * q * strip);
+    panels_ = made_->data();
+    make(horizontal_hat.const_data_ptr<T>(), count, strip);
   }
-  const Factors<T>& view() const {
-    return view_;
+  Factors<T> view() const {
+    return {sizes_.n1, sizes_.n2, sizes_.n3, sizes_.rank, lateral_hat_, panels_, &dft_};
   }
 
  private:
-  Scratch<T> panels_;
-  Factors<T> view_;
+  void make(const T* horizontal_hat, int64_t count, int64_t strip) {
+    const int64_t n2 = sizes_.n2, q = sizes_.q();
+    T* const all = made_->data();
+    torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t index = begin; index < end; ++index) {
+        const int64_t col = index * strip, valid = std::min(strip, n2 - col);
+        for (int64_t row = 0; row < q; ++row) {
+          T* target = all + (index * q + row) * strip;
+          std::copy_n(horizontal_hat + row * n2 + col, valid, target);
+          std::fill_n(target + valid, strip - valid, T(0));
+        }
+      }
+    });
+  }
+
+  const Sizes sizes_;
+  const TubeDft<T>& dft_;
+  const T* lateral_hat_;
+  const T* panels_;
+  std::unique_ptr<Scratch<T>> made_;
 };
 
 // Packed spectrum [n3, rank, row_stride] of the core [n3, rank, rank], with rows padded with zeros.
@@ -143,16 +195,25 @@ void core_from_spectrum(const TubeDft<T>& dft, const T* core_hat, int64_t rank, 
   }
 }
 
-// The diagonal blocks of the core in the packed basis: one per bin.
-inline CoreBlocks core_blocks(int64_t n3, int64_t rank, int64_t lanes) {
-  CoreBlocks blocks;
-  for (Bin bin(n3); bin.is_there(); bin.next()) {
-    const int64_t width = bin.planes() * rank, stride = round_up(width, lanes);
-    blocks.all.push_back({bin.plane * rank, width, stride, blocks.size});
-    blocks.size += width * stride;
-    blocks.widest = std::max(blocks.widest, stride);
+// The turns of slices first … first+slices, [slices, n3]: e^{2πikl/n3}, or its conjugate, times a
+// factor of each plane.
+template <class T, class Factor>
+std::vector<T> slice_turns(
+    int64_t n3, int64_t first, int64_t slices, bool conjugate, const Factor& factor) {
+  const std::shared_ptr<const UnitRoots> roots = unit_roots(n3);
+  std::vector<T> turns(slices * n3);
+  for (int64_t s = 0; s < slices; ++s) {
+    for (Bin bin(n3); bin.is_there(); bin.next()) {
+      const int64_t angle = bin_of(bin.plane) * (first + s);
+      T* turn = turns.data() + s * n3 + bin.plane;
+      turn[0] = static_cast<T>(factor(bin.plane) * roots->cos(angle));
+      if (bin.is_pair) {
+        const double sine = roots->sin(angle);
+        turn[1] = static_cast<T>(factor(bin.plane) * (conjugate ? -sine : sine));
+      }
+    }
   }
-  return blocks;
+  return turns;
 }
 
 }  // namespace tcur

@@ -83,6 +83,10 @@ const char* chosen_isa() {
   return chosen().name;
 }
 
+int64_t strip_columns(int64_t bytes) {
+  return bytes == sizeof(float) ? kernels<float>().strip : kernels<double>().strip;
+}
+
 bool use_isa(const char* name) {
   for (const IsaVariant& variant : variants()) {
     if (std::strcmp(variant.name, name) == 0 && variant.runs_here()) {

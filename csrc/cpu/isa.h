@@ -1,6 +1,7 @@
 // The instruction sets that were compiled, and the choice among them.
 #pragma once
 
+#include <cstdint>
 #include <vector>
 
 namespace tcur {
@@ -12,6 +13,8 @@ std::vector<const char*> runnable_isas();
 // The variant in use: the best one that runs here, or the one that use_isa selected. Throws if none
 // runs here.
 const char* chosen_isa();
+// Columns of a strip (kernels.h) of that variant, for numbers of 4 or of 8 bytes.
+int64_t strip_columns(int64_t bytes);
 // Selects a variant by name; false if it was not compiled or this processor lacks it.
 bool use_isa(const char* name);
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "compiled_kernels.h"
+#include "simd.h"
 
 namespace tcur::TCUR_ISA {
 
@@ -11,13 +12,15 @@ namespace tcur::TCUR_ISA {
 template <class T>
 constexpr Kernels<T> table = {
     TCUR_NAME_OF(TCUR_ISA),
-    TCUR_VECTOR_BYTES / sizeof(T),
+    Simd<T>::lanes,
+    kStrip<T>,
     &inverse_dft<T>,
     &forward_dft<T>,
     &materialize_scratch<T>,
     &materialize<T>,
     &core_grad_dense_scratch<T>,
     &core_grad_dense<T>,
+    &transform_core<T>,
     &apply_core<T>,
     &core_products<T>,
     &add_update<T>};

@@ -49,8 +49,9 @@ template <class Constant>
 using NumberOfConstant = typename NumberOf<Constant::value>::Type;
 
 // Size of a block of all slices. It has as many rows as let the rank-r products stay in registers,
-// and as many columns as let its spectrum stay in the first-level cache. A tile is some blocks side
-// by side.
+// and as many columns as make whole cache lines of every element type. It is computed in strips of
+// all its rows and as many columns as registers hold, so that the spectrum of a strip stays in the
+// first-level cache. A block is stored as [strips, kRowBlock, columns of a strip].
 constexpr int kRowBlock = 4;
 constexpr int kColumnBlock = 32;
 constexpr int kBlock = kRowBlock * kColumnBlock;
@@ -58,26 +59,38 @@ constexpr int kBlock = kRowBlock * kColumnBlock;
 // two, they would share a few sets of the first-level cache.
 constexpr int kPad = 16;
 
-// Distance between the rows of a tile. A row is [tile_blocks, kRowBlock, kColumnBlock] numbers of
-// one slice or of one plane.
-inline int64_t tile_stride(int64_t tile_blocks) {
-  return tile_blocks * kBlock + kPad;
-}
+// A tile is `rows` x `columns` blocks of all slices. It stays in the second-level cache, and each
+// panel of R̂ is read from further away once for all its rows.
+struct TileBlocks {
+  int64_t rows, columns;
+
+  // Numbers of one slice or of one plane in one row of blocks, and how far apart these lie.
+  int64_t stride() const {
+    return columns * kBlock + kPad;
+  }
+  // Numbers of one row of blocks, all slices, and of the whole tile.
+  int64_t row_size(int64_t n3) const {
+    return n3 * stride();
+  }
+  int64_t size(int64_t n3) const {
+    return rows * row_size(n3);
+  }
+};
 
 // Sizes and tables of one call. Spectra are packed as tubes.h says.
 template <class T>
 struct Factors {
   int64_t n1, n2, n3, rank;
   const T* lateral_hat;  // [n1, n3*rank]
-  // R̂ in panels of one column block, [panels, n3*rank, kColumnBlock], zeros past the last column: a
-  // block reads one run of memory instead of a short piece of each of n3*rank rows.
+  // R̂ in panels of one strip, [panels, n3*rank, columns of a strip], zeros past the last column: a
+  // strip reads one run of memory instead of a short piece of each of n3*rank rows.
   const T* panels;
   const TubeDft<T>* dft;
 
   int64_t q() const {
     return n3 * rank;
   }
-  const T* panel(int64_t col) const {
+  const T* panel(int64_t col) const {  // col: where a strip begins
     return panels + col * q();
   }
 };
@@ -96,8 +109,8 @@ struct WEffArgs {
   int64_t core_stride;    // of rows, padded with zeros to whole vectors
   const BaseSlice* base;  // n3
   Element base_element;   // none: no base
-  int64_t tile_blocks;    // blocks of a tile
-  int64_t column_chunks;  // tasks per row block
+  TileBlocks tile;
+  int64_t column_chunks;  // tasks per row of tiles
 };
 
 template <class T>
@@ -113,29 +126,48 @@ struct CoreGradDenseArgs {
   Factors<T> f;
   const void* grad;  // [n3, n1, n2]
   Element grad_element;
-  int64_t tile_blocks;
-  int64_t row_blocks_per_task;
+  TileBlocks tile;
+  int64_t tile_rows_per_task;
 };
 
-// One diagonal block of the core in the real packed basis. `width` is rank for a real bin and
-// 2*rank for a pair. `offset` is its first column among the n3*rank. Its values are
-// [width, stride], with the stride padded to whole vectors, and begin at `start` in the array of
-// all blocks.
-struct CoreBlock {
-  int64_t offset, width, stride, start;
-};
+constexpr int64_t kTokenGroup = 16;  // tokens that a kernel works on together
 
-struct CoreBlocks {
-  std::vector<CoreBlock> all;
-  int64_t size = 0, widest = 0;  // of all values together; the largest stride
-};
+// The packed basis of tokens, in which a token has n3*rank numbers and a core acts on each bin
+// alone. Kernels work on tokens in rows of scratch, with room for one vector more. Transformed
+// cores are [n3, rank, rank], their planes padded to whole vectors.
+template <class T>
+struct TokenBasis {
+  int64_t n3, rank, slices, lanes;
+  // [slices, n3]: what slice l multiplies bin k by, e^{2πikl/n3} and weights, packed like a
+  // spectrum
+  const T* turns;
+  const TubeDft<T>* dft;
 
-constexpr int64_t kTokenGroup = 32;  // tokens that a kernel works on together
+  int64_t q() const {
+    return n3 * rank;
+  }
+  int64_t row() const {
+    return q() + lanes;
+  }
+  int64_t plane() const {
+    return round_up(rank * rank, lanes);
+  }
+  int64_t planes() const {
+    return n3 * plane() + lanes;
+  }
+  int64_t padded_rank() const {
+    return round_up(rank, lanes);
+  }
+  int64_t scratch() const {  // of a kernel
+    return (2 * kTokenGroup + slices) * row();
+  }
+};
 
 template <class T>
 struct Kernels {
   const char* isa;
   int64_t lanes;  // of a vector; DFT widths are multiples of it
+  int64_t strip;  // columns of a strip
 
   // planes <-> tubes for `width` tubes side by side; the input is overwritten.
   void (*inverse_dft)(
@@ -160,25 +192,29 @@ struct Kernels {
   // core_hat: [n3, rank, rank], the partial sum of this task
   void (*core_grad_dense)(const CoreGradDenseArgs<T>&, int64_t task, T* scratch, T* core_hat);
 
-  // Both work in scratch of 2 * kTokenGroup * blocks.widest.
-  // out[t, block] (+)= values(block)^T applied to in[t, block], tokens begin … end
+  // planes = the transform of a core [n3, rank, rank], each plane as kernels multiply rows of
+  // tokens by it: [in, out]. tubes: scratch as large as planes.
+  void (*transform_core)(const TokenBasis<T>&, const T* core, bool transposed, T* tubes, T* planes);
+  // The map of tokens_kernel.h for tokens begin … end. The side that has slices, which is `in` if
+  // transposed and else `out`, has them one after another in the row of a token.
   void (*apply_core)(
-      const CoreBlocks& blocks,
-      const T* values,
+      const TokenBasis<T>&,
+      const T* planes,
+      bool transposed,
       const TokenRows& in,
       T* out,
-      int64_t out_stride,
-      bool accumulate,
       int64_t begin,
       int64_t end,
       T* scratch);
-  // products(block) += Σ_t p[t, block]^T z[t, block], tokens begin … end, for all blocks
+  // products (+)= conj(Σ_t p[t] z[t]ᵀ) of each bin, where p[t] is the sum of its turned slices;
+  // tokens begin … end; [n3, rank, padded rank]
   void (*core_products)(
-      const CoreBlocks& blocks,
+      const TokenBasis<T>&,
       const TokenRows& p,
       const TokenRows& z,
       int64_t begin,
       int64_t end,
+      bool accumulate,
       T* products,
       T* scratch);
   // y += delta, elements begin … end

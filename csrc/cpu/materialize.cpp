@@ -28,13 +28,14 @@ void run(
     const SlicePlaces& places,
     const Tensor& lateral_hat,
     const Tensor& horizontal_hat,
+    const std::optional<Tensor>& panels,
     const Tensor& core,
     double scale,
     const Tensor& out) {
   // These are enough tasks to balance the threads. More would only compute P of a row block more
   // often.
   const int64_t wanted = 8 * static_cast<int64_t>(torch::stable::get_num_threads());
-  const WEff<T> w_eff(sizes, places, lateral_hat, horizontal_hat, core, scale, wanted);
+  const WEff<T> w_eff(sizes, places, lateral_hat, horizontal_hat, panels, core, scale, wanted);
   const std::vector<void*> slices = slices_of(places, sizes, out);
   const Kernels<T>& k = kernels<T>();
   const MaterializeArgs<T> args{
@@ -42,12 +43,8 @@ void run(
       slices.data(),
       element_of(out),
       out.numel() * static_cast<int64_t>(out.element_size()) >= kStreamBytes};
-  const int64_t scratch_size = k.materialize_scratch(args);
-  torch::stable::parallel_for(0, w_eff.tasks(), 1, [&](int64_t begin, int64_t end) {
-    Scratch<T> scratch(scratch_size);
-    for (int64_t task = begin; task < end; ++task) {
-      k.materialize(args, task, scratch.data());
-    }
+  for_each_task<T>(w_eff.tasks(), k.materialize_scratch(args), [&](int64_t task, T* scratch) {
+    k.materialize(args, task, scratch);
   });
 }
 
@@ -65,7 +62,7 @@ void materialize(const MaterializeArguments& a) {
   const Tensor h = torch::stable::contiguous(a.horizontal_hat);
   const Tensor c = torch::stable::contiguous(a.core);
   with_compute_type(l.scalar_type(), [&](auto number) {
-    run<decltype(number)>(sizes, places, l, h, c, a.scale, a.out);
+    run<decltype(number)>(sizes, places, l, h, a.panels, c, a.scale, a.out);
   });
 }
 

@@ -10,6 +10,9 @@
 #include <immintrin.h>
 #endif
 
+// For functions whose results would otherwise leave the registers.
+#define TCUR_INLINE TCUR_TARGET inline __attribute__((always_inline))
+
 namespace tcur::TCUR_ISA {
 
 template <class T>
@@ -19,6 +22,23 @@ struct Simd {
 };
 template <class T>
 using Vec = typename Simd<T>::Vec;
+
+// Vectors of columns that products work on together. With four rows, each takes 8 accumulators.
+constexpr int kRegisterColumns = TCUR_REGISTERS == 32 ? 2 : 1;
+// Columns of a strip (kernels.h).
+template <class T>
+constexpr int kStrip = 2 * Simd<T>::lanes;
+// Numbers of a strip of one slice or plane, and the distance between its planes.
+template <class T>
+constexpr int kStripSize = kRowBlock * kStrip<T>;
+template <class T>
+constexpr int kPlaneStride = kStripSize<T> + kPad;
+
+// Where row i, column j of a block is stored in it.
+template <class T>
+constexpr int64_t place_in_block(int64_t i, int64_t j) {
+  return j / kStrip<T> * kStripSize<T> + i * kStrip<T> + j % kStrip<T>;
+}
 
 // A vector with as many elements E as a vector of T has lanes.
 template <class E, class T>

@@ -121,16 +121,11 @@ TCUR_TARGET inline void dft_lines(
   const T* a = rows.a;
   const T* b = rows.b;
   for (int64_t k = 0; k < level.size; ++k, a += rows.a_step, b += rows.b_step) {
-    Vec<T> av[COLUMNS], bv[COLUMNS];
     for (int v = 0; v < COLUMNS; ++v) {
-      av[v] = load(a + v * lanes);
-      bv[v] = load(b + v * lanes);
-    }
-    for (int i = 0; i < LINES; ++i) {
-      const T c = cos[i * level.size + k], s = sin[i * level.size + k];
-      for (int v = 0; v < COLUMNS; ++v) {
-        even[i][v] += c * av[v];
-        odd[i][v] += s * bv[v];
+      const Vec<T> av = load(a + v * lanes), bv = load(b + v * lanes);
+      for (int i = 0; i < LINES; ++i) {
+        even[i][v] += cos[i * level.size + k] * av;
+        odd[i][v] += sin[i * level.size + k] * bv;
       }
     }
   }

@@ -27,22 +27,22 @@ class WEff {
       const SlicePlaces& places,
       const Tensor& lateral_hat,
       const Tensor& horizontal_hat,
+      const std::optional<Tensor>& panels,
       const Tensor& core,
       double scale,
       int64_t wanted)
-      : dft_(sizes.n3), factors_(sizes, lateral_hat, horizontal_hat, dft_) {
+      : dft_(tube_dft<T>(sizes.n3)), factors_(sizes, lateral_hat, horizontal_hat, panels, *dft_) {
     for (const SlicePlace& place : places.all) {
       base_.push_back({place.base, place.count * sizes.n2});
     }
     const int64_t stride = round_up(sizes.rank, kernels<T>().lanes);
-    core_hat_ = weighted_core_spectrum(dft_, core.const_data_ptr<T>(), sizes.rank, scale, stride);
-    const int64_t row_blocks = ceil_div(sizes.n1, kRowBlock);
-    const int64_t blocks = tile_blocks<T>(sizes.n2, sizes.n3);
-    const int64_t tiles = ceil_div(sizes.n2, blocks * kColumnBlock);
-    const int64_t chunks = std::min(tiles, ceil_div(wanted, row_blocks));
-    args_ = {
-        factors_.view(), core_hat_.data(), stride, base_.data(), places.element, blocks, chunks};
-    tasks_ = row_blocks * chunks;
+    core_hat_ = weighted_core_spectrum(*dft_, core.const_data_ptr<T>(), sizes.rank, scale, stride);
+    const TileBlocks tile = tile_blocks<T>(sizes);
+    const int64_t tile_rows = ceil_div(sizes.n1, tile.rows * kRowBlock);
+    const int64_t tiles = ceil_div(sizes.n2, tile.columns * kColumnBlock);
+    const int64_t chunks = std::min(tiles, ceil_div(wanted, tile_rows));
+    args_ = {factors_.view(), core_hat_.data(), stride, base_.data(), places.element, tile, chunks};
+    tasks_ = tile_rows * chunks;
   }
   WEff(const WEff&) = delete;
   WEff& operator=(const WEff&) = delete;
@@ -55,7 +55,7 @@ class WEff {
   }
 
  private:
-  TubeDft<T> dft_;
+  std::shared_ptr<const TubeDft<T>> dft_;
   PackedFactors<T> factors_;
   std::vector<BaseSlice> base_;
   std::vector<T> core_hat_;

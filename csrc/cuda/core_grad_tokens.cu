@@ -16,6 +16,7 @@ namespace {
 
 Tensor core_grad_tokens(const CoreGradTokensArguments& a) {
   const TokenSizes sizes = check_core_grad_tokens(a);
+  check_bf16_in_bf16(a.bf16_operands);
   const Call call(a.lateral_hat);
   call.check("x", a.x);
   call.check("lateral_hat", a.lateral_hat);

@@ -333,6 +333,7 @@ void add_product_to(const Call& call, const Tensor& y, const Tensor& mixed, cons
 
 Tensor cur_linear(const CurLinearArguments& a) {
   const LinearSizes sizes = check_cur_linear(a);
+  check_bf16_in_bf16(a.bf16_operands);
   const Call call(a.lateral_hat);
   call.check("x", a.x);
   call.check("lateral_hat", a.lateral_hat);

@@ -101,6 +101,11 @@ class Call {
 #endif
 };
 
+// A GPU has units for bf16: factors come in that dtype.
+inline void check_bf16_in_bf16(bool bf16_operands) {
+  STD_TORCH_CHECK(!bf16_operands, "tcur: bf16_operands are for CPUs; give factors in bf16");
+}
+
 inline void check_slices(int64_t n3) {
   STD_TORCH_CHECK(
       n3 <= kMaxSlices, "tcur: CUDA kernels take at most ", kMaxSlices, " slices, got ", n3);

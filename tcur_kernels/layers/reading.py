@@ -17,8 +17,9 @@ from torch.utils._pytree import tree_map
 
 from ..checkpoints import refuse_lost_gradients
 from ..operators.contract import CoreGradTokens
-from ..operators.eager import Pending, is_traced
+from ..operators.eager import is_traced
 from ..operators.functional import prepare
+from ..operators.gradient_sum import Pending
 from ..processes import is_sharded
 from .rows import rows_of
 from .weights import Place

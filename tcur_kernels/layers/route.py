@@ -22,14 +22,13 @@ from ..operators.eager import (
     BY_FACTORS,
     BY_W_EFF,
     Call,
-    LatestSum,
-    Pending,
     is_traced,
     run_layer,
     without_autocast,
 )
 from ..operators.factors import CURFactors, Precision
 from ..operators.functional import cur_linear, materialize, prepare, slice_update
+from ..operators.gradient_sum import LatestSum, Pending
 from .base import Base, check_one_base, is_here
 from .cores import Cores
 from .reading import effective_weight
@@ -235,15 +234,17 @@ class Routed(Cores):
         if adapter_ids is not None:
             gradient = "z"  # q, k, v share z; and dyᵀx would mix the tokens of all cores
         elif is_trained:
-            gradient = cost.choose_gradient(tokens, self.n1, self.n2, self.n3, self.rank)
+            at_once = core.is_leaf and built is not None
+            gradient = cost.choose_gradient(tokens, *self._sizes, at_once=at_once)
             if core.is_leaf:  # a computed core may be a different tensor at the next layer
-                gradient_sum = self._gradient_sum.of(core, self.scale, call, capture)
+                gradient_sum = self._gradient_sum.of(core, self.scale, call.ending, capture)
         if gradient == "z":
             with without_autocast():
                 # In training the graph keeps z alive for the next layer. A batch of many adapters
                 # is often served without a graph, so z is held here.
                 hold = adapter_ids is not None
-                z = self._projected.of(source, x, call.horizontal_hat, capture, hold)
+                how = (call.horizontal_hat, call.bf16_operands)
+                z = self._projected.of(source, x, *how, capture, hold)
         return run_layer(
             call,
             BY_FACTORS if built is None else BY_W_EFF,

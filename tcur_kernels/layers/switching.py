@@ -10,7 +10,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor, nn
 
-from ..operators.eager import LatestSum
+from ..operators.gradient_sum import LatestSum
 
 
 class LateGradient:

@@ -278,12 +278,18 @@ class Projected:
         self.held: Tensor | None = None
 
     def of(
-        self, source: Tensor, x: Tensor, horizontal_hat: Tensor, capture: int, hold: bool
+        self,
+        source: Tensor,
+        x: Tensor,
+        horizontal_hat: Tensor,
+        bf16_operands: bool,
+        capture: int,
+        hold: bool,
     ) -> Tensor:
         """z of ``x``, which was made from ``source``; layers with the same input share z."""
         z = self.z_of(source, horizontal_hat, capture)
         if z is None:
-            z = project(x, horizontal_hat)
+            z = project(x, horizontal_hat, bf16_operands)
             self.put(source, z, horizontal_hat, capture, hold)
         return z
 

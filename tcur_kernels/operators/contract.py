@@ -23,10 +23,13 @@ language may lack kernels: `nearest` then gives the reference's.
 Factors travel as packed half spectra: ``lateral_hat`` [n1, q] and ``horizontal_hat`` [q, n2] with
 q = n3 * rank, column ``plane * rank + a`` (`reference.pack` gives the order of the planes), fp32 or
 fp64; the core has their dtype. The operators on tokens take them in bf16 too: the projections
-z = x R̂ᵀ and p = dy Ĉ are then products in that precision, and the core stays fp32. Only the core,
-``x`` and gradients are differentiable, and the operators are closed under differentiation: the
-derivative of each is made of the others. Packed gradients are the exception. They are for a
-backward pass that is not differentiated again, and raise an error if it is.
+z = x R̂ᵀ and p = dy Ĉ are then products in that precision, and the core stays fp32. With
+``bf16_operands`` the same products are formed in fp32: the factors are fp32 that were rounded to
+bf16, and the operators round what they multiply with them (`bf16_products`). That is for the CPU.
+
+Only the core, ``x`` and gradients are differentiable, and the operators are closed under
+differentiation: the derivative of each is made of the others. Packed gradients are the exception.
+They are for a backward pass that is not differentiated again, and raise an error if it is.
 
 This module imports only torch, and what autocast and the counter of operations need. It imports
 neither Triton nor a compiled library.
@@ -65,7 +68,11 @@ Written = Annotated[Tensor, "Tensor(a!)"]
 
 
 class Materialize(NamedTuple):
-    """``weights``: one tensor [n3, n1, n2], or n3 tensors [n1, n2], or none."""
+    """``weights``: one tensor [n3, n1, n2], or n3 tensors [n1, n2], or none.
+
+    ``panels`` is R̂ once more, as `layout.panels` lays it out for the CPU kernels. They make it
+    themselves where it is not given, and other kernels ignore it.
+    """
 
     weights: Sequence[Tensor]
     lateral_hat: Tensor
@@ -73,6 +80,7 @@ class Materialize(NamedTuple):
     core: Tensor
     scale: float
     out_dtype: torch.dtype
+    panels: Tensor | None = None
 
 
 class MaterializeOut(NamedTuple):
@@ -88,14 +96,16 @@ class MaterializeOut(NamedTuple):
     core: Tensor
     scale: float
     out: Written
+    panels: Tensor | None = None
 
 
 class CoreGradDense(NamedTuple):
-    """``grad``: G, [n3, n1, n2]."""
+    """``grad``: G, [n3, n1, n2]. ``panels``: as for `Materialize`."""
 
     grad: Tensor
     lateral_hat: Tensor
     horizontal_hat: Tensor
+    panels: Tensor | None = None
 
 
 class CoreGradTokens(NamedTuple):
@@ -120,6 +130,7 @@ class CoreGradTokens(NamedTuple):
     adapter_ids: Tensor | None = None
     adapters: Size = 1
     packed: bool = False
+    bf16_operands: bool = False
 
 
 class CoreOfPacked(NamedTuple):
@@ -154,12 +165,13 @@ class CurLinear(NamedTuple):
     z: Tensor | None = None
     dense_grad: bool = False
     adapter_ids: Tensor | None = None
+    bf16_operands: bool = False
 
 
 class WEffLinear(NamedTuple):
     """As for `CurLinear`, with W_eff of these slices for this very core in place of W.
 
-    ``core`` is here for its gradient, and so are ``z`` and ``dense_grad``.
+    ``core`` is here for its gradient, and so are ``z``, ``dense_grad`` and ``bf16_operands``.
     """
 
     x: Tensor
@@ -174,6 +186,7 @@ class WEffLinear(NamedTuple):
     transposed: bool
     z: Tensor | None = None
     dense_grad: bool = False
+    bf16_operands: bool = False
 
 
 A = TypeVar("A", bound=NamedTuple)

@@ -1,4 +1,4 @@
-"""Computes the gradient of a core by one layer, from z, from x, or from G = dyᵀx."""
+"""Computes the gradient of a core by one layer, from z, from x, or from G = dyᵀx; and G itself."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ def core_gradient(
     dense_grad: bool,
     adapter_ids: Tensor | None = None,
     packed: bool = False,
+    bf16_operands: bool = False,
 ) -> Tensor:
     """Computes the gradient of ``core`` by a layer of scale 1.
 
@@ -46,6 +47,7 @@ def core_gradient(
         adapter_ids=adapter_ids,
         adapters=1 if adapter_ids is None else core.shape[0],
         packed=packed,
+        bf16_operands=bf16_operands,
     )
     if dense_grad and z is None:
         return _by_dense_gradient(core_grad_tokens, a, grad_y)
@@ -84,3 +86,20 @@ def _sum_over_tokens(grads: Tensor, tokens: Tensor) -> Tensor:
     for some_grads, some in zip(grads.split(_BLOCK), tokens.split(_BLOCK), strict=True):
         total = total + some_grads.float().mT @ some.float()  # no +=: may be batched by vmap
     return total
+
+
+def add_over_tokens(total: Tensor, grad_y: Tensor, x: Tensor, *, is_first: bool) -> None:
+    """Adds G = dyᵀx to ``total``, or overwrites it; sums 16-bit tokens in fp32."""
+    count = math.prod(x.shape[:-1])
+    grads, tokens = (t.reshape(count, t.shape[-1]) for t in (grad_y, x))
+    if tokens.dtype in HALVES and tokens.device.type == "cuda":
+        part = _sum_over_tokens(grads, tokens)
+        total.copy_(part) if is_first else total.add_(part)
+        return
+    size = max(1, count) if tokens.dtype == total.dtype else _BLOCK
+    for some_grads, some in zip(grads.split(size), tokens.split(size), strict=True):
+        beta = (
+            0.0 if is_first else 1.0
+        )  # with 0, what was in the memory does not count, not even NaN
+        total.addmm_(some_grads.to(total.dtype).mT, some.to(total.dtype), beta=beta)
+        is_first = False

@@ -14,10 +14,17 @@ Inference multiplies by it again and again. Measured over forward and backward
 (docs/performance.md), W_eff pays from less than half of that balance on.
 
 The gradient of the core can be formed in two ways. By tokens it takes z = x R̂ᵀ and p = dy Ĉ, which
-are 2 q (n1 + n2) operations for each token. The dense way takes G = dyᵀx, 2 n1 n2 operations for
-each token, and then 2 q n1 n2 once. So if rho = n1 n2 / (q (n1 + n2)) is below 1, the dense way is
-cheaper for many tokens. By tokens, the forward pass can already form z. The work is the same, and
-the backward pass then needs q numbers for each token instead of n2.
+are 2 q (n1 + n2) operations for each token. By tokens, the forward pass can already form z. The
+work is the same, and the backward pass then needs q numbers for each token instead of n2.
+
+The dense way takes G = dyᵀx, 2 n1 n2 operations for each token, and then the core's gradient of G.
+So if rho = n1 n2 / (q (n1 + n2)) is below 1, it is cheaper for many tokens. Where W_eff is built, G
+of all layers goes to one buffer, and `core_grad_dense` reads it once, which takes as long as
+AT_ONCE (rank + 4) operations of a product for each number of G. AT_ONCE is a property of machine
+and kernel: 4 to 12 on one AVX-512 core, over six sizes and ranks 4 to 32, in the middle 7 (0.4 to
+1.1 ns at rank 8, beside products at 105 to 112 GFLOP/s). Where W_eff is not
+built, each layer projects its G and drops it, 2 q operations for each number: a buffer of the size
+of all weights would be the largest tensor of such a training.
 
 A GPU may have two backends. If n3 has two short factors, the CUDA kernels transform a tube by a few
 fp32 operations in registers, while the Triton kernels multiply by the DFT matrix. Measured on an
@@ -40,6 +47,10 @@ MODES: tuple[Mode, ...] = get_args(Mode)
 #: The balance of `tokens_worth_materializing`, measured over forward and backward on a machine with
 #: two AVX-512 cores.
 BALANCE = 15.0
+
+#: The operations of a product that take as long as `core_grad_dense` for one number of G, over
+#: rank + 4: measured on one AVX-512 core.
+AT_ONCE = 8.0
 
 #: The most slices that the CUDA kernels take, csrc/cuda/tile.h.
 CUDA_SLICES = 2048
@@ -96,15 +107,23 @@ def choose_mode(
 
 
 def choose_gradient(
-    tokens: int, n1: int, n2: int, n3: int, rank: int
+    tokens: int, n1: int, n2: int, n3: int, rank: int, *, at_once: bool
 ) -> Literal["z", "x", "dense"]:
     """Chooses how the gradient of the core is formed: "z", "x" or "dense".
 
     "z" and "x" go by tokens: the forward pass forms and keeps z, or it keeps x. "dense" goes by
     G = dyᵀx.
+
+    Args:
+        at_once: whether G of all layers of the stack can be transformed at once, because W_eff is
+            there and the core is a leaf; else G is projected layer by layer.
     """
     q = n3 * rank
-    if tokens * (q * (n1 + n2) - n1 * n2) > q * n1 * n2:
+    # For few tokens W_eff is there only if another layer has built it. The way must not depend on
+    # that: a checkpoint that is computed again must keep the same tensors.
+    at_once = at_once and tokens >= tokens_worth_materializing(n1, n2, n3, rank)
+    once = AT_ONCE * (rank + 4) if at_once else 2 * q
+    if 2 * tokens * (q * (n1 + n2) - n1 * n2) > once * n1 * n2:
         return "dense"
     return "z" if q < n2 else "x"
 

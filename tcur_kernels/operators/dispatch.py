@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from ..autocast import outside_autocast
-from . import contract, cost, eager, native
+from . import bf16_products, contract, cost, eager, native
 from .factors import PRECISIONS, CURFactors, Precision
 
 Backend = Literal["auto", "reference", "cpu", "triton", "cuda"]
@@ -182,11 +182,19 @@ def build_info() -> dict[str, Any]:
     """Returns what was compiled and which of it runs here.
 
     The keys are ``version``, ``torch``, ``backends`` (which ones run here), ``operators`` (the
-    backends that run each operator here), ``cpu`` and ``cuda``. ``cpu`` has the compiler, the torch
-    target, and the instruction sets compiled, runnable and chosen; ``cuda`` has the architectures
-    compiled. Both have ``built``. If one does not run here, ``error`` says why: it was not built,
-    or ``cuda`` was built for other GPUs. ``backend="auto"`` then uses Triton or the reference, as
-    it also does for an operator that a backend has no kernel of.
+    backends that run each operator here), ``products``, ``cpu`` and ``cuda``. ``cpu`` has the
+    compiler, the torch target, the instruction sets compiled, runnable and chosen, and
+    ``l2_cache``, the bytes of a core's second-level cache, which tiles are sized for; ``cuda`` has
+    the architectures compiled. Both have ``built``. If one does not run here, ``error`` says why:
+    it was not built, or ``cuda`` was built for other GPUs. ``backend="auto"`` then uses Triton or
+    the reference, as it also does for an operator that a backend has no kernel of.
+
+    ``products["cpu"]`` says how this processor multiplies tokens with the factors, for each
+    precision that it has:
+
+    - "ieee": "fp32".
+    - "bf16": "bf16" where it has units for that, else "operands rounded to bf16, multiplied in
+      fp32", since torch's products of bf16 matrices would be slower.
     """
     from .. import __version__
 
@@ -203,6 +211,7 @@ def build_info() -> dict[str, Any]:
             name: ["reference", *(each for each in backends if _has(name, each))]
             for name in contract.OPERATORS
         },
+        "products": {"cpu": bf16_products.facts()},
         "cpu": cpu,
         "cuda": cuda,
     }

@@ -10,7 +10,6 @@ plain torch.
 from __future__ import annotations
 
 import math
-import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,14 +18,13 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
-from ..autocast import AUTOCAST, keys
 from ..autocast import without_autocast as without_autocast
-from . import contract, streams
-from .contract import CoreOfPacked, CurLinear, WEffLinear
+from . import bf16_products, contract
+from .contract import CurLinear, WEffLinear
 from .core_gradient import core_gradient
-
-_AUTOGRAD = keys("AutogradFunctionality", "AutogradOther", "AutogradNestedTensor")
-_ABOVE_KERNELS = AUTOCAST | _AUTOGRAD | contract.VIEWS
+from .factors import CURFactors, Precision
+from .gradient_sum import Ending, GradientSum
+from .guards import kernels_alone, without_views
 
 
 def is_traced() -> bool:
@@ -43,19 +41,6 @@ def is_transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-def _kernels_alone() -> Any:
-    """Context in which an operator is its kernel: no autograd, no autocast, no views."""
-    return torch._C._ExcludeDispatchKeyGuard(_ABOVE_KERNELS)
-
-
-def _without_views() -> Any:
-    """Context in which torch's products return tensors that autograd does not take for views.
-
-    If a node returned a view, autograd would not let anyone change it in place.
-    """
-    return torch._C._ExcludeDispatchKeyGuard(contract.VIEWS)
-
-
 def _nothing() -> None:
     """The default of `Call.on_gradient`."""
 
@@ -64,18 +49,23 @@ class Call:
     """What all calls of one layer have in common: factors, slices, operators.
 
     Args:
-        lateral_hat, horizontal_hat: packed factors in the precision of the products.
+        factors: frozen C and R.
+        precision: of the products with them.
         slice_index, slices: of the layer.
         language: of the operators. If it has no kernel of an operator, the reference is taken.
 
     Attributes:
+        lateral_hat, horizontal_hat: packed factors in that precision.
+        bf16_operands: whether they hold bf16 in fp32; see `contract`.
+        ending: what the gradient of the whole core is computed with.
         on_gradient: called when a gradient of the core is formed.
     """
 
     __slots__ = (
+        "bf16_operands",
         "core_grad_tokens",
-        "core_of_packed",
         "cur_linear",
+        "ending",
         "horizontal_hat",
         "lateral_hat",
         "on_gradient",
@@ -86,164 +76,31 @@ class Call:
 
     def __init__(
         self,
-        lateral_hat: Tensor,
-        horizontal_hat: Tensor,
+        factors: CURFactors,
+        precision: Precision,
         slice_index: int,
         slices: int,
         language: str,
     ) -> None:
-        self.lateral_hat, self.horizontal_hat = lateral_hat, horizontal_hat
+        self.lateral_hat, self.horizontal_hat = factors.packed(precision)
+        self.bf16_operands = factors.bf16_operands(precision)
         self.slice_index, self.slices = slice_index, slices
         self.on_gradient: Callable[[], None] = _nothing
-        device = lateral_hat.device
+        device = factors.device
         self.cur_linear = contract.nearest("cur_linear", language, device)
         self.w_eff_linear = contract.nearest("w_eff_linear", language, device)
         self.core_grad_tokens = contract.nearest("core_grad_tokens", language, device)
-        self.core_of_packed = contract.nearest("core_of_packed", language, device)
-
-
-class GradientSum:
-    """One node that adds up the gradient of a core over all layers that share the core.
-
-    Each layer passes on its packed ∂Û. The node adds them up, transforms the sum and scales it,
-    once for all layers. It saves no tensors, so it serves any number of calls and backward passes.
-    Every layer is connected to an output of its own. If a layer is called several times, autograd
-    adds up the gradients that arrive at its output.
-
-    Args:
-        core: [n3, r, r], a leaf.
-        scale: alpha.
-        core_of_packed: the operator.
-        where: the stream and the capture that it is made in. Autograd runs the node there.
-
-    Attributes:
-        addends: what `_Layer` takes for the core's gradient, by the first slice of a layer.
-        is_done: whether a backward pass has run this node.
-    """
-
-    __slots__ = ("__weakref__", "addends", "core", "is_done", "scale", "where")
-
-    def __init__(
-        self,
-        core: Tensor,
-        scale: float,
-        core_of_packed: torch._ops.OpOverload,
-        where: tuple[int, int],
-    ) -> None:
-        self.core, self.scale, self.where = core, scale, where
-        self.is_done = False
-        self.addends: tuple[Tensor, ...] = _apply_gradient_sum(
-            core, scale, core_of_packed, weakref.ref(self)
+        self.ending = Ending(
+            contract.nearest("core_of_packed", language, device),
+            contract.nearest("core_grad_dense", language, device),
+            factors,
         )
 
 
-class Pending:
-    """For a graph that reads weights and has no `GradientSum`: whether its backward has run."""
-
-    __slots__ = ("__weakref__", "is_done")
-
-    def __init__(self) -> None:
-        self.is_done = False
-
-
-class LatestSum:
-    """Finds the `GradientSum` of a stack's latest graph, for the next layer.
-
-    It holds weak references, so only the graphs keep a sum alive. If it held the sum itself, the
-    sum would outlive its graph. It would then keep a core that has been exchanged, and the node
-    that accumulates that core's gradient. Autograd runs that node on the stream on which it was
-    made, and a later capture uses another stream.
-    """
-
-    __slots__ = ("_former", "_latest", "_reading")
-
-    def __init__(self) -> None:
-        self._former: list[weakref.ref[Any]] = []
-        self.forget()
-
-    def forget(self) -> None:
-        """Makes the next layer begin a new sum."""
-        self._latest: weakref.ref[GradientSum] | None = None
-        self._reading: weakref.ref[Pending] | None = None
-
-    def reading(self) -> Pending:
-        """What a graph that reads a weight keeps."""
-        pending = None if self._reading is None else self._reading()
-        if pending is None:
-            pending = Pending()
-            self._reading = weakref.ref(pending)
-        pending.is_done = False
-        return pending
-
-    def retire(self) -> None:
-        """Notes that another core replaces this one, whose graphs may still wait for a backward."""
-        every = (*self._former, self._latest, self._reading)
-        self._former = [each for each in every if each is not None and each() is not None]
-        self.forget()
-
-    def is_former_pending(self) -> bool:
-        """Whether a graph of a retired core still waits for its backward."""
-        return any(map(_is_pending, self._former))
-
-    def is_pending(self) -> bool:
-        """Whether any graph of this stack still waits for its backward."""
-        return any(map(_is_pending, (*self._former, self._latest, self._reading)))
-
-    def of(self, core: Tensor, scale: float, call: Call, capture: int) -> GradientSum:
-        """The sum for ``core``, a leaf that requires grad, on the current stream."""
-        gradient_sum = None if self._latest is None else self._latest()
-        where = (streams.current(core.device), capture)
-        if (
-            gradient_sum is None
-            or gradient_sum.core is not core
-            or gradient_sum.scale != scale
-            or gradient_sum.where != where
-        ):
-            gradient_sum = GradientSum(core, scale, call.core_of_packed, where)
-            self._latest = weakref.ref(gradient_sum)
-        gradient_sum.is_done = False
-        return gradient_sum
-
-
-def _is_pending(ref: weakref.ref[Any] | None) -> bool:
-    gradient_sum = None if ref is None else ref()
-    return gradient_sum is not None and not gradient_sum.is_done
-
-
-class _GradientSum(torch.autograd.Function):
-    """Returns one stand-in for the core per slice. Layers are connected to it but never read it."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        core: Tensor,
-        scale: float,
-        core_of_packed: torch._ops.OpOverload,
-        whole: weakref.ref[GradientSum],
-    ) -> tuple[Tensor, ...]:
-        ctx.set_materialize_grads(False)
-        ctx.how = (core_of_packed, scale)
-        ctx.whole = whole
-        return core.new_empty(()).expand(core.shape[0], *core.shape).unbind()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None, None]:
-        if (whole := ctx.whole()) is not None:
-            whole.is_done = True
-        packed = [grad for grad in grads if grad is not None]
-        if not packed:  # all layers were differentiated by the operators
-            return None, None, None, None
-        core_of_packed, scale = ctx.how
-        with _kernels_alone():
-            grad_core = core_of_packed(*CoreOfPacked(torch.stack(packed), scale))
-        return grad_core, None, None, None
-
-
-_apply_gradient_sum = super(torch.autograd.Function, _GradientSum).apply
-
-
-def project(x: Tensor, horizontal_hat: Tensor) -> Tensor:
-    """z = x R̂ᵀ in the dtype of the factors."""
+def project(x: Tensor, horizontal_hat: Tensor, bf16_operands: bool) -> Tensor:
+    """z = x R̂ᵀ in the dtype of the factors, or in bf16 if they hold bf16 in fp32."""
+    if bf16_operands:
+        return F.linear(bf16_products.rounded(x), horizontal_hat).to(torch.bfloat16)
     return F.linear(x.to(horizontal_hat.dtype), horizontal_hat)
 
 
@@ -315,8 +172,9 @@ def _value_by_factors(
         transposed=False,
         z=z,
         adapter_ids=adapter_ids,
+        bf16_operands=call.bf16_operands,
     )
-    with _kernels_alone():
+    with kernels_alone():
         y: Tensor = call.cur_linear(*arguments)
         if not is_half:
             return y
@@ -343,6 +201,7 @@ def _grad_x_by_factors(
         scale=scale,
         transposed=True,
         adapter_ids=adapter_ids,
+        bf16_operands=call.bf16_operands,
     )
     grad_x: Tensor = call.cur_linear(*arguments)
     return grad_x
@@ -358,7 +217,7 @@ def _value_by_w_eff(
     z: Tensor | None,
     adapter_ids: Tensor | None,
 ) -> Tensor:
-    with _without_views():
+    with without_views():
         return F.linear(x, w_eff, bias)
 
 
@@ -392,6 +251,7 @@ def _grad_x_again_by_w_eff(
         slices=call.slices,
         scale=scale,
         transposed=True,
+        bf16_operands=call.bf16_operands,
     )
     grad_x: Tensor = call.w_eff_linear(*arguments)
     return grad_x
@@ -440,12 +300,11 @@ class _Layer(torch.autograd.Function):
         args = (needs_x, needs_core, saved, ctx.how, grad_y)
         grad_core = grad_addend = None
         if torch.is_grad_enabled():  # to be differentiated again, which the operators can be
-            grad_x, grad_core = _gradients(*args, again=True, packed=False)
+            grad_x, grad_core = _gradients(*args, again=True, gradient_sum=None)
         else:
-            is_summed = ctx.gradient_sum is not None
-            with _kernels_alone():
-                grad_x, grad = _gradients(*args, again=False, packed=is_summed)
-            grad_core, grad_addend = (None, grad) if is_summed else (grad, None)
+            with kernels_alone():
+                grad_x, grad = _gradients(*args, again=False, gradient_sum=ctx.gradient_sum)
+            grad_core, grad_addend = (grad, None) if ctx.gradient_sum is None else (None, grad)
         return (grad_x, grad_core, *[None] * 4, grad_addend, *[None] * 5)
 
 
@@ -456,8 +315,9 @@ def _gradients(
     how: tuple[Call, Way, float, bool],
     grad_y: Tensor,
     again: bool,
-    packed: bool,
+    gradient_sum: GradientSum | None,
 ) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of x and of the core; of the latter, what goes to the node of ``gradient_sum``."""
     x, z, weight, core, adapter_ids = saved
     call, way, scale, dense_grad = how
     grad_x = grad_core = None
@@ -466,6 +326,10 @@ def _gradients(
         grad_x = form(call, grad_y, weight, core, scale, adapter_ids)
     if needs_core:
         call.on_gradient()
+        # G of all layers takes the memory of W_eff, so only where that was spent already.
+        gathering = gradient_sum if dense_grad and way is BY_W_EFF else None
+        if gathering is not None and gathering.gather(grad_y, x, call.slice_index):
+            return grad_x, None
         grad_core = core_gradient(
             call.core_grad_tokens,
             x=x,
@@ -478,9 +342,10 @@ def _gradients(
             slices=call.slices,
             dense_grad=dense_grad,
             adapter_ids=adapter_ids,
-            packed=packed,
+            packed=gradient_sum is not None,
+            bf16_operands=call.bf16_operands,
         )
-        if scale != 1.0 and not packed:
+        if scale != 1.0 and gradient_sum is None:
             grad_core = scale * grad_core
     return grad_x, grad_core
 

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from ..t_product import t_transpose
-from . import reference, streams
+from . import bf16_products, layout, native, reference, streams
 from .basis import Basis, check_basis, orthonormal
 
 #: Precision of products with the factors. "ieee" is as exact as fp32. "tf32" rounds the operands to
-#: TF32, which the tensor cores of a GPU multiply; "bf16" rounds them to bf16. Sums are in fp32.
+#: TF32, which the tensor cores of a GPU multiply; "bf16" rounds them to bf16. Sums are in fp32. A
+#: processor without units for bf16 multiplies the rounded operands in fp32.
 Precision = Literal["ieee", "tf32", "bf16"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
@@ -85,6 +86,7 @@ class CURFactors:
         self.horizontal_hat = planes.reshape(n3 * rank, -1).to(dtype).contiguous()
         self.n1, self.n2, self.n3, self.rank = n1, horizontal.shape[2], n3, rank
         self._narrow: tuple[Tensor, Tensor] | None = None
+        self._panels: Tensor | None = None
         self._transposed: CURFactors | None = None
 
     @classmethod
@@ -102,7 +104,7 @@ class CURFactors:
         self.lateral_hat, self.horizontal_hat = spectra
         self.n3, self.n1, self.rank = self.lateral.shape
         self.n2 = self.horizontal.shape[2]
-        self._narrow = self._transposed = None
+        self._narrow = self._panels = self._transposed = None
         return self
 
     @property
@@ -125,7 +127,10 @@ class CURFactors:
         )
 
     def packed(self, precision: Precision = "ieee") -> tuple[Tensor, Tensor]:
-        """Returns the packed spectra as operands of products: as they are, or rounded to bf16."""
+        """Returns the packed spectra as operands of products: as they are, or rounded to bf16.
+
+        Those that are rounded are in bf16, or in fp32 where `bf16_operands` says so.
+        """
         if precision not in PRECISIONS:
             raise ValueError(
                 f"precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}"
@@ -138,9 +143,31 @@ class CURFactors:
             return self._narrow
         with torch.inference_mode(False):  # a training step must be able to use what is kept
             narrow = (self.lateral_hat.to(torch.bfloat16), self.horizontal_hat.to(torch.bfloat16))
+            if self.bf16_operands(precision):
+                narrow = (narrow[0].to(self.dtype), narrow[1].to(self.dtype))
         if self._may_keep():
             self._narrow = narrow
         return narrow
+
+    def panels(self) -> Tensor | None:
+        """Returns R̂ as the CPU kernels read it, made once; None if they make it themselves.
+
+        They do within a transform of functorch, to which all tensors belong that are made in it.
+        """
+        if self.device.type != "cpu" or native.cpu_error() is not None:
+            return None
+        strip = native.strip_columns(self.dtype)
+        if self._panels is not None and self._panels.shape[2] == strip:
+            return self._panels
+        if not self._may_keep():
+            return None
+        with torch.inference_mode(False):  # a training step must be able to use what is kept
+            self._panels = layout.panels(self.horizontal_hat, strip)
+        return self._panels
+
+    def bf16_operands(self, precision: Precision) -> bool:
+        """Whether `packed` holds bf16 in fp32, so that products must round the other operand."""
+        return precision == "bf16" and bf16_products.in_fp32(self.device)
 
     def transposed(self) -> CURFactors:
         """Returns Rᵀ and Cᵀ, slice by slice: with the transposed core they give W_effᵀ."""
@@ -164,8 +191,11 @@ class CURFactors:
         """Whether a tensor made now may be kept for later calls.
 
         A tensor made while a CUDA graph is captured has no values until the graph is replayed. A
-        tensor made within a transform of functorch belongs to that transform.
+        tensor made within a transform of functorch belongs to that transform. One made in an export
+        has a shape alone.
         """
+        if torch.compiler.is_exporting():
+            return False
         if torch.compiler.is_compiling():
             return True
         if torch._C._are_functorch_transforms_active():

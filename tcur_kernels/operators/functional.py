@@ -41,7 +41,8 @@ def cur_product(
     check_core(core, factors)
     op = dispatch.operator("materialize", backend, factors, precision)
     lateral_hat, horizontal_hat = factors.packed(precision)
-    product: Tensor = op(*Materialize([], lateral_hat, horizontal_hat, core, 1.0, core.dtype))
+    a = Materialize([], lateral_hat, horizontal_hat, core, 1.0, core.dtype)
+    product: Tensor = op(*a._replace(panels=_panels(factors, backend)))
     return product
 
 
@@ -87,15 +88,20 @@ def materialize(
         dtype = weights[0].dtype if out_dtype is None else out_dtype
         check_floating_dtype("out_dtype", dtype)
         op = dispatch.operator("materialize", backend, factors, precision)
-        w_eff: Tensor = op(*Materialize(*of_all, dtype))
+        w_eff: Tensor = op(*Materialize(*of_all, dtype, _panels(factors, backend)))
         return w_eff
     is_flat = weights[0].ndim == 2 and len(weights) < factors.n3
     check_out(out, out_dtype, factors, is_flat)
     if core.requires_grad and torch.is_grad_enabled():
         raise ValueError("out: expected None while the core requires grad; use torch.no_grad()")
     op = dispatch.operator("materialize_out", backend, factors, precision)
-    op(*MaterializeOut(*of_all, out))
+    op(*MaterializeOut(*of_all, out, _panels(factors, backend)))
     return out
+
+
+def _panels(factors: CURFactors, backend: Backend) -> Tensor | None:
+    """What the factors keep for the CPU kernels, unless another backend is asked for."""
+    return factors.panels() if backend in ("auto", "cpu") else None
 
 
 def cur_linear(
@@ -138,7 +144,8 @@ def cur_linear(
         dense_grad: whether to form the gradient of the core from dyᵀx rather than from tokens (see
             `cost`). Not together with ``z``.
         precision: precision of the products of tokens with the factors: "ieee", "bf16", or on GPUs
-            "tf32". For "tf32" the backend "cuda" obeys torch's own switch for fp32 products.
+            "tf32". For "tf32" the backend "cuda" obeys torch's own switch for fp32 products. A
+            processor without units for bf16 multiplies operands rounded to bf16 in fp32.
         adapter_ids: int64 ``[B]``: which core each row of the batch uses. The tokens of ``x`` are B
             rows of equal length, and row b uses ``core[adapter_ids[b]]``. Not together with
             ``effective`` or ``dense_grad``.
@@ -195,6 +202,7 @@ def cur_linear(
             transposed=False,
             z=z,
             dense_grad=dense_grad,
+            bf16_operands=factors.bf16_operands(precision),
         )
         y: Tensor = dispatch.operator("w_eff_linear", backend, factors, precision)(*by_w_eff)
         return y
@@ -212,6 +220,7 @@ def cur_linear(
         z=z,
         dense_grad=dense_grad,
         adapter_ids=adapter_ids,
+        bf16_operands=factors.bf16_operands(precision),
     )
     op = dispatch.operator("cur_linear", backend, factors, precision)
     if x.dtype in contract.HALVES:
@@ -240,7 +249,7 @@ def prepare(
     """
     slices = check_layer(weight, bias, factors, slice_index)
     language = dispatch.language_of("cur_linear", "auto", factors, precision)
-    return eager.Call(*factors.packed(precision), slice_index, slices, language)
+    return eager.Call(factors, precision, slice_index, slices, language)
 
 
 def slice_update(
@@ -294,7 +303,7 @@ def project(x: Tensor, factors: CURFactors, precision: Precision = "ieee") -> Te
     check_x(x, factors)
     _, horizontal_hat = factors.packed(precision)
     with outside_autocast(x.device):
-        return eager.project(x, horizontal_hat)
+        return eager.project(x, horizontal_hat, factors.bf16_operands(precision))
 
 
 def _nested_as(x: Any, values: Tensor) -> Tensor:

@@ -45,7 +45,31 @@ def cpu_facts() -> dict[str, Any]:
         "isa_compiled": _cpu.compiled_isas(),
         "isa_runnable": _cpu.runnable_isas(),
         "isa_chosen": _cpu.chosen_isa(),
+        "l2_cache": _cpu.second_level_cache(),
     }
+
+
+def strip_columns(dtype: torch.dtype) -> int:
+    """How many columns the CPU kernels of the chosen instruction set work on together."""
+    assert _cpu is not None
+    columns: int = _cpu.strip_columns(dtype.itemsize)
+    return columns
+
+
+# For a traced graph it is a constant, like `cuda_absence` below.
+strip_columns._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def force(isa: str | None = None, l2_cache: int | None = None) -> None:
+    """Runs another instruction set, or sizes tiles for another second-level cache, in bytes.
+
+    It is for tests and benchmarks.
+    """
+    assert _cpu is not None
+    if isa is not None:
+        _cpu.use_isa(isa)
+    if l2_cache is not None:
+        _cpu.use_second_level_cache(l2_cache)
 
 
 def _load_cuda() -> tuple[ctypes.CDLL | None, str | None]:

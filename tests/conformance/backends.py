@@ -38,6 +38,7 @@ class Backend:
         factors: dtypes of packed factors with cores of the same, fp32 and perhaps fp64.
         elements: dtypes of weights, tokens and results.
         narrow: operators that take factors in bf16; those on tokens do in every language.
+        bf16_in_fp32: whether those on tokens also take factors that hold bf16 in fp32.
         longest: slices that a tube may have.
         few: `EMULATED`, `INTERPRETER` or `BESIDE`, which take the cases meant for them alone.
         sums_in_blocks: whether long sums keep their digits; plain torch is a yardstick, no promise.
@@ -55,6 +56,7 @@ class Backend:
     factors: tuple = (torch.float32, torch.float64)
     elements: tuple = ALL
     narrow: tuple = ON_TOKENS
+    bf16_in_fp32: bool = True
     longest: int | None = None
     few: str | None = None
     sums_in_blocks: bool = True
@@ -104,6 +106,8 @@ class Backend:
             return f"elements of {case.elements}"
         if case.precision == "bf16" and case.operator not in self.narrow:
             return "factors in bf16"
+        if case.get("bf16_operands") and not (self.bf16_in_fp32 and case.operator in ON_TOKENS):
+            return "factors that hold bf16 in fp32"
         if self.longest is not None and case.n3 > self.longest:
             return f"{case.n3} slices"
         return None
@@ -133,6 +137,7 @@ CUDA = Backend(
     {"ieee": "", "bf16": "", "tf32": contract.CUDA_TF32},
     device="cuda",
     elements=SINGLE,
+    bf16_in_fp32=False,
     longest=2048,
     **ON_GPU,
 )
@@ -141,6 +146,7 @@ CUDAHOST = Backend(
     "cudahost",
     {"ieee": "cudahost", "bf16": "cudahost", "tf32": "cudahost_tf32"},
     elements=SINGLE,
+    bf16_in_fp32=False,
     longest=2048,
     few=EMULATED,
     traced=False,

@@ -25,6 +25,8 @@ def arguments(case):
         for name, packed, wide in zip(FACTORS, stack.packed, stack.double().packed, strict=True):
             if name not in own:
                 given[name] = packed.bfloat16() if case.precision == "bf16" else packed
+                if case.get("bf16_operands"):
+                    given |= {name: given[name].float(), "bf16_operands": True}
                 exact[name] = wide
     return given, exact
 

@@ -5,7 +5,7 @@ import itertools
 import torch
 
 from .backends import SINGLE
-from .cases import ALL_SLOW, BF16, F32, FAST, STACKS, case
+from .cases import ALL_SLOW, BF16, EVERYWHERE, F32, FAST, STACKS, case
 
 
 def precision_cases():
@@ -55,6 +55,7 @@ def precision_cases():
         yield case(
             "cur_linear", 4, (37, 40, 3), elements=(dtype,), precision="bf16", tokens=(71,), first=2
         )
+    yield from held_in_fp32_cases()
     for n3, rank, turned in itertools.product((1, 2, 12, 48), (1, 3, 8, 34), (False, True)):
         rank, slices = min(rank, 400 // n3), min(n3, 2)
         yield case(
@@ -70,3 +71,22 @@ def precision_cases():
             weight=False,
             way="ones",
         )
+
+
+def held_in_fp32_cases():
+    """What a processor without units for bf16 is given: factors that hold bf16 in fp32."""
+    how = {"precision": "bf16", "bf16_operands": True, "tokens": (70,)}
+    for n3, dtype in itertools.product((1, 12, 47), SINGLE):
+        where = {"elements": (dtype,), "first": n3 - 1, **how}
+        for turned, weight in itertools.product((False, True), repeat=2):
+            yield case("cur_linear", n3, (40, 50, 8), transposed=turned, weight=weight, **where)
+        yield case("core_grad_tokens", n3, (40, 50, 8), **where)
+    several = {"slices": 2, "first": 1, "meant_for": EVERYWHERE, **how}
+    yield case("cur_linear", 4, (37, 40, 3), **several)
+    yield case("core_grad_tokens", 4, (37, 40, 3), **several)
+    for way in ("z", "dense"):
+        yield case("core_grad_tokens", 4, (37, 40, 3), way=way, first=2, **how)
+    ids = {**how, "tokens": (6, 11), "ids": "mixed", "first": 2}
+    yield case("cur_linear", 4, (37, 40, 3), **ids)
+    yield case("core_grad_tokens", 4, (37, 40, 3), **ids)
+    yield case("w_eff_linear", 4, (37, 40, 3), first=2, **how)

@@ -30,6 +30,7 @@ PROBES = {
     "factors in fp64": {"factors": F64, "elements": (F64,)},
     "elements in fp64": {"elements": (F64,)},
     "factors in bf16": {"precision": "bf16"},
+    "bf16 held in fp32": {"precision": "bf16", "bf16_operands": True},
     "2049 slices": {},
 }
 
@@ -99,9 +100,8 @@ def test_it_can_do_what_it_says_and_refuses_the_rest(backend, what, name):
 
 def serves_itself(name, what):
     """A map by W_eff is torch's own in every language; packed gradients have one dtype."""
-    return name == "w_eff_linear" or (
-        name == "core_of_packed" and what.split()[-1] in ("fp64", "bf16")
-    )
+    of_dtypes = ("fp64", "bf16", "fp32")
+    return name == "w_eff_linear" or (name == "core_of_packed" and what.split()[-1] in of_dtypes)
 
 
 def test_a_precision_that_it_has_not_is_refused(backend):

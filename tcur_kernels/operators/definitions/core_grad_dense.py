@@ -27,13 +27,13 @@ def _plain(a: CoreGradDense) -> Tensor:
 
 
 def _save(ctx: Any, a: CoreGradDense) -> None:
-    ctx.save_for_backward(a.lateral_hat, a.horizontal_hat)
+    ctx.save_for_backward(a.lateral_hat, a.horizontal_hat, a.panels)
     ctx.dtype = a.grad.dtype
 
 
 def _backward(ctx: Any, grad_core: Tensor, language: str) -> tuple[Any, ...]:
     # The adjoint of the adjoint is the product itself, with the incoming gradient as its core.
-    lateral_hat, horizontal_hat = ctx.saved_tensors
+    lateral_hat, horizontal_hat, panels = ctx.saved_tensors
     product = Materialize(
         weights=[],
         lateral_hat=lateral_hat,
@@ -41,6 +41,7 @@ def _backward(ctx: Any, grad_core: Tensor, language: str) -> tuple[Any, ...]:
         core=grad_core,
         scale=1.0,
         out_dtype=ctx.dtype,
+        panels=panels,
     )
     return gradients(CoreGradDense, grad=contract.run(language, product))
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .. import contract, reference
+from .. import bf16_products, contract, reference
 from ..contract import CoreGradTokens, CurLinear, Derivative, Operator, gradients
 from ..flops import per_bin
 from .core_of_packed import no_derivative
@@ -33,9 +33,13 @@ def _plain(a: CoreGradTokens) -> Tensor:
         raise RuntimeError("tcur: adapter_ids goes by the factors, without a dense gradient")
     # Without grad_y, the tokens are the rows of G. As G is Iᵀ G, dy is then the identity.
     grad_y = identity(a.lateral_hat.shape[0], a.x) if a.grad_y is None else a.grad_y
+    x = a.x
+    if a.bf16_operands:
+        grad_y = bf16_products.rounded(grad_y)
+        x = x if a.horizontal_hat is None else bf16_products.rounded(x)  # z meets no factor
     lateral, horizontal = unpacked(a.lateral_hat, a.horizontal_hat, a.n3)
     return reference.core_grad_tokens(
-        a.x,
+        x,
         grad_y,
         lateral,
         horizontal,
@@ -76,6 +80,7 @@ def _backward(ctx: Any, grad_core: Tensor, language: str) -> tuple[Any, ...]:
         scale=1.0,
         transposed=False,
         adapter_ids=a.adapter_ids,
+        bf16_operands=a.bf16_operands,
     )
     needs = contract.needs_gradient(ctx, CoreGradTokens)
     grad_x = grad_grad_y = None

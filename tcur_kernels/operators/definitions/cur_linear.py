@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional as F
 
-from .. import contract, reference
+from .. import bf16_products, contract, reference
 from ..contract import CurLinear, Derivative, Operator, WEffLinear, gradients
 from ..core_gradient import core_gradient
 from ..flops import per_bin
@@ -33,8 +33,9 @@ def _plain(a: CurLinear) -> Tensor:
         base = a.x @ a.weight if a.transposed else F.linear(a.x, a.weight, a.bias)
     lateral, horizontal = unpacked(a.lateral_hat, a.horizontal_hat, a.core.shape[-3])
     apply = reference.slice_update_transposed if a.transposed else reference.slice_update
+    tokens = bf16_products.rounded(a.x) if a.bf16_operands else a.x
     update = apply(
-        a.x, lateral, horizontal, a.core, a.slice_index, a.slices, a.scale, a.adapter_ids
+        tokens, lateral, horizontal, a.core, a.slice_index, a.slices, a.scale, a.adapter_ids
     )
     if base is None:
         return update.to(a.x.dtype)
@@ -98,6 +99,7 @@ def core_grad(
         slices=a.slices,
         dense_grad=a.dense_grad,
         adapter_ids=adapter_ids,
+        bf16_operands=a.bf16_operands,
     )
 
 

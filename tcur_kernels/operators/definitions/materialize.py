@@ -32,15 +32,16 @@ def _stacked(weights: Sequence[Tensor]) -> Tensor | None:
 
 
 def _save(ctx: Any, a: Materialize) -> None:
-    ctx.save_for_backward(a.lateral_hat, a.horizontal_hat)
+    ctx.save_for_backward(a.lateral_hat, a.horizontal_hat, a.panels)
     ctx.scale = a.scale
     ctx.no_weights = [None] * len(a.weights)
 
 
 def _backward(ctx: Any, grad: Tensor, language: str) -> tuple[Any, ...]:
-    lateral_hat, horizontal_hat = ctx.saved_tensors
-    core_grad = contract.run(language, CoreGradDense(grad, lateral_hat, horizontal_hat))
-    return gradients(Materialize, weights=ctx.no_weights, core=ctx.scale * core_grad)
+    core_grad = contract.run(language, CoreGradDense(grad, *ctx.saved_tensors))
+    all_of_them = gradients(Materialize, weights=ctx.no_weights, core=ctx.scale * core_grad)
+    # With a list among the arguments, torch wants as many as were given; it leaves out defaults.
+    return all_of_them[: len(ctx.needs_input_grad)]
 
 
 def flops(a: Any) -> int:

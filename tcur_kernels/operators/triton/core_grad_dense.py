@@ -159,7 +159,7 @@ def run(a: CoreGradDense, precision: str) -> Tensor:
     Raises:
         TypeError, ValueError: dtypes or shapes do not fit.
     """
-    grad, lateral_hat, horizontal_hat = a
+    grad, lateral_hat, horizontal_hat = a[:3]
     n3, n1, n2 = grad.shape
     rank = lateral_hat.shape[1] // n3
     check_factors(lateral_hat, horizontal_hat, n3, rank, None)

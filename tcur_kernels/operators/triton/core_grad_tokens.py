@@ -32,6 +32,7 @@ def run(a: CoreGradTokens, precision: str) -> Tensor:
     n1, q = lateral_hat.shape
     rank, tokens = q // a.n3, math.prod(x.shape[:-1])
     arch = launch.arch_of(x.device)
+    precision = "bf16" if a.bf16_operands else precision
     exact, precision = launch.dot_precisions(arch, precision, lateral_hat.dtype)
     check_factors(lateral_hat, horizontal_hat, a.n3, rank, None)
     check_tokens(a.n3, a.slice_index, a.slices, tokens, a.adapter_ids)

@@ -160,6 +160,7 @@ def run(a: CurLinear, precision: str) -> Tensor:
         base = x @ a.weight if a.transposed else torch.nn.functional.linear(x, a.weight, a.bias)
         base = base.contiguous()
     arch = launch.arch_of(x.device)
+    precision = "bf16" if a.bf16_operands else precision
     exact, precision = launch.dot_precisions(arch, precision, lateral_hat.dtype)
     if a.transposed:
         projected = product(x.reshape(tokens * slices, n1), lateral_hat, arch, precision)

@@ -117,7 +117,7 @@ def dot_precisions(arch: str, precision: str, factors: torch.dtype) -> tuple[str
 
     Args:
         arch: as `arch_of` returns it.
-        precision: "ieee" or "tf32".
+        precision: "ieee", "tf32" or "bf16".
         factors: dtype of the packed factors.
     """
     exact = "ieee" if arch in AMD else "3xtf32"

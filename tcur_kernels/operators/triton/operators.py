@@ -60,7 +60,7 @@ def _define(language: str, precision: str) -> None:
     def into_new_memory(a: Materialize) -> Tensor:
         shape = (a.core.shape[0], a.lateral_hat.shape[0], a.horizontal_hat.shape[1])
         out = a.core.new_empty(shape, dtype=a.out_dtype)
-        written = MaterializeOut(*a[:-1], out)
+        written = MaterializeOut(*a[:5], out)
         if len(a.weights) > 0 and a.weights[0].ndim == 2:
             contract.operator("materialize_out", language)(*written)
         else:
