@@ -11,6 +11,7 @@ from matplotlib import pyplot
 from matplotlib.figure import Figure
 
 from . import gpu_report, rows, sentences
+from .cpu_count import report as counted
 from .documents import fill
 
 matplotlib.use("Agg")
@@ -144,6 +145,7 @@ def write() -> list[Path]:
     recorded, on_gpus = rows.read(), gpu_report.read()
     tables = {op: table(op, recorded) for op in LAYOUT}
     tables |= {op: make(on_gpus) for op, make in gpu_report.TABLES.items()}
+    tables["cpu_count"] = counted.table(counted.read())
     for name, (op, _) in sentences.SENTENCES.items():
         tables[name] = sentences.written(name, newest(op, recorded))
     documents = fill(tables, DOCUMENTS)

@@ -257,6 +257,7 @@ def test_rows_and_tables(benchmarks, monkeypatch, tmp_path):
             "selection",
             "selection_memory",
             "cost_rule",
+            "cpu_count",
             *benchmarks.report.gpu_report.TABLES,
             *benchmarks.report.sentences.SENTENCES,
         ):

@@ -55,12 +55,12 @@ class Instruction:
 
     @property
     def is_fma(self) -> bool:
-        """Whether it multiplies and adds."""
+        """Whether it multiplies and adds, whole vectors or first numbers."""
         return FMA.match(self.name) is not None
 
     @property
     def is_prefetch(self) -> bool:
-        """Whether it asks for a cache line and does nothing with it."""
+        """Whether it only asks for a line of the caches."""
         return self.name.startswith("prefetch")
 
     @property
@@ -84,8 +84,8 @@ class Instruction:
 
     @cached_property
     def memory(self) -> Memory | None:
-        """Its operand in memory, as far as it reads or writes one explicitly."""
-        if self.name.startswith(("lea", "nop", "prefetch")):
+        """Its operand in memory; a prefetch neither reads nor writes it, a push has none."""
+        if self.name.startswith(("lea", "nop")):
             return None
         for place, operand in enumerate(self.operands):
             match = OPERAND.match(operand)
@@ -101,6 +101,8 @@ class Instruction:
 
     def _directions(self, is_last: bool) -> tuple[bool, bool]:
         """Whether the operand in memory is read, and whether it is written."""
+        if self.is_prefetch:
+            return False, False
         only_reads = ("cmp", "test", "call", "jmp", "push", "mul", "div", "idiv", "bt")
         if not is_last or self.name.startswith(only_reads):
             return True, False
@@ -113,19 +115,18 @@ class Instruction:
 
     def _bytes(self, operand: str) -> int:
         """Size of the operand in memory."""
-        scalar = re.search(r"(s|d)$", self.name)
+        if self.is_prefetch:
+            return 64
         if re.search(r"\{1to\d+\}", operand) or BROADCAST.match(self.name):
-            of_letter = {"s": 4, "d": 4, "b": 1, "w": 2, "q": 8}
-            letter = self.name.removeprefix("v")[-1]
             is_double = self.name.endswith(("pd", "sd", "q"))
-            return 8 if is_double else of_letter.get(letter, 4)
+            return 8 if is_double else {"b": 1, "w": 2}.get(self.name[-1], 4)
         if not self.is_vector:
             return self._scalar_bytes()
         if re.search(r"128|32x4|64x2", self.name):
             return 16
         if re.search(r"(32x8|64x4)", self.name):
             return 32
-        if re.search(r"(?<!p)s[sd]$", self.name) and scalar:
+        if re.search(r"(?<!p)s[sd]$", self.name):
             return 4 if self.name.endswith("ss") else 8
         exact = {"vmovd": 4, "movd": 4, "vmovq": 8, "movq": 8, "vpinsrw": 2, "vpinsrd": 4}
         if self.name in exact:
@@ -152,7 +153,7 @@ KINDS = ("fmas", "vector", "moves", "prefetches", "scalar")
 
 def register_bytes(name: str) -> int:
     """Bytes of a general register: rax is 8, r8d and eax are 4, ax is 2, al is 1."""
-    if re.fullmatch(r"r(\w\w|\d+)", name):
+    if re.fullmatch(r"r([a-z]{2}|\d+)", name):
         return 8
     if name.startswith("e") or name.endswith("d"):
         return 4
@@ -212,7 +213,7 @@ def read(path: Path) -> list[Function]:
         if head:
             functions.append(Function(head[1]))
             continue
-        one = _instruction(line)
+        one = instruction(line)
         if one is not None:
             functions[-1].code.append(one)
     names = "\n".join(function.name for function in functions)
@@ -223,7 +224,7 @@ def read(path: Path) -> list[Function]:
     return [function for function in functions if function.code]
 
 
-def _instruction(line: str) -> Instruction | None:
+def instruction(line: str) -> Instruction | None:
     """A line of the listing, " 1a2b:\\tvaddps (%rax,%rbx,4),%ymm0,%ymm1"."""
     match = re.match(r"\s+([0-9a-f]+):\t(.+)$", line)
     if not match:

@@ -41,19 +41,20 @@ constexpr ScalarType scalar_type =
 // left is for R̂.
 //
 // A tile as wide as possible, of one row of blocks, makes the longest runs of memory. But each row
-// of tiles reads all of R̂. If R̂ is far larger than the cache, tiles have several rows of blocks, so
-// that for each weight at most some two bytes of R̂ come from the cache that the cores share, as
-// long as a tile keeps a few blocks of columns. (On a core with 1 MiB, up to twice the cache made
-// no difference.)
+// of tiles reads all of R̂. If R̂ does not stay in the cache meanwhile, tiles have several rows of
+// blocks, so that for each weight at most some two bytes of R̂ come from the cache that the cores
+// share, as long as a tile keeps a few blocks of columns. On a core with 1 MiB that made no
+// difference, so there R̂ may be twice as large as the cache.
 template <class T>
 TileBlocks tile_blocks(const Sizes& s) {
   constexpr int64_t most_bytes = 160 * 1024, widest = 32, fewest_columns = 3;
   const int64_t cache = second_level_cache(), bytes = std::min(most_bytes, cache * 5 / 16);
-  const int64_t row_blocks = ceil_div(s.n1, kRowBlock),
-                column_blocks = ceil_div(s.n2, kColumnBlock);
+  const int64_t row_blocks = ceil_div(s.n1, kRowBlock);
+  const int64_t column_blocks = ceil_div(s.n2, kColumnBlock);
   const int64_t blocks = bytes / (s.n3 * kBlock * static_cast<int64_t>(sizeof(T)));
   int64_t rows = 1;
-  if ((s.q() * s.n2) * static_cast<int64_t>(sizeof(T)) + 2 * bytes > 2 * cache) {
+  const int64_t limit = cache < 1024 * 1024 ? cache : 2 * cache;
+  if ((s.q() * s.n2) * static_cast<int64_t>(sizeof(T)) + 2 * bytes > limit) {
     while (2 * rows <= row_blocks && 4 * rows <= s.rank && 2 * rows * fewest_columns <= blocks) {
       rows *= 2;
     }

@@ -1,0 +1,78 @@
+"""Rows of what was counted, and their table in docs/performance.md."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+
+from benchmarks import documents
+
+from . import cases
+
+PATH = Path(__file__).parents[1] / "results" / "counted" / "cpu_count.csv"
+KEY = ("case", "isa", "processor", "tiles_for")
+FIELDS = ("time", "commit", *KEY, "weights", *cases.COLUMNS)
+Row = dict[str, str]
+
+
+def key_of(shape: Sequence[int], isa: str, processor: str, cache: int) -> Row:
+    """What names a row."""
+    tiles_for = "one row" if cache == cases.ONE_ROW else f"{cache // cases.KIB} KiB"
+    case = "x".join(map(str, shape))
+    return dict(zip(KEY, (case, isa, processor, tiles_for), strict=True))
+
+
+def append(key: Row, commit: str, counted: Mapping[str, float], path: Path = PATH) -> None:
+    """Adds a row to the file, with the names of its columns if it is new.
+
+    Args:
+        key: what was counted.
+        commit: of the code when it was loaded.
+        counted: numbers per weight.
+        path: the file.
+    """
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    numbers = {name: f"{value:.6g}" for name, value in counted.items()}
+    is_new = not path.exists()
+    path.parent.mkdir(exist_ok=True)
+    with open(path, "a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
+        if is_new:
+            writer.writeheader()
+        writer.writerow({"time": now, "commit": commit, **key, **numbers})
+
+
+def read(path: Path = PATH) -> list[Row]:
+    """The newest row of everything that was counted, in the order of `cases`."""
+    with open(path, newline="", encoding="utf-8") as file:
+        newest = {tuple(row[name] for name in KEY): row for row in csv.DictReader(file)}
+    keys = [key_of(shape, *one) for shape in cases.SHAPES for one in cases.SETTINGS]
+    wanted = [tuple(key.values()) for key in keys]
+    return [newest[key] for key in wanted if key in newest]
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The table in Markdown, all per weight."""
+    heads = ["case", "instructions of", "caches of", "tiles for", "instructions", "FMAs"]
+    heads += ["other vector", "loads", "stores", "on the stack", "bytes loaded, stored"]
+    heads += ["L2 to L1, back", "beyond to L2, back", "cycles: arithmetic", "loads", "stores"]
+    heads += ["instructions", "L1 to L2", "binds"]
+    return documents.table(heads, [_cells(row) for row in rows])
+
+
+def _cells(row: Row) -> list[str]:
+    numbers = {name: float(row[name]) for name in cases.COLUMNS}
+    needed = cases.cycles(cases.MACHINES[row["processor"]], numbers)
+    binds = max(needed, key=lambda name: needed[name])
+    counts = ("instructions", "fmas", "vector", "loads", "stores", "stack")
+    pairs = (("loaded_bytes", "stored_bytes"), ("bytes_l1", "bytes_l1_back"))
+    pairs += (("bytes_l2", "bytes_l2_back"),)
+    return [
+        *(row[name] for name in KEY),
+        *(f"{numbers[name]:.2f}" for name in counts),
+        *(f"{numbers[a]:.1f}, {numbers[b]:.1f}" for a, b in pairs),
+        *(f"{value:.2f}" for value in needed.values()),
+        binds,
+    ]
