@@ -98,8 +98,7 @@ def add_over_tokens(total: Tensor, grad_y: Tensor, x: Tensor, *, is_first: bool)
         return
     size = max(1, count) if tokens.dtype == total.dtype else _BLOCK
     for some_grads, some in zip(grads.split(size), tokens.split(size), strict=True):
-        beta = (
-            0.0 if is_first else 1.0
-        )  # with 0, what was in the memory does not count, not even NaN
+        # With a beta of 0, what was in the memory does not count, not even NaN.
+        beta = 0.0 if is_first else 1.0
         total.addmm_(some_grads.to(total.dtype).mT, some.to(total.dtype), beta=beta)
         is_first = False
