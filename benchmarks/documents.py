@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from textwrap import fill as wrap
 
 BEGIN, END = "<!-- begin {name} -->\n", "<!-- end {name} -->\n"
 
@@ -40,3 +41,14 @@ def table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     """A table in Markdown."""
     rows = [heads, ["---"] * len(heads), *lines]
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def paragraph(sentences: str, indent: str = "") -> str:
+    """Sentences, in lines that are no wider than a page; all but the first are indented."""
+    return wrap(sentences, 100, subsequent_indent=indent, break_on_hyphens=False) + "\n"
+
+
+def span(numbers: Sequence[float], form: str = ".2f") -> str:
+    """The least and the greatest number; one of them where both read the same."""
+    least, most = format(min(numbers), form), format(max(numbers), form)
+    return least if least == most else f"{least} to {most}"

@@ -10,7 +10,7 @@ import matplotlib
 from matplotlib import pyplot
 from matplotlib.figure import Figure
 
-from . import gpu_report, rows, sentences
+from . import gpu_report, gpu_sentences, rows, sentences, tried
 from .cpu_count import report as counted
 from .documents import fill
 
@@ -133,8 +133,20 @@ def _difference(minuend: float | None, subtrahend: float | None) -> str:
     return f"{minuend - subtrahend:.3g}"
 
 
+def texts() -> dict[str, str]:
+    """All tables and sentences, by the names in their marks."""
+    recorded, on_gpus = rows.read(), gpu_report.read()
+    found = {op: table(op, recorded) for op in LAYOUT}
+    found |= {op: make(on_gpus) for op, make in gpu_report.TABLES.items()}
+    found |= {name: say(on_gpus) for name, say in gpu_sentences.SENTENCES.items()}
+    found |= {f"cpu_count{end}": say(counted.read()) for end, say in counted.TEXTS.items()}
+    for name, (op, _) in sentences.SENTENCES.items():
+        found[name] = sentences.written(name, newest(op, recorded))
+    return found | tried.tables(tried.read())
+
+
 def write() -> list[Path]:
-    """Writes the tables between their marks in the documents, and draws the plots.
+    """Writes tables and sentences between their marks in the documents, and draws the plots.
 
     Returns:
         The written files.
@@ -142,13 +154,8 @@ def write() -> list[Path]:
     Raises:
         ValueError: no document has marks for an operator.
     """
+    documents = fill(texts(), DOCUMENTS)
     recorded, on_gpus = rows.read(), gpu_report.read()
-    tables = {op: table(op, recorded) for op in LAYOUT}
-    tables |= {op: make(on_gpus) for op, make in gpu_report.TABLES.items()}
-    tables["cpu_count"] = counted.table(counted.read())
-    for name, (op, _) in sentences.SENTENCES.items():
-        tables[name] = sentences.written(name, newest(op, recorded))
-    documents = fill(tables, DOCUMENTS)
     drawn = [_save(figure, name) for name, figure in gpu_report.draw(on_gpus).items()]
     return [*documents, *plot(recorded), *drawn]
 

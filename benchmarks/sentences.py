@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from textwrap import fill
+from collections.abc import Callable, Mapping
 
-from . import cost_rule, materialize, methods
+from . import cost_rule, materialize, methods, scaling
+from .documents import paragraph, span
 
 #: (device, case) -> contender -> milliseconds, for one operation.
 Values = Mapping[tuple[str, str], Mapping[str, float]]
@@ -19,9 +19,9 @@ def _by_device(values: Values) -> dict[str, dict[str, Mapping[str, float]]]:
     return found
 
 
-def _range(numbers: Sequence[float], digits: int = 2) -> str:
-    least, most = (f"{number:.{digits}f}" for number in (min(numbers), max(numbers)))
-    return least if least == most else f"{least} to {most}"
+def _ratios(cases: Mapping[str, Mapping[str, float]], top: str, bottom: str) -> list[float]:
+    """Of two contenders, in every case that has both."""
+    return [value[top] / value[bottom] for value in cases.values() if {top, bottom} <= value.keys()]
 
 
 def stream(values: Values) -> str:
@@ -31,7 +31,7 @@ def stream(values: Values) -> str:
         known = materialize.CASES.keys() & cases.keys()
         each = [1e6 * cases[c]["stream"] / math.prod(materialize.CASES[c][:3]) for c in known]
         if each:
-            said.append(f"It takes {_range(each)} ns per weight in the rows of {device}.")
+            said.append(f"It takes {span(each)} ns per weight in the rows of {device}.")
     return " ".join(said)
 
 
@@ -55,32 +55,93 @@ def rule(values: Values) -> str:
     return " ".join(said)
 
 
+def _operations() -> tuple[float, float]:
+    """Multiplications and additions of a token in a block: of its frozen layers, and of z and p.
+
+    A product takes 2 n1 n2. z and p of a layer take 2 q (n1 + n2); the 4 layers of attention in a
+    block share a stack, and three of them share z. What projects y takes as many.
+    """
+    width, rank, blocks = methods.WIDTH, methods.RANK, methods.BLOCKS
+    attention, mlp = 4 * blocks * rank, blocks * rank
+    layers = 2 * 4 * width**2 + 2 * 2 * 4 * width**2
+    return layers, 2 * attention * width * (2 + 4) + 2 * 2 * mlp * 5 * width
+
+
 def step(values: Values) -> str:
     """What a step costs over the frozen model's, beside its floor by operations."""
-    width, rank = methods.WIDTH, methods.RANK
-    blocks = methods.BLOCKS
-    # z and p of a layer take 2 q (n1 + n2) operations for each token, its two products 4 n1 n2. The
-    # 4 layers of attention in a block share a stack, and three of them share z.
-    attention, mlp = 4 * blocks * rank, blocks * rank
-    layers = 4 * 4 * width**2 + 2 * 4 * 4 * width**2
-    added = 2 * attention * width * (2 + 4) + 2 * 2 * mlp * 5 * width
-    said = [f"By operations the floor is {1 + added / layers:.2f} of the frozen model's step."]
+    layers, added = _operations()
+    floor = 1 + added / (2 * layers)
+    said = [f"By operations the floor is {floor:.2f} of the frozen model's step."]
     for device, cases in _by_device(values).items():
-        ratios = [value["tcur"] / value["frozen"] for value in cases.values()]
-        beside = [value["tcur"] / value["lora"] for value in cases.values()]
-        said.append(f"On {device} it is {_range(ratios)}, and {_range(beside)} of LoRA's step.")
+        beside = span(_ratios(cases, "tcur", "lora"))
+        said.append(
+            f"On {device} it is {span(_ratios(cases, 'tcur', 'frozen'))}, and {beside} of LoRA's "
+            "step."
+        )
     return " ".join(said)
 
 
 def serving(values: Values) -> str:
-    """What a thousand adapters cost beside one by the same products."""
-    said = []
+    """What a thousand adapters and one cost beside none, and beside each other."""
+    layers, added = _operations()
+    said = [f"By operations the factors cost {1 + added / layers:.2f} of the frozen model."]
     for device, cases in _by_device(values).items():
+        by_weights = span(_ratios(cases, "one", "frozen"))
+        by_factors = span(_ratios(cases, "one_by_factors", "frozen"))
         each = " and ".join(
             f"{value['thousand'] / value['one_by_factors']:.2f} ({case})"
             for case, value in cases.items()
         )
-        said.append(f"On {device} a thousand cost {each} of one by the factors.")
+        said.append(
+            f"On {device} one adapter costs {by_weights} of it in W_eff, and {by_factors} by the "
+            f"factors; a thousand cost {each} of one by the factors."
+        )
+    return " ".join(said)
+
+
+def cast(values: Values) -> str:
+    """W_eff in bf16 beside what autocast does for it."""
+    return " ".join(
+        f"On {device} it takes {span(_ratios(cases, 'materialize', 'autocast'))} of the time of "
+        "autocast's cast."
+        for device, cases in _by_device(values).items()
+    )
+
+
+def memory(values: Values) -> str:
+    """Peaks of ours beside those of others."""
+    others = {"lora": "LoRA's", "fourierft": "FourierFT's", "full": "full fine-tuning's"}
+    said = []
+    for device, cases in _by_device(values).items():
+        found = {name: _ratios(cases, "tcur", other) for other, name in others.items()}
+        each = [f"{span(ratios)} of {name}" for name, ratios in found.items() if ratios]
+        said.append(f"On {device} the peak of ours is {', '.join(each)}.")
+    return " ".join(said)
+
+
+def overhead(values: Values) -> str:
+    """What a layer costs the host over a frozen one; a thousand were timed."""
+    said = []
+    for device, cases in _by_device(values).items():
+        each = []
+        for name, how in (("materialized", "by W_eff"), ("factored", "by the factors")):
+            more = [v[name] - v["linear"] for v in cases.values() if name in v]
+            each += [f"{span(more, '.0f')} µs {how}"] if more else []
+        if each:
+            costs = " and ".join(each)
+            said.append(f"Over `nn.Linear`, a layer costs the host {costs} on {device}.")
+    return " ".join(said)
+
+
+def over_lengths(values: Values) -> str:
+    """Per cent of the stream's speed, over n3 and over the rank."""
+    said = [f"All cases have {scaling.WEIGHTS / 1e6:.1f} million weights."]
+    for device, cases in _by_device(values).items():
+        for prefix, over in (("n3_", "n3 at r = 8"), ("rank_", "r at n3 = 12")):
+            chosen = {case: value for case, value in cases.items() if case.startswith(prefix)}
+            if chosen:
+                shares = span([100 * x for x in _ratios(chosen, "stream", "materialize")], ".0f")
+                said.append(f"On {device} it is {shares} % over {over}.")
     return " ".join(said)
 
 
@@ -106,9 +167,13 @@ SENTENCES: dict[str, tuple[str, Callable[[Values], str]]] = {
     "step_says": ("step", step),
     "serving_says": ("serving", serving),
     "small_says": ("small", small),
+    "cast_says": ("cast", cast),
+    "memory_says": ("memory", memory),
+    "overhead_says": ("overhead", overhead),
+    "scaling_says": ("scaling", over_lengths),
 }
 
 
 def written(name: str, values: Values) -> str:
     """The sentences of that name, as a paragraph of the page."""
-    return fill(SENTENCES[name][1](values), 100, break_on_hyphens=False) + "\n"
+    return paragraph(SENTENCES[name][1](values))

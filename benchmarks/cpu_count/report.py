@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -76,3 +76,39 @@ def _cells(row: Row) -> list[str]:
         *(f"{value:.2f}" for value in needed.values()),
         binds,
     ]
+
+
+def says(rows: Sequence[Row]) -> str:
+    """AVX2 beside AVX-512 at r = 8, and tiles of several rows of blocks beside such of one."""
+    found = {tuple(row[name] for name in KEY): row for row in rows}
+    names = [name for name in dict.fromkeys(row["case"] for row in rows) if name.endswith("x8")]
+
+    def of(case: str, setting: int) -> dict[str, float]:
+        isa, processor, cache = cases.SETTINGS[setting]
+        key = key_of([int(size) for size in case.split("x")], isa, processor, cache)
+        row = found[tuple(key.values())]
+        return {name: float(row[name]) for name in cases.COLUMNS}
+
+    wide, narrow, single = ([of(case, setting) for case in names] for setting in range(3))
+    instructions, fmas, loads = (
+        documents.span([b[name] / a[name] for a, b in zip(wide, narrow, strict=True)], ".1f")
+        for name in ("instructions", "fmas", "loads")
+    )
+    # What a core needs for each part; moves between caches are left out of the comparison.
+    needed = [cases.cycles(cases.MACHINES[cases.SETTINGS[1][1]], numbers) for numbers in narrow]
+    parts = [[each[name] for name in ("arithmetic", "loads", "instructions")] for each in needed]
+    apart = documents.span([100 * (max(part) / min(part) - 1) for part in parts], ".0f")
+    saved = ", ".join(
+        f"{one['bytes_l2'] - several['bytes_l2']:.1f} ({case})"
+        for case, one, several in zip(names, single, narrow, strict=True)
+    )
+    return documents.paragraph(
+        f"At r = 8, AVX2 executes {instructions} times AVX-512's instructions, {fmas} times its "
+        f"FMAs and {loads} times its reads. On a Zen 3 the cycles of arithmetic, reads and "
+        f"instructions are then {apart} % apart. Tiles for the cache instead of tiles of one row "
+        f"save this many bytes from beyond it: {saved}."
+    )
+
+
+#: What follows "cpu_count" in the names of marks -> what writes the text between them.
+TEXTS: dict[str, Callable[[Sequence[Row]], str]] = {"": table, "_says": says}
