@@ -13,6 +13,11 @@ sys.path.append(str(Path(__file__).parent.parent))
 #: Tests that place their tensors themselves, whatever the default device is.
 PLACED = (Path(__file__).parent / "conformance", Path(__file__).parent / "test_device.py")
 
+#: Instruction sets that the CPU kernels can be compiled for.
+VARIANTS = sorted(
+    path.parent.name for path in (Path(__file__).parent.parent / "csrc/cpu").glob("*/isa.h")
+)
+
 # Tests of Triton kernels on the CPU need Triton's interpreter, which is chosen when Triton is
 # imported. They only run in a separate session, which `test_triton.py` starts. Those of
 # `conformance` run in both.
@@ -52,6 +57,19 @@ def _default_device(request):
         return
     with torch.device(device):
         yield
+
+
+@pytest.fixture(params=VARIANTS)
+def isa(request):
+    """Every instruction set of the CPU kernels in turn."""
+    from tcur_kernels import _cpu
+
+    if request.param not in _cpu.runnable_isas():
+        pytest.skip(f"this processor, or the library, has no {request.param}")
+    before = _cpu.chosen_isa()
+    _cpu.use_isa(request.param)
+    yield request.param
+    _cpu.use_isa(before)
 
 
 @pytest.fixture

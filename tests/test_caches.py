@@ -20,12 +20,6 @@ def force():
     native.force(isa, cache)
 
 
-@pytest.fixture(params=_cpu.runnable_isas())
-def isa(request, force):
-    force(isa=request.param)
-    return request.param
-
-
 #: n3, n1, n2, rank: one or several rows of blocks in a tile, the last one not whole; rows and
 #: columns that are not whole blocks; a length by levels, by two factors, by a convolution.
 SHAPES = [(48, 21, 300, 8), (12, 70, 513, 32), (96, 9, 64, 4), (127, 18, 130, 5), (5, 130, 1, 1)]

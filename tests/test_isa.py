@@ -12,16 +12,6 @@ from tcur_kernels.operators import contract, reference
 from tolerance import assert_close, bound, relative_error
 
 
-@pytest.fixture(params=_cpu.compiled_isas())
-def isa(request):
-    if request.param not in _cpu.runnable_isas():
-        pytest.skip(f"this processor has no {request.param}")
-    before = _cpu.chosen_isa()
-    _cpu.use_isa(request.param)
-    yield request.param
-    _cpu.use_isa(before)
-
-
 def test_every_length_is_transformed_right(isa):
     """All lengths that codelets make and some others, both ways, in a block that is not whole."""
     primes = (67, 71, 73, 79, 89, 97, 101, 109, 113, 127)

@@ -20,16 +20,6 @@ IDS = torch.tensor([2, 0, 3, 0, 2])  # adapter 1 has no rows
 SIZES = [*itertools.product((1, 2, 3, 48, 127), (1, 3, 8, 33)), (47, 16), (64, 17), (12, 4)]
 
 
-@pytest.fixture(params=_cpu.compiled_isas())
-def isa(request):
-    if request.param not in _cpu.runnable_isas():
-        pytest.skip(f"this processor has no {request.param}")
-    before = _cpu.chosen_isa()
-    _cpu.use_isa(request.param)
-    yield request.param
-    _cpu.use_isa(before)
-
-
 def stacked(case, dtype=torch.float32):
     return torch.randn(ADAPTERS, *case.core.shape, dtype=dtype)
 
