@@ -174,10 +174,17 @@ def accuracy(model: nn.Module, images: Images) -> float:
 
 def new_base(args: argparse.Namespace) -> ViTForImageClassification:
     """A ViT pretrained here on the digits 0 to 4."""
+    return pretrained_vit(args, old_digits(), patch=2)
+
+
+def pretrained_vit(
+    args: argparse.Namespace, images: Images, patch: int
+) -> ViTForImageClassification:
+    """A small ViT pretrained here on square images of five classes, in patches of that side."""
     config = ViTConfig(
-        image_size=8,
-        patch_size=2,
-        num_channels=1,
+        image_size=images.pixels.shape[-1],
+        patch_size=patch,
+        num_channels=images.pixels.shape[1],
         hidden_size=args.width,
         intermediate_size=2 * args.width,
         num_hidden_layers=args.layers,
@@ -185,10 +192,14 @@ def new_base(args: argparse.Namespace) -> ViTForImageClassification:
         num_labels=5,
     )
     model = ViTForImageClassification(config)
-    pixels, digits = _digits()
-    old = Images(pixels[digits < 5], digits[digits < 5])
-    optimise(args, model, old, 1e-3, args.pretrain_steps, "pretraining")
+    optimise(args, model, images, 1e-3, args.pretrain_steps, "pretraining")
     return model
+
+
+def old_digits() -> Images:
+    """The digits 0 to 4."""
+    pixels, digits = _digits()
+    return Images(pixels[digits < 5], digits[digits < 5])
 
 
 def new_digits(args: argparse.Namespace) -> tuple[Images, Images, Images]:

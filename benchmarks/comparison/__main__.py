@@ -1,0 +1,96 @@
+"""``python -m benchmarks.comparison``: every method on every task, by the same search and seeds.
+
+``run`` trains what is not recorded yet, and appends a row for each training: interrupt it when you
+like, the same command goes on. ``report`` writes tables and plots from the rows.
+
+Without options of data, the tasks are the repository's own. Each takes a user's data and model in
+their place; then the rows go to a file of the user's (``--rows``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+
+from . import records, report
+from .experiment import PARTS, Plan, Run, names_of_methods
+from .tasks import TASKS
+from .tasks.base import BadDataError, Sources
+
+QUICK_ROWS = Path("runs/comparison/quick.csv")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Reads the command line; errors of the user end it with one line."""
+    args = parse_args(arguments)
+    try:
+        if args.command == "report":
+            print(*report.write(args.rows, args.output), sep="\n")
+        else:
+            run(args)
+    except (BadDataError, records.RowsError, ValueError) as error:
+        raise SystemExit(f"{error}") from error
+    except KeyboardInterrupt:
+        raise SystemExit("interrupted; the same command goes on") from None
+
+
+def run(args: argparse.Namespace) -> None:
+    """Trains."""
+    names = [field.name for field in fields(Sources)]
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    sources = Sources(**given)
+    own = [name for task in args.tasks for name in TASKS[task].own if name in given]
+    if own and args.rows == records.FILE:
+        option = own[0].replace("_", "-")
+        raise ValueError(f"--rows: expected a file of your own beside --{option}, got none")
+    quick = {"seeds": (0, 1), "spread": (1.0, 3.0)} if args.quick else {}
+    seeds = {} if args.seeds is None else {"seeds": tuple(range(args.seeds))}
+    kept = {"parts": args.parts, **quick, **seeds}
+    plan = Plan(sources, args.tasks, names_of_methods(args.methods), **kept)
+    torch.set_num_threads(1)
+    with records.writing(args.rows) as rows:
+        made = Run(plan, rows, args.rows, args.jobs)
+        made.all()
+    if made.failed:
+        raise ValueError("some trainings did not end:\n" + "\n".join(made.failed))
+    print(f"all rows are in {args.rows}", file=sys.stderr)
+
+
+def parse_args(arguments: list[str] | None) -> argparse.Namespace:
+    """Parses and checks the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.comparison",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    shown = commands.add_parser("report", help="write tables and plots from the rows")
+    shown.add_argument("--output", type=Path, help="a folder; default: the repository's documents")
+    train = commands.add_parser("run", help="train what is not recorded yet")
+    train.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    train.add_argument("--methods", nargs="+", help="default: all")
+    train.add_argument("--seeds", type=int, help="how many; default: 5")
+    train.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="default: all")
+    train.add_argument("--jobs", type=int, default=2, help="trainings at once, one thread each")
+    train.add_argument("--quick", action="store_true", help="a few steps of everything")
+    for field in fields(Sources):
+        if field.name != "quick":
+            train.add_argument(f"--{field.name.replace('_', '-')}", type=Path)
+    for command in (shown, train):
+        command.add_argument("--rows", type=Path, help=f"default: {records.FILE.name}")
+    args = parser.parse_args(arguments)
+    for name in ("seeds", "jobs"):
+        value = getattr(args, name, None)
+        if value is not None and value < 1:
+            parser.error(f"--{name}: expected at least 1, got {value}")
+    if args.rows is None:
+        args.rows = QUICK_ROWS if getattr(args, "quick", False) else records.FILE
+    return args
+
+
+if __name__ == "__main__":
+    main()

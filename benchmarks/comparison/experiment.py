@@ -1,0 +1,238 @@
+"""Which trainings there are: a search for a learning rate, the same for all, and then seeds."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from ..timing import interleave
+from . import records
+from .methods import METHODS, method
+from .methods.base import RefusedError
+from .process import EndedError, Result, memory_of_this_process, reset_peak, run
+from .records import Key, Rows
+from .summary import best_rate, refusals, searched
+from .tasks import TASKS
+from .tasks.base import Sources, Task
+from .training import DivergedError, step_of, train
+
+#: The rates of a search, as parts of the middle one of the method and the task.
+SPREAD = (1 / 9, 1 / 3, 1.0, 3.0, 9.0)
+#: What is done for each task, one after the other; and rounds in which steps are timed.
+PARTS = ("search", "reported", "timed")
+ROUNDS = 15
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to train.
+
+    Attributes:
+        sources: data and models.
+        tasks, methods: names.
+        seeds: of the reported trainings.
+        spread: rates of the search, as `SPREAD`.
+        parts: of `PARTS`.
+    """
+
+    sources: Sources
+    tasks: Sequence[str]
+    methods: Sequence[str]
+    seeds: Sequence[int] = (0, 1, 2, 3, 4)
+    spread: Sequence[float] = SPREAD
+    parts: Sequence[str] = PARTS
+
+    def data(self, task: str) -> str:
+        """The data of a task in a row: "default", or a digest of the user's files."""
+        names = TASKS[task].own
+        files = {n: path for n in names if (path := getattr(self.sources, n)) is not None}
+        own = " ".join(f"{name}={path.name}:{_digest(path)}" for name, path in files.items())
+        return f"{'quick ' if self.sources.quick else ''}{own or 'default'}"
+
+    def rates(self, task: str, name: str) -> tuple[float, ...]:
+        """The learning rates that a method tries; 0 alone for the head."""
+        if name == "head":
+            return (0.0,)
+        middle = method(name).rate * TASKS[task].rate_scale
+        return tuple(float(f"{middle * part:.3g}") for part in self.spread)
+
+    def searches(self, task: str) -> Iterator[Key]:
+        """The trainings of the search, in the order in which they are best done."""
+        kind = TASKS[task]
+        for seed in kind.search:
+            for name in (name for name in self.methods if name != "head"):
+                for rate in self.rates(task, name):
+                    yield Key(self.data(task), task, kind.searched, name, rate, seed, "search")
+
+    def reported(self, task: str, rows: Rows) -> Iterator[Key]:
+        """The trainings that are reported, of the methods whose search is done.
+
+        Those of the size of the search come first.
+        """
+        kind = TASKS[task]
+        for size in sorted(kind.sizes, key=lambda size: size != kind.searched):
+            for seed in self.seeds:
+                for name in self.methods:
+                    rate = self.chosen(task, name, rows)
+                    if rate is not None:
+                        yield Key(self.data(task), task, size, name, rate, seed, "reported")
+
+    def timed(self, task: str, rows: Rows) -> list[Key]:
+        """The methods whose steps are timed beside each other: those that take the model."""
+        taken = [name for name in self.methods if not self.refused(task, name, rows)]
+        size = TASKS[task].searched
+        return [
+            Key(self.data(task), task, size, name, max(self.rates(task, name)), 0, "timed")
+            for name in taken
+        ]
+
+    def chosen(self, task: str, name: str, rows: Rows) -> float | None:
+        """The rate with the best mean validation; None if the search is not done, or all diverged.
+
+        A training that diverged counts as the worst.
+        """
+        if name == "head":
+            return 0.0
+        keys = [key for key in self.searches(task) if key.method == name]
+        if any(key not in rows for key in keys):
+            return None
+        return best_rate(searched({key: rows[key] for key in keys}))
+
+    def refused(self, task: str, name: str, rows: Rows) -> bool:
+        """Whether it is known that a method does not take the model of a task."""
+        return name in refusals(rows, self.data(task), task)
+
+
+class Run:
+    """Trains what a plan has and the rows lack; appends a row for each training."""
+
+    def __init__(self, plan: Plan, rows: Rows, file: Path, jobs: int) -> None:
+        self.plan, self.rows, self.file, self.jobs = plan, rows, file, jobs
+        self.failed: list[str] = []
+        self._made: tuple[tuple[str, int, int], Task] | None = None
+        self._kept: dict[str, float] = {}
+
+    def all(self) -> None:
+        """Searches and trains everything, task by task."""
+        for task in self.plan.tasks:
+            if "search" in self.plan.parts:
+                self._wave(self.plan.searches(task))
+            if "reported" in self.plan.parts:
+                self._wave(self.plan.reported(task, self.rows))
+            if "timed" in self.plan.parts:
+                self._time(task)
+
+    def _wave(self, keys: Iterable[Key]) -> None:
+        """Does the trainings that are not recorded."""
+        missing = [key for key in keys if key not in self.rows]
+        started = time.perf_counter()
+
+        def works() -> Iterator[tuple[Key, Callable[[], Result]]]:
+            for key in missing:
+                if not self.plan.refused(key.task, key.method, self.rows):
+                    yield key, partial(_trained, self._task(key), key)
+
+        for done, (key, result) in enumerate(run(works(), self.jobs), 1):
+            left = (time.perf_counter() - started) / done * (len(missing) - done) / 60
+            self._record(key, result, f"{done}/{len(missing)}, {left:.0f} min left")
+
+    def _time(self, task: str) -> None:
+        """Times steps of all methods beside each other, if any of them is not recorded."""
+        keys = self.plan.timed(task, self.rows)
+        if all(key in self.rows for key in keys):
+            return
+        rounds = 2 if self.plan.sources.quick else ROUNDS
+        work = partial(_timed, self._task(keys[0]), keys, rounds)
+        for _, result in run([(task, work)], 1):
+            for key in keys:
+                own = result if isinstance(result, EndedError) else result[key.method]
+                self._record(key, own, "steps")
+
+    def _record(self, key: Key, result: Result | EndedError, progress: str) -> None:
+        """Appends a row, or keeps what went wrong for the end."""
+        told = " ".join(str(part) for part in key[1:])
+        if isinstance(result, EndedError):
+            self.failed.append(f"{told}: {result}")
+            print(self.failed[-1], flush=True)
+            return
+        row = self.rows[key] = records.append(self.file, {**key._asdict(), **result})
+        found = row["test"] or row["validation"] or row["step_ms"] or row["state"]
+        print(f"{progress}: {told}: {found}", flush=True)
+
+    def _task(self, key: Key) -> Task:
+        """The task of a training; the last one is kept."""
+        name = (key.task, key.size, key.seed)
+        if self._made is None or self._made[0] != name:
+            self._made = name, TASKS[key.task](self.plan.sources, key.size, key.seed)
+        return self._made[1]
+
+
+def _trained(task: Task, key: Key) -> Result:
+    """Trains, in a process of its own; says what it took, and the scores."""
+    torch.set_num_threads(1)
+    started = time.perf_counter()
+    reset_peak()
+    before = memory_of_this_process("VmHWM")
+    try:
+        trained = train(task, method(key.method), key.rate, key.seed)
+    except DivergedError as error:
+        return {"state": f"diverged: {error}"}
+    except RefusedError as error:
+        return {"state": f"refused: {error}"}
+    found = {
+        "state": "done",
+        "trained": trained.numbers,
+        "peak_mb": memory_of_this_process("VmHWM") - before,
+        "file_kb": trained.file_kb,
+        "curve": " ".join(f"{loss:.4g}" for loss in trained.curve),
+        "validation": task.score(trained.model, "validation"),
+    }
+    if key.part == "reported":
+        details = task.details(trained.model)
+        found |= {
+            "test": task.score(trained.model, "test"),
+            "kept_before": task.kept(task.model()),
+            "kept": task.kept(trained.model),
+            "details": ";".join(f"{name}={value:.6g}" for name, value in details.items()),
+        }
+    return {**found, "seconds": time.perf_counter() - started}
+
+
+def _timed(task: Task, keys: Sequence[Key], rounds: int) -> Result:
+    """The milliseconds of a step of each method, with one thread."""
+    torch.set_num_threads(1)
+    steps = {key.method: step_of(task, method(key.method), key.rate, key.seed) for key in keys}
+    timings = interleave(steps, keys[0].method, rounds)
+    return {
+        name: {"state": "done", "step_ms": timing.median_ms} for name, timing in timings.items()
+    }
+
+
+def _digest(path: Path) -> str:
+    """A short digest of a file, or of the names and sizes in a folder."""
+    digest = hashlib.sha256()
+    if path.is_dir():
+        for file in sorted(path.rglob("*")):
+            digest.update(f"{file.relative_to(path)} {file.stat().st_size}\n".encode())
+    else:
+        with open(path, "rb") as opened:
+            while block := opened.read(2**22):
+                digest.update(block)
+    return digest.hexdigest()[:8]
+
+
+def names_of_methods(names: Sequence[str] | None) -> list[str]:
+    """The methods of a command line, each once.
+
+    Raises:
+        ValueError: a method is not known.
+    """
+    for name in names or ():
+        method(name)
+    return list(dict.fromkeys(names or METHODS))

@@ -1,0 +1,144 @@
+"""The rows of the comparison: one for each training, appended as it ends."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import fcntl
+import io
+import os
+from collections.abc import Iterator, Mapping
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from ..commit import commit
+from ..rows import RESULTS, device_name
+
+FILE = RESULTS / "comparison" / "trainings.csv"
+FIELDS = (
+    "time",
+    "commit",
+    "torch",
+    "peft",
+    "device",
+    "data",
+    "task",
+    "size",
+    "method",
+    "rate",
+    "seed",
+    "part",
+    "state",
+    "trained",
+    "validation",
+    "test",
+    "kept_before",
+    "kept",
+    "details",
+    "step_ms",
+    "peak_mb",
+    "file_kb",
+    "seconds",
+    "curve",
+)
+
+
+class Key(NamedTuple):
+    """What names a row.
+
+    Attributes:
+        data: "default", or what tells a user's files.
+        task, size, method, rate, seed: of the training.
+        part: "search" for a learning rate, "reported", or "timed".
+    """
+
+    data: str
+    task: str
+    size: int
+    method: str
+    rate: float
+    seed: int
+    part: str
+
+
+Rows = dict[Key, dict[str, str]]
+
+
+class RowsError(Exception):
+    """A file of rows that cannot be used; the message says why."""
+
+
+def key(row: Mapping[str, Any]) -> Key:
+    """The key of a row."""
+    numbers = {"size": int(row["size"]), "rate": float(row["rate"]), "seed": int(row["seed"])}
+    return Key(**{**{name: row[name] for name in Key._fields}, **numbers})
+
+
+def read(file: Path = FILE) -> Rows:
+    """All rows by their keys; of rows with one key, the latest.
+
+    Raises:
+        RowsError: the file has other columns, or a row that is not whole.
+    """
+    if not file.exists():
+        return {}
+    with open(file, newline="", encoding="utf-8") as opened:
+        reader = csv.DictReader(opened)
+        if tuple(reader.fieldnames or ()) != FIELDS:
+            raise RowsError(f"{file}: expected the columns {', '.join(FIELDS)}")
+        found = {}
+        for number, row in enumerate(reader, 2):
+            if None in row or None in row.values():
+                raise RowsError(f"{file}: expected {len(FIELDS)} values in line {number}")
+            found[key(row)] = row
+        return found
+
+
+@contextlib.contextmanager
+def writing(file: Path) -> Iterator[Rows]:
+    """The rows of a file to which this process alone may append; others are refused meanwhile.
+
+    A last line that was cut short, as by a machine that went down, is removed.
+
+    Raises:
+        RowsError: another process appends to the file, or it is not one of rows.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with open(file, "a+b") as opened:
+        try:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise RowsError(f"{file}: expected no other run to write to it") from error
+        opened.seek(0)
+        content = opened.read()
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):
+            os.truncate(file, whole)
+        if not whole:
+            opened.write(f"{','.join(FIELDS)}\n".encode())
+            opened.flush()
+        yield read(file)
+
+
+def append(file: Path, row: Mapping[str, Any]) -> dict[str, str]:
+    """Appends one row, in one write. Returns it as `read` would."""
+    numbers = {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()}
+    made = {
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "torch": torch.__version__,
+        "peft": version("peft"),
+        "device": device_name(),
+        **numbers,
+    }
+    text = io.StringIO()
+    csv.DictWriter(text, FIELDS, restval="", lineterminator="\n").writerow(made)
+    with open(file, "a", encoding="utf-8", newline="") as opened:
+        opened.write(text.getvalue())
+        opened.flush()
+        os.fsync(opened.fileno())
+    return {name: str(made.get(name, "")) for name in FIELDS}

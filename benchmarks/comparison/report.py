@@ -1,0 +1,148 @@
+"""The tables of docs/comparison.md and README.md, or of a folder of the user, from the rows."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from ..documents import fill, table
+from . import plots, records
+from .methods import METHODS
+from .records import Rows
+from .summary import Summary, experiments, interval, refusals, sizes, summaries
+from .tasks import TASKS
+from .tasks.base import ROOT
+
+PAGES = (ROOT / "README.md", ROOT / "docs" / "comparison.md")
+PLOTS = ROOT / "docs" / "plots"
+
+#: The method that others are compared with, and those that README.md shows.
+OURS = "tcurlora:8"
+SHOWN = ("head", "tcurlora:8", "tcurlora:32", "lora:1", "lora:8", "full")
+
+
+def write(file: Path, output: Path | None) -> list[Path]:
+    """Writes tables and plots; returns the files.
+
+    Args:
+        file: the rows.
+        output: a folder for ``comparison.md`` and the plots. None: the repository's documents,
+            which have marks for the tables.
+
+    Raises:
+        RowsError: there are no rows of reported trainings.
+    """
+    rows = records.read(file)
+    every = [(data, task) for data, task in experiments(rows) if sizes(rows, data, task)]
+    if not every:
+        raise records.RowsError(f"{file}: expected rows of reported trainings, got none")
+    if output is None:
+        return [*fill(tables(rows), PAGES), *plots.draw(rows, "default", PLOTS)]
+    output.mkdir(parents=True, exist_ok=True)
+    page, drawn = output / "comparison.md", []
+    parts = []
+    for data in dict.fromkeys(data for data, _ in every):
+        parts.append(f"# {data}\n")
+        for _, task in (pair for pair in every if pair[0] == data):
+            own = [scores(rows, data, task), by_size(rows, data, task), measures(rows, data, task)]
+            parts += [f"## {task}\n", *(text for text in own if text)]
+        drawn += plots.draw(rows, data, output)
+    page.write_text("\n".join(parts), encoding="utf-8")
+    return [page, *drawn]
+
+
+def tables(rows: Rows) -> dict[str, str]:
+    """Name of the mark -> Markdown, of the repository's own tasks."""
+    found = {"comparison": shown(rows)}
+    for task in TASKS:
+        found[f"comparison_{task}"] = scores(rows, "default", task)
+        for name, text in (
+            ("sizes", by_size(rows, "default", task)),
+            ("measures", measures(rows, "default", task)),
+        ):
+            if text:
+                found[f"comparison_{task}_{name}"] = text
+    return found
+
+
+def scores(rows: Rows, data: str, task: str) -> str:
+    """Every method of a task, at the size of its search; a sentence for those that are missing."""
+    kind, found = TASKS[task], summaries(rows, data, task, TASKS[task].searched)
+    heads = ["method", "numbers", "rate", kind.measure, "difference", "kept", "step", "memory"]
+    lines = []
+    for name, summary in found.items():
+        apart = None if OURS not in found or name == OURS else summary.apart(found[OURS])
+        lines.append(
+            [
+                METHODS[name].label,
+                f"{summary.middle('trained'):,.0f}",
+                "–"
+                if summary.rate is None
+                else f"{summary.rate:g}{'*' if summary.is_edge else ''}",
+                f"{interval(summary.numbers('test')):.3f}{_diverged(summary)}",
+                "–" if apart is None else f"{apart:+.3f}",
+                f"{interval(summary.numbers('kept')):.3f}",
+                "–" if math.isnan(summary.step_ms) else f"{summary.step_ms:.0f} ms",
+                f"{summary.middle('peak_mb'):.0f} MB",
+                f"{summary.middle('file_kb'):,.0f} KB",
+            ]
+        )
+    text = table([*heads, "file"], lines)
+    before = [float(row["kept_before"]) for one in found.values() for row in one.rows.values()]
+    if before:
+        text += f"\nBefore adaptation, {kind.kept_measure} is {before[0]:.3f}.\n"
+    for name, why in refusals(rows, data, task).items():
+        text += f"\n{METHODS[name].label} does not take this model: {why}\n"
+    return text
+
+
+def _diverged(summary: Summary) -> str:
+    every = len(summary.rows) + summary.diverged
+    return f" ({summary.diverged} of {every} diverged)" if summary.diverged else ""
+
+
+def by_size(rows: Rows, data: str, task: str) -> str:
+    """The scores at all sizes; empty for a task of one size."""
+    every = sizes(rows, data, task)
+    if len(every) < 2:
+        return ""
+    found = {size: summaries(rows, data, task, size) for size in every}
+    lines = [
+        [
+            METHODS[name].label,
+            *(
+                f"{interval(found[size][name].numbers('test')):.3f}" if name in found[size] else "–"
+                for size in every
+            ),
+        ]
+        for name in METHODS
+        if any(name in one for one in found.values())
+    ]
+    return table(["method", *map(str, every)], lines)
+
+
+def measures(rows: Rows, data: str, task: str) -> str:
+    """The details of the scores; empty for a task without."""
+    found = summaries(rows, data, task, TASKS[task].searched)
+    names = TASKS[task].details_measured
+    if not found or not names:
+        return ""
+    lines = [
+        [METHODS[name].label, *(f"{one.detail(each):.3f}" for each in names)]
+        for name, one in found.items()
+    ]
+    return table(["method", *names], lines)
+
+
+def shown(rows: Rows) -> str:
+    """A few methods on all tasks."""
+    every = {task: summaries(rows, "default", task, TASKS[task].searched) for task in TASKS}
+    own = {task: found for task, found in every.items() if all(name in found for name in SHOWN)}
+    lines = [
+        [
+            METHODS[name].label,
+            *(f"{interval(found[name].numbers('test')):.3f}" for found in own.values()),
+        ]
+        for name in SHOWN
+    ]
+    return table(["what trains beside the head", *own], lines)

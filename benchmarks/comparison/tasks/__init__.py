@@ -1,0 +1,10 @@
+"""The tasks, by their names in rows."""
+
+from __future__ import annotations
+
+from .base import Task
+from .images import Digits
+from .letters import Letters
+from .texts import Glosses
+
+TASKS: dict[str, type[Task]] = {"minilm": Glosses, "letters": Letters, "digits": Digits}
