@@ -104,11 +104,23 @@ def make_subject(domain: Domain, seed: int) -> tuple[MetaTensor, MetaTensor]:
     """Image and label of one subject, on the domain's voxel grid."""
     anatomy = load_anatomy()
     random = np.random.RandomState(seed)
-    shown = anatomy.t1
-    if domain.contrast == "T2":  # dark white matter, brighter grey matter, bright fluid
-        shown = (1.05 - shown).clamp(min=0) ** 0.8 * (shown > 0.05)
-    subject = torch.stack([shown, anatomy.structures[domain.structure].float()])
+    shown = in_contrast(anatomy.t1, domain.contrast)
+    subject = deformed(torch.stack([shown, anatomy.structures[domain.structure].float()]), random)
+    image = scanned(subject[:1], domain, random)
+    label = MetaTensor((subject[1:] > 0.5).float(), affine=_affine())
+    return image, Spacing(domain.spacing, mode="nearest")(label)
 
+
+def in_contrast(t1: Tensor, contrast: Literal["T1", "T2"]) -> Tensor:
+    """The template as a contrast shows it, 0 to about 1."""
+    if contrast == "T1":
+        return t1
+    # dark white matter, brighter grey matter, bright fluid
+    return (1.05 - t1).clamp(min=0) ** 0.8 * (t1 > 0.05)
+
+
+def deformed(volumes: Tensor, random: np.random.RandomState) -> Tensor:
+    """The volumes ``[n, *template]`` in one random pose and shape, cut to ``[n, *SLAB]``."""
     deform = Rand3DElastic(
         sigma_range=(5, 8),
         magnitude_range=(60, 140),
@@ -119,17 +131,23 @@ def make_subject(domain: Domain, seed: int) -> tuple[MetaTensor, MetaTensor]:
         padding_mode="zeros",
     )
     deform.set_random_state(int(random.randint(2**31)))
+    room = SpatialPad([n + 8 for n in volumes.shape[1:3]] + [volumes.shape[3]])
+    return CenterSpatialCrop(SLAB)(deform(room(volumes))).as_tensor()
+
+
+def scanned(volume: Tensor, domain: Domain, random: np.random.RandomState) -> MetaTensor:
+    """What the domain's scanner makes of ``[1, *SLAB]``: bias field, voxel size and noise."""
     bias = RandBiasField(coeff_range=(0, domain.bias), prob=1)
     bias.set_random_state(int(random.randint(2**31)))
-    room = SpatialPad([n + 8 for n in subject.shape[1:3]] + [subject.shape[3]])
-    subject = CenterSpatialCrop(SLAB)(deform(room(subject))).as_tensor()
-    affine = torch.diag(torch.tensor([*GRID, 1.0], dtype=torch.float64))
-    image = MetaTensor(bias(subject[:1]).as_tensor(), affine=affine)
-    label = MetaTensor((subject[1:] > 0.5).float(), affine=affine)
+    image = MetaTensor(bias(volume).as_tensor(), affine=_affine())
     image = Spacing(domain.spacing, mode="bilinear")(image)
-    label = Spacing(domain.spacing, mode="nearest")(label)
     image += domain.noise * torch.from_numpy(random.standard_normal(image.shape)).float()
-    return image, label
+    return image
+
+
+def _affine() -> Tensor:
+    """Of the grid on which subjects are made."""
+    return torch.diag(torch.tensor([*GRID, 1.0], dtype=torch.float64))
 
 
 def write_domain(
