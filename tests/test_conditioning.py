@@ -1,6 +1,5 @@
 """benchmarks.conditioning: what it trains, how it chooses rates, and that tables are current."""
 
-import argparse
 import copy
 import csv
 import functools
@@ -10,29 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.conditioning import experiment, methods, records, report, tasks
-
-
-class Small(tasks.Task):
-    """Fits numbers; the accuracy falls with the loss."""
-
-    head, head_rate, layers, steps = ("head",), 1e-2, ["body.*"], 3
-
-    def __init__(self, args, seed):
-        torch.manual_seed(seed)
-        body = nn.Sequential(*(nn.Linear(8, 8) for _ in range(3)))
-        self.base = nn.ModuleDict({"body": body, "head": nn.Linear(8, 2)})
-        self.inputs, self.targets = torch.randn(40, 8), torch.randn(40, 2)
-
-    def loss(self, model, generator):
-        rows = torch.randint(40, (8,), generator=generator)
-        y = model["head"](model["body"](self.inputs[rows]))
-        return (y - self.targets[rows]).square().mean()
-
-    @torch.no_grad()
-    def accuracy(self, model, part):
-        y = model["head"](model["body"](self.inputs))
-        return 1 / (1 + float((y - self.targets).square().mean()))
+from benchmarks.comparison import tasks
+from benchmarks.comparison.tasks.base import Sources
+from benchmarks.comparison.training import train
+from benchmarks.conditioning import experiment, methods, records, report
+from small_task import Small
 
 
 @pytest.fixture
@@ -42,7 +23,7 @@ def made(tmp_path, monkeypatch):
     monkeypatch.setitem(tasks.TASKS, "small", Small)
     monkeypatch.setitem(experiment.RATES, "small", (1e-3, 1e-2))
     monkeypatch.setitem(experiment.RANKS, "small", (2, 4))
-    return lambda: experiment.Experiment("small", argparse.Namespace())
+    return lambda: experiment.Experiment("small", Sources())
 
 
 CORES = ("cores:orthonormal:norm:2", "cores:slices:inverse:2:layer", "cores:orthonormal:gradient:2")
@@ -53,10 +34,11 @@ CORES = ("cores:orthonormal:norm:2", "cores:slices:inverse:2:layer", "cores:orth
     [("head", 0), ("full", 3 * 72), ("lora:1", 3 * 16), *((name, 12) for name in CORES)],
 )
 def test_a_method_trains_what_it_says(name, trained):
-    task = Small(None, 0)
+    task = Small(Sources(), 40, 0)
     before = copy.deepcopy(task.base.state_dict())
-    model, count = methods.train(task, name, 1e-2, seed=0)
-    assert count == trained
+    found = train(task, methods.method(name), 1e-2, seed=0)
+    model = found.model
+    assert found.numbers == trained
     assert not torch.equal(model["head"].weight, before["head.weight"])
     changed = model["body"][0](torch.ones(8)) - nn.functional.linear(
         torch.ones(8), before["body.0.weight"], before["body.0.bias"]
@@ -158,7 +140,7 @@ def test_what_the_page_says_of_bases():
 
 def test_what_the_page_says_of_rules():
     better = {
-        (basis, rule): [_apart(task, f"cores:{basis}:{rule}:8") for task in tasks.TASKS]
+        (basis, rule): [_apart(task, f"cores:{basis}:{rule}:8") for task in experiment.NAMES]
         for basis in ("orthonormal", "slices")
         for rule in experiment.RULES
     }
@@ -166,9 +148,9 @@ def test_what_the_page_says_of_rules():
     for found in better.values():
         assert max(found) < 3
         assert sum(gain > 2 for gain in found) <= 1
-    gradient = dict(zip(tasks.TASKS, better["orthonormal", "gradient"], strict=True))
+    gradient = dict(zip(experiment.NAMES, better["orthonormal", "gradient"], strict=True))
     assert gradient["letters"] > 2 > max(gradient["minilm"], gradient["digits"])
-    for task in tasks.TASKS:
+    for task in experiment.NAMES:
         assert _apart(task, "cores:slices:inverse:8:layer") < -3
 
 
@@ -212,51 +194,3 @@ def test_the_report_writes_them(tmp_path, monkeypatch):
     assert "old" not in pages[0].read_text()
     assert pages[1].read_text() == "no marks"
     assert (tmp_path / "plot.png").read_bytes()[:4] == b"\x89PNG"
-
-
-def test_minilm_reads_a_folder_of_transformers_and_wordnet(tmp_path):
-    transformers = pytest.importorskip("transformers")
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "thing", "of", "kind"]
-    vocabulary = {word: number for number, word in enumerate(words)}
-    transformers.BertTokenizerFast(vocab=vocabulary).save_pretrained(tmp_path)
-    config = transformers.BertConfig(
-        vocab_size=9,
-        hidden_size=8,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=16,
-    )
-    transformers.BertModel(config).save_pretrained(tmp_path)
-    lines = ["  1 This software and database is being provided to you"]
-    for number in range(26 * 120):
-        lines.append(f"{number:08} {3 + number % 26:02} n 01 x 0 000 | a thing of kind; not this")
-    (tmp_path / "data.noun").write_text("\n".join(lines) + "\n")
-    args = argparse.Namespace(minilm=tmp_path, wordnet=tmp_path / "data.noun")
-    task = tasks.MiniLM(args, 0)
-    assert [len(task._parts[part][0]) for part in task._parts] == [26 * 32, 26 * 20, 1500]
-    ids, labels = task._parts["training"]
-    assert labels.bincount().tolist() == [32] * 26
-    assert ids[0] == [2, 5, 6, 7, 8, 3]  # up to the semicolon
-    model = task.model()
-    assert task.loss(model, torch.Generator().manual_seed(0)).isfinite()
-    assert 0 <= task.accuracy(model, "validation") <= 0.2
-    names = [name for name, _ in methods._layers(model, task)]
-    assert len(names) == 6
-    assert all(name.startswith("encoder.encoder.layer.0.") for name in names)
-
-
-@pytest.mark.parametrize("name", ["digits", "letters"])
-def test_the_tasks_of_the_examples(name, monkeypatch):
-    """With models of the smallest size that the examples have, which are not pretrained."""
-    module = {"digits": "vit_classifier", "letters": "language_model"}[name]
-    example = tasks._example(module)
-    small = example.parse_args(["--smoke"])
-    small.context = 96
-    made = example.new_base(small)
-    monkeypatch.setitem(tasks._BASES, name, (made[0] if name == "letters" else made).eval())
-    task = tasks.TASKS[name](argparse.Namespace(), 1)
-    model, count = methods.train(task, "head", 0.0, seed=1)
-    assert count == 0
-    assert 0 <= task.accuracy(model, "validation") <= 1
-    assert task.loss(model, torch.Generator().manual_seed(0)).isfinite()
-    assert list(methods._layers(model, task))

@@ -184,9 +184,14 @@ def test_scores_are_defined_as_the_table_says(job, monkeypatch):
     logits = torch.stack([(found == c).float() for c in range(4)], 1)
     monkeypatch.setattr(job.evaluation, "predict", lambda *_: logits)
     volume = {"image": truth, "label": MetaTensor(truth), "entry": {"image": "x"}}
-    scores = job.evaluation.evaluate(recipe, None, [volume])
+    scores = job.evaluation.evaluate(recipe, None, [volume], list(job.evaluation.MEASURES))
     assert scores["dice"] == [0.5]
     assert scores["hd95"] == [2.5]
+    for name, first in {"iou": 4 / 12, "sensitivity": 4 / 8, "specificity": 500 / 504}.items():
+        assert scores["by_class"][name][0][0] == pytest.approx(first, rel=1e-6)
+    assert scores["by_class"]["specificity"][0][1] == pytest.approx(511 / 512, rel=1e-6)
+    assert np.isnan(scores["by_class"]["sensitivity"][0][1:]).all()
+    assert scores["sensitivity"] == [0.5]
     (dice,), (hd95,) = scores["by_class"]["dice"], scores["by_class"]["hd95"]
     assert (dice[0], hd95[0]) == (0.5, 2.5)
     assert np.isnan([*dice[1:], *hd95[1:]]).all()

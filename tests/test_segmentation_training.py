@@ -56,7 +56,7 @@ def scored(job, monkeypatch, dice):
     """Makes the checks give these scores, one after the other."""
     scores = iter(dice)
 
-    def evaluate(recipe, model, volumes, distances=True):
+    def evaluate(recipe, model, volumes, measures):
         return {"dice": [next(scores)]}
 
     monkeypatch.setattr(job.training, "evaluate", evaluate)

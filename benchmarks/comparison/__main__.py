@@ -1,7 +1,8 @@
 """``python -m benchmarks.comparison``: every method on every task, by the same search and seeds.
 
 ``run`` trains what is not recorded yet, and appends a row for each training: interrupt it when you
-like, the same command goes on. ``report`` writes tables and plots from the rows.
+like, the same command goes on. ``report`` writes tables and plots from the rows. ``pictures`` draws
+what some methods find in volumes.
 
 Without options of data, the tasks are the repository's own. Each takes a user's data and model in
 their place; then the rows go to a file of the user's (``--rows``).
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from . import records, report
+from . import pictures, records, report
 from .experiment import PARTS, Plan, Run, names_of_methods
 from .tasks import TASKS
 from .tasks.base import BadDataError, Sources
@@ -30,6 +31,9 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         if args.command == "report":
             print(*report.write(args.rows, args.output), sep="\n")
+        elif args.command == "pictures":
+            plan, rows = plan_of(args), records.read(args.rows)
+            print(*pictures.draw(plan, rows, args.output or report.PLOTS), sep="\n")
         else:
             run(args)
     except (BadDataError, records.RowsError, ValueError) as error:
@@ -38,19 +42,23 @@ def main(arguments: list[str] | None = None) -> None:
         raise SystemExit("interrupted; the same command goes on") from None
 
 
-def run(args: argparse.Namespace) -> None:
-    """Trains."""
+def plan_of(args: argparse.Namespace) -> Plan:
+    """What a command line asks for."""
     names = [field.name for field in fields(Sources)]
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    sources = Sources(**given)
     own = [name for task in args.tasks for name in TASKS[task].own if name in given]
     if own and args.rows == records.FILE:
         option = own[0].replace("_", "-")
         raise ValueError(f"--rows: expected a file of your own beside --{option}, got none")
-    quick = {"seeds": (0, 1), "spread": (1.0, 3.0)} if args.quick else {}
-    seeds = {} if args.seeds is None else {"seeds": tuple(range(args.seeds))}
-    kept = {"parts": args.parts, **quick, **seeds}
-    plan = Plan(sources, args.tasks, names_of_methods(args.methods), **kept)
+    kept = {"parts": args.parts} if args.command == "run" else {}
+    kept |= {"seeds": (0, 1), "start": (0,), "most": 1} if args.quick else {}
+    kept |= {} if args.seeds is None else {"seeds": tuple(range(args.seeds))}
+    return Plan(Sources(**given), args.tasks, names_of_methods(args.methods), **kept)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Trains."""
+    plan = plan_of(args)
     torch.set_num_threads(1)
     with records.writing(args.rows) as rows:
         made = Run(plan, rows, args.rows, args.jobs)
@@ -69,18 +77,23 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     shown = commands.add_parser("report", help="write tables and plots from the rows")
-    shown.add_argument("--output", type=Path, help="a folder; default: the repository's documents")
     train = commands.add_parser("run", help="train what is not recorded yet")
-    train.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-    train.add_argument("--methods", nargs="+", help="default: all")
-    train.add_argument("--seeds", type=int, help="how many; default: 5")
+    drawn = commands.add_parser("pictures", help="draw the best, the median and the worst volume")
     train.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="default: all")
     train.add_argument("--jobs", type=int, default=2, help="trainings at once, one thread each")
-    train.add_argument("--quick", action="store_true", help="a few steps of everything")
-    for field in fields(Sources):
-        if field.name != "quick":
-            train.add_argument(f"--{field.name.replace('_', '-')}", type=Path)
-    for command in (shown, train):
+    for command in (train, drawn):
+        command.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+        command.add_argument("--methods", nargs="+", help="default: all")
+        command.add_argument("--seeds", type=int, help="how many; default: 5")
+        command.add_argument("--quick", action="store_true", help="a few steps of everything")
+        for field in fields(Sources):
+            if field.name != "quick":
+                command.add_argument(f"--{field.name.replace('_', '-')}", type=Path)
+    for command in (shown, drawn):
+        command.add_argument(
+            "--output", type=Path, help="a folder; default: the repository's documents"
+        )
+    for command in (shown, train, drawn):
         command.add_argument("--rows", type=Path, help=f"default: {records.FILE.name}")
     args = parser.parse_args(arguments)
     for name in ("seeds", "jobs"):

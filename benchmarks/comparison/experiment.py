@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,13 +18,14 @@ from .methods import METHODS, method
 from .methods.base import RefusedError
 from .process import EndedError, Result, memory_of_this_process, reset_peak, run
 from .records import Key, Rows
-from .summary import best_rate, refusals, searched
+from .summary import best_rate, of_task, refusals, searched
 from .tasks import TASKS
-from .tasks.base import Sources, Task
-from .training import DivergedError, step_of, train
+from .tasks.base import DivergedError, Sources, Task
+from .training import step_of, train
 
-#: The rates of a search, as parts of the middle one of the method and the task.
-SPREAD = (1 / 9, 1 / 3, 1.0, 3.0, 9.0)
+#: A search starts with these powers of `FACTOR`, of the middle rate of the method and the task. As
+#: long as the best rate is at an end, the search goes on beyond it, to so many rates at most.
+START, FACTOR, MOST = (-1, 0, 1), 3.0, 6
 #: What is done for each task, one after the other; and rounds in which steps are timed.
 PARTS = ("search", "reported", "timed")
 ROUNDS = 15
@@ -37,7 +39,7 @@ class Plan:
         sources: data and models.
         tasks, methods: names.
         seeds: of the reported trainings.
-        spread: rates of the search, as `SPREAD`.
+        start, most: of the search, as `START` and `MOST`.
         parts: of `PARTS`.
     """
 
@@ -45,7 +47,8 @@ class Plan:
     tasks: Sequence[str]
     methods: Sequence[str]
     seeds: Sequence[int] = (0, 1, 2, 3, 4)
-    spread: Sequence[float] = SPREAD
+    start: Sequence[int] = START
+    most: int = MOST
     parts: Sequence[str] = PARTS
 
     def data(self, task: str) -> str:
@@ -55,20 +58,40 @@ class Plan:
         own = " ".join(f"{name}={path.name}:{_digest(path)}" for name, path in files.items())
         return f"{'quick ' if self.sources.quick else ''}{own or 'default'}"
 
-    def rates(self, task: str, name: str) -> tuple[float, ...]:
-        """The learning rates that a method tries; 0 alone for the head."""
-        if name == "head":
-            return (0.0,)
-        middle = method(name).rate * TASKS[task].rate_scale
-        return tuple(float(f"{middle * part:.3g}") for part in self.spread)
+    def rate(self, task: str, name: str, power: int) -> float:
+        """A rate that a method may try."""
+        return float(f"{method(name).rate * TASKS[task].rate_scale * FACTOR**power:.3g}")
 
-    def searches(self, task: str) -> Iterator[Key]:
-        """The trainings of the search, in the order in which they are best done."""
-        kind = TASKS[task]
-        for seed in kind.search:
-            for name in (name for name in self.methods if name != "head"):
-                for rate in self.rates(task, name):
-                    yield Key(self.data(task), task, kind.searched, name, rate, seed, "search")
+    def searches(self, task: str, rows: Rows) -> list[Key]:
+        """The trainings by which the searches go on; none once all are done."""
+        return [
+            key
+            for name in self.methods
+            if name != "head" and not self.refused(task, name, rows)
+            for key in self._next(task, name, rows)
+        ]
+
+    def _next(self, task: str, name: str, rows: Rows) -> list[Key]:
+        """The trainings by which the search of a method goes on."""
+        far = self.most + max(map(abs, self.start))
+        every = {power: self._at(task, name, power) for power in range(-far, far + 1)}
+        begun = [p for p, keys in every.items() if p in self.start or any(k in rows for k in keys)]
+        missing = [key for power in begun for key in every[power] if key not in rows]
+        if missing or len(begun) >= self.most:
+            return missing
+        found = searched({key: rows[key] for power in begun for key in every[power]})
+        best = best_rate(found)
+        if best is None or best == self.rate(task, name, begun[0]):
+            return every[begun[0] - 1]
+        return every[begun[-1] + 1] if best == self.rate(task, name, begun[-1]) else []
+
+    def _at(self, task: str, name: str, power: int) -> list[Key]:
+        """The trainings of a search at one rate."""
+        kind, rate = TASKS[task], self.rate(task, name, power)
+        return [
+            Key(self.data(task), task, kind.searched, name, rate, seed, "search")
+            for seed in kind.search
+        ]
 
     def reported(self, task: str, rows: Rows) -> Iterator[Key]:
         """The trainings that are reported, of the methods whose search is done.
@@ -88,7 +111,7 @@ class Plan:
         taken = [name for name in self.methods if not self.refused(task, name, rows)]
         size = TASKS[task].searched
         return [
-            Key(self.data(task), task, size, name, max(self.rates(task, name)), 0, "timed")
+            Key(self.data(task), task, size, name, self.rate(task, name, 0), 0, "timed")
             for name in taken
         ]
 
@@ -99,10 +122,11 @@ class Plan:
         """
         if name == "head":
             return 0.0
-        keys = [key for key in self.searches(task) if key.method == name]
-        if any(key not in rows for key in keys):
+        if self._next(task, name, rows):
             return None
-        return best_rate(searched({key: rows[key] for key in keys}))
+        own = of_task(rows, self.data(task), task)
+        mine = {k: row for k, row in own.items() if (k.method, k.part) == (name, "search")}
+        return best_rate(searched(mine))
 
     def refused(self, task: str, name: str, rows: Rows) -> bool:
         """Whether it is known that a method does not take the model of a task."""
@@ -122,14 +146,16 @@ class Run:
         """Searches and trains everything, task by task."""
         for task in self.plan.tasks:
             if "search" in self.plan.parts:
-                self._wave(self.plan.searches(task))
+                while keys := self.plan.searches(task, self.rows):
+                    if not self._wave(keys):
+                        break
             if "reported" in self.plan.parts:
                 self._wave(self.plan.reported(task, self.rows))
             if "timed" in self.plan.parts:
                 self._time(task)
 
-    def _wave(self, keys: Iterable[Key]) -> None:
-        """Does the trainings that are not recorded."""
+    def _wave(self, keys: Iterable[Key]) -> int:
+        """Does the trainings that are not recorded; returns how many of them are now."""
         missing = [key for key in keys if key not in self.rows]
         started = time.perf_counter()
 
@@ -138,9 +164,11 @@ class Run:
                 if not self.plan.refused(key.task, key.method, self.rows):
                     yield key, partial(_trained, self._task(key), key)
 
-        for done, (key, result) in enumerate(run(works(), self.jobs), 1):
-            left = (time.perf_counter() - started) / done * (len(missing) - done) / 60
-            self._record(key, result, f"{done}/{len(missing)}, {left:.0f} min left")
+        with closing(run(works(), self.jobs)) as results:
+            for done, (key, result) in enumerate(results, 1):
+                left = (time.perf_counter() - started) / done * (len(missing) - done) / 60
+                self._record(key, result, f"{done}/{len(missing)}, {left:.0f} min left")
+        return sum(key in self.rows for key in missing)
 
     def _time(self, task: str) -> None:
         """Times steps of all methods beside each other, if any of them is not recorded."""
@@ -149,10 +177,11 @@ class Run:
             return
         rounds = 2 if self.plan.sources.quick else ROUNDS
         work = partial(_timed, self._task(keys[0]), keys, rounds)
-        for _, result in run([(task, work)], 1):
-            for key in keys:
-                own = result if isinstance(result, EndedError) else result[key.method]
-                self._record(key, own, "steps")
+        with closing(run([(task, work)], 1)) as results:
+            ((_, result),) = results
+        for key in keys:
+            own = result if isinstance(result, EndedError) else result[key.method]
+            self._record(key, own, "steps")
 
     def _record(self, key: Key, result: Result | EndedError, progress: str) -> None:
         """Appends a row, or keeps what went wrong for the end."""
@@ -181,27 +210,36 @@ def _trained(task: Task, key: Key) -> Result:
     before = memory_of_this_process("VmHWM")
     try:
         trained = train(task, method(key.method), key.rate, key.seed)
+        peak = memory_of_this_process("VmHWM") - before
+        scores = _scores(task, trained.model, key.part)
     except DivergedError as error:
         return {"state": f"diverged: {error}"}
     except RefusedError as error:
         return {"state": f"refused: {error}"}
-    found = {
+    return {
         "state": "done",
         "trained": trained.numbers,
-        "peak_mb": memory_of_this_process("VmHWM") - before,
+        "peak_mb": peak,
         "file_kb": trained.file_kb,
         "curve": " ".join(f"{loss:.4g}" for loss in trained.curve),
-        "validation": task.score(trained.model, "validation"),
+        **scores,
+        "seconds": time.perf_counter() - started,
     }
-    if key.part == "reported":
-        details = task.details(trained.model)
-        found |= {
-            "test": task.score(trained.model, "test"),
-            "kept_before": task.kept(task.model()),
-            "kept": task.kept(trained.model),
-            "details": ";".join(f"{name}={value:.6g}" for name, value in details.items()),
-        }
-    return {**found, "seconds": time.perf_counter() - started}
+
+
+def _scores(task: Task, model: torch.nn.Module, part: str) -> Result:
+    """The validation alone in a search, else all that is reported."""
+    validation = {"validation": task.score(model, "validation")}
+    if part == "search":
+        return validation
+    details = task.details(model)
+    return {
+        **validation,
+        "test": task.score(model, "test"),
+        "kept_before": task.kept(task.model()),
+        "kept": task.kept(model),
+        "details": ";".join(f"{name}={value:.6g}" for name, value in details.items()),
+    }
 
 
 def _timed(task: Task, keys: Sequence[Key], rounds: int) -> Result:

@@ -1,8 +1,9 @@
-"""The tables of docs/comparison.md and README.md, or of a folder of the user, from the rows."""
+"""The tables of docs/comparison.md, or of a folder of the user, from the rows."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..documents import fill, table
@@ -13,10 +14,10 @@ from .summary import Summary, experiments, interval, refusals, sizes, summaries
 from .tasks import TASKS
 from .tasks.base import ROOT
 
-PAGES = (ROOT / "README.md", ROOT / "docs" / "comparison.md")
+PAGES = (ROOT / "docs" / "comparison.md",)
 PLOTS = ROOT / "docs" / "plots"
 
-#: The method that others are compared with, and those that README.md shows.
+#: The method that others are compared with, and those of the first table.
 OURS = "tcurlora:8"
 SHOWN = ("head", "tcurlora:8", "tcurlora:32", "lora:1", "lora:8", "full")
 
@@ -52,9 +53,10 @@ def write(file: Path, output: Path | None) -> list[Path]:
 
 
 def tables(rows: Rows) -> dict[str, str]:
-    """Name of the mark -> Markdown, of the repository's own tasks."""
-    found = {"comparison": shown(rows)}
-    for task in TASKS:
+    """Name of the mark -> Markdown, of the repository's own tasks that have rows."""
+    tasks = [task for task in TASKS if sizes(rows, "default", task)]
+    found = {"comparison": shown(rows, tasks)}
+    for task in tasks:
         found[f"comparison_{task}"] = scores(rows, "default", task)
         for name, text in (
             ("sizes", by_size(rows, "default", task)),
@@ -69,6 +71,7 @@ def scores(rows: Rows, data: str, task: str) -> str:
     """Every method of a task, at the size of its search; a sentence for those that are missing."""
     kind, found = TASKS[task], summaries(rows, data, task, TASKS[task].searched)
     heads = ["method", "numbers", "rate", kind.measure, "difference", "kept", "step", "memory"]
+    most = max((len(one.rows) + one.diverged for one in found.values()), default=0)
     lines = []
     for name, summary in found.items():
         apart = None if OURS not in found or name == OURS else summary.apart(found[OURS])
@@ -79,7 +82,7 @@ def scores(rows: Rows, data: str, task: str) -> str:
                 "–"
                 if summary.rate is None
                 else f"{summary.rate:g}{'*' if summary.is_edge else ''}",
-                f"{interval(summary.numbers('test')):.3f}{_diverged(summary)}",
+                f"{interval(summary.numbers('test')):.3f}{_notes(summary, most)}",
                 "–" if apart is None else f"{apart:+.3f}",
                 f"{interval(summary.numbers('kept')):.3f}",
                 "–" if math.isnan(summary.step_ms) else f"{summary.step_ms:.0f} ms",
@@ -96,9 +99,12 @@ def scores(rows: Rows, data: str, task: str) -> str:
     return text
 
 
-def _diverged(summary: Summary) -> str:
+def _notes(summary: Summary, most: int) -> str:
+    """How many seeds diverged, and how many there are if others have more."""
     every = len(summary.rows) + summary.diverged
-    return f" ({summary.diverged} of {every} diverged)" if summary.diverged else ""
+    notes = [f"{summary.diverged} of {every} diverged"] if summary.diverged else []
+    notes += [f"{every} seeds"] if every < most else []
+    return f" ({', '.join(notes)})" if notes else ""
 
 
 def by_size(rows: Rows, data: str, task: str) -> str:
@@ -134,15 +140,17 @@ def measures(rows: Rows, data: str, task: str) -> str:
     return table(["method", *names], lines)
 
 
-def shown(rows: Rows) -> str:
+def shown(rows: Rows, tasks: Sequence[str]) -> str:
     """A few methods on all tasks."""
-    every = {task: summaries(rows, "default", task, TASKS[task].searched) for task in TASKS}
-    own = {task: found for task, found in every.items() if all(name in found for name in SHOWN)}
+    every = [summaries(rows, "default", task, TASKS[task].searched) for task in tasks]
     lines = [
         [
             METHODS[name].label,
-            *(f"{interval(found[name].numbers('test')):.3f}" for found in own.values()),
+            *(
+                f"{interval(found[name].numbers('test')):.3f}" if name in found else "–"
+                for found in every
+            ),
         ]
         for name in SHOWN
     ]
-    return table(["what trains beside the head", *own], lines)
+    return table(["what trains beside the head", *tasks], lines)

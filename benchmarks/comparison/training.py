@@ -14,14 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from .methods.base import Method, Prepared, is_head
-from .tasks.base import Task
+from .tasks.base import DivergedError, Task
 
 #: The curve of a training has the mean loss of so many parts of it.
 CURVE = 20
-
-
-class DivergedError(Exception):
-    """The loss is not finite; the message names the step."""
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 
+from ..comparison.tasks.base import Sources
 from . import report
-from .experiment import Experiment, compare, sweep
-from .tasks import TASKS, minilm_folder
+from .experiment import NAMES, Experiment, compare, sweep
 
 
 def main() -> None:
@@ -25,12 +25,12 @@ def main() -> None:
     commands.add_parser("report")
     for name in ("compare", "sweep"):
         run = commands.add_parser(name)
-        run.add_argument("--task", choices=TASKS, nargs="+", default=list(TASKS))
+        run.add_argument("--task", choices=NAMES, nargs="+", default=list(NAMES))
         run.add_argument("--methods", nargs="+", help="default: all of the task")
         run.add_argument("--part", type=int, nargs=2, default=(0, 1), metavar=("I", "N"))
         run.add_argument("--threads", type=int, default=1)
-        run.add_argument("--minilm", type=Path, default=minilm_folder())
-        run.add_argument("--wordnet", type=Path, default=Path("/usr/share/wordnet/data.noun"))
+        run.add_argument("--encoder", type=Path, help="default: of the package")
+        run.add_argument("--wordnet", type=Path, default=Sources.wordnet)
     args = parser.parse_args()
     if args.command == "report":
         print(*report.write(), sep="\n")
@@ -38,7 +38,8 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     what = compare if args.command == "compare" else sweep
     for name in args.task:
-        what(Experiment(name, args), args.methods, tuple(args.part))
+        sources = Sources(encoder=args.encoder, wordnet=args.wordnet)
+        what(Experiment(name, sources), args.methods, tuple(args.part))
 
 
 main()

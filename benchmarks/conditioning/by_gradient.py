@@ -16,7 +16,7 @@ from tcur_kernels.decompose import Slices
 from tcur_kernels.decompose.slices import bin_weights, half_spectrum
 from tcur_kernels.operators.basis import orthonormal
 
-from .tasks import Task
+from ..comparison.tasks.base import Task
 
 #: Batches over which the gradient is averaged, and the seed of these batches.
 BATCHES, SEED = 32, 1000

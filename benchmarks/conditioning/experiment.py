@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Sequence
 from statistics import mean
 
+from ..comparison.tasks import TASKS
+from ..comparison.tasks.base import Sources, Task
+from ..comparison.training import train
 from . import records
-from .methods import train
-from .tasks import TASKS, Task
+from .methods import method
 
 #: Seeds that search the learning rate, and those that are added at the chosen one.
 SEARCH, MORE = (0, 1), (2, 3, 4)
+
+#: Examples are those of the searches of `comparison`, and so are the tasks.
+NAMES = ("minilm", "digits", "letters")
 
 #: Learning rates of a search. Models that are pretrained here are small and want larger ones, by
 #: every method; training all real weights wants smaller ones.
@@ -51,27 +55,28 @@ def rates_of(task: str, method: str) -> tuple[float, ...]:
 class Experiment:
     """Trainings of one task; the rows that there are already are known."""
 
-    def __init__(self, name: str, args: argparse.Namespace) -> None:
-        self.name, self._args = name, args
+    def __init__(self, name: str, sources: Sources) -> None:
+        self.name, self._sources = name, sources
         self._tasks: dict[int, Task] = {}
         self.rows = {records.key(row): row for row in records.read()}
 
-    def row(self, method: str, rate: float, seed: int) -> dict[str, str]:
+    def row(self, name: str, rate: float, seed: int) -> dict[str, str]:
         """The row of a training, which is done now unless it is recorded."""
-        key = (self.name, method, rate, seed)
+        key = (self.name, name, rate, seed)
         if key not in self.rows:
             if seed not in self._tasks:
-                self._tasks = {seed: TASKS[self.name](self._args, seed)}
+                kind = TASKS[self.name]
+                self._tasks = {seed: kind(self._sources, kind.searched, seed)}
             task, started = self._tasks[seed], time.perf_counter()
-            model, trained = train(task, method, rate, seed)
+            trained = train(task, method(name), rate, seed)
             made = {
                 "task": self.name,
-                "method": method,
+                "method": name,
                 "rate": rate,
                 "seed": seed,
-                "trained": trained,
-                "validation": task.accuracy(model, "validation"),
-                "test": task.accuracy(model, "test"),
+                "trained": trained.numbers,
+                "validation": task.score(trained.model, "validation"),
+                "test": task.score(trained.model, "test"),
                 "seconds": time.perf_counter() - started,
             }
             self.rows[key] = records.append(made)
@@ -81,20 +86,20 @@ class Experiment:
 
 def compare(run: Experiment, methods: Sequence[str] | None, part: tuple[int, int]) -> None:
     """Searches the rate of every method, and trains it with more seeds."""
-    for method in (methods or METHODS)[part[0] :: part[1]]:
+    for name in (methods or METHODS)[part[0] :: part[1]]:
         for seed in SEARCH:
-            for rate in rates_of(run.name, method):
-                run.row(method, rate, seed)
+            for rate in rates_of(run.name, name):
+                run.row(name, rate, seed)
         for seed in MORE:
-            run.row(method, chosen(run.rows, run.name, method), seed)
+            run.row(name, chosen(run.rows, run.name, name), seed)
 
 
 def sweep(run: Experiment, methods: Sequence[str] | None, part: tuple[int, int]) -> None:
     """Trains cores of all ranks at all rates, in both bases, with seed 0."""
     names = [f"cores:{b}:norm:{r}" for r in RANKS[run.name] for b in ("orthonormal", "slices")]
-    for method in (methods or names)[part[0] :: part[1]]:
-        for rate in rates_of(run.name, method):
-            run.row(method, rate, 0)
+    for name in (methods or names)[part[0] :: part[1]]:
+        for rate in rates_of(run.name, name):
+            run.row(name, rate, 0)
 
 
 def chosen(rows: dict[records.Key, dict[str, str]], task: str, method: str) -> float:

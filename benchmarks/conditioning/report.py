@@ -9,10 +9,10 @@ from statistics import mean, stdev
 import matplotlib
 from matplotlib import pyplot
 
+from ..comparison.tasks.base import ROOT
 from ..documents import fill
 from . import records
-from .experiment import METHODS, MORE, RANKS, SEARCH, chosen, rates_of
-from .tasks import ROOT, TASKS
+from .experiment import METHODS, MORE, NAMES, RANKS, SEARCH, chosen, rates_of
 
 matplotlib.use("Agg")
 PAGES = (ROOT / "README.md", ROOT / "docs" / "decomposition.md")
@@ -64,7 +64,7 @@ def _methods(rows: Rows) -> str:
         "| task | method | numbers | rate | accuracy | difference |",
         "|---|---|---|---|---|---|",
     ]
-    for task in TASKS:
+    for task in NAMES:
         ours = _tests(rows, task, OURS)
         for method in METHODS:
             own = _tests(rows, task, method)
@@ -91,7 +91,7 @@ def _rates(rows: Rows) -> str:
         f"| task | basis | rank | best rate | accuracy | at {RATE:g} | at {3 * RATE:g} |",
         "|---|---|---|---|---|---|---|",
     ]
-    for task in TASKS:
+    for task in NAMES:
         named = [
             (basis, str(rank), f"cores:{basis}:norm:{rank}")
             for basis in ("orthonormal", "slices")
@@ -148,9 +148,9 @@ def said(method: str) -> str:
 def _plot(rows: Rows) -> Path:
     """Accuracy over the learning rate, a line for each rank, a panel for each task and basis."""
     figure, axes = pyplot.subplots(
-        2, len(TASKS), figsize=(4 * len(TASKS), 6.5), layout="constrained", sharey="col"
+        2, len(NAMES), figsize=(4 * len(NAMES), 6.5), layout="constrained", sharey="col"
     )
-    for column, task in enumerate(TASKS):
+    for column, task in enumerate(NAMES):
         for row, basis in enumerate(("orthonormal", "slices")):
             axis = axes[row][column]
             for rank in RANKS[task]:

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from monai.inferers import SlidingWindowInferer
-from monai.metrics import DiceMetric, HausdorffDistanceMetric
+from monai.metrics import (
+    ConfusionMatrixMetric,
+    DiceMetric,
+    HausdorffDistanceMetric,
+    MeanIoU,
+)
 from monai.networks.utils import one_hot
 from torch import Tensor, nn
 
@@ -17,6 +23,16 @@ from segmentation.preparation import Recipe
 
 class NotFiniteError(Exception):
     """A network computed NaN or Inf; the message names the volume."""
+
+
+_COUNTED = ("sensitivity", "specificity")
+#: The measures of a prediction, each without the background.
+MEASURES: dict[str, Callable[[], Any]] = {
+    "dice": partial(DiceMetric, include_background=False),
+    "hd95": partial(HausdorffDistanceMetric, include_background=False, percentile=95),
+    "iou": partial(MeanIoU, include_background=False),
+    **{name: partial(ConfusionMatrixMetric, include_background=False) for name in _COUNTED},
+}
 
 
 @torch.no_grad()
@@ -33,20 +49,24 @@ def evaluate(
     recipe: Recipe,
     model: nn.Module,
     volumes: Sequence[Mapping[str, Any]],
-    distances: bool = True,
+    measures: Sequence[str] = ("dice", "hd95"),
 ) -> dict[str, Any]:
     """Scores every volume, see `DEFINITIONS`.
 
+    Args:
+        recipe: how the volumes were prepared.
+        model: the network.
+        volumes: prepared volumes with labels.
+        measures: keys of `MEASURES`.
+
     Returns:
-        "dice" and, if asked for, "hd95": a number for every volume, the mean over its classes; and
-        "by_class": the same names -> a number for every volume and foreground class.
+        Each measure -> a number for every volume, the mean over its classes; and "by_class": the
+        same names -> a number for every volume and foreground class.
 
     Raises:
         NotFiniteError: the network computed NaN or Inf.
     """
-    metrics: dict[str, Any] = {"dice": DiceMetric(include_background=False)}
-    if distances:
-        metrics["hd95"] = HausdorffDistanceMetric(include_background=False, percentile=95)
+    metrics = {name: MEASURES[name]() for name in measures}
     for volume in volumes:
         logits = predict(recipe, model, volume["image"]).cpu()
         if not torch.isfinite(logits).all():
@@ -63,10 +83,18 @@ def evaluate(
     scores: dict[str, Any] = {"by_class": {}}
     for name, metric in metrics.items():
         values = metric.get_buffer()
+        if name in _COUNTED:
+            values = _of_counts(name, values)
         values = values.masked_fill(values.isinf(), float("nan"))
         scores["by_class"][name] = values.tolist()
         scores[name] = values.nanmean(1).tolist()
     return scores
+
+
+def _of_counts(name: str, counts: Tensor) -> Tensor:
+    """A measure of the numbers of true and false positives and negatives ``[n, classes, 4]``."""
+    hit, false, right, missed = counts.unbind(-1)
+    return hit / (hit + missed) if name == "sensitivity" else right / (right + false)
 
 
 def mean(values: Sequence[float]) -> float:

@@ -175,6 +175,11 @@ def run_job(job: Job) -> tuple[Report, Whole]:
     return report, job.whole
 
 
+def segmentation_loss() -> DiceCELoss:
+    """Dice and cross entropy of logits and classes, the Dice without the background."""
+    return DiceCELoss(softmax=True, to_onehot_y=True, include_background=False)
+
+
 class Training:
     """Adam with batch size 1; learning rates are warmed up and annealed.
 
@@ -191,7 +196,7 @@ class Training:
         generator = torch.Generator().manual_seed(job.seed)
         sampler = RandomSampler(self.volumes, num_samples=settings.steps, generator=generator)
         self.order = list(sampler)
-        self.loss_of = DiceCELoss(softmax=True, to_onehot_y=True, include_background=False)
+        self.loss_of = segmentation_loss()
         self.optimizer = torch.optim.Adam(trainee.groups)
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(
             self.optimizer,
@@ -275,7 +280,7 @@ class Training:
         """Scores the held-out volumes; writes what was trained, and how to go on."""
         job, report = self.job, self.report
         try:
-            scores = evaluate(job.recipe, self.trainee.model, self.held_out, distances=False)
+            scores = evaluate(job.recipe, self.trainee.model, self.held_out, ("dice",))
         except NotFiniteError as error:
             self._stop(f"after step {self.step}: {error} is not finite")
         self.trainee.model.train()

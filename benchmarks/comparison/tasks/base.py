@@ -22,6 +22,10 @@ class BadDataError(Exception):
     """Data or a model of the user that a task cannot take; the message names the option."""
 
 
+class DivergedError(Exception):
+    """The model computes infinite numbers or NaN; the message says what and when."""
+
+
 def wrong(option: str, wanted: str, got: object) -> BadDataError:
     """The error of an option whose file is not what it should be."""
     return BadDataError(f"--{option}: expected {wanted}, got {got}")
