@@ -4,6 +4,8 @@
 stack frame, and no more registers than the header comment of the source plans for.
 ``sanitizers``: the host build runs under AddressSanitizer and UndefinedBehaviorSanitizer.
 ``barriers``: each barrier is left out in turn, and the host build must notice every time.
+
+What has passed, for every architecture, is recorded; see `cuda_sources`.
 """
 
 import os
@@ -23,16 +25,20 @@ HOST = ROOT / "tests" / "cuda_host.py"
 FAST = ("-O1", "-DTCUR_LENGTHS=5,12,48")
 REGISTERS = 65536  # of a multiprocessor, on every architecture from sm_80 on
 
+ARCHITECTURES = {"sm_80", "sm_90", "sm_100"}  # of a release
+
 sys.path.insert(0, str(ROOT))
+import cuda_sources  # noqa: E402
+
 import setup as build  # noqa: E402
 
 
 def resources():
-    """Compiles with nvcc and reads what ptxas says of every kernel."""
+    """Compiles with nvcc, reads what ptxas says of every kernel; returns the architectures."""
     nvcc = build.find_nvcc()
     if nvcc is None:
         print("resources: no nvcc here, not checked")
-        return
+        return set()
     command = build.nvcc_command(nvcc)
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
 
@@ -44,9 +50,10 @@ def resources():
             return build.run([*command, "-c", str(source), "-o", str(target)])
 
         sources = sorted(SOURCES.glob("*.cu"))
-        logs = zip(sources, pool.map(compile_one, sources), strict=True)
-        wrong = [line for source, log in logs for line in check_log(source, log)]
+        logs = dict(zip(sources, pool.map(compile_one, sources), strict=True))
+    wrong = [line for source, log in logs.items() for line in check_log(source, log)]
     assert not wrong, "\n".join(wrong)
+    return {kernel["target"] for log in logs.values() for kernel in KERNEL.finditer(log)}
 
 
 def log_of_build(source, command):
@@ -171,8 +178,10 @@ def barriers():
 
 
 if __name__ == "__main__":
-    resources()
+    compiled = resources()
     with ThreadPoolExecutor(1) as beside:  # it runs in one thread, most of the time
         sanitized = beside.submit(sanitizers)
         barriers()
         sanitized.result()
+    if compiled >= ARCHITECTURES:
+        cuda_sources.record()

@@ -218,3 +218,27 @@ def test_the_base_is_fetched_ahead():
     for name in kernels:
         body = output("objdump", "-d", "--no-show-raw-insn", f"--disassemble={name}", library)
         assert "prefetch" in body, name
+
+
+def test_cuda_sources_that_passed_are_known_as_long_as_they_stay(tmp_path):
+    for name in ("csrc/cuda", "csrc/common", ".ci"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    (tmp_path / "tests").mkdir()
+    for name in ("setup.py", "constraints.txt", "tests/cuda_host.py"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    program = tmp_path / ".ci" / "cuda_sources.py"
+
+    def has_passed():
+        return subprocess.run([sys.executable, program], check=False).returncode == 0
+
+    (tmp_path / ".ci" / "cuda_checked.txt").write_text("of other sources\n")
+    assert not has_passed()
+    code = f"import sys; sys.path.insert(0, {str(program.parent)!r}); import cuda_sources as c"
+    subprocess.run([sys.executable, "-c", f"{code}; c.record()"], check=True)
+    assert has_passed()
+    for name in ("csrc/cuda/launch.h", "csrc/common/check.h", "setup.py", ".ci/cuda_checks.py"):
+        kept = (tmp_path / name).read_text()
+        (tmp_path / name).write_text(f"{kept}\n")
+        assert not has_passed(), name
+        (tmp_path / name).write_text(kept)
+        assert has_passed(), name
