@@ -47,6 +47,10 @@ def plan_of(args: argparse.Namespace) -> Plan:
     names = [field.name for field in fields(Sources)]
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     own = [name for task in args.tasks for name in TASKS[task].own if name in given]
+    for name in own:
+        if not given[name].exists():
+            option = name.replace("_", "-")
+            raise ValueError(f"--{option}: expected a file or a folder, got {given[name]}: none")
     if own and args.rows == records.FILE:
         option = own[0].replace("_", "-")
         raise ValueError(f"--rows: expected a file of your own beside --{option}, got none")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -55,7 +56,10 @@ class Plan:
         """The data of a task in a row: "default", or a digest of the user's files."""
         names = TASKS[task].own
         files = {n: path for n in names if (path := getattr(self.sources, n)) is not None}
-        own = " ".join(f"{name}={path.name}:{_digest(path)}" for name, path in files.items())
+        own = " ".join(
+            f"{name}={path.name}:{_digest(path, path.stat().st_mtime_ns)}"
+            for name, path in files.items()
+        )
         return f"{'quick ' if self.sources.quick else ''}{own or 'default'}"
 
     def rate(self, task: str, name: str, power: int) -> float:
@@ -162,7 +166,8 @@ class Run:
         def works() -> Iterator[tuple[Key, Callable[[], Result]]]:
             for key in missing:
                 if not self.plan.refused(key.task, key.method, self.rows):
-                    yield key, partial(_trained, self._task(key), key)
+                    task = self._task(key)
+                    yield key, partial(_trained, task, key, self._kept_before(key, task))
 
         with closing(run(works(), self.jobs)) as results:
             for done, (key, result) in enumerate(results, 1):
@@ -194,6 +199,12 @@ class Run:
         found = row["test"] or row["validation"] or row["step_ms"] or row["state"]
         print(f"{progress}: {told}: {found}", flush=True)
 
+    def _kept_before(self, key: Key, task: Task) -> float:
+        """What is kept before adaptation: all of it, the same for all seeds and sizes."""
+        if key.part == "reported" and key.task not in self._kept:
+            self._kept[key.task] = task.kept(task.model())
+        return self._kept.get(key.task, math.nan)
+
     def _task(self, key: Key) -> Task:
         """The task of a training; the last one is kept."""
         name = (key.task, key.size, key.seed)
@@ -202,7 +213,7 @@ class Run:
         return self._made[1]
 
 
-def _trained(task: Task, key: Key) -> Result:
+def _trained(task: Task, key: Key, kept_before: float) -> Result:
     """Trains, in a process of its own; says what it took, and the scores."""
     torch.set_num_threads(1)
     started = time.perf_counter()
@@ -211,7 +222,7 @@ def _trained(task: Task, key: Key) -> Result:
     try:
         trained = train(task, method(key.method), key.rate, key.seed)
         peak = memory_of_this_process("VmHWM") - before
-        scores = _scores(task, trained.model, key.part)
+        scores = _scores(task, trained.model, key.part, kept_before)
     except DivergedError as error:
         return {"state": f"diverged: {error}"}
     except RefusedError as error:
@@ -227,7 +238,7 @@ def _trained(task: Task, key: Key) -> Result:
     }
 
 
-def _scores(task: Task, model: torch.nn.Module, part: str) -> Result:
+def _scores(task: Task, model: torch.nn.Module, part: str, kept_before: float) -> Result:
     """The validation alone in a search, else all that is reported."""
     validation = {"validation": task.score(model, "validation")}
     if part == "search":
@@ -236,7 +247,7 @@ def _scores(task: Task, model: torch.nn.Module, part: str) -> Result:
     return {
         **validation,
         "test": task.score(model, "test"),
-        "kept_before": task.kept(task.model()),
+        "kept_before": kept_before,
         "kept": task.kept(model),
         "details": ";".join(f"{name}={value:.6g}" for name, value in details.items()),
     }
@@ -252,8 +263,9 @@ def _timed(task: Task, keys: Sequence[Key], rounds: int) -> Result:
     }
 
 
-def _digest(path: Path) -> str:
-    """A short digest of a file, or of the names and sizes in a folder."""
+@cache
+def _digest(path: Path, changed: int) -> str:
+    """A short digest of a file, or of the names and sizes in a folder, as it was changed last."""
     digest = hashlib.sha256()
     if path.is_dir():
         for file in sorted(path.rglob("*")):

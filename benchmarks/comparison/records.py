@@ -86,16 +86,16 @@ def read(file: Path = FILE) -> Rows:
     """
     if not file.exists():
         return {}
-    with open(file, newline="", encoding="utf-8") as opened:
-        reader = csv.DictReader(opened)
-        if tuple(reader.fieldnames or ()) != FIELDS:
-            raise RowsError(f"{file}: expected the columns {', '.join(FIELDS)}")
-        found = {}
-        for number, row in enumerate(reader, 2):
-            if None in row or None in row.values():
-                raise RowsError(f"{file}: expected {len(FIELDS)} values in line {number}")
-            found[key(row)] = row
-        return found
+    text = file.read_text(encoding="utf-8")
+    reader = csv.DictReader(io.StringIO(text))
+    if tuple(reader.fieldnames or ()) != FIELDS:
+        raise RowsError(f"{file}: expected the columns {', '.join(FIELDS)}")
+    rows = list(reader)
+    wrong = [n for n, row in enumerate(rows, 2) if None in row or None in row.values()]
+    if wrong or not text.endswith("\n"):
+        number = wrong[0] if wrong else len(rows) + 1
+        raise RowsError(f"{file}: expected {len(FIELDS)} values in line {number}, and a line's end")
+    return {key(row): row for row in rows}
 
 
 @contextlib.contextmanager
