@@ -225,7 +225,8 @@ def test_some_processes_run_at_once():
     ("options", "message"),
     [
         (["--methods", "lora"], "expected one of head, full, .*, got 'lora'"),
-        (["--texts", "own.csv"], "--rows: expected a file of your own beside --texts, got none"),
+        (["--texts", "setup.py"], "--rows: expected a file of your own beside --texts, got none"),
+        (["--texts", "none.csv"], "--texts: expected a file or a folder, got none.csv: none"),
     ],
 )
 def test_wrong_options(small, options, message, monkeypatch):
@@ -347,6 +348,49 @@ def test_fewer_seeds_and_divergence_are_told(small):
     text = report.scores(rows, "default", "small")
     assert "| 0.500 ± 0.000 (1 of 5 diverged) |" in text
     assert "| 0.500 ± 0.000 (1 of 3 diverged, 3 seeds) |" in text
+
+
+def test_the_tables_are_those_of_the_rows():
+    """The page has what `python -m benchmarks.comparison report` writes."""
+    pages = "".join(page.read_text(encoding="utf-8") for page in report.PAGES)
+    tables = report.tables(records.read())
+    for name, table in tables.items():
+        assert f"<!-- begin {name} -->\n{table}<!-- end {name} -->\n" in pages
+    assert pages.count("<!-- begin ") == len(tables)
+    assert (report.PLOTS / "comparison.png").is_file()
+
+
+def _recorded(task):
+    return summary.summaries(records.read(), "default", task, TASKS[task].searched)
+
+
+def test_what_the_page_says_so_far():
+    digits, letters = _recorded("digits"), _recorded("letters")
+    for found, share in ((digits, 2 / 5), (letters, 1 / 4)):
+        ours, wide = found["tcurlora:8"], found["tcurlora:32"]
+        lora = found["lora:1"]
+        assert ours.middle("trained") / lora.middle("trained") == pytest.approx(share, abs=0.03)
+        assert abs(lora.apart(ours).mean) < lora.apart(ours).half
+        full = summary.interval(found["full"].numbers("test")).mean
+        assert full == max(summary.interval(one.numbers("test")).mean for one in found.values())
+        apart = wide.apart(found["lora:8"])
+        assert apart.mean > apart.half if found is digits else abs(apart.mean) < apart.half
+        assert wide.middle("trained") < found["lora:8"].middle("trained")
+        tiny = found["tinylora"].apart(ours)
+        assert tiny.mean < -tiny.half
+        assert found["tinylora"].middle("trained") <= ours.middle("trained")
+    assert letters["tcurlora:32"].middle("trained") * 2 == letters["lora:8"].middle("trained")
+    for found, name in ((digits, "psoft"), (letters, "vera")):
+        apart = found[name].apart(found["tcurlora:8"])
+        assert apart.mean > apart.half
+    published = letters["tcurlora:published"].apart(letters["tcurlora:8"])
+    assert published.mean < -published.half
+    published = digits["tcurlora:published"].apart(digits["tcurlora:8"])
+    assert abs(published.mean) < published.half
+    kept = {name: summary.interval(one.numbers("kept")).mean for name, one in digits.items()}
+    order = sorted((name for name in kept if name != "head"), key=kept.__getitem__)
+    assert {"fourierft", "tcurlora:8", "curlora", "tinylora", "tcurlora:32"} == set(order[:5])
+    assert kept["lora:8"] > kept["tcurlora:8"] + 0.3
 
 
 def test_one_thread_in_every_process(small, monkeypatch):
