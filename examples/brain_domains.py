@@ -58,6 +58,18 @@ SOURCE = Domain("source", "T1", "left frontal grey matter", (2.0, 2.0, 4.0), 0.0
 TARGET = Domain("target", "T2", "right posterior grey matter", (2.5, 2.5, 8.0), 0.08, 0.5)
 
 
+@dataclass(frozen=True)
+class Pose:
+    """How much subjects differ: rotations in radians, translations in voxels, relative sizes."""
+
+    rotate: tuple[float, float, float]
+    translate: tuple[float, float, float]
+    scale: float
+
+
+WIDE = Pose((0.08, 0.08, 0.3), (8, 8, 2), 0.12)
+
+
 class Anatomy(NamedTuple):
     """The template on the subjects' grid, with a margin around the slab to deform into."""
 
@@ -107,7 +119,7 @@ def make_subject(domain: Domain, seed: int) -> tuple[MetaTensor, MetaTensor]:
     shown = in_contrast(anatomy.t1, domain.contrast)
     subject = deformed(torch.stack([shown, anatomy.structures[domain.structure].float()]), random)
     image = scanned(subject[:1], domain, random)
-    label = MetaTensor((subject[1:] > 0.5).float(), affine=_affine())
+    label = MetaTensor((subject[1:] > 0.5).float(), affine=subject_affine())
     return image, Spacing(domain.spacing, mode="nearest")(label)
 
 
@@ -119,15 +131,15 @@ def in_contrast(t1: Tensor, contrast: Literal["T1", "T2"]) -> Tensor:
     return (1.05 - t1).clamp(min=0) ** 0.8 * (t1 > 0.05)
 
 
-def deformed(volumes: Tensor, random: np.random.RandomState) -> Tensor:
+def deformed(volumes: Tensor, random: np.random.RandomState, pose: Pose = WIDE) -> Tensor:
     """The volumes ``[n, *template]`` in one random pose and shape, cut to ``[n, *SLAB]``."""
     deform = Rand3DElastic(
         sigma_range=(5, 8),
         magnitude_range=(60, 140),
         prob=1,
-        rotate_range=(0.08, 0.08, 0.3),
-        translate_range=(8, 8, 2),
-        scale_range=(0.12, 0.12, 0.12),
+        rotate_range=pose.rotate,
+        translate_range=pose.translate,
+        scale_range=(pose.scale,) * 3,
         padding_mode="zeros",
     )
     deform.set_random_state(int(random.randint(2**31)))
@@ -139,13 +151,13 @@ def scanned(volume: Tensor, domain: Domain, random: np.random.RandomState) -> Me
     """What the domain's scanner makes of ``[1, *SLAB]``: bias field, voxel size and noise."""
     bias = RandBiasField(coeff_range=(0, domain.bias), prob=1)
     bias.set_random_state(int(random.randint(2**31)))
-    image = MetaTensor(bias(volume).as_tensor(), affine=_affine())
+    image = MetaTensor(bias(volume).as_tensor(), affine=subject_affine())
     image = Spacing(domain.spacing, mode="bilinear")(image)
     image += domain.noise * torch.from_numpy(random.standard_normal(image.shape)).float()
     return image
 
 
-def _affine() -> Tensor:
+def subject_affine() -> Tensor:
     """Of the grid on which subjects are made."""
     return torch.diag(torch.tensor([*GRID, 1.0], dtype=torch.float64))
 

@@ -1,6 +1,7 @@
 """The tasks of benchmarks.comparison: their parts, a user's data in their place, and bad data."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,8 +11,8 @@ from matplotlib import pyplot
 from benchmarks.comparison import __main__ as program
 from benchmarks.comparison import pictures, records, report
 from benchmarks.comparison.methods import method
-from benchmarks.comparison.methods.base import layers, norms
-from benchmarks.comparison.tasks import TASKS, images, texts, volumes
+from benchmarks.comparison.methods.base import is_head, layers, norms
+from benchmarks.comparison.tasks import TASKS, images, markers, texts, volumes
 from benchmarks.comparison.tasks.base import BadDataError, Sources
 from benchmarks.comparison.training import train
 
@@ -266,13 +267,22 @@ def test_a_users_language_model(tmp_path):
     assert 0 <= task.score(trained.model, "test") <= 1
 
 
-def test_volumes_train_decoder_or_output_layer(tmp_path, monkeypatch):
-    """The demo's volumes, small; the rows, and a page with all measures."""
-    monkeypatch.setattr(volumes, "FOLDER", tmp_path)
-    monkeypatch.setattr(volumes, "POOL", 5)
-    monkeypatch.setattr(volumes.Volumes, "sizes", (1, 5))
+@pytest.fixture
+def kept(tmp_path, monkeypatch):
+    """Pretrained networks go to a folder of the test."""
+    monkeypatch.setattr(volumes, "FOLDER", tmp_path / "kept")
     volumes._made.cache_clear()
-    file = tmp_path / "rows.csv"
+    yield tmp_path
+    volumes._made.cache_clear()
+
+
+def test_volumes_train_decoder_or_output_layer(kept, monkeypatch):
+    """The volumes of the repository, few; the rows, a page with all measures, and pictures."""
+    monkeypatch.setattr(volumes.Volumes, "sizes", (1, 2))
+    monkeypatch.setattr(volumes.FrozenVolumes, "sizes", (2,))
+    monkeypatch.setattr(volumes.Volumes, "searched", 2)
+    monkeypatch.setitem(volumes.QUICK, "training", 2)
+    file = kept / "rows.csv"
     options = ["--rows", str(file), "--quick", "--seeds", "1", "--parts", "search", "reported"]
     chosen = ["--tasks", "volumes", "frozen", "--methods", "head", "tcurlora:8"]
     program.main(["run", *options, *chosen])
@@ -283,24 +293,63 @@ def test_volumes_train_decoder_or_output_layer(tmp_path, monkeypatch):
         assert int(row["trained"]) == (0 if row["method"] == "head" else 48 * 64 + 24 * 64)
     text = report.measures(rows, "quick default", "frozen")
     assert "| method | hd95 | iou | sensitivity | specificity |" in text
-    drawn = ["--rows", str(file), "--quick", "--output", str(tmp_path / "drawn"), *chosen]
+    drawn = ["--rows", str(file), "--quick", "--output", str(kept / "drawn"), *chosen]
     program.main(["pictures", *drawn])
     for name in ("volumes_slices", "volumes_surfaces", "frozen_slices", "frozen_surfaces"):
-        assert (tmp_path / "drawn" / f"comparison_{name}.png").read_bytes()[:4] == b"\x89PNG"
+        assert (kept / "drawn" / f"comparison_{name}.png").read_bytes()[:4] == b"\x89PNG"
     with pytest.raises(SystemExit, match="--methods: expected those whose search is recorded, got"):
         program.main(["pictures", *drawn, "--methods", "full"])
     with pytest.raises(SystemExit, match="expected tasks of volumes, volumes frozen, got digits"):
         program.main(["pictures", *drawn, "--tasks", "digits"])
-    task = TASKS["volumes"](Sources(quick=True), 5, 0)
-    heads = [
-        name for name, p in task.base.named_parameters() if name.startswith(("decoder", "out"))
-    ]
-    assert len(heads) > 10
+    task = TASKS["volumes"](Sources(quick=True), 2, 0)
+    heads = [name for name, _ in task.base.named_parameters() if is_head(task, name)]
+    assert {name.partition(".")[0] for name in heads} == {
+        *(f"decoder{n}" for n in range(2, 6)),
+        "out",
+    }
     assert len(list(layers(task.base, task))) == 48
     assert len(list(norms(task.base, task))) == 25
-    with pytest.raises(BadDataError, match="expected at least 6 training volumes, got 5"):
-        TASKS["volumes"](Sources(quick=True), 6, 0)
-    volumes._made.cache_clear()
+    (one,) = (kept / "kept").iterdir()  # it was pretrained once
+    assert one.name.startswith("markers-")
+    with pytest.raises(BadDataError, match="expected at least 3 training volumes, got 2"):
+        TASKS["volumes"](Sources(quick=True), 3, 0)
+
+
+@pytest.mark.parametrize("scanner", [markers.OLD, markers.NEW])
+def test_the_marker_tells_the_side_of_the_structure(scanner):
+    for seed in range(2):
+        volume = markers.make(scanner, seed)
+        image, label = volume["image"].as_tensor(), volume["label"].as_tensor()
+        assert image.shape == label.shape == (1, *markers.WINDOW)
+        side = markers.side_of(label[None]).item()
+        bare = markers.make(replace(scanner, radius=(0.1, 0.1)), seed)["image"].as_tensor()
+        changed = (image - bare).abs() > 1
+        assert changed.any()
+        assert markers.side_of(changed[None].float()).item() == side
+        # It is far from the structure: no voxel of it is near one of the structure.
+        spots = (changed[0].nonzero() * torch.tensor(markers.SPACING)).float()
+        inside = (label[0].nonzero() * torch.tensor(markers.SPACING)).float()
+        assert torch.cdist(spots, inside).min() > 30
+
+
+def test_volumes_and_weights_of_a_user(kept, monkeypatch):
+    from segmentation_files import HEADS, TINY, tiny_unetr, write_dataset
+
+    torch.save(tiny_unetr().state_dict(), kept / "unetr.pt")
+    write_dataset(kept)
+    heads = f"--num-heads {HEADS['num_heads']}"
+    own = {"volumes": kept / "dataset.json", "unetr": kept / "unetr.pt", "volume_options": heads}
+    task = TASKS["frozen"](Sources(**own, quick=True), 2, 0)
+    assert task._recipe.window == TINY["img_size"]
+    assert np.isnan(task.kept(task.model()))
+    options = ["--rows", str(kept / "rows.csv"), "--quick", "--seeds", "1", "--sizes", "2"]
+    for name, value in own.items():
+        options += [f"--{name.replace('_', '-')}", str(value)]
+    program.main(["run", "--tasks", "frozen", "--methods", "head", "tcurlora:8", *options])
+    rows = records.read(kept / "rows.csv")
+    assert {key.size for key in rows} == {2}
+    assert {row["state"] for row in rows.values()} == {"done"}
+    assert all("volume_options=--num-heads 4" in key.data for key in rows)
 
 
 def test_pictures_show_the_best_the_median_and_the_worst_case():

@@ -48,7 +48,7 @@ def plan_of(args: argparse.Namespace) -> Plan:
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     own = [name for task in args.tasks for name in TASKS[task].own if name in given]
     for name in own:
-        if not given[name].exists():
+        if isinstance(given[name], Path) and not given[name].exists():
             option = name.replace("_", "-")
             raise ValueError(f"--{option}: expected a file or a folder, got {given[name]}: none")
     if own and args.rows == records.FILE:
@@ -56,6 +56,7 @@ def plan_of(args: argparse.Namespace) -> Plan:
         raise ValueError(f"--rows: expected a file of your own beside --{option}, got none")
     kept = {"parts": args.parts} if args.command == "run" else {}
     kept |= {"seeds": (0, 1), "start": (0,), "most": 1} if args.quick else {}
+    kept |= {} if args.sizes is None else {"sizes": args.sizes}
     kept |= {} if args.seeds is None else {"seeds": tuple(range(args.seeds))}
     return Plan(Sources(**given), args.tasks, names_of_methods(args.methods), **kept)
 
@@ -89,10 +90,12 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
         command.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
         command.add_argument("--methods", nargs="+", help="default: all")
         command.add_argument("--seeds", type=int, help="how many; default: 5")
+        command.add_argument("--sizes", type=int, nargs="+", help="of the training sets")
         command.add_argument("--quick", action="store_true", help="a few steps of everything")
         for field in fields(Sources):
             if field.name != "quick":
-                command.add_argument(f"--{field.name.replace('_', '-')}", type=Path)
+                kind = str if field.name == "volume_options" else Path
+                command.add_argument(f"--{field.name.replace('_', '-')}", type=kind)
     for command in (shown, drawn):
         command.add_argument(
             "--output", type=Path, help="a folder; default: the repository's documents"
@@ -100,9 +103,10 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     for command in (shown, train, drawn):
         command.add_argument("--rows", type=Path, help=f"default: {records.FILE.name}")
     args = parser.parse_args(arguments)
-    for name in ("seeds", "jobs"):
+    for name in ("seeds", "jobs", "sizes"):
         value = getattr(args, name, None)
-        if value is not None and value < 1:
+        numbers = value if isinstance(value, list) else [1 if value is None else value]
+        if min(numbers) < 1:
             parser.error(f"--{name}: expected at least 1, got {value}")
     if args.rows is None:
         args.rows = QUICK_ROWS if getattr(args, "quick", False) else records.FILE

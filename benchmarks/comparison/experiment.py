@@ -42,6 +42,8 @@ class Plan:
         seeds: of the reported trainings.
         start, most: of the search, as `START` and `MOST`.
         parts: of `PARTS`.
+        sizes: of the training sets; None: those of each task. The search is at the task's size if
+            it is among them, else at the largest.
     """
 
     sources: Sources
@@ -51,15 +53,18 @@ class Plan:
     start: Sequence[int] = START
     most: int = MOST
     parts: Sequence[str] = PARTS
+    sizes: Sequence[int] | None = None
+
+    def searched(self, task: str) -> int:
+        """The size of the training sets of a search."""
+        usual = TASKS[task].searched
+        return usual if self.sizes is None or usual in self.sizes else max(self.sizes)
 
     def data(self, task: str) -> str:
         """The data of a task in a row: "default", or a digest of the user's files."""
         names = TASKS[task].own
-        files = {n: path for n in names if (path := getattr(self.sources, n)) is not None}
-        own = " ".join(
-            f"{name}={path.name}:{_digest(path, path.stat().st_mtime_ns)}"
-            for name, path in files.items()
-        )
+        given = {n: value for n in names if (value := getattr(self.sources, n)) is not None}
+        own = " ".join(f"{name}={_told(value)}" for name, value in given.items())
         return f"{'quick ' if self.sources.quick else ''}{own or 'default'}"
 
     def rate(self, task: str, name: str, power: int) -> float:
@@ -91,10 +96,10 @@ class Plan:
 
     def _at(self, task: str, name: str, power: int) -> list[Key]:
         """The trainings of a search at one rate."""
-        kind, rate = TASKS[task], self.rate(task, name, power)
+        size, rate = self.searched(task), self.rate(task, name, power)
         return [
-            Key(self.data(task), task, kind.searched, name, rate, seed, "search")
-            for seed in kind.search
+            Key(self.data(task), task, size, name, rate, seed, "search")
+            for seed in TASKS[task].search
         ]
 
     def reported(self, task: str, rows: Rows) -> Iterator[Key]:
@@ -102,8 +107,8 @@ class Plan:
 
         Those of the size of the search come first.
         """
-        kind = TASKS[task]
-        for size in sorted(kind.sizes, key=lambda size: size != kind.searched):
+        sizes = self.sizes or TASKS[task].sizes
+        for size in sorted(sizes, key=lambda size: size != self.searched(task)):
             for seed in self.seeds:
                 for name in self.methods:
                     rate = self.chosen(task, name, rows)
@@ -113,7 +118,7 @@ class Plan:
     def timed(self, task: str, rows: Rows) -> list[Key]:
         """The methods whose steps are timed beside each other: those that take the model."""
         taken = [name for name in self.methods if not self.refused(task, name, rows)]
-        size = TASKS[task].searched
+        size = self.searched(task)
         return [
             Key(self.data(task), task, size, name, self.rate(task, name, 0), 0, "timed")
             for name in taken
@@ -261,6 +266,13 @@ def _timed(task: Task, keys: Sequence[Key], rounds: int) -> Result:
     return {
         name: {"state": "done", "step_ms": timing.median_ms} for name, timing in timings.items()
     }
+
+
+def _told(value: Path | str) -> str:
+    """An option that was given, by the content of a file."""
+    if isinstance(value, str):
+        return value
+    return f"{value.name}:{_digest(value, value.stat().st_mtime_ns)}"
 
 
 @cache

@@ -52,7 +52,7 @@ def draw(plan: Plan, rows: Rows, folder: Path) -> list[Path]:
 def _cases(plan: Plan, rows: Rows, name: str) -> Cases:
     """What every method finds in the test volumes."""
     seed, found = plan.seeds[0], {}
-    task = TASKS[name](plan.sources, TASKS[name].searched, seed)
+    task = TASKS[name](plan.sources, plan.searched(name), seed)
     assert isinstance(task, Volumes)
     for each in plan.methods:
         rate = plan.chosen(name, each, rows)

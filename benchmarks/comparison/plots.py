@@ -11,7 +11,7 @@ from matplotlib import pyplot
 
 from .methods import METHODS
 from .records import Rows
-from .summary import Summary, experiments, interval, sizes, summaries
+from .summary import Summary, experiments, interval, main_size, sizes, summaries
 from .tasks import TASKS
 
 matplotlib.use("Agg")
@@ -22,7 +22,7 @@ CURVES = ("head", "tcurlora:8", "tcurlora:32", "lora:1", "lora:8", "full")
 def draw(rows: Rows, data: str, folder: Path) -> list[Path]:
     """Draws all plots of some data; returns their files."""
     tasks = [task for each, task in experiments(rows) if each == data and sizes(rows, data, task)]
-    found = {task: summaries(rows, data, task, TASKS[task].searched) for task in tasks}
+    found = {task: summaries(rows, data, task, main_size(rows, data, task)) for task in tasks}
     files = {"comparison": _scores(found), "comparison_curves": _curves(found)}
     files["comparison_sizes"] = _sizes(
         rows, data, [t for t in tasks if len(sizes(rows, data, t)) > 1]

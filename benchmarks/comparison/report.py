@@ -6,11 +6,11 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..documents import fill, table
+from ..documents import fill, paragraph, table
 from . import plots, records
 from .methods import METHODS
 from .records import Rows
-from .summary import Summary, experiments, interval, refusals, sizes, summaries
+from .summary import Summary, experiments, interval, main_size, refusals, sizes, summaries
 from .tasks import TASKS
 from .tasks.base import ROOT
 
@@ -69,7 +69,7 @@ def tables(rows: Rows) -> dict[str, str]:
 
 def scores(rows: Rows, data: str, task: str) -> str:
     """Every method of a task, at the size of its search; a sentence for those that are missing."""
-    kind, found = TASKS[task], summaries(rows, data, task, TASKS[task].searched)
+    kind, found = TASKS[task], summaries(rows, data, task, main_size(rows, data, task))
     heads = ["method", "numbers", "rate", kind.measure, "difference", "kept", "step", "memory"]
     most = max((len(one.rows) + one.diverged for one in found.values()), default=0)
     lines = []
@@ -93,9 +93,9 @@ def scores(rows: Rows, data: str, task: str) -> str:
     text = table([*heads, "file"], lines)
     before = [float(row["kept_before"]) for one in found.values() for row in one.rows.values()]
     if before:
-        text += f"\nBefore adaptation, {kind.kept_measure} is {before[0]:.3f}.\n"
+        text += "\n" + paragraph(f"Before adaptation, {kind.kept_measure} is {before[0]:.3f}.")
     for name, why in refusals(rows, data, task).items():
-        text += f"\n{METHODS[name].label} does not take this model: {why}\n"
+        text += "\n" + paragraph(f"{METHODS[name].label} does not take this model: {why}")
     return text
 
 
@@ -129,7 +129,7 @@ def by_size(rows: Rows, data: str, task: str) -> str:
 
 def measures(rows: Rows, data: str, task: str) -> str:
     """The details of the scores; empty for a task without."""
-    found = summaries(rows, data, task, TASKS[task].searched)
+    found = summaries(rows, data, task, main_size(rows, data, task))
     names = TASKS[task].details_measured
     if not found or not names:
         return ""
@@ -142,7 +142,7 @@ def measures(rows: Rows, data: str, task: str) -> str:
 
 def shown(rows: Rows, tasks: Sequence[str]) -> str:
     """A few methods on all tasks."""
-    every = [summaries(rows, "default", task, TASKS[task].searched) for task in tasks]
+    every = [summaries(rows, "default", task, main_size(rows, "default", task)) for task in tasks]
     lines = [
         [
             METHODS[name].label,

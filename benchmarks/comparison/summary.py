@@ -91,6 +91,12 @@ def sizes(rows: Rows, data: str, task: str) -> list[int]:
     return sorted({key.size for key, row in own if key.part == "reported" and row["test"]})
 
 
+def main_size(rows: Rows, data: str, task: str) -> int:
+    """The size of the search, or the largest that is reported where nothing was searched."""
+    every = of_task(rows, data, task)
+    return max([key.size for key in every if key.part == "search"] or [key.size for key in every])
+
+
 def of_task(rows: Rows, data: str, task: str) -> Rows:
     """The rows of one task."""
     return {key: row for key, row in rows.items() if (key.data, key.task) == (data, task)}

@@ -207,13 +207,6 @@ def demo_task(args: argparse.Namespace, seed: int, folder: Path, whole: Whole) -
     return Task(recipe, base, target, report)
 
 
-def old_volumes(folder: Path, count: int) -> list[Entry]:
-    """Volumes of the source domain that are in no training of the demo, as on disk in a folder."""
-    counts = {"training": 1, "validation": count}  # a datalist has both
-    file = brain_domains.write_domain(folder, brain_domains.SOURCE, counts, seed=10**6)
-    return read_datalist(file)["validation"]
-
-
 def demo_seconds(args: argparse.Namespace, seed: int) -> float:
     """The approximate seconds of `demo_task`; only ratios matter."""
     source, target = demo_counts(args)

@@ -47,6 +47,8 @@ class Sources:
         images: an ``.npz`` file in MedMNIST's layout.
         volumes: a datalist of volumes.
         unetr: weights of MONAI's UNETR.
+        volume_options: options of examples/unetr_segmentation.py for both, such as
+            ``"--num-heads 6"``, where the weights do not tell.
         quick: a short training of a small model, to see that all of it runs.
     """
 
@@ -61,6 +63,7 @@ class Sources:
     images: Path | None = None
     volumes: Path | None = None
     unetr: Path | None = None
+    volume_options: str | None = None
     quick: bool = False
 
 

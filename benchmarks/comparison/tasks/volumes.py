@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,12 +13,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from . import markers
 from .base import BadDataError, DivergedError, Part, Sources, Task, example, wrong
+from .marker_base import Course, pretrained
 
-#: Where the demo's volumes and its pretrained UNETR are kept between runs.
+#: Where the pretrained UNETR is kept between runs.
 FOLDER = Path("runs/comparison")
-#: Volumes of the target to draw trainings from, and of the source to tell what was forgotten.
-POOL, OLD = 12, 4
+#: Volumes of the new scanner: a pool to draw trainings from, and others. "old" are of the old one.
+COUNTS = {"training": 24, "validation": 8, "test": 32, "old": 16}
+QUICK = {"training": 10, "validation": 1, "test": 2, "old": 1}
 
 
 @dataclass(frozen=True)
@@ -40,22 +44,22 @@ class Case:
 
 
 class Volumes(Task):
-    """The UNETR of examples/unetr_segmentation.py, whose decoder every method trains.
+    """A UNETR whose decoder every method trains, on the volumes of `markers` or a user's.
 
     ``size`` volumes are drawn by the seed; validation and test are the same for all seeds. What is
-    kept is the segmentation of the source domain.
+    kept is the segmentation of the old scanner's volumes.
     """
 
     sizes: ClassVar = (1, 2, 5, 10)
-    searched: ClassVar = 5
+    searched: ClassVar = 10
     search: ClassVar = (100,)  # a training takes long
     measure: ClassVar = "Dice"
-    kept_measure: ClassVar = "Dice of the source domain"
+    kept_measure: ClassVar = "Dice of the old scanner"
     details_measured: ClassVar = ("hd95", "iou", "sensitivity", "specificity")
-    own: ClassVar = ("volumes", "unetr")
+    own: ClassVar = ("volumes", "unetr", "volume_options")
     rate_scale: ClassVar = 10.0
     head: Sequence[str] = ("decoder*", "out.*")
-    head_rate, steps = 3e-3, 120
+    head_rate, steps = 2e-3, 400
     layers: Sequence[str] = ("vit.blocks.*.attn.*", "vit.blocks.*.mlp.*")
     norms: Sequence[str] = ("vit.blocks.*.norm1", "vit.blocks.*.norm2", "vit.norm")
 
@@ -73,8 +77,7 @@ class Volumes(Task):
         chosen = torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed))[:size]
         self._training = [pool[i] for i in chosen]
         self._parts = {part: made.volumes[part] for part in ("validation", "test", "old")}
-        preparation = example("segmentation.preparation")
-        self._augment = preparation.augmentation(self._recipe, made.mirror)
+        self._augment, self._mirrors = made.augment, made.mirrors
         self._loss = example("segmentation.training").segmentation_loss()
 
     def loss(self, model: nn.Module, generator: torch.Generator) -> Tensor:
@@ -85,6 +88,8 @@ class Volumes(Task):
         volume = self._training[at]
         batch = self._augment({key: volume[key].clone() for key in ("image", "label")})
         image, label = (batch[key].as_tensor()[None] for key in ("image", "label"))
+        if self._mirrors:
+            image, label = (torch.cat([each, each.flip(2)]) for each in (image, label))
         return self._loss(model(image), label)
 
     def score(self, model: nn.Module, part: Part) -> float:
@@ -124,9 +129,8 @@ class Volumes(Task):
 class FrozenVolumes(Volumes):
     """The same with a frozen decoder: every method trains the output layer alone."""
 
-    sizes: ClassVar = (5,)
+    sizes: ClassVar = (10,)
     head: Sequence[str] = ("out.*",)
-    head_rate = 3e-3
 
 
 @dataclass(frozen=True)
@@ -137,38 +141,55 @@ class _Made:
         recipe: preparation and network.
         model: with the pretrained weights.
         volumes: "training" (a pool), "validation", "test" and "old" -> prepared volumes.
-        mirror: axes along which training volumes are mirrored.
+        augment: what changes a training volume at random.
+        mirrors: every training volume comes with its mirror image.
     """
 
     recipe: Any
     model: nn.Module
     volumes: dict[str, list[dict[str, Any]]]
-    mirror: Sequence[int]
+    augment: Any
+    mirrors: bool
 
 
 @cache
 def _made(sources: Sources) -> _Made:
-    """Reads a user's files, or makes the demo's volumes and pretrains its UNETR."""
+    """Reads a user's files, or makes volumes and pretrains a UNETR."""
+    return _marked(sources.quick) if sources.volumes is None else _own(sources)
+
+
+def _marked(quick: bool) -> _Made:
+    """The volumes of `markers`, and a UNETR of the demo's size for them."""
+    preparation, unetr = example("segmentation.preparation"), example("segmentation.unetr")
+    sizes = {"feature_size": 4, "hidden_size": 192, "mlp_dim": 384, "num_heads": 6}
+    course, counts = Course(), COUNTS
+    if quick:
+        sizes = {**sizes, "hidden_size": 24, "mlp_dim": 48, "num_heads": 3}
+        course, counts = Course(volumes=1, side_steps=2, steps=2), QUICK
+    architecture = unetr.Architecture(1, 2, markers.WINDOW, **sizes)
+    recipe = preparation.Recipe(architecture, markers.SPACING)
+    model = pretrained(recipe, course, FOLDER)
+    volumes = {
+        name: markers.volumes(markers.OLD if name == "old" else markers.NEW, count, f"of {name}")
+        for name, count in counts.items()
+    }
+    return _Made(recipe, model, volumes, markers.augmentation(), mirrors=True)
+
+
+def _own(sources: Sources) -> _Made:
     options, task = example("segmentation.options"), example("segmentation.task")
-    smoke = ["--smoke"] if sources.quick else []
+    preparation = example("segmentation.preparation")
     with _named():
-        if sources.volumes is None:
-            args = options.parse_args(smoke)
-            args.volumes, args.keep = POOL, FOLDER / "pretrained"
-            folder = FOLDER / ("quick" if sources.quick else "demo")
-            whole = example("progress").Whole(task.demo_seconds(args, 0))
-            made = task.demo_task(args, 0, folder, whole)
-            old = task.old_volumes(folder / "old", OLD)
-        else:
-            own = [f"--data={sources.volumes}", f"--pretrained={sources.unetr}"]
-            args = options.parse_args([*smoke, *own])
-            made, old = task.own_task(args), []
-    load = partial(example("segmentation.preparation").load_volumes, made.recipe)
-    sections = {**made.sections, "test": made.scored, "old": old}
+        given = [f"--data={sources.volumes}", f"--pretrained={sources.unetr}"]
+        args = options.parse_args([*given, *shlex.split(sources.volume_options or "")])
+        made = task.own_task(args)
+    load = partial(preparation.load_volumes, made.recipe)
+    sections = {**made.sections, "test": made.scored, "old": []}
     checkpoint = example("segmentation.checkpoints").read_checkpoint(made.base, made.recipe.entry)
     model, _ = example("segmentation.unetr").load_unetr(made.recipe.architecture, checkpoint)
     volumes = {name: load(entries) for name, entries in sections.items()}
-    return _Made(made.recipe, model.eval(), volumes, args.mirror)
+    augment = preparation.augmentation(made.recipe, args.mirror)
+    return _Made(made.recipe, model.eval(), volumes, augment, mirrors=False)
 
 
 @contextmanager
