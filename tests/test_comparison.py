@@ -26,12 +26,13 @@ CHOSEN = ["head", "full", "lora:1", "tcurlora:8"]
 @pytest.fixture
 def small(tmp_path, monkeypatch):
     """The file of rows of a run of the program with the small task alone."""
-    monkeypatch.setattr(Small, "seeds", (0, 1), raising=False)
-    for name in list(TASKS):
-        monkeypatch.delitem(TASKS, name)
-    monkeypatch.setitem(TASKS, "small", Small)
+    kept = dict(TASKS)
     monkeypatch.setattr(experiment, "ROUNDS", 2)
-    return tmp_path / "rows" / "rows.csv"
+    TASKS.clear()
+    TASKS["small"] = Small
+    yield tmp_path / "rows" / "rows.csv"
+    TASKS.clear()
+    TASKS.update(kept)  # in their order
 
 
 def run(file, *options):
