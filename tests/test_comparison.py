@@ -392,6 +392,15 @@ def test_what_the_page_says_so_far():
     order = sorted((name for name in kept if name != "head"), key=kept.__getitem__)
     assert {"fourierft", "tcurlora:8", "curlora", "tinylora", "tcurlora:32"} == set(order[:5])
     assert kept["lora:8"] > kept["tcurlora:8"] + 0.3
+    volumes = _recorded("volumes")
+    gain = volumes["tcurlora:8"].apart(volumes["head"])
+    assert gain.mean > gain.half
+    apart = volumes["lora:8"].apart(volumes["head"])
+    assert abs(apart.mean) < apart.half
+    lora, ours = (volumes[name].middle("trained") for name in ("lora:8", "tcurlora:8"))
+    assert lora == 48 * ours
+    full = volumes["full"].numbers("test")
+    assert max(full) - min(full) > 0.25
 
 
 def test_one_thread_in_every_process(small, monkeypatch):

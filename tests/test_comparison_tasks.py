@@ -281,6 +281,7 @@ def test_volumes_train_decoder_or_output_layer(kept, monkeypatch):
     monkeypatch.setattr(volumes.Volumes, "sizes", (1, 2))
     monkeypatch.setattr(volumes.FrozenVolumes, "sizes", (2,))
     monkeypatch.setattr(volumes.Volumes, "searched", 2)
+    monkeypatch.setattr(volumes.Volumes, "search", (100,))
     monkeypatch.setitem(volumes.QUICK, "training", 2)
     file = kept / "rows.csv"
     options = ["--rows", str(file), "--quick", "--seeds", "1", "--parts", "search", "reported"]
