@@ -1,9 +1,8 @@
 """Says whether the CUDA sources are those that have passed all of their checks.
 
-Compiling them for every architecture takes a third of the time that all of `.ci/run` may take, and
-leaving out each barrier some minutes more. So `cuda_checks.py` records what it has passed, in
-``cuda_checked.txt``, and `.ci/run` repeats it for other sources alone. The exit status is 0 if the
-sources have passed.
+Compiling them for every architecture takes long, and so does leaving out each barrier. So
+`cuda_checks.py` records what it has passed, in ``cuda_checked.txt``, and `.ci/run` repeats it for
+other sources alone. The exit status is 0 if the sources have passed.
 """
 
 import hashlib

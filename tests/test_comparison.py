@@ -250,6 +250,14 @@ def test_wrong_numbers_and_names(options, message, capsys):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["report", "pictures"])
+def test_the_repositorys_pages_are_not_written_from_other_rows(command, tmp_path):
+    page = report.PAGES[0].read_bytes()
+    with pytest.raises(SystemExit, match=r"--output: expected a folder beside --rows .*, got none"):
+        program.main([command, "--rows", str(tmp_path / "own.csv")])
+    assert report.PAGES[0].read_bytes() == page
+
+
 def test_rows_of_something_else_are_refused(tmp_path):
     file = tmp_path / "rows.csv"
     file.write_text("a,b\n1,2\n")

@@ -158,6 +158,42 @@ def test_the_table_of_the_recorded_run():
     assert {run["volumes"] for run in RECORDED["runs"]} == {8}
 
 
+def test_the_table_and_the_text_of_two_modalities():
+    summary = json.loads((RESULTS / "two_modalities.json").read_text())
+    said = " ".join((RESULTS / "README.md").read_text(encoding="utf-8").split())
+    runs = summary["runs"]
+    rows = {"head": "head", "shared": "head, cores shared", "apart": "head, cores apart"}
+    for name, row in {**rows, "full": "everything"}.items():
+        results = [run["methods"][name] for run in runs]
+        mean, deviation = summary["dice"][name]
+        assert mean == pytest.approx(statistics.mean(result["dice"] for result in results))
+        rates = " ".join(f"{result['rate']:g}" for result in results)
+        seconds = statistics.mean(result["seconds_per_step"] for result in results)
+        cells = (row, f"{mean:.3f} ± {deviation:.3f}", f"{results[0]['trained']:,}", rates)
+        assert f"| {' | '.join((*cells, f'{seconds:.3f}'))} |" in said
+
+    def gain(one, other):
+        """Mean and standard error of the difference of two methods, paired by seed."""
+        dice = [[run["methods"][name]["dice"] for name in (one, other)] for run in runs]
+        each = [a - b for a, b in dice]
+        return each, statistics.mean(each), statistics.stdev(each) / len(each) ** 0.5
+
+    each, mean, error = gain("shared", "apart")
+    assert f"Shared - apart is {mean:+.3f} ± {error:.3f}" in said
+    assert f"{', '.join(f'{one:+.3f}' for one in each[:4])} and {each[4]:+.3f}" in said
+    half = 2.776 * error  # Student's t for five seeds
+    assert f"reaches from {mean - half:.3f} to {mean + half:+.3f} (" in said
+    pairs = {"by {}": ("shared", "head"), "and by {} apart": ("apart", "head")}
+    for text, names in {**pairs, "and {}": ("full", "apart")}.items():
+        each, mean, error = gain(*names)
+        assert min(each) > 0
+        assert text.format(f"{mean:.3f} ± {error:.3f}") in said
+    numbers = {name: runs[0]["methods"][name]["trained"] for name in rows | {"full": ""}}
+    cores, encoders = numbers["shared"] - numbers["head"], numbers["full"] - numbers["head"]
+    assert f"So {cores:,} numbers of core bring about two thirds" in said
+    assert f"{encoders:,} numbers of the encoders" in said
+
+
 def test_the_size_of_an_adapter():
     """The 72 linear layers of a ViT-B at rank 8: cores in fp32, and what LoRA trains of them."""
     layers = {(768, 768): 48, (3072, 768): 12, (768, 3072): 12}

@@ -28,7 +28,10 @@ QUICK_ROWS = Path("runs/comparison/quick.csv")
 def main(arguments: list[str] | None = None) -> None:
     """Reads the command line; errors of the user end it with one line."""
     args = parse_args(arguments)
+    torch.set_num_threads(1)
     try:
+        if args.command != "run" and args.output is None and args.rows != records.FILE:
+            raise ValueError(f"--output: expected a folder beside --rows {args.rows}, got none")
         if args.command == "report":
             print(*report.write(args.rows, args.output), sep="\n")
         elif args.command == "pictures":
@@ -64,7 +67,6 @@ def plan_of(args: argparse.Namespace) -> Plan:
 def run(args: argparse.Namespace) -> None:
     """Trains."""
     plan = plan_of(args)
-    torch.set_num_threads(1)
     with records.writing(args.rows) as rows:
         made = Run(plan, rows, args.rows, args.jobs)
         made.all()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from ..tasks.base import Task
+from ..tasks.base import Task, is_linear
 
 
 class RefusedError(Exception):
@@ -58,8 +58,7 @@ def is_head(task: Task, name: str) -> bool:
 def layers(model: nn.Module, task: Task) -> Iterator[tuple[str, nn.Module]]:
     """Name and module of the linear layers that methods adapt."""
     for name, module in model.named_modules():
-        is_linear = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
-        if is_linear and _matches(task.layers, name) and not is_head(task, name):
+        if is_linear(module) and _matches(task.layers, name) and not is_head(task, name):
             yield name, module
 
 

@@ -127,6 +127,11 @@ class Task(ABC):
         """How well the model still does what it was pretrained for, from 0 to 1; nan: unknown."""
 
 
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear layer; GPT-2's ``Conv1D`` is one, and is not `nn.Linear`."""
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
 _BASES: dict[object, nn.Module] = {}
 
 

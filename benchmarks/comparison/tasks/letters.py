@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from .base import Part, Sources, Task, example, pretrained, wrong
+from .base import Part, Sources, Task, example, is_linear, pretrained, wrong
 
 
 class Letters(Task):
@@ -60,8 +60,7 @@ class Letters(Task):
             self.layers = [
                 name
                 for name, layer in self.base.named_modules()
-                if (isinstance(layer, nn.Linear) or type(layer).__name__ == "Conv1D")
-                and layer is not head
+                if is_linear(layer) and layer is not head
             ]
 
     def loss(self, model: nn.Module, generator: torch.Generator) -> Tensor:

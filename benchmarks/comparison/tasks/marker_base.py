@@ -37,7 +37,7 @@ class Course:
     seed: int = 0
 
 
-def pretrained(recipe: Any, course: Course, folder: Path) -> nn.Module:
+def pretrained_on_markers(recipe: Any, course: Course, folder: Path) -> nn.Module:
     """The pretrained network, from ``folder`` if it was kept there."""
     code = b"".join(Path(module).read_bytes() for module in (__file__, markers.__file__))
     facts = f"{course} {recipe} {torch.__version__}".encode()

@@ -26,11 +26,11 @@ class Classifier(nn.Module):
 
     def __init__(self, encoder: nn.Module, padding: int, width: int, classes: int) -> None:
         super().__init__()
-        self.encoder, self.head, self._padding = encoder, nn.Linear(width, classes), padding
+        self.encoder, self.head, self.padding = encoder, nn.Linear(width, classes), padding
 
     def embed(self, ids: Tensor) -> Tensor:
         """The mean over the tokens of each text ``[n, tokens]``: ``[n, width]``."""
-        mask = (ids != self._padding).long()
+        mask = (ids != self.padding).long()
         tokens = self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
         return (tokens * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
 
@@ -137,7 +137,7 @@ class Glosses(Task):
         return torch.cat(found)[torch.tensor(order).argsort()]
 
     def _padded(self, ids: Sequence[Sequence[int]]) -> Tensor:
-        padding = self.base._padding
+        padding = self.base.padding
         rows = [torch.tensor(each) for each in ids]
         return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=padding)
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from . import markers
 from .base import BadDataError, DivergedError, Part, Sources, Task, example, wrong
-from .marker_base import Course, pretrained
+from .marker_base import Course, pretrained_on_markers
 
 #: Where the pretrained UNETR is kept between runs.
 FOLDER = Path("runs/comparison")
@@ -168,7 +168,7 @@ def _marked(quick: bool) -> _Made:
         course, counts = Course(volumes=1, side_steps=2, steps=2), QUICK
     architecture = unetr.Architecture(1, 2, markers.WINDOW, **sizes)
     recipe = preparation.Recipe(architecture, markers.SPACING)
-    model = pretrained(recipe, course, FOLDER)
+    model = pretrained_on_markers(recipe, course, FOLDER)
     volumes = {
         name: markers.volumes(markers.OLD if name == "old" else markers.NEW, count, f"of {name}")
         for name, count in counts.items()
