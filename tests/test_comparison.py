@@ -54,7 +54,7 @@ def test_a_run_searches_then_reports_then_times(small, capsys):
     assert len(of(rows, part="reported")) == 4 * 3 * 2
     assert len(of(rows, part="timed")) == 4
     assert {row["state"] for row in rows.values()} == {"done"}
-    plan = experiment.Plan(Sources(), ["small"], CHOSEN, range(3))
+    plan = experiment.Plan(Sources(), ["small"], CHOSEN, CHOSEN, range(3))
     for name in CHOSEN:
         rates = {key.rate: row for key, row in rows.items() if key[3::3] == (name, "search")}
         best = max(rates, key=lambda rate: float(rates[rate]["validation"]), default=0.0)
@@ -74,6 +74,17 @@ def test_a_run_searches_then_reports_then_times(small, capsys):
 
 
 @pytest.mark.parametrize(
+    ("named", "at_sizes"), [([], methods.FEW), (["--methods", "ssf", "head"], ("ssf", "head"))]
+)
+def test_all_methods_at_one_size_and_a_few_at_others(small, named, at_sizes, monkeypatch):
+    monkeypatch.setattr(experiment.Plan, "chosen", lambda *_: 1e-3)
+    plan = program.plan_of(program.parse_args(["run", *named]))
+    trained = [(key.size, key.method) for key in plan.reported("small", {}) if key.seed == 4]
+    every = tuple(methods.METHODS) if not named else at_sizes
+    assert trained == [(40, name) for name in every] + [(20, name) for name in at_sizes]
+
+
+@pytest.mark.parametrize(
     ("best", "tried"),
     [
         (0, [-1, 0, 1]),
@@ -86,7 +97,7 @@ def test_a_run_searches_then_reports_then_times(small, capsys):
 )
 def test_a_search_goes_on_while_the_best_rate_is_at_an_end(small, best, tried):
     """`best` is the power of the best rate; None: all trainings diverge."""
-    plan = experiment.Plan(Sources(), ["small"], ["lora:1"])
+    plan = experiment.Plan(Sources(), ["small"], ["lora:1"], [])
     powers = {plan.rate("small", "lora:1", power): power for power in range(-9, 10)}
     rows = {}
     while keys := plan.searches("small", rows):

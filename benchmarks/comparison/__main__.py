@@ -19,6 +19,7 @@ import torch
 
 from . import pictures, records, report
 from .experiment import PARTS, Plan, Run, names_of_methods
+from .methods import FEW
 from .tasks import TASKS
 from .tasks.base import BadDataError, Sources
 
@@ -61,7 +62,9 @@ def plan_of(args: argparse.Namespace) -> Plan:
     kept |= {"seeds": (0, 1), "start": (0,), "most": 1} if args.quick else {}
     kept |= {} if args.sizes is None else {"sizes": args.sizes}
     kept |= {} if args.seeds is None else {"seeds": tuple(range(args.seeds))}
-    return Plan(Sources(**given), args.tasks, names_of_methods(args.methods), **kept)
+    methods = names_of_methods(args.methods)
+    at_sizes = methods if args.methods else FEW
+    return Plan(Sources(**given), args.tasks, methods, at_sizes, **kept)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -90,7 +93,8 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     train.add_argument("--jobs", type=int, default=2, help="trainings at once, one thread each")
     for command in (train, drawn):
         command.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-        command.add_argument("--methods", nargs="+", help="default: all")
+        usual = "default: all at the size of the search, a few at other sizes"
+        command.add_argument("--methods", nargs="+", help=usual)
         command.add_argument("--seeds", type=int, help="how many; default: 5")
         command.add_argument("--sizes", type=int, nargs="+", help="of the training sets")
         command.add_argument("--quick", action="store_true", help="a few steps of everything")

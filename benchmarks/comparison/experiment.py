@@ -39,6 +39,7 @@ class Plan:
     Attributes:
         sources: data and models.
         tasks, methods: names.
+        at_sizes: the methods that are trained at other sizes than that of the search.
         seeds: of the reported trainings.
         start, most: of the search, as `START` and `MOST`.
         parts: of `PARTS`.
@@ -49,6 +50,7 @@ class Plan:
     sources: Sources
     tasks: Sequence[str]
     methods: Sequence[str]
+    at_sizes: Sequence[str]
     seeds: Sequence[int] = (0, 1, 2, 3, 4)
     start: Sequence[int] = START
     most: int = MOST
@@ -107,10 +109,10 @@ class Plan:
 
         Those of the size of the search come first.
         """
-        sizes = self.sizes or TASKS[task].sizes
-        for size in sorted(sizes, key=lambda size: size != self.searched(task)):
+        sizes, first = self.sizes or TASKS[task].sizes, self.searched(task)
+        for size in sorted(sizes, key=lambda size: size != first):
             for seed in self.seeds:
-                for name in self.methods:
+                for name in self.methods if size == first else self.at_sizes:
                     rate = self.chosen(task, name, rows)
                     if rate is not None:
                         yield Key(self.data(task), task, size, name, rate, seed, "reported")

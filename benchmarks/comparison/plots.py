@@ -9,14 +9,12 @@ import matplotlib
 import numpy as np
 from matplotlib import pyplot
 
-from .methods import METHODS
+from .methods import FEW, METHODS
 from .records import Rows
 from .summary import Summary, experiments, interval, main_size, sizes, summaries
 from .tasks import TASKS
 
 matplotlib.use("Agg")
-#: What the curves of training show.
-CURVES = ("head", "tcurlora:8", "tcurlora:32", "lora:1", "lora:8", "full")
 
 
 def draw(rows: Rows, data: str, folder: Path) -> list[Path]:
@@ -74,7 +72,7 @@ def _curves(found: dict[str, dict[str, Summary]]) -> Any:
     figure, axes = _panels(list(found), "part of the training")
     for axis, methods in zip(axes, found.values(), strict=True):
         axis.set(ylabel="loss", yscale="log")
-        for name in (name for name in CURVES if name in methods):
+        for name in (name for name in FEW if name in methods):
             curves = [row["curve"].split() for row in methods[name].rows.values() if row["curve"]]
             if curves:
                 mean = np.array(curves, dtype=float).mean(0)
@@ -90,7 +88,7 @@ def _sizes(rows: Rows, data: str, tasks: list[str]) -> Any:
     figure, axes = _panels(tasks, "training examples")
     for axis, task in zip(axes, tasks, strict=True):
         every = {size: summaries(rows, data, task, size) for size in sizes(rows, data, task)}
-        for name in CURVES:
+        for name in FEW:
             own = {
                 size: interval(f[name].numbers("test")) for size, f in every.items() if name in f
             }

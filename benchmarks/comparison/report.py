@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..documents import fill, paragraph, table
 from . import plots, records
-from .methods import METHODS
+from .methods import FEW, METHODS
 from .records import Rows
 from .summary import Summary, experiments, interval, main_size, refusals, sizes, summaries
 from .tasks import TASKS
@@ -17,9 +17,8 @@ from .tasks.base import ROOT
 PAGES = (ROOT / "docs" / "comparison.md",)
 PLOTS = ROOT / "docs" / "plots"
 
-#: The method that others are compared with, and those of the first table.
+#: The method that others are compared with.
 OURS = "tcurlora:8"
-SHOWN = ("head", "tcurlora:8", "tcurlora:32", "lora:1", "lora:8", "full")
 
 
 def write(file: Path, output: Path | None) -> list[Path]:
@@ -151,6 +150,6 @@ def shown(rows: Rows, tasks: Sequence[str]) -> str:
                 for found in every
             ),
         ]
-        for name in SHOWN
+        for name in FEW
     ]
     return table(["what trains beside the head", *tasks], lines)

@@ -46,6 +46,10 @@ METHODS: dict[str, Method] = {
     "tcurlora:32": Method("tCURLoRA, r = 32", OURS, partial(ours.tcurlora, rank=32)),
 }
 
+#: The methods of the first table and of the curves. Training sets of other sizes than that of the
+#: search are for these alone, unless the methods are named.
+FEW = ("head", "tcurlora:8", "tcurlora:32", "lora:1", "lora:8", "full")
+
 
 def method(name: str) -> Method:
     """The method of a name.
