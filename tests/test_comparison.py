@@ -368,6 +368,11 @@ def test_fewer_seeds_and_divergence_are_told(small):
     text = report.scores(rows, "default", "small")
     assert "| 0.500 ± 0.000 (1 of 5 diverged) |" in text
     assert "| 0.500 ± 0.000 (1 of 3 diverged, 3 seeds) |" in text
+    assert report.by_size(rows, "default", "small") == ""
+    rows |= keyed([made_row(method="head", rate=0.0, seed=0, size=20)])
+    by_size = report.by_size(rows, "default", "small")
+    assert "| head alone | 0.500 (1 seed) | 0.500 ± 0.000 (1 of 5 diverged) |" in by_size
+    assert "LoRA" not in by_size
 
 
 def test_the_tables_are_those_of_the_rows():
@@ -411,6 +416,27 @@ def test_what_the_page_says_so_far():
     order = sorted((name for name in kept if name != "head"), key=kept.__getitem__)
     assert {"fourierft", "tcurlora:8", "curlora", "tinylora", "tcurlora:32"} == set(order[:5])
     assert kept["lora:8"] > kept["tcurlora:8"] + 0.3
+    minilm = _recorded("minilm")
+    ours, wide = minilm["tcurlora:8"], minilm["tcurlora:32"]
+    for name, other, is_better in (
+        ("lora:1", ours, True),
+        ("lora:1", wide, False),
+        ("lora:8", wide, False),
+        ("psoft", wide, True),
+        ("vera", wide, False),
+        ("tcurlora:published", ours, False),
+    ):
+        apart = minilm[name].apart(other)
+        assert (apart.mean > apart.half) == is_better, (name, apart)
+    for name in ("psoft", "vera", "adapter"):
+        apart = minilm[name].apart(ours)
+        assert apart.mean > apart.half
+    tiny, head = minilm["tinylora"].apart(ours), ours.apart(minilm["head"])
+    assert tiny.mean < -tiny.half
+    assert head.mean > head.half
+    assert minilm["lora:1"].middle("trained") == 18 * ours.middle("trained")
+    best = max(summary.interval(one.numbers("test")).mean for one in minilm.values())
+    assert summary.interval(minilm["adapter"].numbers("test")).mean == best
     volumes = _recorded("volumes")
     gain = volumes["tcurlora:8"].apart(volumes["head"])
     assert gain.mean > gain.half

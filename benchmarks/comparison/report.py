@@ -102,26 +102,29 @@ def _notes(summary: Summary, most: int) -> str:
     """How many seeds diverged, and how many there are if others have more."""
     every = len(summary.rows) + summary.diverged
     notes = [f"{summary.diverged} of {every} diverged"] if summary.diverged else []
-    notes += [f"{every} seeds"] if every < most else []
+    notes += [f"{every} seed{'s' if every > 1 else ''}"] if every < most else []
     return f" ({', '.join(notes)})" if notes else ""
 
 
 def by_size(rows: Rows, data: str, task: str) -> str:
-    """The scores at all sizes; empty for a task of one size."""
+    """The scores of the methods that have several sizes; empty if there are none."""
     every = sizes(rows, data, task)
-    if len(every) < 2:
+    found = [summaries(rows, data, task, size) for size in every]
+    shown = [name for name in METHODS if sum(name in one for one in found) > 1]
+    if not shown:
         return ""
-    found = {size: summaries(rows, data, task, size) for size in every}
+    most = max(len(one.rows) + one.diverged for at in found for one in at.values())
     lines = [
         [
             METHODS[name].label,
             *(
-                f"{interval(found[size][name].numbers('test')):.3f}" if name in found[size] else "–"
-                for size in every
+                f"{interval(at[name].numbers('test')):.3f}{_notes(at[name], most)}"
+                if name in at
+                else "–"
+                for at in found
             ),
         ]
-        for name in METHODS
-        if any(name in one for one in found.values())
+        for name in shown
     ]
     return table(["method", *map(str, every)], lines)
 
