@@ -431,6 +431,9 @@ def test_what_the_page_says_so_far():
     for name in ("psoft", "vera", "adapter"):
         apart = minilm[name].apart(ours)
         assert apart.mean > apart.half
+    step = minilm["lora:8"].step_ms
+    assert ours.step_ms / step == pytest.approx(1, abs=0.05)
+    assert wide.step_ms / step == pytest.approx(1.25, abs=0.05)
     tiny, head = minilm["tinylora"].apart(ours), ours.apart(minilm["head"])
     assert tiny.mean < -tiny.half
     assert head.mean > head.half
