@@ -10,7 +10,7 @@ from matplotlib import pyplot
 
 import hf_models
 from benchmarks.comparison import __main__ as program
-from benchmarks.comparison import pictures, records, report
+from benchmarks.comparison import pictures, records, report, summary
 from benchmarks.comparison.methods import method
 from benchmarks.comparison.methods.base import is_head, layers, norms
 from benchmarks.comparison.tasks import TASKS, images, markers, texts, volumes
@@ -273,6 +273,8 @@ def test_volumes_train_decoder_or_output_layer(kept, monkeypatch):
     assert len(rows) == 2 * 1 + 2 * 2 + 2
     for row in rows.values():
         assert int(row["trained"]) == (0 if row["method"] == "head" else 48 * 64 + 24 * 64)
+        named = volumes.Volumes.details_measured if row["part"] == "reported" else ()
+        assert tuple(summary.details(row)) == named
     text = report.measures(rows, "quick default", "frozen")
     assert "| method | hd95 | iou | sensitivity | specificity |" in text
     drawn = ["--rows", str(file), "--quick", "--output", str(kept / "drawn"), *chosen]

@@ -250,10 +250,10 @@ def _scores(task: Task, model: torch.nn.Module, part: str, kept_before: float) -
     validation = {"validation": task.score(model, "validation")}
     if part == "search":
         return validation
-    details = task.details(model)
+    test, details = task.tested(model)
     return {
         **validation,
-        "test": task.score(model, "test"),
+        "test": test,
         "kept_before": kept_before,
         "kept": task.kept(model),
         "details": ";".join(f"{name}={value:.6g}" for name, value in details.items()),

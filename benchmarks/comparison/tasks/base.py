@@ -76,7 +76,7 @@ class Task(ABC):
         search: seeds of the search, which draw other examples than those that are reported.
         measure: what `score` is, in words.
         kept_measure: what `kept` is, in words.
-        details_measured: the names of what `details` returns.
+        details_measured: the names of what `tested` returns beside the score.
         own: the options of `Sources` that replace data or model of this task.
         rate_scale: by which the learning rates of all methods are larger than those of a large
             pretrained model. Models that are pretrained here are small and want larger ones.
@@ -118,9 +118,9 @@ class Task(ABC):
     def score(self, model: nn.Module, part: Part) -> float:
         """How well the model does on held-out examples, from 0 to 1 (best)."""
 
-    def details(self, model: nn.Module) -> dict[str, float]:
-        """More measures of the test examples, by the names in ``details_measured``."""
-        return {}
+    def tested(self, model: nn.Module) -> tuple[float, dict[str, float]]:
+        """The score on the test examples, and more measures, named as in ``details_measured``."""
+        return self.score(model, "test"), {}
 
     @abstractmethod
     def kept(self, model: nn.Module) -> float:
