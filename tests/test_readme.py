@@ -78,17 +78,6 @@ def test_the_two_columns_are_one_function():
     assert_close(results[0], results[1], exact)
 
 
-#: Row of the README's table -> its method in the recorded run.
-METHODS = {
-    "output layer": "output layer only",
-    "cores and output layer": "core + output layer",
-    "whole transformer and output layer": "full ViT + output layer",
-    "decoder": "decoder-only",
-    "cores and decoder": "tCURLoRA",
-    "nothing": "zero-shot",
-}
-
-
 RESULTS = ROOT / "examples" / "results"
 RECORDED = json.loads((RESULTS / "three_seeds.json").read_text())
 
@@ -110,9 +99,17 @@ def numbers_of(method):
 
 
 def test_the_result_is_the_recorded_one():
-    for row, method in METHODS.items():
-        numbers, dice = numbers_of(method), over_seeds(method, "dice", ".3f")
-        assert re.search(rf"\| {row} +\| {numbers} +\| {dice} \|", README), (row, numbers, dice)
+    said = " ".join(README.split())
+    head, cores, vit = (
+        over_seeds(method, "dice", ".3f").split()[0]
+        for method in ("output layer only", "core + output layer", "full ViT + output layer")
+    )
+    numbers = [
+        int(numbers_of(m).replace(",", "")) for m in ("core + output layer", "output layer only")
+    ]
+    assert f"cores of {numbers[0] - numbers[1]:,} numbers bring the mean Dice" in said
+    assert f"from {head} to {cores}, over three seeds" in said
+    assert f"training the whole transformer brings it to {vit}." in said
 
 
 def test_the_table_of_the_recorded_run():
@@ -131,8 +128,7 @@ def test_the_table_of_the_recorded_run():
     }
     both = zip(by_seed["tCURLoRA"], by_seed["decoder-only"], strict=True)
     assert ", ".join(map("/".join, both)) in said
-    for text in (said, README):
-        assert "{}, {} and {}".format(*by_seed["core + output layer"]) in text
+    assert "{}, {} and {}".format(*by_seed["core + output layer"]) in said
     found = [run["scores"]["output layer only"]["dice"] for run in RECORDED["runs"]]
     assert f"nothing at all in {sum(d == 0 for dice in found for d in dice)} of 24" in said
     head, cores, vit = (

@@ -14,7 +14,7 @@ from .summary import Summary, experiments, interval, main_size, refusals, sizes,
 from .tasks import TASKS
 from .tasks.base import ROOT
 
-PAGES = (ROOT / "docs" / "comparison.md",)
+PAGES = (ROOT / "docs" / "comparison.md", ROOT / "README.md")
 PLOTS = ROOT / "docs" / "plots"
 
 #: The method that others are compared with.
@@ -143,11 +143,12 @@ def measures(rows: Rows, data: str, task: str) -> str:
 
 
 def shown(rows: Rows, tasks: Sequence[str]) -> str:
-    """A few methods on all tasks."""
+    """A few methods on all tasks, and how many numbers they train on the first."""
     every = [summaries(rows, "default", task, main_size(rows, "default", task)) for task in tasks]
     lines = [
         [
             METHODS[name].label,
+            f"{every[0][name].middle('trained'):,.0f}" if name in every[0] else "–",
             *(
                 f"{interval(found[name].numbers('test')):.3f}" if name in found else "–"
                 for found in every
@@ -155,4 +156,4 @@ def shown(rows: Rows, tasks: Sequence[str]) -> str:
         ]
         for name in FEW
     ]
-    return table(["what trains beside the head", *tasks], lines)
+    return table(["what trains beside the head", f"numbers ({tasks[0]})", *tasks], lines)

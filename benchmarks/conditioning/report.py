@@ -1,4 +1,4 @@
-"""The tables of README.md and docs/decomposition.md, and the plot of accuracies over rates."""
+"""The tables of docs/decomposition.md, and the plot of accuracies over rates."""
 
 from __future__ import annotations
 
@@ -15,14 +15,11 @@ from . import records
 from .experiment import METHODS, MORE, NAMES, RANKS, SEARCH, chosen, rates_of
 
 matplotlib.use("Agg")
-PAGES = (ROOT / "README.md", ROOT / "docs" / "decomposition.md")
+PAGES = (ROOT / "docs" / "decomposition.md",)
 PLOT = ROOT / "docs" / "plots" / "conditioning.png"
 
 #: The rate that the documents recommend, and the method that others are compared with.
 RATE, OURS = 1e-3, "cores:orthonormal:norm:8"
-
-#: What README.md shows, of minilm.
-SHOWN = ("head", OURS, "cores:orthonormal:norm:32", "lora:1", "lora:8", "full")
 
 Rows = dict[records.Key, dict[str, str]]
 
@@ -40,22 +37,9 @@ def write() -> list[Path]:
 def tables(rows: Rows) -> dict[str, str]:
     """Name of the mark -> Markdown table."""
     return {
-        "conditioning": _shown(rows),
         "conditioning_methods": _methods(rows),
         "conditioning_rates": _rates(rows),
     }
-
-
-def _shown(rows: Rows) -> str:
-    """The methods that README.md shows, each at the rate of its search."""
-    lines = ["| what trains beside the head | numbers | accuracy |", "|---|---|---|"]
-    for method in SHOWN:
-        found = _tests(rows, "minilm", method)
-        if found is not None:
-            trained = int(rows["minilm", method, chosen(rows, "minilm", method), 0]["trained"])
-            name = "nothing" if method == "head" else said(method).split(", ")[0]
-            lines.append(f"| {name} | {trained:,} | {mean(found):.3f} ± {stdev(found):.3f} |")
-    return "\n".join(lines) + "\n"
 
 
 def _methods(rows: Rows) -> str:

@@ -1,0 +1,164 @@
+"""What docs/comparison.md and README.md say of benchmarks.comparison, against the recorded rows."""
+
+import statistics
+from collections import Counter
+
+import pytest
+import torch
+
+from benchmarks.comparison import records, report, summary
+from benchmarks.comparison.tasks import TASKS, markers, volumes
+
+
+def test_the_tables_are_those_of_the_rows():
+    """The pages have what `python -m benchmarks.comparison report` writes."""
+    page, readme = (page.read_text(encoding="utf-8") for page in report.PAGES)
+    tables = report.tables(records.read())
+    for name, table in tables.items():
+        assert f"<!-- begin {name} -->\n{table}<!-- end {name} -->\n" in page
+    assert page.count("<!-- begin ") == len(tables)
+    assert f"<!-- begin comparison -->\n{tables['comparison']}<!-- end comparison -->\n" in readme
+    assert (report.PLOTS / "comparison.png").is_file()
+
+
+def _recorded(task):
+    return summary.summaries(records.read(), "default", task, TASKS[task].searched)
+
+
+def test_what_the_page_says_so_far():
+    digits, letters = _recorded("digits"), _recorded("letters")
+    for found, share in ((digits, 2 / 5), (letters, 1 / 4)):
+        ours, wide = found["tcurlora:8"], found["tcurlora:32"]
+        lora = found["lora:1"]
+        assert ours.middle("trained") / lora.middle("trained") == pytest.approx(share, abs=0.03)
+        assert abs(lora.apart(ours).mean) < lora.apart(ours).half
+        full = summary.interval(found["full"].numbers("test")).mean
+        assert full == max(summary.interval(one.numbers("test")).mean for one in found.values())
+        apart = wide.apart(found["lora:8"])
+        assert apart.mean > apart.half if found is digits else abs(apart.mean) < apart.half
+        assert wide.middle("trained") < found["lora:8"].middle("trained")
+        tiny = found["tinylora"].apart(ours)
+        assert tiny.mean < -tiny.half
+        assert found["tinylora"].middle("trained") <= ours.middle("trained")
+    assert letters["tcurlora:32"].middle("trained") * 2 == letters["lora:8"].middle("trained")
+    for found, name in ((digits, "psoft"), (letters, "vera")):
+        apart = found[name].apart(found["tcurlora:8"])
+        assert apart.mean > apart.half
+    published = letters["tcurlora:published"].apart(letters["tcurlora:8"])
+    assert published.mean < -published.half
+    published = digits["tcurlora:published"].apart(digits["tcurlora:8"])
+    assert abs(published.mean) < published.half
+    kept = {name: summary.interval(one.numbers("kept")).mean for name, one in digits.items()}
+    order = sorted((name for name in kept if name != "head"), key=kept.__getitem__)
+    assert {"fourierft", "tcurlora:8", "curlora", "tinylora", "tcurlora:32"} == set(order[:5])
+    assert kept["lora:8"] > kept["tcurlora:8"] + 0.3
+    minilm = _recorded("minilm")
+    ours, wide = minilm["tcurlora:8"], minilm["tcurlora:32"]
+    for other, better, alike in (
+        (ours, ("lora:1", "psoft", "vera", "adapter"), ("tcurlora:published",)),
+        (wide, ("psoft",), ("lora:1", "lora:8")),
+    ):
+        for name in better:
+            apart = minilm[name].apart(other)
+            assert apart.mean > apart.half, (name, apart)
+        for name in alike:
+            apart = minilm[name].apart(other)
+            assert abs(apart.mean) < apart.half, (name, apart)
+    assert minilm["psoft"].middle("trained") < wide.middle("trained")
+    assert minilm["tinylora"].middle("trained") == ours.middle("trained")
+    step = minilm["lora:8"].step_ms
+    assert ours.step_ms / step == pytest.approx(1, abs=0.05)
+    assert wide.step_ms / step == pytest.approx(1.25, abs=0.05)
+    tiny, head = minilm["tinylora"].apart(ours), ours.apart(minilm["head"])
+    assert tiny.mean < -tiny.half
+    assert head.mean > head.half
+    assert minilm["lora:1"].middle("trained") == 18 * ours.middle("trained")
+    best = max(summary.interval(one.numbers("test")).mean for one in minilm.values())
+    assert summary.interval(minilm["adapter"].numbers("test")).mean == best
+    at = [summary.summaries(records.read(), "default", "minilm", size) for size in (8, 32, 128)]
+    leads = [one["lora:1"].apart(one["tcurlora:8"]).mean for one in at]
+    assert leads == sorted(leads, reverse=True)
+    few, _, many = (one["lora:1"].apart(one["tcurlora:32"]) for one in at)
+    assert few.mean > few.half
+    assert abs(many.mean) < many.half
+
+
+def test_what_the_page_says_of_volumes():
+    frozen = _recorded("frozen")
+    ours = frozen["tcurlora:8"]
+    means = {name: summary.interval(one.numbers("test")).mean for name, one in frozen.items()}
+    page = " ".join(report.PAGES[0].read_text(encoding="utf-8").split())
+    head, cores, full = (f"{means[name]:.3f}" for name in ("head", "tcurlora:8", "full"))
+    assert f"from {head} to {cores}, and training everything to {full}." in page
+    for name, times in (("lora:1", 6), ("lora:8", 48)):
+        apart = frozen[name].apart(ours)
+        assert abs(apart.mean) < apart.half
+        assert frozen[name].middle("trained") == times * ours.middle("trained")
+    every = summary.of_task(records.read(), "default", "frozen").items()
+    spans = []
+    for names in (("lora:1", "lora:8"), ("tcurlora:8", "tcurlora:32")):
+        found = [
+            validation
+            for name in names
+            for validation in summary.searched(
+                {key: row for key, row in every if (key.method, key.part) == (name, "search")}
+            ).values()
+        ]
+        spans.append(f"between {min(found):.2f} and {max(found):.2f}")
+    assert f"Dice on validation data is {spans[0]}, and that of cores {spans[1]}." in page
+    trained = {name: one.numbers("test") for name, one in _recorded("volumes").items()}
+    assert min(trained["full"]) > 0.69
+    assert [round(dice, 1) for dice in sorted(trained["tcurlora:32"])] == [0.6] * 4 + [0.8]
+    assert max(max(trained[name]) for name in ("lora:1", "lora:8", "tcurlora:8", "head")) < 0.63
+
+
+def test_the_sides_of_the_validation_volumes():
+    drawn = markers.volumes(markers.NEW, volumes.COUNTS["validation"], "of validation")
+    sides = markers.side_of(torch.stack([volume["label"].as_tensor() for volume in drawn]))
+    assert (int(sides.sum()), len(sides)) == (7, 8)
+
+
+def test_what_the_readme_says():
+    readme = " ".join(report.PAGES[1].read_text(encoding="utf-8").split())
+    found = {task: _recorded(task) for task in TASKS}
+    minilm, frozen = found["minilm"], found["frozen"]
+    times, lost = (
+        minilm["lora:8"].middle("trained") / minilm["tcurlora:8"].middle("trained"),
+        minilm["lora:8"].apart(minilm["tcurlora:8"]).mean,
+    )
+    assert f"trains {times:.0f} times fewer numbers than LoRA of rank 8 on minilm" in readme
+    assert f"loses {lost:.3f} of accuracy." in readme
+    times = frozen["lora:8"].middle("trained") / frozen["tcurlora:8"].middle("trained")
+    assert f"With a frozen decoder it trains {times:.0f} times fewer" in readme
+    apart = frozen["lora:8"].apart(frozen["tcurlora:8"])
+    assert abs(apart.mean) < apart.half
+    for task, measured in found.items():
+        wide, lora = measured["tcurlora:32"], measured["lora:8"]
+        assert wide.middle("trained") < lora.middle("trained")
+        apart = wide.apart(lora)
+        assert apart.mean > apart.half if task == "digits" else abs(apart.mean) < apart.half
+        means = [summary.interval(one.numbers("test")).mean for one in measured.values()]
+        full = summary.interval(measured["full"].numbers("test"))
+        assert max(means) - full.mean < 0.005
+    for other, better in (("adapter", False), ("psoft", True)):
+        apart = minilm[other].apart(minilm["tcurlora:32" if better else "full"])
+        assert apart.mean > apart.half if better else abs(apart.mean) < apart.half
+    assert minilm["psoft"].middle("trained") < minilm["tcurlora:32"].middle("trained")
+
+
+def test_how_long_three_tasks_take():
+    """By the seconds of the recorded trainings, on the machine that was quickest at each part."""
+    medians, counts = {}, Counter()
+    for key, row in records.read().items():
+        if key.task in ("minilm", "letters", "digits") and key.part != "timed":
+            part = (key.task, key.size, key.part)
+            counts[part] += 1
+            medians.setdefault((part, row["device"], row["commit"]), []).append(
+                float(row["seconds"] or 0)
+            )
+    quickest = {
+        part: min(statistics.median(own) for (p, *_), own in medians.items() if p == part)
+        for part in counts
+    }
+    hours = sum(counts[part] * quickest[part] for part in counts) / 2 / 3600
+    assert hours < 3
