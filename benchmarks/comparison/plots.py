@@ -8,6 +8,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib import pyplot
+from matplotlib.text import Text
 
 from .methods import FEW, METHODS
 from .records import Rows
@@ -35,20 +36,26 @@ def draw(rows: Rows, data: str, folder: Path) -> list[Path]:
 
 
 def _panels(tasks: list[str], label: str) -> tuple[Any, list[Any]]:
-    """A figure with one panel for each task."""
+    """A figure with one panel for each task, two beside each other."""
+    rows = (len(tasks) + 1) // 2
+    columns = min(len(tasks), 2)
     figure, axes = pyplot.subplots(
-        1, len(tasks), figsize=(4.6 * len(tasks), 4.4), layout="constrained", squeeze=False
+        rows, columns, figsize=(6 * columns, 4.5 * rows), layout="constrained", squeeze=False
     )
-    for axis, task in zip(axes[0], tasks, strict=True):
+    for axis in axes.flat[len(tasks) :]:
+        axis.remove()
+    for axis, task in zip(axes.flat, tasks, strict=False):
         axis.set(title=task, xlabel=label, ylabel=TASKS[task].measure)
         axis.grid(alpha=0.3)
-    return figure, list(axes[0])
+    return figure, list(axes.flat[: len(tasks)])
 
 
 def _scores(found: dict[str, dict[str, Summary]]) -> Any:
     """The score over the trained numbers, with 95 % intervals."""
     figure, axes = _panels(list(found), "trained numbers beside the head")
+    points = []
     for axis, methods in zip(axes, found.values(), strict=True):
+        named = []
         for name, summary in methods.items():
             score, numbers = interval(summary.numbers("test")), summary.middle("trained")
             if name == "head":
@@ -56,15 +63,37 @@ def _scores(found: dict[str, dict[str, Summary]]) -> Any:
                 continue
             color = "tab:red" if name.startswith("tcurlora") else "tab:blue"
             axis.errorbar(numbers, score.mean, score.half, fmt="o", ms=4, capsize=2, color=color)
-            axis.annotate(
-                METHODS[name].label,
-                (numbers, score.mean),
-                (4, 4),
-                textcoords="offset points",
-                fontsize=6,
-            )
+            named.append((numbers, score.mean, METHODS[name].label))
         axis.set_xscale("log")
+        least, most = axis.get_xlim()
+        axis.set_xlim(least, most * (most / least) ** 0.3)  # room for names
+        points.append(named)
+    figure.draw_without_rendering()  # from here on every place is final
+    for axis, named in zip(axes, points, strict=True):
+        _name(axis, named)
     return figure
+
+
+def _name(axis: Any, points: list[tuple[float, float, str]]) -> None:
+    """Writes names to the right of points, each where it lies on no other name."""
+    placed: list[Any] = []
+    for x, y, name in sorted(points, key=lambda point: -point[1]):
+        text = axis.annotate(
+            name,
+            (x, y),
+            (8, 0),
+            textcoords="offset points",
+            fontsize=7,
+            va="center",
+            arrowprops={"arrowstyle": "-", "lw": 0.4, "color": "gray", "shrinkA": 0},
+        )
+        for shift in (sign * 9 * step for step in range(len(points)) for sign in (1, -1)):
+            text.set_position((8, shift))
+            text.update_positions(axis.figure.canvas.get_renderer())
+            box = Text.get_window_extent(text)  # without its line
+            if not any(box.overlaps(other) for other in placed):
+                break
+        placed.append(box)
 
 
 def _curves(found: dict[str, dict[str, Summary]]) -> Any:
