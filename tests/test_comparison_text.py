@@ -83,6 +83,17 @@ def test_what_the_page_says_so_far():
     assert abs(many.mean) < many.half
 
 
+def test_what_the_page_says_in_short():
+    found = {task: _recorded(task) for task in TASKS}
+    for task, measured in found.items():
+        rate, wide = measured["tcurlora:8"].rate, measured["tcurlora:32"].rate
+        assert rate == 1e-3 if task == "minilm" else rate >= 9e-3
+        assert wide <= rate
+    kept = found["digits"]["lora:8"], found["digits"]["tcurlora:8"], found["digits"]["tcurlora:32"]
+    lora, *cores = (summary.interval(one.numbers("kept")) for one in kept)
+    assert all(one.mean + one.half < lora.mean - lora.half for one in cores)
+
+
 def test_what_the_page_says_of_volumes():
     frozen = _recorded("frozen")
     ours = frozen["tcurlora:8"]
