@@ -123,6 +123,15 @@ def test_what_the_page_says_of_volumes():
     assert max(max(trained[name]) for name in ("lora:1", "lora:8", "tcurlora:8", "head")) < 0.63
 
 
+def test_what_the_page_says_of_one_volume():
+    one = summary.summaries(records.read(), "default", "volumes", 1)
+    assert len(one) > 1
+    for name in set(one) - {"head"}:
+        assert len(one[name].rows) == 5
+        apart = one[name].apart(one["head"])
+        assert abs(apart.mean) < apart.half
+
+
 def test_the_sides_of_the_validation_volumes():
     drawn = markers.volumes(markers.NEW, volumes.COUNTS["validation"], "of validation")
     sides = markers.side_of(torch.stack([volume["label"].as_tensor() for volume in drawn]))
