@@ -25,62 +25,61 @@ def _recorded(task):
     return summary.summaries(records.read(), "default", task, TASKS[task].searched)
 
 
-def test_what_the_page_says_so_far():
+def _better(one, other):
+    """Whether the 95 % interval of the paired difference is above zero."""
+    apart = one.apart(other)
+    return apart.mean > apart.half
+
+
+def _alike(one, other):
+    """Whether the interval contains zero."""
+    apart = one.apart(other)
+    return abs(apart.mean) < apart.half
+
+
+def test_what_the_page_says_of_texts_and_images():
     digits, letters = _recorded("digits"), _recorded("letters")
     for found, share in ((digits, 2 / 5), (letters, 1 / 4)):
         ours, wide = found["tcurlora:8"], found["tcurlora:32"]
         lora = found["lora:1"]
         assert ours.middle("trained") / lora.middle("trained") == pytest.approx(share, abs=0.03)
-        assert abs(lora.apart(ours).mean) < lora.apart(ours).half
+        assert _alike(lora, ours)
         full = summary.interval(found["full"].numbers("test")).mean
         assert full == max(summary.interval(one.numbers("test")).mean for one in found.values())
-        apart = wide.apart(found["lora:8"])
-        assert apart.mean > apart.half if found is digits else abs(apart.mean) < apart.half
+        assert (_better if found is digits else _alike)(wide, found["lora:8"])
         assert wide.middle("trained") < found["lora:8"].middle("trained")
-        tiny = found["tinylora"].apart(ours)
-        assert tiny.mean < -tiny.half
+        assert _better(ours, found["tinylora"])
         assert found["tinylora"].middle("trained") <= ours.middle("trained")
     assert letters["tcurlora:32"].middle("trained") * 2 == letters["lora:8"].middle("trained")
     for found, name in ((digits, "psoft"), (letters, "vera")):
-        apart = found[name].apart(found["tcurlora:8"])
-        assert apart.mean > apart.half
-    published = letters["tcurlora:published"].apart(letters["tcurlora:8"])
-    assert published.mean < -published.half
-    published = digits["tcurlora:published"].apart(digits["tcurlora:8"])
-    assert abs(published.mean) < published.half
+        assert _better(found[name], found["tcurlora:8"])
+    assert _better(letters["tcurlora:8"], letters["tcurlora:published"])
+    assert _alike(digits["tcurlora:8"], digits["tcurlora:published"])
     kept = {name: summary.interval(one.numbers("kept")).mean for name, one in digits.items()}
     order = sorted((name for name in kept if name != "head"), key=kept.__getitem__)
     assert {"fourierft", "tcurlora:8", "curlora", "tinylora", "tcurlora:32"} == set(order[:5])
     assert kept["lora:8"] > kept["tcurlora:8"] + 0.3
     minilm = _recorded("minilm")
     ours, wide = minilm["tcurlora:8"], minilm["tcurlora:32"]
-    for other, better, alike in (
-        (ours, ("lora:1", "psoft", "vera", "adapter"), ("tcurlora:published",)),
-        (wide, ("psoft",), ("lora:1", "lora:8")),
-    ):
-        for name in better:
-            apart = minilm[name].apart(other)
-            assert apart.mean > apart.half, (name, apart)
-        for name in alike:
-            apart = minilm[name].apart(other)
-            assert abs(apart.mean) < apart.half, (name, apart)
+    assert all(_better(minilm[name], ours) for name in ("lora:1", "psoft", "vera", "adapter"))
+    assert _alike(minilm["tcurlora:published"], ours)
+    assert _better(minilm["psoft"], wide)
+    assert all(_alike(minilm[name], wide) for name in ("lora:1", "lora:8"))
     assert minilm["psoft"].middle("trained") < wide.middle("trained")
     assert minilm["tinylora"].middle("trained") == ours.middle("trained")
     step = minilm["lora:8"].step_ms
     assert ours.step_ms / step == pytest.approx(1, abs=0.05)
     assert wide.step_ms / step == pytest.approx(1.25, abs=0.05)
-    tiny, head = minilm["tinylora"].apart(ours), ours.apart(minilm["head"])
-    assert tiny.mean < -tiny.half
-    assert head.mean > head.half
+    assert all(_better(ours, minilm[name]) for name in ("tinylora", "head"))
     assert minilm["lora:1"].middle("trained") == 18 * ours.middle("trained")
     best = max(summary.interval(one.numbers("test")).mean for one in minilm.values())
     assert summary.interval(minilm["adapter"].numbers("test")).mean == best
     at = [summary.summaries(records.read(), "default", "minilm", size) for size in (8, 32, 128)]
-    leads = [one["lora:1"].apart(one["tcurlora:8"]).mean for one in at]
-    assert leads == sorted(leads, reverse=True)
-    few, _, many = (one["lora:1"].apart(one["tcurlora:32"]) for one in at)
-    assert few.mean > few.half
-    assert abs(many.mean) < many.half
+    for name in ("lora:1", "lora:8"):
+        leads = [one[name].apart(one["tcurlora:8"]).mean for one in at]
+        assert leads == sorted(leads, reverse=True)
+    assert _better(at[0]["lora:1"], at[0]["tcurlora:32"])
+    assert _alike(at[2]["lora:1"], at[2]["tcurlora:32"])
 
 
 def test_what_the_page_says_in_short():
@@ -102,8 +101,7 @@ def test_what_the_page_says_of_volumes():
     head, cores, full = (f"{means[name]:.3f}" for name in ("head", "tcurlora:8", "full"))
     assert f"from {head} to {cores}, and training everything to {full}." in page
     for name, times in (("lora:1", 6), ("lora:8", 48)):
-        apart = frozen[name].apart(ours)
-        assert abs(apart.mean) < apart.half
+        assert _alike(frozen[name], ours)
         assert frozen[name].middle("trained") == times * ours.middle("trained")
     every = summary.of_task(records.read(), "default", "frozen").items()
     spans = []
@@ -128,8 +126,7 @@ def test_what_the_page_says_of_one_volume():
     assert len(one) > 1
     for name in set(one) - {"head"}:
         assert len(one[name].rows) == 5
-        apart = one[name].apart(one["head"])
-        assert abs(apart.mean) < apart.half
+        assert _alike(one[name], one["head"])
 
 
 def test_the_sides_of_the_validation_volumes():
@@ -150,19 +147,16 @@ def test_what_the_readme_says():
     assert f"loses {lost:.3f} of accuracy." in readme
     times = frozen["lora:8"].middle("trained") / frozen["tcurlora:8"].middle("trained")
     assert f"With a frozen decoder it trains {times:.0f} times fewer" in readme
-    apart = frozen["lora:8"].apart(frozen["tcurlora:8"])
-    assert abs(apart.mean) < apart.half
+    assert _alike(frozen["lora:8"], frozen["tcurlora:8"])
     for task, measured in found.items():
         wide, lora = measured["tcurlora:32"], measured["lora:8"]
         assert wide.middle("trained") < lora.middle("trained")
-        apart = wide.apart(lora)
-        assert apart.mean > apart.half if task == "digits" else abs(apart.mean) < apart.half
+        assert (_better if task == "digits" else _alike)(wide, lora)
         means = [summary.interval(one.numbers("test")).mean for one in measured.values()]
         full = summary.interval(measured["full"].numbers("test"))
         assert max(means) - full.mean < 0.005
-    for other, better in (("adapter", False), ("psoft", True)):
-        apart = minilm[other].apart(minilm["tcurlora:32" if better else "full"])
-        assert apart.mean > apart.half if better else abs(apart.mean) < apart.half
+    assert _alike(minilm["adapter"], minilm["full"])
+    assert _better(minilm["psoft"], minilm["tcurlora:32"])
     assert minilm["psoft"].middle("trained") < minilm["tcurlora:32"].middle("trained")
 
 
