@@ -289,6 +289,44 @@ def test_batches_belong_to_their_thread_and_task():
     assert all(same_mathematics(found[key][0], wanted[key]) for key in range(4))
 
 
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_compiled_models_in_batches_of_tasks_that_overlap(fullgraph):
+    """Traced code cannot tell tasks apart: the batch of one must never be that of another."""
+    torch._dynamo.reset()
+    adapter = adapted()
+    x = torch.randn(2, 7, 6)
+    cores = adapter.stack_cores(some_cores(adapter))
+    ids = {key: torch.tensor([key, 3 - key]) for key in range(2)}
+    model = torch.compile(adapter.model, backend="eager", fullgraph=fullgraph)
+    found = {}
+
+    async def task(key):
+        with adapter.batch(cores, ids[key]):
+            await asyncio.sleep(0)
+            if key == 0 and fullgraph:  # the other task's batch is open too
+                with pytest.raises(Exception, match="expected one task with open batches"):
+                    model(x)
+            elif key == 0:  # the graph breaks, and eager code knows the task
+                found[key] = model(x)
+            await asyncio.sleep(0)
+            if key == 1:  # it is alone now
+                await asyncio.sleep(0)
+                found[key] = model(x)
+
+    async def both():
+        await asyncio.gather(*map(task, ids))
+
+    with torch.no_grad():
+        asyncio.run(both())
+        found["none"], wanted = model(x), {"none": adapter.model(x)}
+        for key in found.keys() - wanted.keys():
+            with adapter.batch(cores, ids[key]):
+                wanted[key] = adapter.model(x)
+    assert len(found) == 3 - fullgraph
+    assert all(same_mathematics(y, wanted[key]) for key, y in found.items())
+    torch._dynamo.reset()
+
+
 def test_weights_are_not_read_where_every_row_has_its_own():
     class Reads(nn.Module):
         def __init__(self):

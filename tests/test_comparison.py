@@ -137,6 +137,16 @@ def test_a_run_goes_on_where_it_was_interrupted(small):
     assert small.read_text() == whole
 
 
+def test_nothing_is_reported_without_a_search(small):
+    """A method without a rate would be left out, and nobody told."""
+    run(small, "--methods", "lora:1", "--parts", "search")
+    asked = ("--methods", "lora:1", "ssf", "head", "--parts", "reported", "--sizes")
+    told = "reported trainings of small after a search of training size {}, got no whole search of "
+    for sizes, missing in ((["20"], "lora:1, ssf"), (["20", "40"], "ssf")):
+        with pytest.raises(SystemExit, match=told.format(sizes[-1]) + missing + "$"):
+            run(small, *asked, *sizes)
+
+
 def test_a_signal_leaves_whole_rows_and_no_processes(tmp_path):
     """Of a program of its own; Ctrl-C ends it in the same way."""
     file, errors = tmp_path / "rows.csv", tmp_path / "errors.txt"

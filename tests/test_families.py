@@ -195,6 +195,16 @@ def larger_gradient(adapter):
     next(adapter.parameters()).register_hook(lambda gradient: 1.001 * gradient)
 
 
+def slightly_larger_gradient(adapter):
+    next(adapter.parameters()).register_hook(lambda gradient: 1.0001 * gradient)
+
+
+def gradient_that_jumps(adapter):
+    """In fp32 alone, like that of a number that is nearly at a kink."""
+    core = next(adapter.parameters())
+    core.register_hook(lambda g: 1.0001 * g if g.dtype == torch.float32 else g)
+
+
 def one_slice_without_gradient(adapter):
     next(adapter.parameters()).register_hook(lambda g: g * torch.tensor([1.0, 1, 0])[:, None, None])
 
@@ -226,7 +236,12 @@ BREAKS = {
     "merged in place": [merged_with_another_weight, unmerged_to_another],
     "saved and loaded": [saved_with_another_core],
     "state dict": [state_that_is_not_loaded],
-    "gradients": [larger_gradient, one_slice_without_gradient, more_that_trains],
+    "gradients": [
+        larger_gradient,
+        slightly_larger_gradient,
+        one_slice_without_gradient,
+        more_that_trains,
+    ],
     "dtypes": [off_in_float64],
 }
 
@@ -235,16 +250,26 @@ BREAKS = {
     ("promise", "break_it"), [(p, each) for p, several in BREAKS.items() for each in several]
 )
 def test_the_check_finds(promise, break_it, monkeypatch):
-    adapt = tcur.adapt
-
-    def broken(model, **settings):
-        adapter = adapt(model, **settings)
-        break_it(adapter)
-        return adapter
-
-    monkeypatch.setattr(tcur, "adapt", broken)
+    adapt_and(break_it, monkeypatch)
     with pytest.raises(BrokenPromise, match=rf"^{promise}: "):
         check_family(perceptron, tokens, [promise], rank=2)
+
+
+def adapt_and(change, monkeypatch):
+    """Has `adapt` change every adapter that it makes."""
+    adapt = tcur.adapt
+
+    def changed(model, **settings):
+        adapter = adapt(model, **settings)
+        change(adapter)
+        return adapter
+
+    monkeypatch.setattr(tcur, "adapt", changed)
+
+
+def test_a_gradient_that_jumps_at_a_kink_is_right(monkeypatch):
+    adapt_and(gradient_that_jumps, monkeypatch)
+    check_family(perceptron, tokens, ["gradients"], rank=2)
 
 
 def test_the_check_finds_a_copy_that_is_none():

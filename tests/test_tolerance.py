@@ -164,7 +164,7 @@ def test_orders_are_orders():
     layers.float()
     own = plain()
     assert all(map(torch.equal, run(plain, 0), own))
-    seen = [run(plain, seed) for seed in range(1, ORDERS)]
+    seen = [run(plain, seed) for seed in range(1, ORDERS[0])]
     for index, wanted in enumerate(exact):
         assert all(relative_error(results[index], wanted) < 1e-5 for results in seen)
         assert any(not torch.equal(results[index], own[index]) for results in seen)
@@ -181,8 +181,29 @@ def test_the_chance_is_that_of_normal_numbers():
     cumulated = torch.special.erf(z / math.sqrt(2))
     density = math.sqrt(2 / math.pi) * torch.exp(-z.square() / 2)
     beyond = torch.special.erfc(2 * z / math.sqrt(2))
-    chance = torch.trapezoid(ORDERS * cumulated ** (ORDERS - 1) * density * beyond, z)
+    count = ORDERS[-1]
+    chance = torch.trapezoid(count * cumulated ** (count - 1) * density * beyond, z)
     assert float(chance) == pytest.approx(CHANCE, rel=0.02)
+
+
+def test_more_orders_are_tried_where_the_first_were_right_by_chance():
+    exact = torch.randn(50, dtype=torch.float64)
+    unit = torch.randn(50)
+
+    def off_by(error):
+        return (exact + error * exact.norm() * unit / unit.norm()).float()
+
+    def plain():
+        count.append(None)
+        return off_by(1e-5 if len(count) <= ORDERS[0] else 2e-5)
+
+    for error, calls in ((1.5e-5, ORDERS[0]), (3e-5, ORDERS[1])):
+        count = []
+        assert_composition_close(off_by(error), plain, exact)
+        assert len(count) == calls
+    count = []
+    with pytest.raises(AssertionError, match=r"relative error 5e-05 exceeds the bound 4.0\d?e-05"):
+        assert_composition_close(off_by(5e-5), plain, exact)
 
 
 def test_what_is_not_exact_is_refused():

@@ -117,6 +117,22 @@ class Plan:
                     if rate is not None:
                         yield Key(self.data(task), task, size, name, rate, seed, "reported")
 
+    def check_searched(self, rows: Rows) -> None:
+        """Checks that trainings which are reported without a search have had one.
+
+        Raises:
+            ValueError: some methods have no rate, because their search is not done.
+        """
+        if "reported" not in self.parts or "search" in self.parts:
+            return
+        for task in self.tasks:
+            names = dict.fromkeys(key.method for key in self.searches(task, rows))
+            if names:
+                raise ValueError(
+                    f"--parts: expected reported trainings of {task} after a search of training "
+                    f"size {self.searched(task)}, got no whole search of {', '.join(names)}"
+                )
+
     def timed(self, task: str, rows: Rows) -> list[Key]:
         """The methods whose steps are timed beside each other: those that take the model."""
         taken = [name for name in self.methods if not self.refused(task, name, rows)]
@@ -154,7 +170,12 @@ class Run:
         self._kept: dict[str, float] = {}
 
     def all(self) -> None:
-        """Searches and trains everything, task by task."""
+        """Searches and trains everything, task by task.
+
+        Raises:
+            ValueError: trainings are reported without a search that was done.
+        """
+        self.plan.check_searched(self.rows)
         for task in self.plan.tasks:
             if "search" in self.plan.parts:
                 while keys := self.plan.searches(task, self.rows):

@@ -2,8 +2,8 @@
 
 Threads and tasks may run one model at the same time, and each sees only its own batch. In eager
 mode a context variable holds the batch. Compilers cannot trace a context variable, but they can
-guard on a thread-local value, so traced code reads that one. Several tasks of one thread therefore
-must not run compiled models in batches that overlap across an ``await``.
+guard on a thread-local value, so traced code reads that one. It cannot tell the tasks of a thread
+apart: if batches of several tasks overlap across an ``await``, traced code refuses to run.
 """
 
 from __future__ import annotations
@@ -50,14 +50,55 @@ class Rows:
         return ids if self.repeat == "each" else ids.repeat(found // count)
 
 
-_current: ContextVar[Mapping[int, Any] | None] = ContextVar("tcur_rows", default=None)
-_traced = threading.local()
+#: The rows of all owners, by the id of the owner.
+Every = Mapping[int, Any]
+
+_current: ContextVar[Every | None] = ContextVar("tcur_rows", default=None)
+
+
+class _Thread(threading.local):
+    """What traced code reads, and the batches of a thread that are open, in the order of opening.
+
+    Attributes:
+        rows: of the batch that is open in this thread, if any.
+        is_tangled: whether the open batches belong to several tasks.
+        batches: for each of them the rows before it, and its own.
+    """
+
+    def __init__(self) -> None:
+        self.rows: Every | None = None
+        self.is_tangled = False
+        self.batches: list[tuple[Every | None, Every]] = []
+
+    def settle(self) -> None:
+        """Finds out what the open batches mean for traced code."""
+        self.rows = self.batches[-1][1] if self.batches else None
+        # In one task each batch is opened within the one before it, and the first within none.
+        within: Every | None = None
+        self.is_tangled = False
+        for before, every in self.batches:
+            self.is_tangled |= before is not within
+            within = every
+
+
+_thread = _Thread()
 
 
 def rows_of(owner: object) -> Any:
-    """The rows that the current batch sets for an owner, such as a stack; None outside a batch."""
-    is_traced = torch.compiler.is_compiling()
-    every = getattr(_traced, "rows", None) if is_traced else _current.get()
+    """The rows that the current batch sets for an owner, such as a stack; None outside a batch.
+
+    Raises:
+        RuntimeError: traced code is in batches of several tasks, which it cannot tell apart.
+    """
+    if not torch.compiler.is_compiling():
+        every = _current.get()
+    elif _thread.is_tangled:
+        raise RuntimeError(
+            "batch: expected one task with open batches in the thread of a compiled model, got "
+            "batches of several; they may not overlap across an await, or need threads of their own"
+        )
+    else:
+        every = _thread.rows
     return None if every is None else every.get(id(owner))
 
 
@@ -67,13 +108,15 @@ def using_rows(owner: object, rows: object) -> Iterator[None]:
     before = _current.get()
     every = {**(before or {}), id(owner): rows}
     token = _current.set(every)
-    traced_before = getattr(_traced, "rows", None)
-    _traced.rows = every
+    batches = _thread.batches
+    batches.append((before, every))
+    _thread.settle()
     try:
         yield
     finally:
+        batches[:] = [batch for batch in batches if batch[1] is not every]
+        _thread.settle()
         _current.reset(token)
-        _traced.rows = traced_before
 
 
 def check_repeat(repeat: Any) -> None:

@@ -12,6 +12,7 @@ from torch import nn
 
 import tcur_kernels as tcur
 from plain import scale_of, sides_of
+from tolerance import same_mathematics
 
 from .weights import randomise
 
@@ -238,6 +239,40 @@ class Subject:
             core = torch.fft.ifft(c.mH @ g @ r.mH, dim=0).real
             cores[plan.name] = scale_of(stack) * core
         return gradients, cores
+
+    def right_gradient(self, name, actual, wanted, moved):
+        """Asserts that the gradient of a stack's core is the wanted one, up to rounding.
+
+        Where a model has kinks, as ReLU and the maximum of several numbers have, its gradient
+        jumps. A rounding decides on which side a number falls that is nearly at a kink, and no
+        bound says how far that moves the gradient. Then the gradients must agree in half of their
+        digits, and up to rounding in float64, where no number is that near.
+
+        Args:
+            actual, wanted: from the adapted model, and by the formula.
+            moved: by the formula from the models with moved weights.
+        """
+        # This is a sum over all slices in fp32, in which large terms cancel.
+        limit = bound(wanted.float(), [m[name].float() for m in moved])
+        error = distance(actual.double(), wanted)
+        if error > limit and same_mathematics(actual.float(), wanted.float()):
+            error, limit = self._errors_in_float64[name]
+        assert error <= limit, f"{name}: gradient is off by {error:.3g}, bound {limit:.3g}"
+
+    @cached_property
+    def _errors_in_float64(self):
+        """Stack -> how far the gradient of its core is off in a model of float64, and its bound."""
+        build = lambda seed: self.build(seed).double()  # noqa: E731
+        inputs = lambda: cast(self.inputs(), torch.float64)  # noqa: E731
+        same = Subject(build, inputs, self.rank, self.smooth)
+        same.loss(same.trained.model).backward()
+        _, wanted = same.core_gradients(same.merged)
+        moved = [same.core_gradients(twin)[1] for twin in same.moved]
+        errors = {}
+        for name, stack in same.trained.stacks.items():
+            limit = bound(wanted[name], [m[name] for m in moved])
+            errors[name] = distance(stack.core.grad, wanted[name]), limit
+        return errors
 
 
 def tensors_of(output):
