@@ -50,7 +50,7 @@ test-families: $(VENV)/.built_tests $(VENV)/.families
 families-table: $(VENV)/.built_tests $(VENV)/.families
 	PYTHONPATH=$(VENV)/families:tests OMP_NUM_THREADS=1 $(BIN)/python -m families.table
 
-# What depends on roundings: under every instruction set that this machine has, with 1, 2 and 4 threads.
+# What depends on roundings: under the older instruction sets of this machine, with 2 and 4 threads.
 test-cpus: $(VENV)/.built_tests
 	$(BIN)/python tests/cpus.py
 
@@ -58,7 +58,7 @@ test-cpus: $(VENV)/.built_tests
 test-versions: $(VENV)/.torch
 	$(BIN)/python tests/versions.py
 
-# More lengths, ranks and precisions of the Triton kernels: interpreted, then compiled.
+# More lengths, ranks, precisions and architectures of the Triton kernels: interpreted, then compiled.
 test-matrix: $(VENV)/.built_tests $(VENV)/.oldest_triton
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m matrix tests/conformance
 	$(BIN)/python -m pytest -m matrix tests/test_triton_compile.py tests/test_triton_oldest.py

@@ -1,10 +1,10 @@
-"""What depends on roundings, under every instruction set of this machine: `make test-cpus`.
+"""What depends on roundings, under the older instruction sets of this machine: `make test-cpus`.
 
 torch, oneDNN and the kernels of this package choose their code by the processor. Each round limits
-all of them to one level, as an older processor would, with 1, 2 or 4 threads. The tests are those
+all of them to one level, as an older processor would, with 2 or 4 threads. The tests are those
 of the modules that use a bound of `tolerance.py`. Our kernels give the same bits for any number of
-threads (`conformance/test_bits.py`), so each number is tried at one level only. Exits with 1 if any
-round fails.
+threads (`conformance/test_bits.py`), so each number is tried at one level only; the best level with
+one thread is that of `make test`. Exits with 1 if any round fails.
 """
 
 import os
@@ -21,7 +21,7 @@ LEVELS = {
     "avx512": ("avx512", "AVX512_CORE"),
 }
 #: Of the rounds, one after the other.
-THREADS = (1, 2, 4)
+THREADS = (2, 4)
 #: Kernels of other languages, and programs as a whole: they take minutes, and what of them depends
 #: on this processor is in the others.
 LEFT_OUT = ("test_cuda_host.py", "test_cuda_host_tokens.py", "test_device.py", "test_example.py")
@@ -71,7 +71,7 @@ def run(level, threads):
 
 
 def main():
-    """One round for each number of threads; the best level takes those that are left."""
+    """One round for each number of threads, at the lowest levels."""
     from tcur_kernels import _cpu
 
     levels = [level for level, (isa, _) in LEVELS.items() if isa in _cpu.runnable_isas()]
