@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from benchmarks.comparison import records, report, summary
+from benchmarks.comparison.methods import FEW
 from benchmarks.comparison.tasks import TASKS, markers, volumes
 
 
@@ -121,12 +122,19 @@ def test_what_the_page_says_of_volumes():
     assert max(max(trained[name]) for name in ("lora:1", "lora:8", "tcurlora:8", "head")) < 0.63
 
 
-def test_what_the_page_says_of_one_volume():
-    one = summary.summaries(records.read(), "default", "volumes", 1)
-    assert len(one) > 1
-    for name in set(one) - {"head"}:
-        assert len(one[name].rows) == 5
-        assert _alike(one[name], one["head"])
+@pytest.mark.parametrize(
+    ("size", "better"), [(1, set()), (2, {"lora:1", "lora:8"}), (5, {"full"})], ids=str
+)
+def test_what_the_page_says_of_fewer_volumes(size, better):
+    found = summary.summaries(records.read(), "default", "volumes", size)
+    assert set(FEW) <= set(found)
+    head = found["head"]
+    for name in set(FEW) - {"head"}:
+        assert len(found[name].rows) == 5
+        assert (_better if name in better else _alike)(found[name], head)
+    if size == 2:
+        assert _better(found["tcurlora:8"], found["tcurlora:32"])
+        assert all(_alike(found["tcurlora:8"], found[name]) for name in better)
 
 
 def test_the_sides_of_the_validation_volumes():
