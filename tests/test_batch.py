@@ -1,6 +1,7 @@
 """Many adapters in one batch: every row as if its adapter were the only one."""
 
 import asyncio
+import contextvars
 import threading
 from contextlib import ExitStack
 
@@ -324,6 +325,33 @@ def test_compiled_models_in_batches_of_tasks_that_overlap(fullgraph):
                 wanted[key] = adapter.model(x)
     assert len(found) == 3 - fullgraph
     assert all(same_mathematics(y, wanted[key]) for key, y in found.items())
+    torch._dynamo.reset()
+
+
+def test_a_batch_that_another_thread_closes_is_closed_for_compiled_models():
+    torch._dynamo.reset()
+    adapter = adapted()
+    x = torch.randn(2, 7, 6)
+    model = torch.compile(adapter.model, backend="eager")
+    batch = adapter.batch(adapter.stack_cores(some_cores(adapter)), torch.tensor([0, 1]))
+    told = []
+
+    def close():
+        with pytest.raises(ValueError, match="different Context") as error:
+            batch.__exit__(None, None, None)
+        told.append(error)
+
+    def inside():
+        batch.__enter__()
+        thread = threading.Thread(target=close)
+        thread.start()
+        thread.join()
+        return model(x)
+
+    with torch.no_grad():
+        y = contextvars.copy_context().run(inside)
+        assert same_mathematics(y, adapter.model(x))
+    assert told
     torch._dynamo.reset()
 
 

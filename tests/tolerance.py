@@ -54,10 +54,10 @@ torch computes the composition several times, each time with all of its sums in 
 
 The orders are a sample of the errors that rounding leads to, and the adapted composition is one
 more of the same kind. Nine orders are enough for most. But where the error has one component only,
-all nine may be small by chance: a normally distributed error exceeds twice the largest of nine
-others with a probability of 0.006, which is too often for a suite with hundreds of compositions
-that must pass on every processor. So what exceeds that bound is held to the largest of ninety-nine
-orders, where the probability is `CHANCE`. With every further component it falls steeply.
+all of them may be small by chance. `CHANCE` has the probability that a normally distributed error
+exceeds twice the largest of the others. With nine it is too high for a suite with hundreds of
+compositions that must pass on every processor. So what exceeds that bound is held to the largest of
+ninety-nine orders. With every further component the probability falls steeply.
 
 **Neither bound believes what it is given.** A float64 tensor that holds numbers of fp32 alone is a
 result of fp32 and not exact. Plain torch must be right to half of its digits, or it computes
@@ -90,8 +90,8 @@ SIGMAS = 3
 #: Orders of summation that plain torch computes a composition in: its own, and some at random. The
 #: second number is for what exceeds the bound of the first.
 ORDERS = (9, 99)
-#: Probability that a normal number is more than twice as far from 0 as each of `ORDERS`[-1] others.
-CHANCE = 3.4e-6
+#: Probability that a normal number is more than twice as far from 0 as each of so many others.
+CHANCE = (0.0062, 3.4e-6)
 
 #: Of two evaluations in float64 by different formulas. Compositions that make an error of eps up to
 #: a million times larger stay below it; a wrong formula does not.

@@ -56,8 +56,8 @@ Every = Mapping[int, Any]
 _current: ContextVar[Every | None] = ContextVar("tcur_rows", default=None)
 
 
-class _Thread(threading.local):
-    """What traced code reads, and the batches of a thread that are open, in the order of opening.
+class _Batches:
+    """The batches of a thread that are open, in the order of opening, and what traced code reads.
 
     Attributes:
         rows: of the batch that is open in this thread, if any.
@@ -81,6 +81,13 @@ class _Thread(threading.local):
             within = every
 
 
+class _Thread(threading.local):
+    """Every thread has batches of its own."""
+
+    def __init__(self) -> None:
+        self.open = _Batches()
+
+
 _thread = _Thread()
 
 
@@ -92,13 +99,13 @@ def rows_of(owner: object) -> Any:
     """
     if not torch.compiler.is_compiling():
         every = _current.get()
-    elif _thread.is_tangled:
+    elif _thread.open.is_tangled:
         raise RuntimeError(
             "batch: expected one task with open batches in the thread of a compiled model, got "
             "batches of several; they may not overlap across an await, or need threads of their own"
         )
     else:
-        every = _thread.rows
+        every = _thread.open.rows
     return None if every is None else every.get(id(owner))
 
 
@@ -108,14 +115,14 @@ def using_rows(owner: object, rows: object) -> Iterator[None]:
     before = _current.get()
     every = {**(before or {}), id(owner): rows}
     token = _current.set(every)
-    batches = _thread.batches
-    batches.append((before, every))
-    _thread.settle()
+    opened = _thread.open  # an abandoned generator may be closed by another thread
+    opened.batches.append((before, every))
+    opened.settle()
     try:
         yield
     finally:
-        batches[:] = [batch for batch in batches if batch[1] is not every]
-        _thread.settle()
+        opened.batches = [batch for batch in opened.batches if batch[1] is not every]
+        opened.settle()
         _current.reset(token)
 
 

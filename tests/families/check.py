@@ -26,6 +26,7 @@ import tcur_kernels as tcur
 from .subject import (
     NoGradientError,
     Subject,
+    bound,
     cores_of,
     distance,
     members,
@@ -305,7 +306,9 @@ def compiled(s):
     _, exact = s.core_gradients(s.merged)
     moved = [s.core_gradients(twin)[1] for twin in s.moved]
     for name, gradient in actual.items():
-        s.right_gradient(name, gradient, exact[name], moved)
+        limit = bound(exact[name].float(), [m[name].float() for m in moved])
+        error = distance(gradient.double(), exact[name])
+        assert error <= limit, f"{name}: gradient is off by {error:.3g}, bound {limit:.3g}"
     torch._dynamo.reset()
 
 
