@@ -37,6 +37,15 @@ def pytest_configure(config):
         _cpu.use_isa(isa)
 
 
+def pytest_collection_modifyitems(items):
+    """Names of tests are the same in every process: xdist refuses to start when they are not."""
+    for item in items:
+        given = item.callspec.params.values() if hasattr(item, "callspec") else ()
+        sets = [value for value in given if isinstance(value, (set, frozenset))]
+        if " at 0x" in item.nodeid or any(str(value) in item.nodeid for value in sets):
+            raise pytest.UsageError(f"{item.nodeid}: expected a name without a set or an address")
+
+
 @pytest.fixture(autouse=True)
 def _reproducible(request):
     torch.manual_seed(0)

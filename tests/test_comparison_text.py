@@ -123,7 +123,7 @@ def test_what_the_page_says_of_volumes():
 
 
 @pytest.mark.parametrize(
-    ("size", "better"), [(1, set()), (2, {"lora:1", "lora:8"}), (5, {"full"})], ids=str
+    ("size", "better"), [(1, ()), (2, ("lora:1", "lora:8")), (5, ("full",))], ids=str
 )
 def test_what_the_page_says_of_fewer_volumes(size, better):
     found = summary.summaries(records.read(), "default", "volumes", size)
