@@ -13,6 +13,11 @@ sys.path.append(str(Path(__file__).parent.parent))
 #: Tests that place their tensors themselves, whatever the default device is.
 PLACED = (Path(__file__).parent / "conformance", Path(__file__).parent / "test_device.py")
 
+#: Modules with tests of a minute or more. They come first: at the end one process would run the
+#: last of them, and the others would wait for it.
+LONG = ("test_triton.py", "test_triton_oldest.py", "test_triton_compile.py", "test_peft_oldest.py")
+LONG += ("test_example.py", "test_benchmarks.py", "test_cuda_host.py")
+
 #: Instruction sets that the CPU kernels can be compiled for.
 VARIANTS = sorted(
     path.parent.name for path in (Path(__file__).parent.parent / "csrc/cpu").glob("*/isa.h")
@@ -38,7 +43,8 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
-    """Names of tests are the same in every process: xdist refuses to start when they are not."""
+    """Long tests first. Names are the same in every process: else xdist refuses to start."""
+    items.sort(key=lambda item: item.path.name not in LONG)
     for item in items:
         given = item.callspec.params.values() if hasattr(item, "callspec") else ()
         sets = [value for value in given if isinstance(value, (set, frozenset))]
