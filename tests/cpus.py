@@ -4,9 +4,11 @@ torch, oneDNN and the kernels of this package choose their code by the processor
 all of them to one level, as an older processor would, with 2 or 4 threads. The tests are those
 of the modules that use a bound of `tolerance.py`. Our kernels give the same bits for any number of
 threads (`conformance/test_bits.py`), so each number is tried at one level only; the best level with
-one thread is that of `make test`. Exits with 1 if any round fails.
+one thread is that of `make test`. `.ci/run` asks for the first round alone, by `--lowest`. Exits
+with 1 if any round fails.
 """
 
+import argparse
 import os
 import subprocess
 import sys
@@ -76,8 +78,11 @@ def main():
     """One round for each number of threads, at the lowest levels."""
     from tcur_kernels import _cpu
 
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--lowest", action="store_true", help="the first round alone")
+    threads = THREADS[:1] if parser.parse_args().lowest else THREADS
     levels = [level for level, (isa, _) in LEVELS.items() if isa in _cpu.runnable_isas()]
-    passed = [run(levels[min(i, len(levels) - 1)], count) for i, count in enumerate(THREADS)]
+    passed = [run(levels[min(i, len(levels) - 1)], count) for i, count in enumerate(threads)]
     print(f"{sum(passed)} passed, {len(passed) - sum(passed)} failed")
     sys.exit(not all(passed))
 
