@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 import torch
 
-from benchmarks.comparison import records, report, summary
+from benchmarks.comparison import plots, records, report, summary
 from benchmarks.comparison.methods import FEW
 from benchmarks.comparison.tasks import TASKS, markers, volumes
 
@@ -135,6 +135,20 @@ def test_what_the_page_says_of_fewer_volumes(size, better):
     if size == 2:
         assert _better(found["tcurlora:8"], found["tcurlora:32"])
         assert all(_alike(found["tcurlora:8"], found[name]) for name in better)
+
+
+def test_where_it_stands():
+    """The thirteen methods beside those of the first table are measured in part."""
+    count = {
+        task: Counter(len(one.rows) for name, one in _recorded(task).items() if name not in FEW)
+        for task in ("volumes", "frozen")
+    }
+    assert set(count["volumes"]) == {1, 2}
+    assert count["volumes"].total() == 13
+    assert not count["frozen"]
+    assert set(plots.with_all_seeds(_recorded("volumes"))) == set(FEW)
+    for task in TASKS:
+        assert all(len(_recorded(task)[name].rows) == 5 for name in FEW)
 
 
 def test_the_sides_of_the_validation_volumes():

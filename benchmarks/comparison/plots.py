@@ -50,13 +50,19 @@ def _panels(tasks: list[str], label: str) -> tuple[Any, list[Any]]:
     return figure, list(axes.flat[: len(tasks)])
 
 
+def with_all_seeds(methods: dict[str, Summary]) -> dict[str, Summary]:
+    """Without methods of which fewer seeds are done: their intervals would hide the others."""
+    seeds = {name: len(one.rows) + one.diverged for name, one in methods.items()}
+    return {name: one for name, one in methods.items() if seeds[name] == max(seeds.values())}
+
+
 def _scores(found: dict[str, dict[str, Summary]]) -> Any:
     """The score over the trained numbers, with 95 % intervals."""
     figure, axes = _panels(list(found), "trained numbers beside the head")
     points = []
     for axis, methods in zip(axes, found.values(), strict=True):
         named = []
-        for name, summary in methods.items():
+        for name, summary in with_all_seeds(methods).items():
             score, numbers = interval(summary.numbers("test")), summary.middle("trained")
             if name == "head":
                 axis.axhline(score.mean, color="gray", ls=":", label=METHODS[name].label)
