@@ -19,7 +19,7 @@ TEST_ARCHITECTURES := $(or $(TORCH_CUDA_ARCH_LIST),$(GPUS),9.0)
 # for; those that sleep at once are late on a quiet machine. So they spin for a short while.
 export GOMP_SPINCOUNT ?= 1000
 
-# Python compiles what it imports. To compile all that is installed takes pip half a minute more.
+# Python compiles what it imports, so pip need not compile all that it installs.
 export PIP_NO_COMPILE ?= 1
 
 .PHONY: demo build quick test test-families families-table test-cpus test-versions test-matrix test-peft lint format clean FORCE

@@ -20,7 +20,7 @@ OLDEST = Path(sys.prefix) / "oldest_triton"
     ("marker", "kernels", "count"),
     [
         ("not matrix", "test_every_launch_fits and ieee and sm_", 1),
-        pytest.param("not matrix", "launch_fits and bf16 and sm_", 1, marks=MATRIX),
+        pytest.param("matrix", "launch_fits and bf16 and sm_90", 1, marks=MATRIX),
         pytest.param("matrix", "launch_fits and ieee and float32 and sm_", 2, marks=MATRIX),
         pytest.param("matrix", "at_other_ranks and sm_ and not 1-sm_", 6, marks=MATRIX),
     ],

@@ -114,7 +114,7 @@ MORE_FORMS = [
     *[(n3, 3) for n3 in (4, 5, 16, 17, 64, 65, 130)],
 ]
 #: The same for operators on tokens, and which of them are left to ``-m matrix``.
-TOKEN_FORMS = [(n3, 3, n3 == 47) for n3 in (1, 2, 3, 12, 47, 48)]
+TOKEN_FORMS = [(n3, 3, False) for n3 in (1, 2, 3, 12, 47, 48)]
 TOKEN_FORMS += [(4, rank, False) for rank in (1, 8, 17)]
 TOKEN_FORMS += [(n3, rank, True) for n3 in (1, 2, 3, 12, 47, 48) for rank in (1, 8)]
 

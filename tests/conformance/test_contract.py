@@ -57,8 +57,6 @@ def checked(backend):
 @pytest.mark.parametrize("layout", [turned, torch.clone], ids=["permuted", "contiguous"])
 def test_opcheck(backend, name, layout):
     """With derivatives where there are some."""
-    if backend.few == INTERPRETER and layout is turned:
-        pytest.skip("the checks take long; test_inputs.py has its values of other layouts")
     found = 0
     for each in checked(backend):
         if each.operator != name:
