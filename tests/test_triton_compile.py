@@ -42,6 +42,8 @@ ARCHITECTURES = (*launch.NVIDIA, *launch.AMD)
 SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 #: One length of tubes for every row of the table, and for even and odd.
 N3 = (1, 4, 12, 17, 47, 48, 128)
+#: Of them, those of every run: no tube, an even length and an odd one.
+FEW = (1, 12, 47)
 
 
 def launches_of(arch, precision, n3, rank, dtype, n1=768, n2=1024):
@@ -166,7 +168,8 @@ def check_all(arch, launches, tmp_path):
 
 MATRIX = pytest.mark.matrix
 #: (architecture, precision, dtype of weights and tokens, lengths).
-QUICK = [(arch, "ieee", torch.float32, N3) for arch in ("sm_90", "gfx942")]
+QUICK = [(arch, "ieee", torch.float32, FEW) for arch in ("sm_90", "gfx942")]
+QUICK += [("sm_90", "bf16", torch.bfloat16, FEW[1:])]
 WHOLE = [
     (arch, precision, dtype, N3)
     for precision, dtype in (
@@ -177,8 +180,7 @@ WHOLE = [
     )
     for arch in ARCHITECTURES
 ]
-CASES = [*QUICK, ("sm_90", "bf16", torch.bfloat16, (12, 47))]
-CASES += [pytest.param(*each, marks=MATRIX) for each in WHOLE if each not in QUICK]
+CASES = QUICK + [pytest.param(*each, marks=MATRIX) for each in WHOLE]
 
 
 @pytest.mark.usefixtures("_cache")
