@@ -4,8 +4,8 @@ torch, oneDNN and the kernels of this package choose their code by the processor
 all of them to one level, as an older processor would, with 2 or 4 threads. The tests are those
 of the modules that use a bound of `tolerance.py`. Our kernels give the same bits for any number of
 threads (`conformance/test_bits.py`), so each number is tried at one level only; the best level with
-one thread is that of `make test`. `.ci/run` asks by `--quick` for the first round alone, without
-the modules of which half of its time is. Exits with 1 if any round fails.
+one thread is that of `make test`. `.ci/run` asks by `--quick` for the first round alone, of the
+operators' own tests. Exits with 1 if any round fails.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 TESTS = Path(__file__).parent
+OPERATORS = TESTS / "conformance"
 #: torch's name of a level, ours, and oneDNN's.
 LEVELS = {
     "default": ("baseline", "SSE41"),
@@ -35,18 +36,17 @@ LOWEST = ("test_families.py", "test_adapt.py", "test_batch.py", "test_two_modali
 LOWEST += ("test_transforms.py", "test_unetr.py", "test_graph.py", "test_export.py")
 
 
-def modules(level, quick=False):
+def modules(level):
     """Test files that use a bound and run at a level."""
-    whole = level == next(iter(LEVELS)) and not quick
-    left_out = LEFT_OUT if whole else LEFT_OUT + LOWEST
+    left_out = LEFT_OUT if level == next(iter(LEVELS)) else LEFT_OUT + LOWEST
     return [
         path
-        for path in sorted([*TESTS.glob("test_*.py"), *(TESTS / "conformance").glob("test_*.py")])
+        for path in sorted([*TESTS.glob("test_*.py"), *OPERATORS.glob("test_*.py")])
         if path.name not in left_out and "from tolerance import" in path.read_text()
     ]
 
 
-def run(level, threads, quick):
+def run(level, threads, tests):
     """One round; whether it passed."""
     isa, onednn = LEVELS[level]
     environment = {
@@ -60,7 +60,7 @@ def run(level, threads, quick):
     command += ["-n", "logical", "--maxprocesses", "8", "--dist", "worksteal"]
     started = time.perf_counter()
     result = subprocess.run(
-        [*command, *map(str, modules(level, quick))],
+        [*command, *map(str, tests)],
         env=environment,
         capture_output=True,
         text=True,
@@ -80,11 +80,14 @@ def main():
     from tcur_kernels import _cpu
 
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="the first round, and less of it")
-    quick = parser.parse_args().quick
-    threads = THREADS[:1] if quick else THREADS
+    parser.add_argument("--quick", action="store_true", help="one round, of the operators' tests")
     levels = [level for level, (isa, _) in LEVELS.items() if isa in _cpu.runnable_isas()]
-    passed = [run(levels[min(i, len(levels) - 1)], count, quick) for i, count in enumerate(threads)]
+    if parser.parse_args().quick:
+        sys.exit(not run(levels[0], THREADS[0], [OPERATORS]))
+    passed = []
+    for i, threads in enumerate(THREADS):
+        level = levels[min(i, len(levels) - 1)]
+        passed.append(run(level, threads, modules(level)))
     print(f"{sum(passed)} passed, {len(passed) - sum(passed)} failed")
     sys.exit(not all(passed))
 
