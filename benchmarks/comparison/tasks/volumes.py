@@ -130,7 +130,6 @@ class Volumes(Task):
 class FrozenVolumes(Volumes):
     """The same with a frozen decoder: every method trains the output layer alone."""
 
-    sizes: ClassVar = (10,)
     head: Sequence[str] = ("out.*",)
 
 
