@@ -1,5 +1,6 @@
 """What docs/comparison.md and README.md say of benchmarks.comparison, against the recorded rows."""
 
+import itertools
 import statistics
 from collections import Counter
 
@@ -129,17 +130,35 @@ def test_what_the_page_says_of_volumes():
     assert _alike(full, measured["road"])
 
 
+BESIDE_THE_HEAD = [name for name in FEW if name != "head"]
+
+
 @pytest.mark.parametrize(
-    ("size", "better"), [(1, ()), (2, ("lora:1", "lora:8")), (5, ("full",))], ids=str
+    ("task", "size", "better"),
+    [
+        ("volumes", 1, ()),
+        ("volumes", 2, ("lora:1", "lora:8")),
+        ("volumes", 5, ("full",)),
+        ("frozen", 1, ()),
+        ("frozen", 2, ("tcurlora:8", "tcurlora:32", "lora:1", "full")),
+        ("frozen", 5, BESIDE_THE_HEAD),
+        ("frozen", 10, BESIDE_THE_HEAD),
+    ],
+    ids=str,
 )
-def test_what_the_page_says_of_fewer_volumes(size, better):
-    found = summary.summaries(records.read(), "default", "volumes", size)
+def test_what_the_page_says_of_fewer_volumes(task, size, better):
+    found = summary.summaries(records.read(), "default", task, size)
     assert set(FEW) <= set(found)
     head = found["head"]
     for name in set(FEW) - {"head"}:
         assert len(found[name].rows) == 5
         assert (_better if name in better else _alike)(found[name], head)
-    if size == 2:
+    if task == "frozen":
+        pairs = list(itertools.permutations(BESIDE_THE_HEAD, 2))
+        told = [pair for pair in pairs if _better(*(found[name] for name in pair))]
+        known = {1: [("tcurlora:8", "lora:1")], 2: [("full", "lora:8")]}
+        assert told == known.get(size, [])
+    elif size == 2:
         assert _better(found["tcurlora:8"], found["tcurlora:32"])
         assert all(_alike(found["tcurlora:8"], found[name]) for name in better)
 
