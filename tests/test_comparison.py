@@ -13,7 +13,7 @@ import torch
 from scipy import stats
 
 from benchmarks.comparison import __main__ as program
-from benchmarks.comparison import experiment, methods, process, records, report, summary
+from benchmarks.comparison import experiment, methods, plots, process, records, report, summary
 from benchmarks.comparison.methods.base import Method, Prepared, RefusedError
 from benchmarks.comparison.tasks import TASKS
 from benchmarks.comparison.tasks.base import Sources
@@ -379,6 +379,9 @@ def test_fewer_seeds_and_divergence_are_told(small):
     assert "| 0.500 ± 0.000 (1 of 5 diverged) |" in text
     assert "| 0.500 ± 0.000 (1 of 3 diverged, 3 seeds) |" in text
     assert report.by_size(rows, "default", "small") == ""
+    found = summary.summaries(rows, "default", "small", 40)
+    assert set(found) == {"head", "lora:8"}
+    assert set(plots.with_all_seeds(found)) == {"head"}
     rows |= keyed([made_row(method="head", rate=0.0, seed=0, size=20)])
     by_size = report.by_size(rows, "default", "small")
     assert "| head alone | 0.500 (1 seed) | 0.500 ± 0.000 (1 of 5 diverged) |" in by_size
