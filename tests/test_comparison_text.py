@@ -55,8 +55,6 @@ def test_what_the_page_says_of_texts_and_images():
     assert letters["tcurlora:32"].middle("trained") * 2 == letters["lora:8"].middle("trained")
     for found, name in ((digits, "psoft"), (letters, "vera")):
         assert _better(found[name], found["tcurlora:8"])
-    assert _better(letters["tcurlora:8"], letters["tcurlora:published"])
-    assert _alike(digits["tcurlora:8"], digits["tcurlora:published"])
     kept = {name: summary.interval(one.numbers("kept")).mean for name, one in digits.items()}
     order = sorted((name for name in kept if name != "head"), key=kept.__getitem__)
     assert {"fourierft", "tcurlora:8", "curlora", "tinylora", "tcurlora:32"} == set(order[:5])
@@ -64,7 +62,6 @@ def test_what_the_page_says_of_texts_and_images():
     minilm = _recorded("minilm")
     ours, wide = minilm["tcurlora:8"], minilm["tcurlora:32"]
     assert all(_better(minilm[name], ours) for name in ("lora:1", "psoft", "vera", "adapter"))
-    assert _alike(minilm["tcurlora:published"], ours)
     assert _better(minilm["psoft"], wide)
     assert all(_alike(minilm[name], wide) for name in ("lora:1", "lora:8"))
     assert minilm["psoft"].middle("trained") < wide.middle("trained")
@@ -82,6 +79,13 @@ def test_what_the_page_says_of_texts_and_images():
         assert leads == sorted(leads, reverse=True)
     assert _better(at[0]["lora:1"], at[0]["tcurlora:32"])
     assert _alike(at[2]["lora:1"], at[2]["tcurlora:32"])
+
+
+def test_what_the_page_says_of_the_published_form():
+    for task in TASKS:
+        found = _recorded(task)
+        told = _better if task == "letters" else _alike
+        assert told(found["tcurlora:8"], found["tcurlora:published"])
 
 
 def test_what_the_page_says_in_short():
@@ -117,6 +121,18 @@ def test_what_the_page_says_of_volumes():
         ]
         spans.append(f"between {min(found):.2f} and {max(found):.2f}")
     assert f"Dice on validation data is {spans[0]}, and that of cores {spans[1]}." in page
+    assert [name for name, one in frozen.items() if _better(one, ours)] == ["road"]
+    assert not [name for name, one in frozen.items() if _better(one, frozen["tcurlora:32"])]
+    assert max(means, key=means.__getitem__) == "road"
+    assert frozen["road"].middle("trained") == 3.5 * ours.middle("trained")
+    assert _better(frozen["head"], frozen["tinylora"])
+    tried = summary.searched(
+        {key: row for key, row in every if (key.method, key.part) == ("tinylora", "search")}
+    )
+    low, middle, high = (tried[rate] for rate in sorted(tried))
+    assert low < middle > high
+    assert middle < min(found) / 2  # `found` has what cores did at all rates of their search
+    assert sum(dice > means["head"] + 0.1 for dice in frozen["lotr"].numbers("test")) == 2
     measured = _recorded("volumes")
     sees = {
         name: sum(dice > 0.69 for dice in one.numbers("test")) for name, one in measured.items()
@@ -164,11 +180,10 @@ def test_what_the_page_says_of_fewer_volumes(task, size, better):
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_where_it_stands(task):
-    """All methods that take the model, with five seeds and a time; of frozen those of the page."""
+def test_every_task_is_complete(task):
+    """All methods that take the model, with five seeds and a time."""
     found = _recorded(task)
-    whole = set(METHODS) - set(summary.refusals(records.read(), "default", task))
-    assert set(found) == (set(FEW) if task == "frozen" else whole)
+    assert set(found) == set(METHODS) - set(summary.refusals(records.read(), "default", task))
     for one in found.values():
         assert len(one.rows) == 5
         assert one.step_ms > 0
@@ -197,17 +212,18 @@ def test_what_the_readme_says():
         wide, lora = measured["tcurlora:32"], measured["lora:8"]
         assert wide.middle("trained") < lora.middle("trained")
         assert (_better if task == "digits" else _alike)(wide, lora)
-        means = [summary.interval(one.numbers("test")).mean for one in measured.values()]
-        full = summary.interval(measured["full"].numbers("test"))
-        assert max(means) - full.mean < 0.005
+        assert not [name for name, one in measured.items() if _better(one, measured["full"])]
     assert _alike(minilm["adapter"], minilm["full"])
     assert _better(minilm["psoft"], minilm["tcurlora:32"])
     assert minilm["psoft"].middle("trained") < minilm["tcurlora:32"].middle("trained")
+    assert all(_alike(found[task]["road"], found[task]["full"]) for task in ("volumes", "frozen"))
+    assert _better(frozen["road"], frozen["tcurlora:8"])
 
 
 def test_how_long_it_takes():
     assert _hours("minilm", "letters", "digits") < 3
     assert round(_hours("volumes")) == 3
+    assert round(2 * _hours("frozen")) == 2 * 3.5
 
 
 def _hours(*tasks):
