@@ -16,7 +16,7 @@ from benchmarks.comparison import __main__ as program
 from benchmarks.comparison import experiment, methods, plots, process, records, report, summary
 from benchmarks.comparison.methods.base import Method, Prepared, RefusedError
 from benchmarks.comparison.tasks import TASKS
-from benchmarks.comparison.tasks.base import Sources
+from benchmarks.comparison.tasks.base import DivergedError, Sources
 from benchmarks.comparison.training import train
 from small_task import Small
 
@@ -53,6 +53,12 @@ def test_a_run_searches_then_reports_then_times(small, capsys):
     assert 3 * 3 <= len(of(rows, part="search")) <= 3 * 6
     assert len(of(rows, part="reported")) == 4 * 3 * 2
     assert len(of(rows, part="timed")) == 4
+    (before,) = of(rows, part="before")
+    task = Small(Sources(), 40, 0)
+    assert float(before["test"]) == pytest.approx(task.score(task.model(), "test"), rel=1e-5)
+    assert summary.details(before)["error"] == pytest.approx(
+        1 / float(before["test"]) - 1, rel=1e-4
+    )
     assert {row["state"] for row in rows.values()} == {"done"}
     plan = experiment.Plan(Sources(), ["small"], CHOSEN, CHOSEN, range(3))
     for name in CHOSEN:
@@ -135,6 +141,20 @@ def test_a_run_goes_on_where_it_was_interrupted(small):
     whole = small.read_text()
     assert run(small, "--methods", "lora:1", "head") == rows
     assert small.read_text() == whole
+
+
+@pytest.mark.parametrize("data", ["has a new head", "diverges"])
+def test_a_model_that_has_no_score_before_adaptation(small, monkeypatch, data):
+    def diverges(self, model):
+        raise DivergedError("the loss is not finite")
+
+    if data == "diverges":
+        monkeypatch.setattr(Small, "tested", diverges)
+    monkeypatch.setattr(Small, "new_head", data == "has a new head")
+    rows = run(small, "--methods", "head", "--parts", "before")
+    states = [row["state"] for row in of(rows, part="before")]
+    assert states == ([] if Small.new_head else ["diverged: the loss is not finite"])
+    assert summary.untrained(rows, "default", "small") == []
 
 
 def test_nothing_is_reported_without_a_search(small):
@@ -360,6 +380,8 @@ def test_a_report_of_a_users_rows(small, tmp_path, capsys):
         assert page.count(f"| {methods.METHODS[name].label} |") == 3  # scores, sizes, measures
     assert "| method | 20 | 40 |" in page
     assert "| method | error |" in page
+    (before,) = of(rows, part="before")
+    assert f"Before adaptation, score is {float(before['test']):.3f} and score without" in page
     for name in ("comparison", "comparison_curves", "comparison_sizes"):
         assert (output / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
     (tmp_path / "own.csv").write_text("text,label\nother,data\n")

@@ -28,7 +28,7 @@ from .training import step_of, train
 #: long as the best rate is at an end, the search goes on beyond it, to so many rates at most.
 START, FACTOR, MOST = (-1, 0, 1), 3.0, 6
 #: What is done for each task, one after the other; and rounds in which steps are timed.
-PARTS = ("search", "reported", "timed")
+PARTS = ("before", "search", "reported", "timed")
 ROUNDS = 15
 
 
@@ -72,6 +72,11 @@ class Plan:
     def rate(self, task: str, name: str, power: int) -> float:
         """A rate that a method may try."""
         return float(f"{method(name).rate * TASKS[task].rate_scale * FACTOR**power:.3g}")
+
+    def before(self, task: str) -> list[Key]:
+        """The score of the model as it was, if its head was pretrained."""
+        key = Key(self.data(task), task, self.searched(task), "none", 0.0, 0, "before")
+        return [] if TASKS[task].new_head else [key]
 
     def searches(self, task: str, rows: Rows) -> list[Key]:
         """The trainings by which the searches go on; none once all are done."""
@@ -177,6 +182,8 @@ class Run:
         """
         self.plan.check_searched(self.rows)
         for task in self.plan.tasks:
+            if "before" in self.plan.parts:
+                self._wave(self.plan.before(task))
             if "search" in self.plan.parts:
                 while keys := self.plan.searches(task, self.rows):
                     if not self._wave(keys):
@@ -195,7 +202,10 @@ class Run:
             for key in missing:
                 if not self.plan.refused(key.task, key.method, self.rows):
                     task = self._task(key)
-                    yield key, partial(_trained, task, key, self._kept_before(key, task))
+                    if key.part == "before":
+                        yield key, partial(_untrained, task)
+                    else:
+                        yield key, partial(_trained, task, key, self._kept_before(key, task))
 
         with closing(run(works(), self.jobs)) as results:
             for done, (key, result) in enumerate(results, 1):
@@ -266,19 +276,35 @@ def _trained(task: Task, key: Key, kept_before: float) -> Result:
     }
 
 
+def _untrained(task: Task) -> Result:
+    """The scores of the pretrained model, in a process of its own."""
+    torch.set_num_threads(1)
+    started = time.perf_counter()
+    try:
+        scores = _tested(task, task.model())
+    except DivergedError as error:
+        return {"state": f"diverged: {error}"}
+    return {"state": "done", **scores, "seconds": time.perf_counter() - started}
+
+
 def _scores(task: Task, model: torch.nn.Module, part: str, kept_before: float) -> Result:
     """The validation alone in a search, else all that is reported."""
     validation = {"validation": task.score(model, "validation")}
     if part == "search":
         return validation
-    test, details = task.tested(model)
     return {
         **validation,
-        "test": test,
+        **_tested(task, model),
         "kept_before": kept_before,
         "kept": task.kept(model),
-        "details": ";".join(f"{name}={value:.6g}" for name, value in details.items()),
     }
+
+
+def _tested(task: Task, model: torch.nn.Module) -> Result:
+    """The score on the test examples, and the measures beside it."""
+    test, details = task.tested(model)
+    text = ";".join(f"{name}={value:.6g}" for name, value in details.items())
+    return {"test": test, "details": text}
 
 
 def _timed(task: Task, keys: Sequence[Key], rounds: int) -> Result:

@@ -53,7 +53,8 @@ class Key(NamedTuple):
     Attributes:
         data: "default", or what tells a user's files.
         task, size, method, rate, seed: of the training.
-        part: "search" for a learning rate, "reported", or "timed".
+        part: "before" adaptation, with the method "none"; "search" for a learning rate; "reported";
+            or "timed".
     """
 
     data: str

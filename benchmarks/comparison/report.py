@@ -10,7 +10,16 @@ from ..documents import fill, paragraph, table
 from . import plots, records
 from .methods import FEW, METHODS
 from .records import Rows
-from .summary import Summary, experiments, interval, main_size, refusals, sizes, summaries
+from .summary import (
+    Summary,
+    experiments,
+    interval,
+    main_size,
+    refusals,
+    sizes,
+    summaries,
+    untrained,
+)
 from .tasks import TASKS
 from .tasks.base import ROOT
 
@@ -90,9 +99,11 @@ def scores(rows: Rows, data: str, task: str) -> str:
             ]
         )
     text = table([*heads, "file"], lines)
-    before = [float(row["kept_before"]) for one in found.values() for row in one.rows.values()]
+    before = [f"{kind.measure} is {score:.3f}" for score in untrained(rows, data, task)]
+    every = [row["kept_before"] for one in found.values() for row in one.rows.values()]
+    before += [f"{kind.kept_measure} is {float(kept):.3f}" for kept in every[:1]]
     if before:
-        text += "\n" + paragraph(f"Before adaptation, {kind.kept_measure} is {before[0]:.3f}.")
+        text += "\n" + paragraph(f"Before adaptation, {' and '.join(before)}.")
     for name, why in refusals(rows, data, task).items():
         text += "\n" + paragraph(f"{METHODS[name].label} does not take this model: {why}")
     return text

@@ -139,6 +139,12 @@ def best_rate(found: dict[float, float]) -> float | None:
     return max(found, key=found.__getitem__) if found else None
 
 
+def untrained(rows: Rows, data: str, task: str) -> list[float]:
+    """The score before adaptation, if there is one."""
+    own = of_task(rows, data, task).items()
+    return [float(row["test"]) for key, row in own if key.part == "before" and row["test"]]
+
+
 def refusals(rows: Rows, data: str, task: str) -> dict[str, str]:
     """Method -> why it does not take the model of a task."""
     return {

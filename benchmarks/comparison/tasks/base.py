@@ -77,6 +77,7 @@ class Task(ABC):
         measure: what `score` is, in words.
         kept_measure: what `kept` is, in words.
         details_measured: the names of what `tested` returns beside the score.
+        new_head: the head was not pretrained, so that the model has no score before adaptation.
         own: the options of `Sources` that replace data or model of this task.
         rate_scale: by which the learning rates of all methods are larger than those of a large
             pretrained model. Models that are pretrained here are small and want larger ones.
@@ -93,6 +94,7 @@ class Task(ABC):
     measure: ClassVar[str]
     kept_measure: ClassVar[str]
     details_measured: ClassVar[tuple[str, ...]] = ()
+    new_head: ClassVar[bool] = False
     own: ClassVar[tuple[str, ...]]
     rate_scale: ClassVar[float] = 1.0
     head: tuple[str, ...] = ()

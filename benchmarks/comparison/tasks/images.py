@@ -32,6 +32,7 @@ class Digits(Task):
     measure: ClassVar = "accuracy"
     kept_measure: ClassVar = "accuracy of the old digits"
     own: ClassVar = ("vit", "images")
+    new_head: ClassVar = True
     rate_scale: ClassVar = 3.0
     head, head_rate, steps = ("classifier",), 1e-2, 100
 
