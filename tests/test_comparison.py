@@ -154,7 +154,7 @@ def test_a_model_that_has_no_score_before_adaptation(small, monkeypatch, data):
     rows = run(small, "--methods", "head", "--parts", "before")
     states = [row["state"] for row in of(rows, part="before")]
     assert states == ([] if Small.new_head else ["diverged: the loss is not finite"])
-    assert summary.untrained(rows, "default", "small") == []
+    assert math.isnan(summary.untrained(rows, "default", "small"))
 
 
 def test_nothing_is_reported_without_a_search(small):
@@ -387,6 +387,18 @@ def test_a_report_of_a_users_rows(small, tmp_path, capsys):
     (tmp_path / "own.csv").write_text("text,label\nother,data\n")
     more = run(small, "--methods", "head", "--texts", str(tmp_path / "own.csv"))
     assert len({key.data for key in more}) == 2
+
+
+def test_what_is_kept_may_be_unknown(small):
+    """As of a user's volumes, of which none is from before."""
+    unknown = {"kept": "nan", "kept_before": "nan"}
+    rows = keyed(made_row(method="head", rate=0.0, seed=seed, **unknown) for seed in range(5))
+    text = report.scores(rows, "default", "small")
+    assert "| 0.500 ± 0.000 | – | – | – | 3 MB |" in text
+    assert "Before adaptation" not in text
+    rows |= keyed([made_row(method="none", rate=0.0, part="before", test="0.25")])
+    text = report.scores(rows, "default", "small")
+    assert "Before adaptation, score is 0.250.\n" in text
 
 
 def test_fewer_seeds_and_divergence_are_told(small):

@@ -134,7 +134,7 @@ def test_what_the_page_says_of_volumes():
     assert middle < min(found) / 2  # `found` has what cores did at all rates of their search
     assert sum(dice > means["head"] + 0.1 for dice in frozen["lotr"].numbers("test")) == 2
     measured = _recorded("volumes")
-    (before,) = summary.untrained(records.read(), "default", "volumes")
+    before = summary.untrained(records.read(), "default", "volumes")
     head, full = (summary.interval(measured[name].numbers("test")) for name in ("head", "full"))
     text = f"{before:.3f} before adaptation, {head.mean:.3f} with the decoder trained alone"
     assert f"the Dice is {text}, and {full.mean:.3f} with everything trained." in page

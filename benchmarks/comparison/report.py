@@ -99,11 +99,12 @@ def scores(rows: Rows, data: str, task: str) -> str:
             ]
         )
     text = table([*heads, "file"], lines)
-    before = [f"{kind.measure} is {score:.3f}" for score in untrained(rows, data, task)]
     every = [row["kept_before"] for one in found.values() for row in one.rows.values()]
-    before += [f"{kind.kept_measure} is {float(kept):.3f}" for kept in every[:1]]
-    if before:
-        text += "\n" + paragraph(f"Before adaptation, {' and '.join(before)}.")
+    before = [(kind.measure, untrained(rows, data, task))]
+    before += [(kind.kept_measure, float(kept)) for kept in every[:1]]
+    told = [f"{name} is {score:.3f}" for name, score in before if not math.isnan(score)]
+    if told:
+        text += "\n" + paragraph(f"Before adaptation, {' and '.join(told)}.")
     for name, why in refusals(rows, data, task).items():
         text += "\n" + paragraph(f"{METHODS[name].label} does not take this model: {why}")
     return text

@@ -17,20 +17,25 @@ Row = dict[str, str]
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean and half the width of its 95 % interval, by Student's t; nan for one number."""
+    """A mean and half the width of its 95 % interval, by Student's t.
+
+    The width is nan for one number; both are where a number is unknown.
+    """
 
     mean: float
     half: float
 
     def __format__(self, form: str) -> str:
+        if math.isnan(self.mean):
+            return "–"
         half = "" if math.isnan(self.half) else f" ± {self.half:{form.lstrip('+')}}"
         return f"{self.mean:{form}}{half}"
 
 
 def interval(numbers: Sequence[float]) -> Interval:
-    """The mean of some numbers and its interval."""
+    """The mean of some numbers and its interval; nan if one of them is unknown."""
     count = len(numbers)
-    if count < 2:
+    if count < 2 or any(map(math.isnan, numbers)):
         return Interval(fmean(numbers), math.nan)
     half = float(student.ppf(0.975, count - 1)) * stdev(numbers) / math.sqrt(count)
     return Interval(fmean(numbers), half)
@@ -139,10 +144,11 @@ def best_rate(found: dict[float, float]) -> float | None:
     return max(found, key=found.__getitem__) if found else None
 
 
-def untrained(rows: Rows, data: str, task: str) -> list[float]:
-    """The score before adaptation, if there is one."""
+def untrained(rows: Rows, data: str, task: str) -> float:
+    """The score before adaptation; nan if there is none."""
     own = of_task(rows, data, task).items()
-    return [float(row["test"]) for key, row in own if key.part == "before" and row["test"]]
+    scores = [float(row["test"]) for key, row in own if key.part == "before" and row["test"]]
+    return scores[-1] if scores else math.nan
 
 
 def refusals(rows: Rows, data: str, task: str) -> dict[str, str]:
