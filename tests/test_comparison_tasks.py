@@ -339,6 +339,17 @@ def test_volumes_and_weights_of_a_user(kept, monkeypatch):
     before = [float(row["test"]) for key, row in rows.items() if key.part == "before"]
     assert f"Before adaptation, Dice is {before[0]:.3f}.\n" in page
     assert "nan" not in page
+    with_new_head = Sources(**{**own, "volume_options": f"{heads} --new-head"}, quick=True)
+    new = TASKS["frozen"](with_new_head, 2, 0)
+    assert (task.new_head, new.new_head) == (False, True)
+    differ = {
+        name.partition(".")[0]
+        for (name, one), other in zip(
+            task.base.named_parameters(), new.base.parameters(), strict=True
+        )
+        if not torch.equal(one, other)
+    }
+    assert differ == {"out"}
 
 
 def test_pictures_show_the_best_the_median_and_the_worst_case():

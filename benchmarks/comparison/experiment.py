@@ -74,9 +74,8 @@ class Plan:
         return float(f"{method(name).rate * TASKS[task].rate_scale * FACTOR**power:.3g}")
 
     def before(self, task: str) -> list[Key]:
-        """The score of the model as it was, if its head was pretrained."""
-        key = Key(self.data(task), task, self.searched(task), "none", 0.0, 0, "before")
-        return [] if TASKS[task].new_head else [key]
+        """The score of the model as it was."""
+        return [Key(self.data(task), task, self.searched(task), "none", 0.0, 0, "before")]
 
     def searches(self, task: str, rows: Rows) -> list[Key]:
         """The trainings by which the searches go on; none once all are done."""
@@ -278,6 +277,8 @@ def _trained(task: Task, key: Key, kept_before: float) -> Result:
 
 def _untrained(task: Task) -> Result:
     """The scores of the pretrained model, in a process of its own."""
+    if task.new_head:
+        return {"state": "none: the head is new"}
     torch.set_num_threads(1)
     started = time.perf_counter()
     try:

@@ -77,13 +77,13 @@ class Task(ABC):
         measure: what `score` is, in words.
         kept_measure: what `kept` is, in words.
         details_measured: the names of what `tested` returns beside the score.
-        new_head: the head was not pretrained, so that the model has no score before adaptation.
         own: the options of `Sources` that replace data or model of this task.
         rate_scale: by which the learning rates of all methods are larger than those of a large
             pretrained model. Models that are pretrained here are small and want larger ones.
         head: patterns of what every method trains, at ``head_rate``.
         layers: patterns of the linear layers that methods adapt; None: all of them.
         norms: patterns of the normalisations that SSF scales beside them; None: all of them.
+        new_head: the head was not pretrained, so that the model has no score before adaptation.
         steps: of training.
         base: the pretrained model with a new head.
     """
@@ -94,13 +94,13 @@ class Task(ABC):
     measure: ClassVar[str]
     kept_measure: ClassVar[str]
     details_measured: ClassVar[tuple[str, ...]] = ()
-    new_head: ClassVar[bool] = False
     own: ClassVar[tuple[str, ...]]
     rate_scale: ClassVar[float] = 1.0
     head: tuple[str, ...] = ()
     head_rate = 0.0
     layers: Sequence[str] | None = None
     norms: Sequence[str] | None = None
+    new_head: bool = False
     steps: int
     base: nn.Module
 

@@ -32,9 +32,8 @@ class Digits(Task):
     measure: ClassVar = "accuracy"
     kept_measure: ClassVar = "accuracy of the old digits"
     own: ClassVar = ("vit", "images")
-    new_head: ClassVar = True
     rate_scale: ClassVar = 3.0
-    head, head_rate, steps = ("classifier",), 1e-2, 100
+    head, new_head, head_rate, steps = ("classifier",), True, 1e-2, 100
 
     def __init__(self, sources: Sources, size: int, seed: int) -> None:
         if sources.vit is not None and sources.images is None:

@@ -53,8 +53,7 @@ class Glosses(Task):
     measure: ClassVar = "accuracy"
     kept_measure: ClassVar = "mean reciprocal rank of the related text"
     own: ClassVar = ("encoder", "texts", "pairs")
-    new_head: ClassVar = True
-    head, head_rate, steps = ("head",), 5e-3, 200
+    head, new_head, head_rate, steps = ("head",), True, 5e-3, 200
 
     def __init__(self, sources: Sources, size: int, seed: int) -> None:
         from transformers import AutoModel, AutoTokenizer

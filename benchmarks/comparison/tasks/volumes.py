@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -70,6 +70,7 @@ class Volumes(Task):
         made = _made(sources)
         # Convolutions are most of a step, and take less time so.
         self._recipe, self.base = made.recipe, made.model.to(memory_format=torch.channels_last_3d)
+        self.new_head = made.recipe.new_head
         self.steps = 3 if sources.quick else type(self).steps
         pool = made.volumes["training"]
         if len(pool) < size:
@@ -183,11 +184,14 @@ def _own(sources: Sources) -> _Made:
         given = [f"--data={sources.volumes}", f"--pretrained={sources.unetr}"]
         args = options.parse_args([*given, *shlex.split(sources.volume_options or "")])
         made = task.own_task(args)
-    load = partial(preparation.load_volumes, made.recipe)
     sections = {**made.sections, "test": made.scored, "old": []}
     checkpoint = example("segmentation.checkpoints").read_checkpoint(made.base, made.recipe.entry)
-    model, _ = example("segmentation.unetr").load_unetr(made.recipe.architecture, checkpoint)
-    volumes = {name: load(entries) for name, entries in sections.items()}
+    torch.manual_seed(0)  # a new head is the same in every run
+    load = example("segmentation.unetr").load_unetr
+    model, _ = load(made.recipe.architecture, checkpoint, made.recipe.new_head)
+    volumes = {
+        name: preparation.load_volumes(made.recipe, entries) for name, entries in sections.items()
+    }
     augment = preparation.augmentation(made.recipe, args.mirror)
     return _Made(made.recipe, model.eval(), volumes, augment, mirrors=False)
 
