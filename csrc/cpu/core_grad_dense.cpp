@@ -19,8 +19,8 @@ void run(
     const Tensor& out) {
   const std::shared_ptr<const TubeDft<T>> dft = tube_dft<T>(sizes.n3);
   const PackedFactors<T> factors(sizes, lateral_hat, horizontal_hat, panels, *dft);
-  const TileBlocks tile = tile_blocks<T>(sizes);
-  const int64_t tile_rows = ceil_div(sizes.n1, tile.rows * kRowBlock);
+  const TileBlocks tile = tile_in_cache<T>(sizes);
+  const int64_t tile_rows = ceil_div(sizes.n1, tile.rows * tile.row_block);
   const int64_t per_task = ceil_div(tile_rows, kMaxTasks);
   const int64_t tasks = ceil_div(tile_rows, per_task);
   const CoreGradDenseArgs<T> args{

@@ -40,12 +40,40 @@ TCUR_TARGET void real_rows(
   }
 }
 
+// The pairs of planes of the bins outer * k2 + k1 (pair_plane in tubes.h), for k1 = 1, 2, … as
+// next() goes on. Which of them are beyond n3/2 depends on k2 alone, so that it costs nothing at
+// run time.
+template <class T, int INNER>
+struct PairRows {
+  T* first;        // the pair of k2 = 0
+  T* last;         // the pair of k2 = INNER-1, which lies before that of INNER-2
+  int64_t apart;   // from a pair to the next
+  int64_t planes;  // from a plane to the next
+
+  TCUR_TARGET PairRows(const Rows<T>& all, int64_t n3, int64_t outer)
+      : first(all.data + all.step),
+        last(all.data + (2 * (n3 - outer * (INNER - 1)) - 3) * all.step),
+        apart(2 * outer * all.step),
+        planes(all.step) {
+  }
+  TCUR_TARGET static constexpr bool is_conjugate(int k2) {
+    return 2 * k2 >= INNER;
+  }
+  TCUR_TARGET Rows<T> bin(int k2) const {
+    return {is_conjugate(k2) ? last + (INNER - 1 - k2) * apart : first + k2 * apart, planes};
+  }
+  TCUR_TARGET void next() {
+    first += 2 * planes;
+    last -= 2 * planes;
+  }
+};
+
 // The inner step: planes -> between (inverse) or back. It does k1 = 0 first, then the pairs, then
 // k1 = outer/2 if outer is even.
 template <class T, bool INVERSE, int INNER>
 TCUR_TARGET void inner_rows(const TubeDft<T>& dft, Rows<T> planes, T* between) {
   constexpr int lanes = Simd<T>::lanes;
-  const int64_t n3 = dft.n3, outer = dft.factors.outer;
+  const int64_t outer = dft.factors.outer;
   const Rows<T> middle{between, outer * lanes};  // row l0 of one k1
   {
     Vec<T> x[INNER];
@@ -63,15 +91,16 @@ TCUR_TARGET void inner_rows(const TubeDft<T>& dft, Rows<T> planes, T* between) {
     });
   }
   const T* rotation = dft.rotations.data();
-  for (int64_t k1 = 1; k1 <= pairs(outer); ++k1, rotation += 2 * INNER) {
+  PairRows<T, INNER> pair(planes, dft.n3, outer);
+  for (int64_t k1 = 1; k1 <= pairs(outer); ++k1, rotation += 2 * INNER, pair.next()) {
     const Rows<T> reals{between + (2 * k1 - 1) * lanes, middle.step};
     const Rows<T> imaginaries{between + 2 * k1 * lanes, middle.step};
     Vec<T> re[INNER], im[INNER];
     if constexpr (INVERSE) {
       static_for<INNER>([&](auto k2) __attribute__((always_inline)) {
-        const int64_t plane = pair_plane(n3, outer * k2 + k1);
-        re[k2] = planes.get(plane);
-        im[k2] = 2 * k2 >= INNER ? Vec<T>(-planes.get(plane + 1)) : planes.get(plane + 1);
+        const Rows<T> bin = pair.bin(k2);
+        re[k2] = bin.get(0);
+        im[k2] = pair.is_conjugate(k2) ? Vec<T>(-bin.get(1)) : bin.get(1);
       });
       complex_inverse<INNER, T>(re, im);
     }
@@ -89,9 +118,9 @@ TCUR_TARGET void inner_rows(const TubeDft<T>& dft, Rows<T> planes, T* between) {
     if constexpr (!INVERSE) {
       complex_inverse<INNER, T>(im, re);  // exchanging re and im: the forward transform
       static_for<INNER>([&](auto k2) __attribute__((always_inline)) {
-        const int64_t plane = pair_plane(n3, outer * k2 + k1);
-        planes.set(plane, re[k2]);
-        planes.set(plane + 1, 2 * k2 >= INNER ? Vec<T>(-im[k2]) : im[k2]);
+        const Rows<T> bin = pair.bin(k2);
+        bin.set(0, re[k2]);
+        bin.set(1, pair.is_conjugate(k2) ? Vec<T>(-im[k2]) : im[k2]);
       });
     }
   }

@@ -36,32 +36,50 @@ template <class T>
 constexpr ScalarType scalar_type =
     std::is_same_v<T, double> ? ScalarType::Double : ScalarType::Float;
 
-// Chooses the tile. With all its slices it takes at most this much of the second-level cache, or
-// this many bytes, because larger ones have not been faster. Its base takes as much again. What is
-// left is for R̂.
+// Tiles as wide as possible make the longest runs of memory, though from here on nothing is gained.
+constexpr int64_t kWidestTile = 32;
+
+// `rows` x as many columns of blocks as take no more than these bytes, in tiles of about one width.
+template <class T>
+TileBlocks tile_of(const Sizes& s, int64_t rows, int64_t bytes) {
+  const int64_t block = kernels<T>().row_block;
+  const int64_t size = s.n3 * block * kColumnBlock * static_cast<int64_t>(sizeof(T));
+  const int64_t most = std::max<int64_t>(1, std::min(bytes / size / rows, kWidestTile));
+  const int64_t columns = ceil_div(s.n2, kColumnBlock);
+  return {rows, ceil_div(columns, ceil_div(columns, most)), block};
+}
+
+// Chooses a tile that stays in the second-level cache beside as many bytes of something else. With
+// all its slices it takes at most this much of it, or this many bytes, because larger ones have not
+// been faster. What is left is for R̂.
 //
-// A tile as wide as possible, of one row of blocks, makes the longest runs of memory. But each row
-// of tiles reads all of R̂. If R̂ does not stay in the cache meanwhile, tiles have several rows of
-// blocks, so that for each weight at most some two bytes of R̂ come from the cache that the cores
-// share, as long as a tile keeps a few blocks of columns. On a core with 1 MiB that made no
+// Each row of tiles reads all of R̂. If R̂ does not stay in the cache meanwhile, tiles have several
+// rows of blocks, so that for each number at most some two bytes of R̂ come from the cache that the
+// cores share, as long as a tile keeps a few blocks of columns. On a core with 1 MiB that made no
 // difference, so there R̂ may be twice as large as the cache.
 template <class T>
-TileBlocks tile_blocks(const Sizes& s) {
-  constexpr int64_t most_bytes = 160 * 1024, widest = 32, fewest_columns = 3;
+TileBlocks tile_in_cache(const Sizes& s) {
+  constexpr int64_t most_bytes = 160 * 1024, fewest_columns = 3;
   const int64_t cache = second_level_cache(), bytes = std::min(most_bytes, cache * 5 / 16);
-  const int64_t row_blocks = ceil_div(s.n1, kRowBlock);
-  const int64_t column_blocks = ceil_div(s.n2, kColumnBlock);
-  const int64_t blocks = bytes / (s.n3 * kBlock * static_cast<int64_t>(sizeof(T)));
+  const int64_t row_blocks = ceil_div(s.n1, kernels<T>().row_block);
   int64_t rows = 1;
   const int64_t limit = cache < 1024 * 1024 ? cache : 2 * cache;
   if ((s.q() * s.n2) * static_cast<int64_t>(sizeof(T)) + 2 * bytes > limit) {
-    while (2 * rows <= row_blocks && 4 * rows <= s.rank && 2 * rows * fewest_columns <= blocks) {
+    while (2 * rows <= row_blocks && 4 * rows <= s.rank &&
+           tile_of<T>(s, 2 * rows, bytes).columns >= fewest_columns) {
       rows *= 2;
     }
   }
-  const int64_t most = std::max<int64_t>(1, std::min(blocks / rows, widest));
-  const int64_t tiles = ceil_div(column_blocks, most);  // about equally wide
-  return {rows, ceil_div(column_blocks, tiles)};
+  return tile_of<T>(s, rows, bytes);
+}
+
+// Chooses the tile of W_eff. Where its base waits in the second-level cache, both have to fit
+// there. Where the sweep reads the base from memory, long runs of memory matter most: a tile is one
+// row of blocks, and what of it does not stay in that cache waits in the next.
+template <class T>
+TileBlocks w_eff_tile(const Sizes& s) {
+  return kernels<T>().fetches_base ? tile_in_cache<T>(s)
+                                   : tile_of<T>(s, 1, 2 * second_level_cache());
 }
 
 // 64-byte aligned memory, not initialised, that lives as long as the operator call.

@@ -14,6 +14,8 @@ constexpr Kernels<T> table = {
     TCUR_NAME_OF(TCUR_ISA),
     Simd<T>::lanes,
     kStrip<T>,
+    kRowBlock,
+    kFetchesBase,
     &inverse_dft<T>,
     &forward_dft<T>,
     &materialize_scratch<T>,

@@ -48,25 +48,23 @@ constexpr auto with_any_element(Element element, F&& f) {
 template <class Constant>
 using NumberOfConstant = typename NumberOf<Constant::value>::Type;
 
-// Size of a block of all slices. It has as many rows as let the rank-r products stay in registers,
-// and as many columns as make whole cache lines of every element type. It is computed in strips of
-// all its rows and as many columns as registers hold, so that the spectrum of a strip stays in the
-// first-level cache. A block is stored as [strips, kRowBlock, columns of a strip].
-constexpr int kRowBlock = 4;
+// Size of a block of all slices. It has as many rows as let the rank-r products stay in registers
+// (kRowBlock in simd.h), and as many columns as make whole cache lines of every element type. It is
+// computed in strips of all its rows and as many columns as registers hold, so that the spectrum of
+// a strip stays in the first-level cache. A block is stored as [strips, rows, columns of a strip].
 constexpr int kColumnBlock = 32;
-constexpr int kBlock = kRowBlock * kColumnBlock;
 // Rows of blocks lie this much further apart than they are long. At distances that are powers of
 // two, they would share a few sets of the first-level cache.
 constexpr int kPad = 16;
 
-// A tile is `rows` x `columns` blocks of all slices. It stays in the second-level cache, and each
-// panel of R̂ is read from further away once for all its rows.
+// A tile is `rows` x `columns` blocks of all slices. Each panel of R̂ is read once for all its rows.
 struct TileBlocks {
   int64_t rows, columns;
+  int64_t row_block;  // rows of a block
 
   // Numbers of one slice or of one plane in one row of blocks, and how far apart these lie.
   int64_t stride() const {
-    return columns * kBlock + kPad;
+    return columns * row_block * kColumnBlock + kPad;
   }
   // Numbers of one row of blocks, all slices, and of the whole tile.
   int64_t row_size(int64_t n3) const {
@@ -166,8 +164,10 @@ struct TokenBasis {
 template <class T>
 struct Kernels {
   const char* isa;
-  int64_t lanes;  // of a vector; DFT widths are multiples of it
-  int64_t strip;  // columns of a strip
+  int64_t lanes;      // of a vector; DFT widths are multiples of it
+  int64_t strip;      // columns of a strip
+  int64_t row_block;  // rows of a block
+  bool fetches_base;  // tiles of W_eff ask for their base before they need it
 
   // planes <-> tubes for `width` tubes side by side; the input is overwritten.
   void (*inverse_dft)(

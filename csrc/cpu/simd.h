@@ -23,8 +23,16 @@ struct Simd {
 template <class T>
 using Vec = typename Simd<T>::Vec;
 
-// Vectors of columns that products work on together. With four rows, each takes 8 accumulators.
+// Rows and vectors of columns that products work on together. A complex product adds to every sum
+// twice in a row, and an addition takes up to five cycles in which a core begins ten. So there are
+// 16 sums in 32 registers, and in 16 registers the 12 that leave room for four operands.
+constexpr int kRowBlock = TCUR_REGISTERS == 32 ? 4 : 6;
 constexpr int kRegisterColumns = TCUR_REGISTERS == 32 ? 2 : 1;
+constexpr int kBlock = kRowBlock * kColumnBlock;
+// Whether tiles of W_eff ask for their base while they compute, so that it waits in the
+// second-level cache. Cores with AVX-512 do so beside their arithmetic. On one with AVX2 it cost
+// the products as much as it saved the sweep, or more.
+constexpr bool kFetchesBase = TCUR_REGISTERS == 32;
 // Columns of a strip (kernels.h).
 template <class T>
 constexpr int kStrip = 2 * Simd<T>::lanes;

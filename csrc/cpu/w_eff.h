@@ -37,8 +37,8 @@ class WEff {
     }
     const int64_t stride = round_up(sizes.rank, kernels<T>().lanes);
     core_hat_ = weighted_core_spectrum(*dft_, core.const_data_ptr<T>(), sizes.rank, scale, stride);
-    const TileBlocks tile = tile_blocks<T>(sizes);
-    const int64_t tile_rows = ceil_div(sizes.n1, tile.rows * kRowBlock);
+    const TileBlocks tile = w_eff_tile<T>(sizes);
+    const int64_t tile_rows = ceil_div(sizes.n1, tile.rows * tile.row_block);
     const int64_t tiles = ceil_div(sizes.n2, tile.columns * kColumnBlock);
     const int64_t chunks = std::min(tiles, ceil_div(wanted, tile_rows));
     args_ = {factors_.view(), core_hat_.data(), stride, base_.data(), places.element, tile, chunks};

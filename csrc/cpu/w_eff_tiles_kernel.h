@@ -5,7 +5,7 @@
 // rows. Then, for each strip of columns and every block of rows, it computes S_k = P_k R̂_k in
 // registers and does the inverse DFT of the packed planes, which stay in the first-level cache.
 // When a tile is full, a sweep goes over it slice by slice, adds the base, and passes the numbers
-// on. A tile of all slices, its base and the panel of R̂ in use stay in the second-level cache.
+// on. host.h says how large a tile is.
 //
 // A consumer provides a sink for each slice of a tile, and finishes the task:
 //     Sink sink(int64_t slice, int64_t first, int64_t stride) const   number `first` of the slice
@@ -53,10 +53,11 @@ TCUR_TARGET void lateral_core_products(
       for (int64_t a = 0; a < r; ++a, u += m.core_stride) {
         const Vec<T> u_re = load(u), u_im = pair ? load(u + size) : Vec<T>{};
         for (int i = 0; i < kRowBlock; ++i) {
-          const T c_re = c[i][plane * r + a], c_im = pair ? c[i][(plane + 1) * r + a] : T(0);
+          const T c_re = c[i][plane * r + a];
           re[i] += c_re * u_re;
-          re[i] -= c_im * u_im;
           im[i] += c_re * u_im;
+          const T c_im = pair ? c[i][(plane + 1) * r + a] : T(0);
+          re[i] -= c_im * u_im;
           im[i] += c_im * u_re;
         }
       }
@@ -169,7 +170,7 @@ struct BaseShare {
 };
 
 template <class T>
-struct BaseShare<T, 0> {  // no base
+struct BaseShare<T, 0> {  // nothing to fetch
   TCUR_TARGET explicit BaseShare(int) {
   }
   TCUR_TARGET void fetch_slice(const WEffArgs<T>&, int64_t, int64_t, int64_t) const {
@@ -208,12 +209,14 @@ using ProductPlanes =
 
 template <class T>
 ProductPlanes<T> product_planes_for(Element base) {
-  if (base == Element::none) {
-    return &product_planes<T, 0>;
+  if constexpr (kFetchesBase) {
+    if (base != Element::none) {
+      return with_any_element(base, [](auto element) -> ProductPlanes<T> {
+        return &product_planes<T, sizeof(NumberOfConstant<decltype(element)>)>;
+      });
+    }
   }
-  return with_any_element(base, [](auto element) -> ProductPlanes<T> {
-    return &product_planes<T, sizeof(NumberOfConstant<decltype(element)>)>;
-  });
+  return &product_planes<T, 0>;
 }
 
 // The sweep prefetches the base this many bytes ahead, from the second-level cache into the first.
@@ -233,7 +236,7 @@ TCUR_TARGET inline void sweep_block(
     const Sink& sink,
     int64_t at) {
   constexpr int lanes = Simd<T>::lanes, line = 64 / sizeof(S);
-#pragma GCC unroll 4
+#pragma GCC unroll 6
   for (int i = 0; i < kRowBlock; ++i) {
 #pragma GCC unroll 4
     for (int j = 0; BASE && j < kColumnBlock; j += line) {
