@@ -22,7 +22,7 @@ class Machine:
     """A processor: its caches, and what a core does in a cycle at most.
 
     Arithmetic, reads and writes are instructions on whole vectors, whatever their width is there:
-    512 bits on Zen 5, 256 on Zen 3. ``moved`` is bytes between the two levels of caches.
+    512 bits on Zen 5, 256 on Zen 2. ``moved`` is bytes between the two levels of caches.
     """
 
     caches: Caches
@@ -36,6 +36,7 @@ class Machine:
 MACHINES = {
     "Zen 5": Machine(Caches((48 * KIB, 12), (1024 * KIB, 16)), 2, 2, 1, 8, 64),
     "Zen 3": Machine(Caches((32 * KIB, 8), (512 * KIB, 8)), 2, 2, 1, 6, 32),
+    "Zen 2": Machine(Caches((32 * KIB, 8), (512 * KIB, 8)), 2, 2, 1, 6, 32),
 }
 #: (n3, n1, n2, rank). Half the columns of the long ones: their R̂ is larger than a cache even so.
 SHAPES = [
@@ -46,17 +47,14 @@ SHAPES = [
     (127, 768, 384, 8),
     (12, 3072, 768, 32),
 ]
-#: Instruction set, processor, and the second-level cache that tiles are sized for. One that holds
-#: all of R̂ keeps tiles one block of rows high; they are as large as for 512 KiB otherwise.
+#: Instruction set, processor, and the second-level cache that tiles are sized for.
 ONE_ROW = 1 << 40
 SETTINGS = [
     ("avx512", "Zen 5", 1024 * KIB),
     ("avx2", "Zen 3", 512 * KIB),
     ("avx2", "Zen 3", ONE_ROW),
-    ("avx2", "Zen 5", 1024 * KIB),
+    ("avx2", "Zen 2", 512 * KIB),
 ]
-#: What a task uses again and again at most: a tile, the planes of a strip and P.
-SCRATCH = 192 * KIB
 #: What a row has of each weight.
 COLUMNS = (
     "instructions", *listing.KINDS, "loads", "stores", "loaded_bytes", "stored_bytes", "stack",
@@ -73,14 +71,12 @@ def library() -> Library:
 def count(shape: tuple[int, int, int, int], isa: str, machine: str, cache: int) -> dict[str, float]:
     """`COLUMNS`, each per weight, of one task.
 
-    A task before it has filled the caches, or only its scratch memory is there: where R̂ is so much
-    larger than the second level that nothing of it stays from one task to the next. W has no more
-    rows than give each task all of its columns, as it is with all rows.
+    A task before it has filled the caches. W has no more rows than give each task all of its
+    columns, as it is with all rows.
     """
     n3, n1, n2, rank = shape
     n1 = min(n1, 256)
     caches = MACHINES[machine].caches
-    warm = 0 if 4 * n3 * rank * n2 >= 2 * caches.second[0] else 1
     core = torch.randn(n3, rank, rank)
     factors = tcur.CURFactors(torch.randn(n3, n1, rank), torch.randn(n3, rank, n2))
     weight, out = torch.zeros(n3, n1, n2), torch.zeros(n3, n1, n2)
@@ -95,7 +91,7 @@ def count(shape: tuple[int, int, int, int], isa: str, machine: str, cache: int) 
     try:
         call()  # keeps what belongs to the factors
         entry = library().entry(f"void tcur::{isa}::materialize<float>(")
-        return per_weight(library().count(call, entry, caches, warm, SCRATCH))
+        return per_weight(library().count(call, entry, caches))
     finally:
         native._cpu.use_isa(before[0])
         native._cpu.use_second_level_cache(before[1])

@@ -125,7 +125,7 @@ void use(int64_t line, bool writes) {
 
 const int32_t* numbers;  // of the instruction at each byte of the library, or -1
 const Access* accesses;
-int64_t size, library, entry, outside, entries, warm, last, scratch_bytes;
+int64_t size, library, entry, outside, entries, warm, last;
 std::vector<int64_t> times, on_stack;
 
 void reset() {
@@ -164,12 +164,6 @@ void on_trap(int, siginfo_t*, void* context) {
   }
   if (at == entry) {
     ++entries;
-    if (entries == 1) {  // the call before has left its scratch memory, the third argument, there
-      const int64_t scratch = machine.gregs[REG_RDX];
-      for (int64_t byte = 0; byte < scratch_bytes; byte += kLine) {
-        into_second((scratch + byte) / kLine, true);
-      }
-    }
     if (entries == warm + 1) {
       reset();
     } else if (entries > last) {
@@ -202,8 +196,7 @@ void caches(int64_t bytes1, int32_t ways1, int64_t bytes2, int32_t ways2) {
 }
 
 // From here on this thread goes step by step. Counting begins when the function at `entry_at` is
-// entered; its first `warm_calls` calls fill the caches, the following `calls` are counted. The
-// function's third argument points to `scratch` bytes that it uses again in every call.
+// entered; its first `warm_calls` calls fill the caches, the following `calls` are counted.
 void start(
     int64_t library_at,
     int64_t library_size,
@@ -212,11 +205,9 @@ void start(
     int64_t count,
     int64_t entry_at,
     int64_t warm_calls,
-    int64_t calls,
-    int64_t scratch) {
+    int64_t calls) {
   library = library_at, size = library_size, numbers = numbers_at, accesses = all;
   entry = entry_at, warm = warm_calls, last = warm_calls + calls, entries = 0;
-  scratch_bytes = scratch;
   times.assign(count, 0);
   on_stack.assign(count, 0);
   reset();

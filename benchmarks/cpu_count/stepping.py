@@ -130,7 +130,6 @@ class Library:
         entry: int,
         caches: Caches,
         warm: int = 1,
-        scratch: int = 0,
     ) -> Steps:
         """What this library executes from one call of one of its functions to the next.
 
@@ -139,8 +138,6 @@ class Library:
             entry: where the function begins.
             caches: the two levels of the model.
             warm: how many calls only fill the caches.
-            scratch: bytes that the function's third argument points to, and that a call before has
-                left in the second level.
 
         Raises:
             RuntimeError: the function was not called so often.
@@ -151,7 +148,7 @@ class Library:
         times = (ctypes.c_int64 * len(self.code))()
         stack = (ctypes.c_int64 * len(self.code))()
         crossed = (ctypes.c_int64 * 5)()
-        integers = [ctypes.c_int64(i) for i in (len(self.code), entry, warm, 1, scratch)]
+        integers = [ctypes.c_int64(i) for i in (len(self.code), entry, warm, 1)]
         place, length = ctypes.c_int64(self.place), ctypes.c_int64(self._size)
         step.start(place, length, self._numbers, self._accesses, *integers)
         try:
