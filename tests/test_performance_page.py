@@ -19,7 +19,6 @@ FIGURE = re.compile(
 ALLOWED = {
     "vectors of AVX2 are half as wide": "the width of a register",
     "the half spectrum": "half of the frequencies",
-    "half of the tile": "said of the model of caches, whose bytes are in the table",
     "The target was half of": "an aim",
     "lent for half an hour": "how long the machine was there",
     "is half the time of a copy": "the definition of a floor",

@@ -35,7 +35,6 @@ class Machine:
 
 MACHINES = {
     "Zen 5": Machine(Caches((48 * KIB, 12), (1024 * KIB, 16)), 2, 2, 1, 8, 64),
-    "Zen 3": Machine(Caches((32 * KIB, 8), (512 * KIB, 8)), 2, 2, 1, 6, 32),
     "Zen 2": Machine(Caches((32 * KIB, 8), (512 * KIB, 8)), 2, 2, 1, 6, 32),
 }
 #: (n3, n1, n2, rank). Half the columns of the long ones: their R̂ is larger than a cache even so.
@@ -48,11 +47,8 @@ SHAPES = [
     (12, 3072, 768, 32),
 ]
 #: Instruction set, processor, and the second-level cache that tiles are sized for.
-ONE_ROW = 1 << 40
 SETTINGS = [
     ("avx512", "Zen 5", 1024 * KIB),
-    ("avx2", "Zen 3", 512 * KIB),
-    ("avx2", "Zen 3", ONE_ROW),
     ("avx2", "Zen 2", 512 * KIB),
 ]
 #: What a row has of each weight.
