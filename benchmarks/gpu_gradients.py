@@ -45,8 +45,6 @@ NAMES = (*VIT_B, "llama_8b_k_v")
 def operator(name: str, backend: str) -> Callable[..., Tensor]:
     """An operator of this package for a backend."""
     language = backend if backend in ("triton", "reference") else ""
-    if backend == "triton":
-        pass
     return contract.operator(name, language)
 
 
@@ -175,7 +173,8 @@ def choice(bench: Bench, section: str, case: str, t: Tokens) -> None:
         op = operator("core_grad_tokens", backend)
 
         def run(x: Tensor, grad_y: Tensor, at: int) -> Tensor:
-            return op(x @ horizontal.mT, grad_y, lateral, None, n3, at, 1)
+            z = x.to(horizontal.dtype) @ horizontal.mT  # fp32 on a CPU without units for bf16
+            return op(z, grad_y, lateral, None, n3, at, 1)
 
         return [partial(run, *each) for each in zip(t.x, t.grad_y, t.slices, strict=True)]
 
