@@ -9,7 +9,6 @@ from pathlib import Path
 from . import documents
 
 PATH = Path(__file__).parent / "results" / "tried.csv"
-LANES = 16  # fp32 numbers in a vector of AVX-512
 #: section of the rows -> what its column "what" has.
 SECTIONS = {
     "core": "one core",
@@ -47,7 +46,14 @@ def _table(rows: Sequence[Row], section: str) -> str:
 
 
 def _floor(rows: Sequence[Row]) -> str:
-    """What rank-r products take one core at least."""
-    (rate,) = (float(row["after"]) for row in rows if row["unit"] == "per ns")
-    each = " and ".join(f"{2 * rank / LANES / rate:.2f} ns at r = {rank}" for rank in (8, 32))
-    return f"By the rate of FMAs below they take one core at least this for a weight: {each}."
+    """What rank-r products take one core at least, by the rates of FMAs that were measured."""
+    said = []
+    for row in rows:
+        if row["unit"] == "per ns":
+            lanes, rate = int(row["what"].split()[3]), float(row["after"])
+            each = " and ".join(f"{2 * r / lanes / rate:.2f} ns at r = {r}" for r in (8, 32))
+            said.append(f"{each} with vectors of {lanes} numbers")
+    return (
+        "By the rates of FMAs below they take one core at least this for a weight: "
+        f"{', '.join(said)}."
+    )

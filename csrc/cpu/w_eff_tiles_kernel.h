@@ -219,8 +219,8 @@ ProductPlanes<T> product_planes_for(Element base) {
   return &product_planes<T, 0>;
 }
 
-// The sweep prefetches the base this many bytes ahead, from the second-level cache into the first.
-// They must be a fraction of the first-level cache.
+// The sweep prefetches the base this many bytes ahead into the first-level cache, from the second
+// or from memory. They must be a fraction of the first-level cache.
 constexpr int64_t kBytesAhead = 12 * 1024;
 
 // Sweeps one whole block of a slice, kRowBlock rows that are row_stride apart. Line by line, it
