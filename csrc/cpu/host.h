@@ -39,14 +39,18 @@ constexpr ScalarType scalar_type =
 // Tiles as wide as possible make the longest runs of memory, though from here on nothing is gained.
 constexpr int64_t kWidestTile = 32;
 
-// `rows` x as many columns of blocks as take no more than these bytes, in tiles of about one width.
+// How many blocks of all slices take no more than these bytes.
 template <class T>
-TileBlocks tile_of(const Sizes& s, int64_t rows, int64_t bytes) {
-  const int64_t block = kernels<T>().row_block;
-  const int64_t size = s.n3 * block * kColumnBlock * static_cast<int64_t>(sizeof(T));
-  const int64_t most = std::max<int64_t>(1, std::min(bytes / size / rows, kWidestTile));
+int64_t blocks_in(int64_t bytes, const Sizes& s) {
+  return bytes / (s.n3 * kernels<T>().row_block * kColumnBlock * static_cast<int64_t>(sizeof(T)));
+}
+
+// `rows` x as many columns as make no more than these blocks, in tiles of about one width.
+template <class T>
+TileBlocks tile_of(const Sizes& s, int64_t rows, int64_t blocks) {
+  const int64_t most = std::max<int64_t>(1, std::min(blocks / rows, kWidestTile));
   const int64_t columns = ceil_div(s.n2, kColumnBlock);
-  return {rows, ceil_div(columns, ceil_div(columns, most)), block};
+  return {rows, ceil_div(columns, ceil_div(columns, most)), kernels<T>().row_block};
 }
 
 // Chooses a tile that stays in the second-level cache beside as many bytes of something else. With
@@ -62,15 +66,15 @@ TileBlocks tile_in_cache(const Sizes& s) {
   constexpr int64_t most_bytes = 160 * 1024, fewest_columns = 3;
   const int64_t cache = second_level_cache(), bytes = std::min(most_bytes, cache * 5 / 16);
   const int64_t row_blocks = ceil_div(s.n1, kernels<T>().row_block);
+  const int64_t blocks = blocks_in<T>(bytes, s);
   int64_t rows = 1;
   const int64_t limit = cache < 1024 * 1024 ? cache : 2 * cache;
   if ((s.q() * s.n2) * static_cast<int64_t>(sizeof(T)) + 2 * bytes > limit) {
-    while (2 * rows <= row_blocks && 4 * rows <= s.rank &&
-           tile_of<T>(s, 2 * rows, bytes).columns >= fewest_columns) {
+    while (2 * rows <= row_blocks && 4 * rows <= s.rank && 2 * rows * fewest_columns <= blocks) {
       rows *= 2;
     }
   }
-  return tile_of<T>(s, rows, bytes);
+  return tile_of<T>(s, rows, blocks);
 }
 
 // Chooses the tile of W_eff. Where its base waits in the second-level cache, both have to fit
@@ -78,8 +82,10 @@ TileBlocks tile_in_cache(const Sizes& s) {
 // row of blocks, and what of it does not stay in that cache waits in the next.
 template <class T>
 TileBlocks w_eff_tile(const Sizes& s) {
-  return kernels<T>().fetches_base ? tile_in_cache<T>(s)
-                                   : tile_of<T>(s, 1, 2 * second_level_cache());
+  if (kernels<T>().fetches_base) {
+    return tile_in_cache<T>(s);
+  }
+  return tile_of<T>(s, 1, blocks_in<T>(2 * second_level_cache(), s));
 }
 
 // 64-byte aligned memory, not initialised, that lives as long as the operator call.

@@ -56,6 +56,7 @@ TCUR_TARGET void lateral_core_products(
           const T c_re = c[i][plane * r + a];
           re[i] += c_re * u_re;
           im[i] += c_re * u_im;
+          // Only now: beside 12 sums, 16 registers have no room for both.
           const T c_im = pair ? c[i][(plane + 1) * r + a] : T(0);
           re[i] -= c_im * u_im;
           im[i] += c_im * u_re;
