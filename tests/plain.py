@@ -122,7 +122,7 @@ def with_updates(base, model, adapters=None, change=lambda update: update):
                 factors = (stack.lateral, stack.core, stack.horizontal)
                 update = stack.scale * product(*(t.detach().to(wide) for t in factors))
                 own = update[place.slice_index : place.slice_index + place.slices].flatten(0, 1)
-                own = change(own.T if place.transposed else own)
+                own = change(place.in_layout(own))
                 weight.copy_(weight.to(wide) + own)
     return twin
 

@@ -12,7 +12,7 @@ PACKAGE = Path(tcur_kernels.__file__).parent
 
 #: The wings of the house from the ground up: a module imports from its own wing and those below.
 WINGS = (
-    ("autocast", "checkpoints", "processes", "values"),
+    ("autocast", "checkpoints", "matrices", "processes", "values"),
     ("t_product",),
     ("operators",),
     ("files",),

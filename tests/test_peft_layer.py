@@ -202,7 +202,7 @@ def test_a_weight_that_is_read_has_the_updates_of_all_active_adapters(kind):
     model.base_model.set_adapter(["default", "third"])
     model(x)  # all layers are read, so that none is named as unused
     layer = layers_of(model)[0]
-    weight = layer.weight.t() if layer.tcur_base.transposed else layer.weight
+    weight = layer.weight.t() if layer.tcur_base.layout == "transposed" else layer.weight
     results = []
     for y in (layer(x), nn.functional.linear(x, weight, layer.base_layer.bias)):
         used = [core for name, core in cores(model).items()]

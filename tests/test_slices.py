@@ -156,7 +156,7 @@ def test_parts_and_transposes_of_stored_matrices(a, tmp_path):
     )
     parts = [
         FileMatrix("in_proj", first=33, rows=33),
-        FileMatrix("conv", transposed=True),
+        FileMatrix("conv", "transposed"),
         FileMatrix("in_proj", first=66),
     ]
     stack = open_stack(tmp_path, parts, max_workspace=30_000)
@@ -201,7 +201,7 @@ def test_checkpoints_refuse(folder, a, tmp_path_factory):
         open_stack(folder, [*names, "gone"])
     with pytest.raises(ValueError, match="names: expected at least one tensor"):
         open_stack(folder, [])
-    with pytest.raises(ValueError, match=r"weights: expected bias to be a matrix, got \[7\]"):
+    with pytest.raises(ValueError, match=r"weights: expected bias to be a matrix \(matrix\), got \[7\]"):
         open_stack(folder, [*names, "bias"])
     with pytest.raises(ValueError, match=r"made of 50 x 20 slices as qkv, got 99 x 20 in model-1"):
         open_stack(folder, names, n1=50)

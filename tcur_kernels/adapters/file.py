@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ..files.whole import replacing
 from ..layers.stack import TProductStack
+from ..matrices import Layout, layout_in_file, layout_of_file
 from ..operators.basis import Basis, check_basis, scale_of
 from ..operators.factors import CURFactors
 from ..values import HoldsTensors
@@ -43,15 +44,15 @@ class StoredStack(HoldsTensors):
 
     Attributes:
         record: its plan, the indices of C and R, and the base they were taken from.
-        stored: for each member, the parameter that holds its weight, whether that is stored (in,
-            out), and the row of the parameter at which the weight begins.
+        stored: for each member, the parameter that holds its weight, its layout, and the row of
+            the matrix at which the weight begins.
         rank, alpha, mode, precision, basis: settings, as `TProductStack` takes them.
         core: ``[n3, r, r]``.
         factors: those of the slices, if the file has these.
     """
 
     record: StackRecord
-    stored: tuple[tuple[str, bool, int], ...]
+    stored: tuple[tuple[str, Layout, int], ...]
     rank: int
     alpha: float
     mode: str
@@ -73,7 +74,8 @@ class StoredStack(HoldsTensors):
     def as_json(self) -> dict[str, Any]:
         """The entry of the stack in the header of a file."""
         settings = {name: getattr(self, name) for name in _SETTINGS}
-        return {**self.record.as_json(), **settings, "stored": list(map(list, self.stored))}
+        stored = [[parameter, layout_in_file(how), row] for parameter, how, row in self.stored]
+        return {**self.record.as_json(), **settings, "stored": stored}
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors of the stack, by their names in the file."""
@@ -99,7 +101,9 @@ class StoredStack(HoldsTensors):
         factors = None
         if f"lateral.{name}" in tensors:
             factors = CURFactors(tensors[f"lateral.{name}"], tensors[f"horizontal.{name}"])
-        stored = tuple((parameter, bool(t), int(row)) for parameter, t, row in entry["stored"])
+        stored = tuple(
+            (parameter, layout_of_file(how), int(row)) for parameter, how, row in entry["stored"]
+        )
         # Files from before there was another basis do not name it.
         basis = check_basis(entry.get("basis", "slices"))
         settings = (rank, entry["alpha"], entry["mode"], entry["precision"], basis)

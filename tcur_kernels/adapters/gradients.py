@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..decompose import HeldSlices
+from ..matrices import matrix_of
 from .install import is_adapted
 from .linear_maps import find_weights, reasons_to_leave_out
 from .plan import StackPlan
@@ -65,9 +66,9 @@ def collect_gradients(
     sums = _summed(model, {*parameters.values()}, batches, loss_fn or _own_loss)
     found = {}
     for name, weight in taken.items():
-        _, transposed, first = weight.stored()
+        _, layout, first = weight.stored()
         whole = sums[parameters[name]]
-        logical = whole.T if transposed else whole
+        logical = matrix_of(whole, layout)
         found[name] = logical[first : first + weight.tensor.shape[0]].contiguous()
         if not torch.isfinite(found[name]).all():
             raise ValueError(f"batches: expected finite gradients, got NaN or Inf in {name}")

@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 from ..layers.attention import TProductMultiheadAttention
 from ..layers.linear import Adapted
 from ..layers.weights import PROJECTIONS, Place, is_attention, is_conv1d, is_plain_linear
+from ..matrices import Layout
 from ..processes import is_sharded
 
 #: Modules that hold matrices but are not linear maps of tokens.
@@ -66,9 +67,9 @@ class Weight:
         holder = self.name if self.place.projection is None else self.owner
         return f"{holder}.{self.place.parameter}", f"{holder}.{self.place.bias_parameter}"
 
-    def stored(self) -> tuple[str, bool, int]:
-        """Name of the parameter, whether it is stored (in, out), and the first of its rows."""
-        return self.parameter_names()[0], self.place.transposed, self.place.first_row
+    def stored(self) -> tuple[str, Layout, int]:
+        """Name of the parameter, how it holds the matrix, and the first of its rows."""
+        return self.parameter_names()[0], self.place.layout, self.place.first_row
 
 
 def find_weights(model: nn.Module) -> dict[str, Weight]:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..decompose import FileMatrix, FileSlices, HeldSlices, Shards, Slices
 from ..files.origins import Origins, is_of_transformers
+from ..matrices import matrix_of
 from .linear_maps import Weight, find_weights
 from .plan import StackPlan
 
@@ -65,11 +66,11 @@ class BaseFiles:
         return self._origins[name].load(self._shards.read)
 
     def _matrix(self, weight: Weight, any_dtype: bool) -> FileMatrix:
-        name, transposed, first = weight.stored()
+        name, layout, first = weight.stored()
         stored = self._origins[name].name
         file = self._shards.files[stored].name
         self._check(name, self._shards.shapes[stored], self._shards.dtype(stored), file, any_dtype)
-        return FileMatrix(stored, transposed, first, weight.tensor.shape[0])
+        return FileMatrix(stored, layout, first, weight.tensor.shape[0])
 
     def _made(self, plan: StackPlan, members: list[Weight], any_dtype: bool) -> HeldSlices:
         """A stack in memory, of matrices that the files store in another form than the model."""
@@ -82,10 +83,10 @@ class BaseFiles:
             )
         matrices = []
         for weight in members:
-            name, transposed, first = weight.stored()
+            name, layout, first = weight.stored()
             tensor = self.read(name)
             self._check(name, list(tensor.shape), tensor.dtype, "the files", any_dtype)
-            logical = tensor.T if transposed else tensor
+            logical = matrix_of(tensor, layout)
             matrices.append(logical[first : first + weight.tensor.shape[0]])
         return HeldSlices("weights", matrices, plan.n1, self._max_workspace, self._progress)
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..files.shards import Shards
+from ..matrices import LAYOUTS, Layout, shape_of
 from .slices import MAX_WORKSPACE, Slices
 
 
@@ -21,14 +22,18 @@ class FileMatrix:
 
     Attributes:
         name: of the tensor.
-        transposed: whether the matrix is the transpose of the stored one, as in GPT-2.
+        layout: how the tensor holds the matrix.
         first, rows: the first row and the number of rows of the matrix; None for all further ones.
     """
 
     name: str
-    transposed: bool = False
+    layout: Layout = "matrix"
     first: int = 0
     rows: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.layout not in LAYOUTS:
+            raise ValueError(f"layout: expected one of {', '.join(LAYOUTS)}, got {self.layout!r}")
 
 
 class FileSlices(Slices):
@@ -65,8 +70,10 @@ class FileSlices(Slices):
             )
         for part in parts:
             stored = shards.shapes[part.name]
-            if len(stored) != 2 or 0 in stored:
-                raise ValueError(f"weights: expected {part.name} to be a matrix, got {stored}")
+            if shape_of(stored, part.layout) is None:
+                raise ValueError(
+                    f"weights: expected {part.name} to be a matrix ({part.layout}), got {stored}"
+                )
         shapes = [_shape(shards, part) for part in parts]
         if n1 is None:
             n1 = min(rows for rows, _ in shapes)
@@ -105,7 +112,7 @@ class FileSlices(Slices):
             for rows, (part, first) in zip(block, self._origins, strict=True):
                 file = files[self._shards.files[part.name]]
                 begin = self._shards.offset(part.name)
-                if not part.transposed:
+                if part.layout != "transposed":
                     _fill(rows, file, begin + (first + start) * self.n2 * self.dtype.itemsize)
                     continue
                 stored = torch.empty(self.n2, stop - start, dtype=self.dtype)
@@ -119,7 +126,7 @@ class FileSlices(Slices):
     def _slice_name(self, index: int) -> str:
         part, first = self._origins[index]
         file = self._shards.files[part.name].name
-        axis = "columns" if part.transposed else "rows"
+        axis = "columns" if part.layout == "transposed" else "rows"
         return f"weights: {part.name}, {axis} {first} to {first + self.n1 - 1}, in {file}"
 
 
@@ -139,9 +146,9 @@ def open_stack(
 
 def _shape(shards: Shards, part: FileMatrix) -> tuple[int, int]:
     """Rows and columns of a part, as the stack sees it."""
-    rows, columns = shards.shapes[part.name]
-    if part.transposed:
-        rows, columns = columns, rows
+    shape = shape_of(shards.shapes[part.name], part.layout)
+    assert shape is not None  # was checked
+    rows, columns = shape
     wanted = rows - part.first if part.rows is None else part.rows
     if not 0 <= part.first < part.first + wanted <= rows:
         raise ValueError(

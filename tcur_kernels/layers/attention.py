@@ -149,7 +149,7 @@ def adapt_in_place(places: Sequence[Place]) -> None:
             module.__class__ = kind
             _rebind(module, plain)
         assert isinstance(module, Adapted)
-        module.tcur_places[place.projection] = place
+        module.tcur_places[place.key] = place
 
 
 def put_back(module: Adapted) -> None:

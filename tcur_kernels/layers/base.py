@@ -94,17 +94,17 @@ class Base:
         self._unsure: set[int] = set()
         for place in places:
             if is_here(place):
-                self._versions[place.slice_index] = version_of(place.weight)
+                self._versions[place.slice_index] = version_of(place.base)
         self._sample()
 
-    def knows(self, place: Place, weight: Tensor) -> bool:
+    def knows(self, place: Place) -> bool:
         """Whether the weight of a layer is unchanged since the last look.
 
         C and R come from the weights of all layers. The first layer therefore checks all of them,
         before a pass through the model uses C and R. The other layers check only their own weight.
         """
         first = place.slice_index
-        if self._unsure or version_of(weight) != self._versions.get(first):
+        if self._unsure or version_of(place.base) != self._versions.get(first):
             return False
         return first > 0 or (self._knows_all() and self._looks_the_same())
 
@@ -147,7 +147,7 @@ class Base:
         doubtful = []
         for place in here:
             weight, first = place.weight, place.slice_index
-            version = version_of(weight)
+            version = version_of(place.base)
             is_new = version != self._versions.get(first)
             if is_new:
                 place.freeze()
@@ -189,7 +189,7 @@ class Base:
     def _knows_all(self) -> bool:
         versions = self._versions
         for place in self.places:
-            if version_of(place.weight) != versions.get(place.slice_index) and is_here(place):
+            if version_of(place.base) != versions.get(place.slice_index) and is_here(place):
                 return False
         return True
 
@@ -204,10 +204,9 @@ class Base:
             return True
         self._turn += 1
         place, row, column, value = self._samples[self._turn % len(self._samples)]
-        weight = place.weight
-        if version_of(weight) != self._versions.get(place.slice_index):  # not in memory
+        if version_of(place.base) != self._versions.get(place.slice_index):  # not in memory
             return True
-        if weight[row, column].item() == value:
+        if place.weight[row, column].item() == value:
             return True
         self.suspect()
         return False

@@ -73,7 +73,7 @@ class Adapted(nn.Module):
     `adapt_in_place` changes the class of a module to one of these. The object stays the same.
     """
 
-    #: Maps a projection (None: the module's own weight) to its place in a stack.
+    #: Maps the key of a weight (see `Place.key`) to its place in a stack.
     tcur_places: dict[str | None, Place]
     #: Whether FSDP1 has flattened the parameters and holds them now.
     tcur_is_flattened = False

@@ -259,7 +259,7 @@ class _Read(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         grads = [
-            _core_grad(_part(grad, place), place) if needed else None
+            _core_grad(place.part_of(grad), place) if needed else None
             for place, needed in zip(ctx.places, ctx.needs, strict=True)
         ]
         for each in ctx.pending:
@@ -330,7 +330,7 @@ def _whole(stored: Tensor, places: Sequence[Place], weight_of: Callable[[Place],
     for first, each in sharing.items():
         part = weight_of(each[0]) if len(each) == 1 else effective_weight(*each)
         if part.numel() == stored.numel():
-            return part.T if each[0].transposed else part
+            return each[0].in_layout(part)
         blocks += [stored[row:first], part]
         row = first + each[0].out_features
     return torch.cat([*blocks, stored[row:]])
@@ -368,13 +368,6 @@ def _core_grad(grad: Tensor, place: Place) -> Tensor:
         for s, each in enumerate(grad.unflatten(0, (place.slices, stack.n1)))
     ]
     return (stack.scale * torch.stack(parts).sum(0)).to(stack.core.dtype)
-
-
-def _part(grad: Tensor, place: Place) -> Tensor:
-    """The part of a parameter's gradient that belongs to a place, as ``[out, in]``."""
-    if place.transposed:
-        return grad.T
-    return grad[place.first_row : place.first_row + place.out_features]
 
 
 def _is_watched(stored: Tensor) -> bool:

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from ..autocast import is_autocast
 from ..checkpoints import ReentrantGuard, refuse_lost_gradients, watch
+from ..matrices import matrix_of
 from ..operators import cost, streams
 from ..operators.basis import BASES, Basis, scale_of
 from ..operators.eager import (
@@ -126,7 +127,7 @@ class Routed(Cores):
             return F.linear(x, weight.to(dtype), bias)
         if place.backup is not None:
             return F.linear(x, self._merged_weight(place).to(dtype), bias)
-        if not (traced or self.base.knows(place, weight)):
+        if not (traced or self.base.knows(place)):
             self._look()
         core, adapter_ids = self._core_for(x, traced)
         if x.is_nested:
@@ -149,7 +150,7 @@ class Routed(Cores):
         """W_eff, which is stored in the layer itself while merged."""
         if self.is_unsettled:  # a checkpoint brought another base, or another core
             self.settle()
-        return place.stored.T if place.transposed else place.stored
+        return matrix_of(place.stored, place.layout)
 
     def _core_for(self, x: Tensor, traced: bool) -> tuple[Tensor, Tensor | None]:
         """The core; or, in a batch of many adapters, their cores and the index for each row."""
@@ -444,7 +445,7 @@ class Routed(Cores):
         built = self._built(self.places[0].weight.dtype)
         for place in self.places:
             view = built.view_of(place)
-            place.stored.copy_(view.T if place.transposed else view)
+            place.stored.copy_(place.in_layout(view))
         self._kept.release()
 
     def reading(self) -> Pending:

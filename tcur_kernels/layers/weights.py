@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..matrices import Layout, matrix_of, stored_of
+
 #: The input projections of an ``nn.MultiheadAttention``. They are three separate weights, or the
 #: three blocks of rows of ``in_proj_weight``, which have no names of their own.
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
@@ -64,12 +66,13 @@ class Place:
     The weight is looked up at each use, because it may be moved, sharded or loaded again.
 
     Args:
-        module: an ``nn.Linear`` or ``Conv1D``, or, with ``projection``, an
-            ``nn.MultiheadAttention``; adapted or not.
+        module: what holds the weight, adapted or not: an ``nn.Linear`` or ``Conv1D``, or, with
+            ``projection``, an ``nn.MultiheadAttention``.
         slice_index: the first slice.
         slices: the number of slices.
         projection: one of `PROJECTIONS`.
-        transposed: whether the weight is stored (in, out); by default true for a ``Conv1D``.
+        layout: how the parameter holds the matrix; by default "transposed" for a ``Conv1D``.
+        own: the name of the parameter, unless there is a projection.
 
     Attributes:
         stack: the `TProductStack` that the slices belong to; the stack sets it.
@@ -86,11 +89,15 @@ class Place:
         slice_index: int = 0,
         slices: int = 1,
         projection: str | None = None,
-        transposed: bool | None = None,
+        layout: Layout | None = None,
+        own: str = "weight",
     ) -> None:
         self.module, self.projection = module, projection
         self.slice_index, self.slices = slice_index, slices
-        self.transposed = is_conv1d(module) if transposed is None else transposed
+        self.layout: Layout = "transposed" if is_conv1d(module) else "matrix"
+        if layout is not None:
+            self.layout = layout
+        self.own = own
         self.stack: Any = None
         self.backup: Tensor | None = None
         self.was_trained = False
@@ -100,20 +107,40 @@ class Place:
 
     def at(self, slice_index: int, slices: int, name: str) -> Place:
         """A new place for the same weight, with other slices and a name; in no stack yet."""
-        place = Place(self.module, slice_index, slices, self.projection, self.transposed)
+        place = type(self)(self.module, slice_index, slices, self.projection, self.layout, self.own)
         place.name = name
         return place
 
     @property
     def weight(self) -> Tensor:
-        """The base weight ``[out_features, in_features]``, no copy."""
-        if self.backup is None and self.projection is None:  # fast path for nearly every call
-            module = self.module
-            tensor = module._parameters.get("weight")
-            if type(tensor) is nn.Parameter and "weight" not in module.__dict__:
-                return tensor.T if self.transposed else tensor
-        weight = self.stored if self.backup is None else self.backup
-        return weight.T if self.transposed else weight
+        """The base weight ``[out_features, in_features]``; no copy if it is contiguous."""
+        return matrix_of(self.base, self.layout)
+
+    @property
+    def base(self) -> Tensor:
+        """The base weight in the layout of the parameter: the copy kept of it while merged."""
+        if self.backup is not None:
+            return self.backup
+        if self.projection is None:  # fast path for nearly every call
+            module, name = self.module, self.own
+            tensor = module._parameters.get(name)
+            if type(tensor) is nn.Parameter and name not in module.__dict__:
+                return tensor
+        return self.stored
+
+    def in_layout(self, matrix: Tensor) -> Tensor:
+        """A matrix ``[out_features, in_features]`` in the layout of the parameter."""
+        return stored_of(matrix, self.layout, self.stored.shape)
+
+    def part_of(self, tensor: Tensor) -> Tensor:
+        """The matrix of this place within a tensor of the shape of the parameter."""
+        rows = tensor[self._rows] if self._is_block else tensor
+        return matrix_of(rows, self.layout)
+
+    @property
+    def key(self) -> str | None:
+        """What tells the places of one module apart; None for a weight that is called so."""
+        return self.own if self.projection is None and self.own != "weight" else self.projection
 
     @property
     def stored(self) -> Tensor:
@@ -170,7 +197,7 @@ class Place:
     def parameter(self) -> str:
         """The name, within the module, of the parameter that holds the weight."""
         if self.projection is None:
-            return "weight"
+            return self.own
         return "in_proj_weight" if self._is_block else f"{self.projection}_weight"
 
     @property

@@ -20,6 +20,7 @@ from ..adapters.fingerprint import Fingerprint
 from ..files.origins import Origin, Origins, Read
 from ..files.shards import Shards
 from ..files.whole import replacing
+from ..matrices import Layout, matrix_of, shape_of
 from ..operators.factors import CURFactors
 from ..operators.functional import slice_update
 from .copying import copy_rest, new_directory
@@ -223,18 +224,25 @@ def _learned(tensor: Tensor, name: str, value: Tensor) -> Tensor:
 
 def _slices(directory: ModelDirectory, origins: Origins, stored: StoredStack) -> Iterator[Tensor]:
     """The base slices of a stack, one after the other."""
-    for member, (parameter, transposed, first) in zip(
-        stored.plan.members, stored.stored, strict=True
-    ):
+    for member, (parameter, layout, first) in zip(stored.plan.members, stored.stored, strict=True):
         weight = origins[parameter].load(directory.shards.read)
         rows = member.slices * stored.plan.n1
-        logical = (weight.T if transposed else weight)[first : first + rows]
+        logical = _matrix(parameter, weight, layout)[first : first + rows]
         if logical.shape != (rows, stored.plan.n2):
             raise ValueError(
                 f"model_dir: expected {parameter} with {[rows, stored.plan.n2]} for "
                 f"{member.module} (out, in), got {list(weight.shape)}"
             )
         yield from logical.split(stored.plan.n1)
+
+
+def _matrix(parameter: str, weight: Tensor, layout: Layout) -> Tensor:
+    """The matrix that a tensor of the files holds."""
+    if shape_of(weight.shape, layout) is None:
+        raise ValueError(
+            f"model_dir: expected {parameter} to hold a matrix ({layout}), got {list(weight.shape)}"
+        )
+    return matrix_of(weight, layout)
 
 
 def _factors_here(directory: ModelDirectory, origins: Origins, stored: StoredStack) -> CURFactors:
@@ -269,10 +277,10 @@ def _factors(directory: ModelDirectory, origins: Origins, stored: StoredStack) -
 def _merged(weight: Tensor, factors: CURFactors, stored: StoredStack, index: int) -> Tensor:
     """A stored weight with the update of one member of a stack added to the member's rows."""
     merged = weight.clone()
-    member, (_, transposed, first) = stored.plan.members[index], stored.stored[index]
+    member, (parameter, layout, first) = stored.plan.members[index], stored.stored[index]
     slice_index = sum(m.slices for m in stored.plan.members[:index])
     update = slice_update(factors, stored.core, slice_index, member.slices, stored.scale)
-    logical = merged.T if transposed else merged
+    logical = _matrix(parameter, merged, layout)
     target = logical[first : first + update.shape[0]]
     target.copy_(target.to(update.dtype) + update)
     return merged

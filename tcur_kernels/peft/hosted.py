@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..layers.stack import TProductStack
 from ..layers.weights import Place, is_conv1d, is_plain_linear
+from ..matrices import Layout
 from ..operators.contract import HALVES
 
 #: Computes the adapted output from the input of the base layer.
@@ -81,7 +82,8 @@ def _become(layer: nn.Module, kind: type[nn.Module]) -> None:
 
 def place_of(layer: nn.Module, slice_index: int = 0, slices: int = 1) -> Place:
     """The place of a layer's weight, whether the layer is wrapped or not."""
-    return Place(layer, slice_index, slices, transposed=isinstance(layer, Conv1D))
+    layout: Layout = "transposed" if isinstance(layer, Conv1D) else "matrix"
+    return Place(layer, slice_index, slices, layout=layout)
 
 
 class AdapterStack(TProductStack):

@@ -188,7 +188,7 @@ class TCURLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
 
     def _stored(self, weight: Tensor) -> Tensor:
         """Brings ``[out_features, in_features]`` into the layout of the base weight."""
-        return weight.t() if self.tcur_base.transposed else weight
+        return self.tcur_base.in_layout(weight)
 
     @torch.no_grad()
     def merged_weight(self, adapter_names: list[str]) -> Tensor:
