@@ -201,7 +201,8 @@ def test_checkpoints_refuse(folder, a, tmp_path_factory):
         open_stack(folder, [*names, "gone"])
     with pytest.raises(ValueError, match="names: expected at least one tensor"):
         open_stack(folder, [])
-    with pytest.raises(ValueError, match=r"weights: expected bias to be a matrix \(matrix\), got \[7\]"):
+    message = r"weights: expected bias to be a matrix \(matrix\), got \[7\]"
+    with pytest.raises(ValueError, match=message):
         open_stack(folder, [*names, "bias"])
     with pytest.raises(ValueError, match=r"made of 50 x 20 slices as qkv, got 99 x 20 in model-1"):
         open_stack(folder, names, n1=50)
