@@ -3,6 +3,7 @@
 from .adapters import (
     Adapter,
     Budget,
+    LoraExport,
     Plan,
     StackedCores,
     adapt,
@@ -24,6 +25,7 @@ __all__ = [
     "Adapter",
     "Budget",
     "CURFactors",
+    "LoraExport",
     "Plan",
     "StackedCores",
     "TProductLinear",

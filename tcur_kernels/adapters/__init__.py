@@ -7,11 +7,13 @@ from .budget import Budget
 from .file import read_metadata
 from .gradients import collect_gradients
 from .load import load_adapter
+from .lora_file import LoraExport
 from .plan import Plan
 
 __all__ = [
     "Adapter",
     "Budget",
+    "LoraExport",
     "Plan",
     "StackedCores",
     "adapt",

@@ -22,6 +22,7 @@ from .fingerprint import Fingerprint, frozen_digest, persistent_buffers
 from .holding import CHILD
 from .install import stacks_of, take_out
 from .linear_maps import find_weights
+from .lora_file import LoraExport, layers_of, refuse_learned, updates_of, write_lora
 from .metadata import checked_metadata
 from .plan import Plan
 from .record import StackRecord
@@ -269,7 +270,7 @@ class Adapter:
             ValueError: some weights are not loaded yet (on the meta device); or some adapted layers
                 of the model were replaced or removed.
         """
-        self._check_whole()
+        self._check_whole("save")
         name = self.active if name is None else name
         self._check_known("name", name)
         warn_of_unused("save", self.unused())
@@ -279,29 +280,91 @@ class Adapter:
         if is_first_process() or not sharded:
             contents.write(Path(path), tensors)
 
-    def _check_whole(self) -> None:
-        """Refuses to save a model that is not fully loaded, or that lost some adapted layers."""
+    def to_lora(
+        self,
+        path: str | Path,
+        rank: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        base_model: str | None = None,
+        task_type: str | None = None,
+        name: str | None = None,
+    ) -> LoraExport:
+        """Writes a LoRA adapter that Hugging Face peft, and servers such as vLLM, can load.
+
+        The update of a layer is a product of thin matrices, so no SVD of a weight is needed. LoRA
+        has one A and one B for each layer, so the directory is larger than an adapter file. It
+        holds ``adapter_config.json`` and ``adapter_model.safetensors``. Both are written beside
+        their places before they replace what was there; other files stay.
+
+        Args:
+            path: the directory; made if it does not exist.
+            rank: of the LoRA. None: the exact one, n3 * r, or less where layers are smaller. A
+                number is rounded up to the next rank that vLLM takes (1, 8, 16, 32, 64, 128, 256,
+                320 or 512), but not beyond the exact one. Layers whose update has a higher rank
+                than that are approximated as well as a matrix of this rank can. All layers have
+                this one rank; those that need less are filled up with zeros.
+            dtype: of A and B.
+            base_model: what the config names as the base. By default what the config of the model
+                names, if it has one.
+            task_type: of peft, such as "CAUSAL_LM". Not needed to load the LoRA.
+            name: of the adapter; by default the active one.
+
+        Returns:
+            What was written, with the error of every layer; print it.
+
+        Raises:
+            TypeError: ``rank`` is not an int, or ``dtype`` is not floating.
+            FileExistsError: ``path`` is a file.
+            ValueError: LoRA cannot hold what was trained (``train_also``, buffers), or the layers
+                (projections of an ``nn.MultiheadAttention``, a layer with several names); no server
+                takes ``rank``; ``dtype`` does not hold the numbers; or the model is sharded, not
+                fully loaded, or lost adapted layers. Nothing is written then.
+        """
+        self._check_whole("to_lora")
+        name = self.active if name is None else name
+        self._check_known("name", name)
+        refuse_learned([key for _, key in self._learned_beside(name)])
+        warn_of_unused("to_lora", self.unused())
+        updates = updates_of(self.plan.stacks, self.stacks, self._key(name))
+        known = getattr(getattr(self.model, "config", None), "_name_or_path", None)
+        return write_lora(
+            path,
+            updates,
+            layers_of(self.model, self.plan.stacks),
+            rank=rank,
+            dtype=dtype,
+            base_model=base_model or known or None,
+            task_type=task_type,
+        )
+
+    def _check_whole(self, caller: str) -> None:
+        """Refuses to write a model that is not fully loaded, or that lost some adapted layers."""
         here = {id(module) for module in self.model.modules()}
         for stack in self.stacks.values():
             for place in stack.places:
                 if id(place.module) not in here:
                     raise ValueError(
-                        f"save: expected the layers that were adapted, got a model without that of "
-                        f"{place.name}, which was replaced or dropped; adapt it as it is to be"
+                        f"{caller}: expected the layers that were adapted, got a model without "
+                        f"that of {place.name}, which was replaced or dropped; adapt it as it is "
+                        "to be"
                     )
         missing = on_meta(self.model)
         if missing is not None:
-            raise ValueError(f"save: expected loaded weights, got {missing} on the meta device")
+            raise ValueError(f"{caller}: expected loaded weights, got {missing} on the meta device")
 
-    def _contents(self, name: str, factors: bool) -> Contents:
-        """The contents of the file of one adapter."""
+    def _learned_beside(self, name: str) -> dict[tuple[str, str], Tensor]:
+        """What one adapter learned beside its core, as `Contents.learned` has it."""
         values = self._learned() if name == self.active else self._inactive[name]
-        trained = trained_names(self.model, self.train_also)
-        learned = {("trained", key): values[key] for key in trained}
+        learned = {("trained", k): values[k] for k in trained_names(self.model, self.train_also)}
         # Statistics that training changed, for example of batch norms, were learned, too.
         for key, before in self._base_buffers.items():
             if not torch.equal(values[key], before.to(values[key])):
                 learned["buffer", key] = values[key]
+        return learned
+
+    def _contents(self, name: str, factors: bool) -> Contents:
+        """The contents of the file of one adapter."""
+        learned = self._learned_beside(name)
         weights, stacks = find_weights(self.model), []
         for plan in self.plan.stacks:
             stack = self.stacks[plan.name]
@@ -311,6 +374,7 @@ class Adapter:
             core = stack.core_of(self._key(name))
             record, sides = StackRecord.of(plan, stack), stack.factors if factors else None
             stacks.append(StoredStack(record, stored, *settings, core, sides))
+        trained = trained_names(self.model, self.train_also)
         frozen = frozen_digest(self.model, self.plan, trained)
         metadata = checked_metadata(self._metadata[name])  # it may have been written to since
         return Contents(tuple(stacks), self.train_also, frozen, learned, metadata)

@@ -178,16 +178,26 @@ class _Edit:
         return tensor
 
 
-def _edits(directory: ModelDirectory, contents: Contents) -> list[_Edit]:
-    """The changes that an adapter makes to the files of its base."""
-    names = [parameter for stored in contents.stacks for parameter, _, _ in stored.stored]
-    learned = {name: value for (_, name), value in contents.learned.items()}
-    origins = directory.origins([*names, *learned], is_checked=not learned)
-    parts = origins.parts_with([*names, *learned])
+def origins_of(directory: ModelDirectory, contents: Contents) -> Origins:
+    """Finds all that an adapter changes in the files of its base."""
+    learned = [name for _, name in contents.learned]
+    names = [*parameters_of(contents), *learned]
+    origins = directory.origins(names, is_checked=not learned)
+    parts = origins.parts_with(names)
     if len(parts) > 1:  # the fingerprint tells for which of the parts the adapter was made
         parts = [part for part in parts if _fits(directory, origins.below(part), contents)]
-    if len(parts) == 1:
-        origins = origins.below(parts[0])
+    return origins.below(parts[0]) if len(parts) == 1 else origins
+
+
+def parameters_of(contents: Contents) -> list[str]:
+    """Names of the parameters that hold the weights of an adapter's layers."""
+    return [parameter for stored in contents.stacks for parameter, _, _ in stored.stored]
+
+
+def _edits(directory: ModelDirectory, contents: Contents) -> list[_Edit]:
+    """The changes that an adapter makes to the files of its base."""
+    learned = {name: value for (_, name), value in contents.learned.items()}
+    origins = origins_of(directory, contents)
     edits: dict[str, _Edit] = {}
 
     def add(name: str, step: Callable[[Tensor], Tensor]) -> None:
@@ -195,7 +205,7 @@ def _edits(directory: ModelDirectory, contents: Contents) -> list[_Edit]:
         edits.setdefault(origin.stored[0], _Edit(origin)).add(origin.name, step)
 
     for stored in contents.stacks:
-        factors = _factors(directory, origins, stored)
+        factors = factors_of(directory, origins, stored)
         for index, (parameter, _, _) in enumerate(stored.stored):
             add(parameter, partial(_merged, factors=factors, stored=stored, index=index))
     for name, value in learned.items():
@@ -254,7 +264,7 @@ def _factors_here(directory: ModelDirectory, origins: Origins, stored: StoredSta
     return CURFactors(torch.stack(columns), torch.stack(rows), stored.basis)
 
 
-def _factors(directory: ModelDirectory, origins: Origins, stored: StoredStack) -> CURFactors:
+def factors_of(directory: ModelDirectory, origins: Origins, stored: StoredStack) -> CURFactors:
     """C and R of a stack; refuses them unless the adapter was made with the same ones."""
     found, wanted = _factors_here(directory, origins, stored), stored.record.base
     if Fingerprint.of(found) == wanted:

@@ -14,9 +14,10 @@ check_peft()
 
 from .config import TCURConfig  # noqa: E402
 from .layer import TCURLinear  # noqa: E402
+from .lora import save_as_lora  # noqa: E402
 from .model import TCURModel  # noqa: E402
 from .register import register  # noqa: E402
 
-__all__ = ["TCURConfig", "TCURLinear", "TCURModel", "register"]
+__all__ = ["TCURConfig", "TCURLinear", "TCURModel", "register", "save_as_lora"]
 
 register()

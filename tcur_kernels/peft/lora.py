@@ -1,0 +1,69 @@
+"""Writes an adapter of a peft model as a LoRA, without an SVD of any weight."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+
+from ..adapters.lora_file import LoraExport, checked_layers, refuse_learned, updates_of, write_lora
+from .model import TCURModel
+
+
+def save_as_lora(
+    model: PeftModel,
+    path: str | Path,
+    rank: int | None = None,
+    adapter_name: str = "default",
+    dtype: torch.dtype = torch.float32,
+) -> LoraExport:
+    """Writes an adapter of tCURLoRA as a LoRA that peft, and servers such as vLLM, can load.
+
+    peft's own function of that name forms the update of every layer and decomposes it. This one
+    knows that the update is a product of thin matrices, takes the smallest rank that is exact, and
+    says how large the error of each layer is. See `tcur_kernels.Adapter.to_lora`.
+
+    Args:
+        model: from ``get_peft_model(model, TCURConfig(...))`` or ``PeftModel.from_pretrained``.
+        path: the directory; made if it does not exist.
+        rank: of the LoRA; None for the exact one. See `tcur_kernels.Adapter.to_lora`.
+        adapter_name: of the adapter.
+        dtype: of A and B.
+
+    Returns:
+        What was written, with the error of every layer; print it.
+
+    Raises:
+        TypeError: ``model`` has no adapters of tCURLoRA, ``rank`` is not an int, or ``dtype`` is
+            not floating.
+        FileExistsError: ``path`` is a file.
+        ValueError: there is no such adapter, it has ``modules_to_save``, which this does not write,
+            or a layer with several names; no server takes ``rank``; or ``dtype`` does not hold the
+            numbers. Nothing is written then.
+    """
+    tuner = getattr(model, "base_model", None)
+    if not isinstance(tuner, TCURModel):
+        raise TypeError(
+            f"model: expected a PeftModel with adapters of TCURConfig, got {type(model).__name__}"
+        )
+    if adapter_name not in tuner.plans:
+        known = ", ".join(tuner.plans)
+        raise ValueError(f"adapter_name: expected one of {known}, got {adapter_name!r}")
+    config = tuner.peft_config[adapter_name]
+    refuse_learned(sorted(config.modules_to_save or ()))
+    plans = tuner.plans[adapter_name].stacks
+    layers = [tuner.model.get_submodule(m.module) for plan in plans for m in plan.members]
+    stacks = {plan.name: tuner.stacks_named(plan.name)[adapter_name] for plan in plans}
+    is_transposed = any(layer.tcur_base.transposed for layer in layers)
+    return write_lora(
+        path,
+        updates_of(plans, stacks, None),
+        checked_layers(tuner.model, plans, layers, is_transposed),
+        rank=rank,
+        dtype=dtype,
+        base_model=config.base_model_name_or_path,
+        task_type=None
+        if config.task_type is None
+        else str(getattr(config.task_type, "value", config.task_type)),
+    )
