@@ -1,4 +1,4 @@
-"""``python -m tcur_kernels``: shows the build, plans models, inspects and merges adapters, times.
+"""``python -m tcur_kernels``: plans models, inspects, merges and exports adapters; build, times.
 
 Model directories are those of Hugging Face: config.json and safetensors shards.
 """
@@ -19,14 +19,17 @@ from tqdm import tqdm
 
 from .adapters.budget import Budget, within_budget
 from .adapters.curves import RANKS, model_curves, plot_curves
-from .adapters.file import read_contents
+from .adapters.file import StoredStack, read_contents
 from .adapters.gradients import read_gradients
+from .adapters.lora import SERVED_RANKS, check_served, exact_rank, largest_exact
+from .adapters.lora_file import TASK_TYPES
 from .adapters.plan import STACKS_BY, StackPlan, make_plan
 from .adapters.streaming import BaseFiles
 from .decompose import RULES, Slices
 from .decompose.slices import MAX_WORKSPACE
 from .files.shards import model_files
 from .merge.directory import ModelDirectory, merge_directory
+from .merge.lora import DTYPES, lora_of_directory
 from .operators.dispatch import build_info
 from .operators.factors import CURFactors
 from .operators.functional import cur_linear, materialize
@@ -71,6 +74,12 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--selection", choices=RULES, default="norm", help="of the budget")
     command.add_argument("--verbose", action="store_true", help="a line for every layer")
     command.add_argument(
+        "--max-lora-rank",
+        type=int,
+        metavar="N",
+        help=f"which tubal ranks vLLM could serve as LoRA: one of {_listed(SERVED_RANKS)}",
+    )
+    command.add_argument(
         "--curve",
         type=Path,
         metavar="PNG",
@@ -89,6 +98,21 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("adapter", type=Path)
     command.add_argument("-o", "--out", type=Path, required=True, help="a new directory")
     command.set_defaults(run=merge)
+
+    command = commands.add_parser("to-lora", help="an adapter as a LoRA of peft, for servers")
+    command.add_argument("model_dir", type=Path)
+    command.add_argument("adapter", type=Path)
+    command.add_argument("out_dir", type=Path)
+    command.add_argument(
+        "--rank", type=int, help="of the LoRA, rounded up to a rank of vLLM; default: exact"
+    )
+    command.add_argument("--dtype", choices=DTYPES, default="float32", help="default: float32")
+    command.add_argument(
+        "--base-model", help="what the config names as the base; default: MODEL_DIR"
+    )
+    command.add_argument("--task-type", choices=TASK_TYPES, help="of peft; default: none")
+    command.add_argument("--verbose", action="store_true", help="a line for every layer")
+    command.set_defaults(run=to_lora)
 
     command = commands.add_parser("bench", help="times the operators on one shape, here")
     for name, value in (("n3", 48), ("n1", 768), ("n2", 768), ("rank", 8), ("tokens", 864)):
@@ -114,6 +138,8 @@ def show_plan(args: argparse.Namespace) -> None:
     """Prints the plan of a model and, if asked, its curves; only the curves need weights."""
     directory = ModelDirectory(args.model_dir)
     model = directory.skeleton()
+    if args.max_lora_rank is not None:
+        check_served("--max-lora-rank", args.max_lora_rank)
     for option, value in (("--curve", args.curve), ("--budget", args.budget)):
         if value is not None:
             model_files(option, directory.path)
@@ -139,6 +165,17 @@ def show_plan(args: argparse.Namespace) -> None:
     total = sum(parameter.numel() for parameter in model.parameters())
     what = f"rank {rank}" if args.budget is None else f"budget {args.budget:,}"
     print(f"{what}: {cores:,} trained numbers, {cores / total:.2e} of {total:,}")
+    if args.max_lora_rank is not None:
+        print(f"as LoRA, served with --max-lora-rank {args.max_lora_rank}:")
+        for stack in plan.stacks:
+            largest = largest_exact(stack, args.max_lora_rank)
+            can = (
+                f"at most rank {largest}" if largest else f"none, {stack.n3} matrices are too many"
+            )
+            print(
+                f"  stack {stack.name}: rank {stack.rank} takes LoRA rank {exact_rank(stack)}; "
+                f"exact within {args.max_lora_rank}: {can}"
+            )
     if args.curve is not None:
         curves = model_curves(
             model, plan, args.ranks, args.selections, args.model_dir, progress=True
@@ -193,6 +230,28 @@ def merge(args: argparse.Namespace) -> None:
     print(f"written: {args.out}")
     if left_out:
         print(f"not copied, as it is without the adapter: {', '.join(left_out)}")
+
+
+def to_lora(args: argparse.Namespace) -> None:
+    """Writes the LoRA directory, with a progress bar over the stacks, and prints the errors."""
+    directory = ModelDirectory(args.model_dir)
+    contents = read_contents(args.adapter)
+
+    def progress(stacks: Iterable[StoredStack]) -> Iterable[StoredStack]:
+        bar: Iterable[StoredStack] = tqdm(stacks, desc="exporting", unit="stack")
+        return bar
+
+    written = lora_of_directory(
+        directory,
+        contents,
+        args.out_dir,
+        args.rank,
+        DTYPES[args.dtype],
+        args.base_model,
+        args.task_type,
+        progress,
+    )
+    print(written.describe() if args.verbose else written)
 
 
 def bench(args: argparse.Namespace) -> None:

@@ -306,7 +306,7 @@ class Adapter:
             dtype: of A and B.
             base_model: what the config names as the base. By default what the config of the model
                 names, if it has one.
-            task_type: of peft, such as "CAUSAL_LM". Not needed to load the LoRA.
+            task_type: of peft, such as "CAUSAL_LM". Only its ``AutoPeftModel`` classes need it.
             name: of the adapter; by default the active one.
 
         Returns:

@@ -2,10 +2,12 @@
 
 The update of slice l is a product of real matrices, scale * Ĉ K_l R̂. Here Ĉ ``[n1, q]`` and
 R̂ ``[q, n2]`` are the packed spectra of C and R, with q = n3 * r, and K_l ``[q, q]`` is made of the
-core. So the update of a layer has a rank of at most q. It is never formed here. With the QR
-decompositions Ĉ = Q S and R̂ᵀ = Q' T it is Q M Q'ᵀ, where M = scale * S K_l Tᵀ is a small matrix. Q and
-Q' have orthonormal columns, so the singular values of M are those of the update. They give the best
-approximation of a rank, and its error. All of this is computed in fp64.
+core. So the update of a layer has a rank of at most q.
+
+The update is never formed here. With the QR decompositions Ĉ = Q S and R̂ᵀ = Q' T it is Q M Q'ᵀ,
+where M = scale * S K_l Tᵀ is a small matrix. Q and Q' have orthonormal columns, so the singular
+values of M are those of the update. They give the best approximation of a rank, and its error. All
+of this is computed in fp64.
 """
 
 from __future__ import annotations

@@ -25,6 +25,16 @@ from .plan import StackPlan
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 
+#: The task types that peft knows; its ``AutoPeftModel`` classes choose a model by them.
+TASK_TYPES = (
+    "CAUSAL_LM",
+    "SEQ_2_SEQ_LM",
+    "SEQ_CLS",
+    "TOKEN_CLS",
+    "QUESTION_ANS",
+    "FEATURE_EXTRACTION",
+)
+
 
 @dataclass(frozen=True)
 class LoraExport:
@@ -131,14 +141,18 @@ def write_lora(
         rank: see `Adapter.to_lora`.
         dtype: of the tensors.
         base_model: for ``base_model_name_or_path``.
-        task_type: of peft, such as "CAUSAL_LM".
+        task_type: of peft, one of `TASK_TYPES` or None.
 
     Raises:
-        TypeError, ValueError: ``rank`` or ``dtype`` is wrong, or does not hold the numbers.
+        TypeError, ValueError: ``rank``, ``dtype`` or ``task_type`` is wrong, or does not hold the numbers.
         FileExistsError: ``path`` is a file.
     """
     path = Path(path)
     check_floating_dtype("dtype", dtype)
+    if task_type is not None and task_type not in TASK_TYPES:
+        raise ValueError(
+            f"task_type: expected one of {', '.join(TASK_TYPES)} or None, got {task_type!r}"
+        )
     written, exact = lora_rank(layers.plans, rank)
     if path.exists() and not path.is_dir():
         raise FileExistsError(f"path: expected a directory, got a file at {path}")

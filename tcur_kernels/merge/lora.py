@@ -21,6 +21,14 @@ from .directory import ModelDirectory, factors_of, origins_of, parameters_of
 #: Wraps the stacks while they are processed, to show progress, like ``tqdm``.
 Progress = Callable[[Iterable[StoredStack]], Iterable[StoredStack]]
 
+#: Names of the dtypes that A and B can have on the command line.
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+
 #: The ends of the names of parameters that only an ``nn.MultiheadAttention`` has.
 _OF_ATTENTION = (".in_proj_weight", ".q_proj_weight")
 
@@ -32,6 +40,7 @@ def lora_of_directory(
     rank: int | None = None,
     dtype: torch.dtype = torch.float32,
     base_model: str | None = None,
+    task_type: str | None = None,
     progress: Progress = iter,
 ) -> LoraExport:
     """Writes the LoRA directory of an adapter, see `Adapter.to_lora`.
@@ -46,6 +55,7 @@ def lora_of_directory(
         out: the directory to write.
         rank, dtype: see `Adapter.to_lora`.
         base_model: what the config names as the base; by default the path of the directory.
+        task_type: see `Adapter.to_lora`.
         progress: wraps the stacks while they are processed, for example ``tqdm``.
 
     Raises:
@@ -73,7 +83,7 @@ def lora_of_directory(
         rank=rank,
         dtype=dtype,
         base_model=base_model or str(directory.path),
-        task_type=None,
+        task_type=task_type,
     )
 
 

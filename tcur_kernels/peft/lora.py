@@ -54,7 +54,7 @@ def save_as_lora(
     refuse_learned(sorted(config.modules_to_save or ()))
     plans = tuner.plans[adapter_name].stacks
     layers = [tuner.model.get_submodule(m.module) for plan in plans for m in plan.members]
-    stacks = {plan.name: tuner.stacks_named(plan.name)[adapter_name] for plan in plans}
+    stacks = {stack.name: stack for stack in tuner.owner.stacks[adapter_name]}
     is_transposed = any(layer.tcur_base.transposed for layer in layers)
     return write_lora(
         path,
@@ -63,7 +63,5 @@ def save_as_lora(
         rank=rank,
         dtype=dtype,
         base_model=config.base_model_name_or_path,
-        task_type=None
-        if config.task_type is None
-        else str(getattr(config.task_type, "value", config.task_type)),
+        task_type=config.task_type,
     )
