@@ -315,7 +315,7 @@ class Adapter:
         Raises:
             TypeError: ``rank`` is not an int, or ``dtype`` is not floating.
             FileExistsError: ``path`` is a file.
-            ValueError: LoRA cannot hold what was trained (``train_also``, buffers), or the layers
+            ValueError: LoRA cannot hold what was trained (``train_also``, buffers) or the layers
                 (projections of an ``nn.MultiheadAttention``, a layer with several names); no server
                 takes ``rank``; ``dtype`` does not hold the numbers; or the model is sharded, not
                 fully loaded, or lost adapted layers. Nothing is written then.

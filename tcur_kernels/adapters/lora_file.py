@@ -144,7 +144,8 @@ def write_lora(
         task_type: of peft, one of `TASK_TYPES` or None.
 
     Raises:
-        TypeError, ValueError: ``rank``, ``dtype`` or ``task_type`` is wrong, or does not hold the numbers.
+        TypeError, ValueError: ``rank``, ``dtype`` or ``task_type`` is wrong, or the dtype does not
+            hold the numbers.
         FileExistsError: ``path`` is a file.
     """
     path = Path(path)
