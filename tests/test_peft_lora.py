@@ -15,6 +15,9 @@ from adapted import randomise
 from hf_models import HF_MODELS, PEFT_SAYS, output
 from plain import Plain, with_updates
 from tcur_kernels import cli
+from tcur_kernels.adapters.file import read_contents
+from tcur_kernels.merge.directory import ModelDirectory
+from tcur_kernels.merge.lora import tensors_of
 from tcur_kernels.peft import TCURConfig, save_as_lora
 from tolerance import assert_composition_close, assert_equal_in_float64, relative_error
 
@@ -192,6 +195,8 @@ def test_files_whose_names_transformers_changes(tmp_path, capsys):
     randomise(adapter, 0.1)
     adapter.save(tmp_path / "a")
     wanted = adapter.to_lora(tmp_path / "x")
+    names = tensors_of(ModelDirectory(tmp_path / "base"), read_contents(tmp_path / "a"))
+    assert set(base.state_dict()) == set(names)
     arguments = ["to-lora", tmp_path / "base", tmp_path / "a", tmp_path / "y"]
     assert cli.main([*map(str, arguments), "--task-type", "CAUSAL_LM"]) == 0
     capsys.readouterr()

@@ -63,7 +63,7 @@ def lora_of_directory(
             that the adapter was made for. Nothing is written then.
     """
     refuse_learned([name for _, name in contents.learned])
-    tensors = _tensors(directory, contents)
+    tensors = tensors_of(directory, contents)
     attentions = {name.rpartition(".")[0] for name in tensors if f".{name}".endswith(_OF_ATTENTION)}
     members = [member.module for plan in contents.plan.stacks for member in plan.members]
     refuse_attention([name for name in members if name.rpartition(".")[0] in attentions])
@@ -87,7 +87,7 @@ def lora_of_directory(
     )
 
 
-def _tensors(directory: ModelDirectory, contents: Contents) -> list[str]:
+def tensors_of(directory: ModelDirectory, contents: Contents) -> list[str]:
     """Names of the tensors of the model: those of the files if the adapter uses these names."""
     shapes = directory.shards.shapes
     if all(name in shapes for name in parameters_of(contents)):
