@@ -16,6 +16,7 @@ from ..layers.stack import TProductStack
 from ..layers.switching import warn_of_unused
 from ..operators.basis import Basis, check_basis
 from ..processes import is_first_process, is_sharded, whole
+from .average import average
 from .batch import StackedCores, check_batch_first, check_finite
 from .file import Contents, StoredStack, read_contents
 from .fingerprint import Fingerprint, frozen_digest, persistent_buffers
@@ -291,21 +292,18 @@ class Adapter:
     ) -> LoraExport:
         """Writes a LoRA adapter that Hugging Face peft, and servers such as vLLM, can load.
 
-        The update of a layer is a product of thin matrices, so no SVD of a weight is needed. LoRA
-        has one A and one B for each layer, so the directory is larger than an adapter file. It
-        holds ``adapter_config.json`` and ``adapter_model.safetensors``. Both are written beside
-        their places before they replace what was there; other files stay.
+        No weight is decomposed for it: an update is a product of thin matrices already. The files
+        are ``adapter_config.json`` and ``adapter_model.safetensors``; others stay. Both are written
+        beside their places before they replace what was there.
 
         Args:
             path: the directory; made if it does not exist.
             rank: of the LoRA. None: the exact one, n3 * r, or less where layers are smaller. A
                 number is rounded up to the next rank that vLLM takes (1, 8, 16, 32, 64, 128, 256,
-                320 or 512), but not beyond the exact one. Layers whose update has a higher rank
-                than that are approximated as well as a matrix of this rank can. All layers have
-                this one rank; those that need less are filled up with zeros.
+                320 or 512), but not beyond the exact one. An update of higher rank is approximated
+                as well as that rank can. All layers have the same rank; zeros fill it up.
             dtype: of A and B.
-            base_model: what the config names as the base. By default what the config of the model
-                names, if it has one.
+            base_model: what the config names as the base; by default what that of the model names.
             task_type: of peft, such as "CAUSAL_LM". Only its ``AutoPeftModel`` classes need it.
             name: of the adapter; by default the active one.
 
@@ -313,12 +311,11 @@ class Adapter:
             What was written, with the error of every layer; print it.
 
         Raises:
-            TypeError: ``rank`` is not an int, or ``dtype`` is not floating.
+            TypeError, ValueError: an argument is wrong; LoRA cannot hold what was trained
+                (``train_also``, buffers) or the layers (projections of ``nn.MultiheadAttention``,
+                layers with several names); ``dtype`` does not hold the numbers; or the model is
+                sharded or not fully loaded. Nothing is written then.
             FileExistsError: ``path`` is a file.
-            ValueError: LoRA cannot hold what was trained (``train_also``, buffers) or the layers
-                (projections of an ``nn.MultiheadAttention``, a layer with several names); no server
-                takes ``rank``; ``dtype`` does not hold the numbers; or the model is sharded, not
-                fully loaded, or lost adapted layers. Nothing is written then.
         """
         self._check_whole("to_lora")
         name = self.active if name is None else name
@@ -331,11 +328,13 @@ class Adapter:
             path,
             updates,
             layers_of(self.model, self.plan.stacks),
-            rank=rank,
-            dtype=dtype,
-            base_model=base_model or known or None,
-            task_type=task_type,
+            rank,
+            dtype,
+            base_model or known or None,
+            task_type,
         )
+
+    average = staticmethod(average)
 
     def _check_whole(self, caller: str) -> None:
         """Refuses to write a model that is not fully loaded, or that lost some adapted layers."""

@@ -126,7 +126,6 @@ def write_lora(
     path: str | Path,
     updates: Iterable[Update],
     layers: Layers,
-    *,
     rank: int | None,
     dtype: torch.dtype,
     base_model: str | None,

@@ -80,10 +80,10 @@ def lora_of_directory(
         out,
         updates(),
         Layers(contents.plan.stacks, modules, is_transposed),
-        rank=rank,
-        dtype=dtype,
-        base_model=base_model or str(directory.path),
-        task_type=task_type,
+        rank,
+        dtype,
+        base_model or str(directory.path),
+        task_type,
     )
 
 

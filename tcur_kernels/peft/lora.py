@@ -60,8 +60,8 @@ def save_as_lora(
         path,
         updates_of(plans, stacks, None),
         checked_layers(tuner.model, plans, layers, is_transposed),
-        rank=rank,
-        dtype=dtype,
-        base_model=config.base_model_name_or_path,
-        task_type=config.task_type,
+        rank,
+        dtype,
+        config.base_model_name_or_path,
+        config.task_type,
     )
