@@ -84,13 +84,8 @@ def test_the_mean_of_equal_files_is_that_file(tmp_path):
     for name in "abc":
         trained(tmp_path / name, 1, train_also=KEPT, metadata={"k": 1}, factors=True)
     before = read_contents(tmp_path / "a")
-    files = {
-        tmp_path / "a": 1,
-        str(tmp_path / "b"): 0.3,
-        tmp_path / "c": 1e-9,
-        str(tmp_path / "a"): 2,
-    }
-    tcur.Adapter.average(files, tmp_path / "a")
+    first, others = tmp_path / "a", {str(tmp_path / "b"): 0.3, tmp_path / "c": 1e-9}
+    tcur.Adapter.average({first: 1, str(first): 2, **others}, first)
     assert read_contents(first) == before
 
 
