@@ -49,29 +49,30 @@ def test_the_mean_of_the_effective_weights(tmp_path, train_also):
         trained(path, seed, torch.float64, train_also=train_also)
         for seed, path in enumerate(paths, 1)
     ]
-    counts = (10, 30, 60)
+    counts = (10, 20, 70)
     tcur.Adapter.average(dict(zip(paths, counts, strict=True)), tmp_path / "mean")
     torch.manual_seed(0)
     adapter = tcur.load_adapter(Tiny().double(), tmp_path / "mean")
     own = [weights(client) for client in clients]
     for name, value in weights(adapter).items():
-        wanted = mean([w[name] for w in own], (0.1, 0.3, 0.6))
+        wanted = mean([w[name] for w in own], (0.1, 0.2, 0.7))
         assert_equal_in_float64(value, wanted)
     for name, is_trained in (("blocks.0.attn.qkv", True), ("head", bool(train_also))):
         assert torch.equal(own[0][f"{name}.weight"], own[1][f"{name}.weight"]) != is_trained
     buffers = [dict(client.model.named_buffers()) for client in clients]
     for name, value in adapter.model.named_buffers():
         if name.endswith(("running_mean", "running_var")):
-            assert_equal_in_float64(value, mean([b[name] for b in buffers], (0.1, 0.3, 0.6)))
-        elif name.endswith("num_batches_tracked"):  # 1, 2 and 3: 2.5 is rounded to 2
-            assert value.item() == (2 if train_also else 0)
+            assert_equal_in_float64(value, mean([b[name] for b in buffers], (0.1, 0.2, 0.7)))
+        elif name.endswith("num_batches_tracked"):  # 1, 2 and 3: the mean is 2.6
+            assert value.item() == (3 if train_also else 0)
 
 
 def test_it_is_rounded_once(tmp_path):
     """The mean of three numbers, summed in fp64: in fp32 nearly half of them would be off."""
     paths = [tmp_path / name for name in "abc"]
     adapters = [trained(path, seed) for seed, path in enumerate(paths, 1)]
-    tcur.Adapter.average(dict.fromkeys(paths, 7), tmp_path / "mean")
+    files = {**dict.fromkeys(paths, 7), paths[0]: 3, str(paths[0]): 4}  # one of them twice
+    tcur.Adapter.average(files, tmp_path / "mean")
     for name, core in load_file(tmp_path / "mean").items():
         own = [a.stacks[name.removeprefix("core.")].core.detach().double() for a in adapters]
         assert core.dtype == torch.float32
