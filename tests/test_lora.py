@@ -266,6 +266,9 @@ def test_what_lora_cannot_hold_is_refused(tmp_path):
     adapter.stacks["12x12"].core.data *= 1e12
     with pytest.raises(ValueError, match=r"dtype: .* update of blocks.0.attn.out_proj, .*float16"):
         adapter.to_lora(path, dtype=torch.float16)
+    adapter.stacks["12x12"].core.data[0] = torch.nan
+    with pytest.raises(ValueError, match="core: expected finite numbers in stack 12x12, got NaN"):
+        adapter.to_lora(path, 1)
     adapter.model.blocks[0].attn.qkv = nn.Linear(12, 36)
     with pytest.raises(ValueError, match="to_lora: expected the layers that were adapted"):
         adapter.to_lora(path)
@@ -274,6 +277,15 @@ def test_what_lora_cannot_hold_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"to_lora: expected loaded weights, got head.weight"):
         adapter.to_lora(path)
     assert not path.exists()
+
+
+def test_layers_that_never_ran_are_named(tmp_path):
+    model = nn.ModuleDict({"used": nn.Linear(WIDTH, WIDTH), "idle": nn.Linear(WIDTH, WIDTH)})
+    adapter = tcur.adapt(model, rank=1)
+    model["used"](torch.randn(2, WIDTH))
+    with pytest.warns(UserWarning, match="to_lora: idle never ran"):
+        adapter.to_lora(tmp_path)
+    assert pairs(tmp_path).keys() == {"used", "idle"}
 
 
 def test_a_sharded_core_is_refused(tmp_path):

@@ -21,6 +21,8 @@ HOMES = {
     "what is stored of a stack": (r"class StackRecord\b", "adapters/record.py"),
     "fingerprints": (r"hashlib\.sha256\(", "adapters/fingerprint.py"),
     "the adapter file": (r"tcur_kernels\.adapter\"", "adapters/file.py"),
+    "the LoRA directory": (r"\"adapter_config\.json\"", "adapters/lora_file.py"),
+    "the mean of adapters": (r"class Mean\b", "adapters/average.py"),
     "indices of shards": (r"\[\"weight_map\"\]", "files/shards.py"),
     "renamings of transformers": (r"conversion_mapping", "files/origins.py"),
     "files that replace others": (r"os\.replace\(", "files/whole.py"),

@@ -104,9 +104,12 @@ def lora_of(update: Update, rank: int, dtype: torch.dtype) -> Iterator[LayerLora
         dtype: of the result, to which it is rounded once.
 
     Raises:
-        ValueError: numbers are too large for the dtype; the message names the layer.
+        ValueError: the core is not finite, or numbers are too large for the dtype; the message
+            names the stack or the layer.
     """
     plan, core = update.plan, update.core.detach().double()
+    if not torch.isfinite(core).all():
+        raise ValueError(f"core: expected finite numbers in stack {plan.name}, got NaN or Inf")
     n3, r = core.shape[:2]
     q_left, s_left = torch.linalg.qr(update.factors.lateral_hat.double())
     q_right, s_right = torch.linalg.qr(update.factors.horizontal_hat.double().mT)
