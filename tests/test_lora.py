@@ -36,7 +36,7 @@ def updates(adapter, product=cur_product):
     for plan in adapter.plan.stacks:
         stack = adapter.stacks[plan.name]
         sides = (stack.lateral, stack.core.detach(), stack.horizontal)
-        whole, first = scale_of(stack) * product(*sides), 0
+        whole, first = (scale_of(stack) * product(*sides)).cpu(), 0
         for member in plan.members:
             found[member.module] = whole[first : first + member.slices].flatten(0, 1)
             first += member.slices
