@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..files.whole import replacing
 from ..layers.stack import TProductStack
+from ..matrices import Layout
 from ..operators.factors import check_floating_dtype
 from ..processes import is_sharded
 from .folding import folded
@@ -247,7 +248,7 @@ def layers_of(model: nn.Module, plans: Sequence[StackPlan]) -> Layers:
     weights = find_weights(model)
     found = [weights[member.module] for plan in plans for member in plan.members]
     refuse_attention([layer.name for layer in found if layer.owner != layer.name])
-    is_transposed = any(layer.place.transposed for layer in found)
+    is_transposed = are_transposed({layer.name: layer.place.layout for layer in found})
     return checked_layers(model, plans, [layer.module for layer in found], is_transposed)
 
 
@@ -269,6 +270,22 @@ def checked_layers(
             f"first of its names alone, got {'; '.join(' = '.join(each) for each in several[:5])}"
         )
     return Layers(tuple(plans), tuple(own[0] for own in names.values()), is_transposed)
+
+
+def are_transposed(layouts: Mapping[str, Layout]) -> bool:
+    """Whether some linear layers are stored (in, out), given the layout of each weight.
+
+    Raises:
+        ValueError: a weight is not that of a linear layer.
+    """
+    others = [name for name, layout in layouts.items() if layout not in ("matrix", "transposed")]
+    if others:
+        more = f" and {len(others) - 5} more" if others[5:] else ""
+        raise ValueError(
+            "model: expected linear layers, got convolutions or experts, which are not written as "
+            f"LoRA: {', '.join(others[:5])}{more}"
+        )
+    return "transposed" in layouts.values()
 
 
 def refuse_attention(names: Sequence[str]) -> None:

@@ -12,6 +12,7 @@ from ..adapters.lora import Update
 from ..adapters.lora_file import (
     Layers,
     LoraExport,
+    are_transposed,
     refuse_attention,
     refuse_learned,
     write_lora,
@@ -68,7 +69,8 @@ def lora_of_directory(
     members = [member.module for plan in contents.plan.stacks for member in plan.members]
     refuse_attention([name for name in members if name.rpartition(".")[0] in attentions])
     modules = tuple(dict.fromkeys(name.rpartition(".")[0] for name in tensors))
-    is_transposed = any(stored for stack in contents.stacks for _, stored, _ in stack.stored)
+    layouts = [how for stack in contents.stacks for _, how, _ in stack.stored]
+    is_transposed = are_transposed(dict(zip(members, layouts, strict=True)))
     origins = origins_of(directory, contents)
 
     def updates() -> Iterator[Update]:

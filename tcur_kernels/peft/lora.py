@@ -53,9 +53,11 @@ def save_as_lora(
     config = tuner.peft_config[adapter_name]
     refuse_learned(sorted(config.modules_to_save or ()))
     plans = tuner.plans[adapter_name].stacks
-    layers = [tuner.model.get_submodule(m.module) for plan in plans for m in plan.members]
+    members = [member.module for plan in plans for member in plan.members]
+    layers = [tuner.model.get_submodule(name) for name in members]
     stacks = {stack.name: stack for stack in tuner.owner.stacks[adapter_name]}
-    is_transposed = any(layer.tcur_base.transposed for layer in layers)
+    layouts = {n: layer.tcur_base.layout for n, layer in zip(members, layers, strict=True)}
+    is_transposed = are_transposed(layouts)
     return write_lora(
         path,
         updates_of(plans, stacks, None),
