@@ -7,7 +7,14 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 
-from ..adapters.lora_file import LoraExport, checked_layers, refuse_learned, updates_of, write_lora
+from ..adapters.lora_file import (
+    LoraExport,
+    are_transposed,
+    checked_layers,
+    refuse_learned,
+    updates_of,
+    write_lora,
+)
 from .model import TCURModel
 
 
