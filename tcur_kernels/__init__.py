@@ -3,6 +3,7 @@
 from .adapters import (
     Adapter,
     Budget,
+    GroupedCores,
     LoraExport,
     Plan,
     StackedCores,
@@ -25,6 +26,7 @@ __all__ = [
     "Adapter",
     "Budget",
     "CURFactors",
+    "GroupedCores",
     "LoraExport",
     "Plan",
     "StackedCores",

@@ -444,7 +444,8 @@ def test_bad_batches():
     cores = adapter.stack_cores(some_cores(adapter))
     with pytest.raises(TypeError, match=r"adapter_ids: expected a torch.Tensor, got list"):
         enter(adapter, cores, [0])
-    with pytest.raises(ValueError, match="adapter_ids: expected 0 to 3 for 4 cores, got 0 to 4"):
+    message = r"adapter_ids: expected -1 \(no adapter\) to 3 for 4 cores, got 0 to 4"
+    with pytest.raises(ValueError, match=message):
         enter(adapter, cores, torch.tensor([0, 4]))
     other = tcur.adapt(Tiny(), "mlp.0", rank=2)
     with pytest.raises(ValueError, match="cores: expected those of stacks 32x8, got 8x8, 32x8, 8"):

@@ -6,6 +6,7 @@ from .batch import StackedCores
 from .budget import Budget
 from .file import read_metadata
 from .gradients import collect_gradients
+from .groups import GroupedCores
 from .load import load_adapter
 from .lora_file import LoraExport
 from .plan import Plan
@@ -13,6 +14,7 @@ from .plan import Plan
 __all__ = [
     "Adapter",
     "Budget",
+    "GroupedCores",
     "LoraExport",
     "Plan",
     "StackedCores",

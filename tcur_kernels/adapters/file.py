@@ -174,15 +174,9 @@ class Contents(HoldsTensors):
         Raises:
             ValueError: something differs; the message names it.
         """
-        own_plans = {entry.name: entry for entry in plan.stacks}
+        self.check_layers(plan, path)
         for stored in self.stacks:
             name = stored.plan.name
-            own = own_plans.get(name)
-            if own is None or own.members != stored.plan.members:
-                raise ValueError(
-                    f"path: expected an adapter with the stacks of this model, got other layers in "
-                    f"stack {name} at {path}"
-                )
             stack, record = stacks[name], stored.record
             for what, wanted, came in (
                 ("rank", stack.rank, stored.rank),
@@ -196,6 +190,22 @@ class Contents(HoldsTensors):
                         f"path: expected {what} {wanted} in stack {name}, which adapters of one "
                         f"model share, got {came} at {path}"
                     )
+
+    def check_layers(self, plan: Plan, path: Path) -> None:
+        """Refuses stacks of other layers than those of a plan.
+
+        Raises:
+            ValueError: some differ, or are missing; the message names one.
+        """
+        own_plans = {entry.name: entry for entry in plan.stacks}
+        for stored in self.stacks:
+            name = stored.plan.name
+            own = own_plans.get(name)
+            if own is None or own.members != stored.plan.members:
+                raise ValueError(
+                    f"path: expected an adapter with the stacks of this model, got other layers in "
+                    f"stack {name} at {path}"
+                )
         missing = own_plans.keys() - {stored.plan.name for stored in self.stacks}
         if missing:
             raise ValueError(

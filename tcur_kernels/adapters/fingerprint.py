@@ -40,8 +40,17 @@ class Fingerprint:
     def of(cls, factors: CURFactors) -> Fingerprint:
         """The fingerprint of the base that these C and R were taken from."""
         if factors not in _DIGESTS:
-            _DIGESTS[factors] = digest(part.double() for side in factors.slices for part in side)
+            _DIGESTS[factors] = _digest_of(factors.slices)
         return cls(str(factors.slices[0].dtype), _DIGESTS[factors])
+
+    @classmethod
+    def of_slices(cls, lateral: Tensor, horizontal: Tensor) -> Fingerprint:
+        """The same for lateral and horizontal slices that no factors were made of."""
+        return cls(str(lateral.dtype), _digest_of((lateral, horizontal)))
+
+
+def _digest_of(slices: tuple[Tensor, Tensor]) -> str:
+    return digest(part.double() for side in slices for part in side)
 
 
 def digest(tensors: Iterable[Tensor]) -> str:

@@ -32,6 +32,7 @@ from ..operators.functional import cur_linear, materialize, prepare, slice_updat
 from ..operators.gradient_sum import LatestSum, Pending
 from .base import Base, check_one_base, is_here
 from .cores import Cores
+from .groups import Group, GroupedRows
 from .reading import effective_weight
 from .rows import Rows, rows_of
 from .switching import ForwardCore, warn_of_unused
@@ -129,15 +130,18 @@ class Routed(Cores):
             return F.linear(x, self._merged_weight(place).to(dtype), bias)
         if not (traced or self.base.knows(place)):
             self._look()
-        core, adapter_ids = self._core_for(x, traced)
+        batch = rows_of(self)
+        if isinstance(batch, GroupedRows):
+            how = (source, weight, bias, place, batch.groups[0].cores, None, dtype, precision)
+            return self._by_groups(Operands(x, *how), batch, traced)
+        core, adapter_ids = self._core_for(x, batch, traced)
         if x.is_nested:
             if adapter_ids is not None:
                 raise ValueError("x: expected rows of equal length in a batch, got a nested tensor")
             return F.linear(x, effective_weight(place).to(dtype), bias)
         if self.base.factors.dtype == torch.float64:
             precision = "ieee"
-        how = (x, source, weight, bias, place, core, adapter_ids, dtype, precision)
-        operands = Operands(*how)
+        operands = Operands(x, source, weight, bias, place, core, adapter_ids, dtype, precision)
         if traced:
             check_one_base(weight)
             return self._by_operators(operands)
@@ -152,9 +156,10 @@ class Routed(Cores):
             self.settle()
         return matrix_of(place.stored, place.layout)
 
-    def _core_for(self, x: Tensor, traced: bool) -> tuple[Tensor, Tensor | None]:
+    def _core_for(
+        self, x: Tensor, batch: Rows | None, traced: bool
+    ) -> tuple[Tensor, Tensor | None]:
         """The core; or, in a batch of many adapters, their cores and the index for each row."""
-        batch: Rows | None = rows_of(self)
         core, adapter_ids = (self.core, None) if batch is None else (batch.cores, batch.ids_for(x))
         if core.requires_grad and not traced:
             refuse_lost_gradients()
@@ -180,10 +185,35 @@ class Routed(Cores):
             and (core.dtype != torch.float64 or dtype == torch.float64)
         )
 
-    def _by_operators(self, given: Operands) -> Tensor:
+    def _by_groups(self, given: Operands, batch: GroupedRows, traced: bool) -> Tensor:
+        """The call in a batch whose groups have other C and R: one call for each group."""
+        if given.x.is_nested:
+            raise ValueError("x: expected rows of equal length in a batch, got a nested tensor")
+        if traced:
+            check_one_base(given.weight)
+        else:
+            given.place.ran = True
+            with self._lock:
+                batch.follow(self.base)
+            if batch.requires_grad:
+                refuse_lost_gradients()
+                self._check_checkpoints(batch.rows.number)
+        if self.base.factors.dtype == torch.float64:
+            given = given._replace(precision="ieee")
+        return batch.forward(
+            given.x,
+            lambda x, ids, group: self._by_operators(
+                given._replace(x=x, core=group.cores, adapter_ids=ids), group
+            ),
+        )
+
+    def _by_operators(self, given: Operands, group: Group | None = None) -> Tensor:
         """The call through the operators, which check everything and are visible to a compiler.
 
         This never uses W_eff, because a traced graph cannot see the buffer that holds it.
+
+        Args:
+            group: whose C and R to use; by default those of the stack.
         """
         x, weight, bias, core, adapter_ids = (
             given.x,
@@ -192,7 +222,7 @@ class Routed(Cores):
             given.core,
             given.adapter_ids,
         )
-        factors = self.base.factors
+        factors = self.base.factors if group is None else group.factors
         if x.is_meta and weight.is_meta:  # only shapes matter; C and R may be on another device
             factors, core = factors.to("meta"), core.to("meta")
             adapter_ids = None if adapter_ids is None else adapter_ids.to("meta")
@@ -207,7 +237,7 @@ class Routed(Cores):
             factors,
             core,
             given.place.slice_index,
-            self.scale,
+            self.scale if group is None else group.scale,
             precision=given.precision,
             adapter_ids=adapter_ids,
         )
@@ -218,7 +248,7 @@ class Routed(Cores):
         x, source, weight, bias, place, core, adapter_ids, dtype, _ = given
         if core.requires_grad:
             batch = rows_of(self)
-            self._check_checkpoints(0 if batch is None else id(batch.cores))
+            self._check_checkpoints(0 if batch is None else batch.number)
         tokens = x.numel() // max(1, self.n2)
         capture = self._kept.capture_of(core.device)
         with self._lock:

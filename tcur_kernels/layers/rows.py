@@ -8,11 +8,12 @@ apart: if batches of several tasks overlap across an ``await``, traced code refu
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import torch
@@ -23,20 +24,41 @@ from torch import Tensor
 Repeat = Literal["each", "all"]
 
 
+#: What an id belongs to. "row": a row of the first axis of what the layers get. "token": one of
+#: their tokens.
+Per = Literal["row", "token"]
+
+_numbers = itertools.count(1)
+
+
 @dataclass(frozen=True)
 class Rows:
-    """Cores ``[A, n3, r, r]``, and for each row of a batch the index of its core, int64 ``[B]``."""
+    """Cores ``[A, n3, r, r]``, and for each row or token of a batch the index of its core.
+
+    Attributes:
+        cores: of all adapters.
+        adapter_ids: int64. ``[B]``: of rows, or of the tokens of a packed sequence; ``[B, T]``: of
+            tokens.
+        repeat: how rows repeat; see `Repeat`.
+        per: what an id belongs to.
+        number: of this batch; no other has it.
+    """
 
     cores: Tensor
     adapter_ids: Tensor
     repeat: Repeat | None
+    per: Per = "row"
+    number: int = field(default_factory=_numbers.__next__)
 
     def ids_for(self, x: Tensor) -> Tensor:
-        """The ids for the rows of ``x``, each id for an equal share of consecutive rows.
+        """The ids ``[rows]`` for ``x``, each id for an equal share of consecutive tokens.
 
         Raises:
-            ValueError: the number of rows differs and is no multiple, or ``repeat`` is not given.
+            ValueError: the number of rows differs and is no multiple, or ``repeat`` is not given;
+                or ids are for tokens, and the tokens are not arranged as they are.
         """
+        if self.per == "token":
+            return self._ids_of_tokens(x)
         ids, count = self.adapter_ids, self.adapter_ids.shape[0]
         found = x.shape[0] if x.ndim else 1
         if found == count or count == 1:
@@ -48,6 +70,19 @@ class Rows:
                 f"{list(x.shape)}{hint}"
             )
         return ids if self.repeat == "each" else ids.repeat(found // count)
+
+    def _ids_of_tokens(self, x: Tensor) -> Tensor:
+        ids = self.adapter_ids
+        is_packed = ids.ndim == 1 and x.shape[:-1] == (1, *ids.shape)
+        if x.shape[:-1] != ids.shape and not is_packed:
+            wanted = ", ".join(map(str, ids.shape))
+            other = f" or [1, {wanted}, features]" if ids.ndim == 1 else ""
+            raise ValueError(
+                f"x: expected [{wanted}, features]{other}, an id for each token, got "
+                f"{list(x.shape)}; layers that get other tokens than the model does, or in another "
+                "arrangement, need an id for each row (per='row')"
+            )
+        return ids.flatten()
 
 
 #: The rows of all owners, by the id of the owner.
@@ -135,3 +170,16 @@ def check_repeat(repeat: Any) -> None:
     if repeat is not None and repeat not in get_args(Repeat):
         allowed = ", ".join(map(repr, (None, *get_args(Repeat))))
         raise ValueError(f"repeat: expected one of {allowed}, got {repeat!r}")
+
+
+def check_per(per: Any, repeat: Any = None) -> None:
+    """Checks a value for ``per``.
+
+    Raises:
+        ValueError: it is not one of the things that an id may belong to, or rows are to repeat and
+            there are none.
+    """
+    if per not in get_args(Per):
+        raise ValueError(f"per: expected one of {', '.join(map(repr, get_args(Per)))}, got {per!r}")
+    if per == "token" and repeat is not None:
+        raise ValueError(f"repeat: expected None where ids belong to tokens, got {repeat!r}")

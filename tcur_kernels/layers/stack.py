@@ -19,9 +19,10 @@ from ..operators.checks import check_cores
 from ..operators.dispatch import check_precision
 from ..operators.factors import CURFactors, Precision
 from .base import Base, is_here
+from .groups import GroupedRows
 from .linear import as_places, check_weights
 from .route import Routed
-from .rows import Repeat, Rows, check_repeat, using_rows
+from .rows import Per, Repeat, Rows, check_per, check_repeat, using_rows
 from .weights import Place
 
 
@@ -226,7 +227,11 @@ class TProductStack(Routed):
 
     @contextmanager
     def batch(
-        self, cores: Tensor, adapter_ids: Tensor, repeat: Repeat | None = None
+        self,
+        cores: Tensor,
+        adapter_ids: Tensor,
+        repeat: Repeat | None = None,
+        per: Per = "row",
     ) -> Iterator[None]:
         """Context in which row b of a batch uses ``cores[adapter_ids[b]]``, in this thread.
 
@@ -236,17 +241,27 @@ class TProductStack(Routed):
             repeat: how rows repeat if a layer gets a multiple of B rows: "each" row several times
                 in a row (beams, windows), or "all" rows several times (guidance). If None, such an
                 input is refused.
+            per: "row", or "token": ids are then ``[B, T]`` for inputs ``[B, T, in_features]``, or
+                ``[T]`` for inputs ``[T, in_features]`` or ``[1, T, in_features]``.
 
         Raises:
             TypeError, ValueError: the cores or ids do not fit.
         """
-        check_cores(cores, self.factors, adapter_ids)
+        check_per(per, repeat)
+        is_flat = per == "row" or not isinstance(adapter_ids, Tensor)
+        check_cores(cores, self.factors, adapter_ids if is_flat else adapter_ids.flatten())
         check_repeat(repeat)
         try:
-            with using_rows(self, Rows(cores, adapter_ids, repeat)):
+            with using_rows(self, Rows(cores, adapter_ids, repeat, per)):
                 yield
         finally:
             self._projected.forget()
+
+    @contextmanager
+    def grouped(self, rows: GroupedRows) -> Iterator[None]:
+        """Context in which the rows of a batch use the C, R and cores of their groups."""
+        with using_rows(self, rows):
+            yield
 
     def merge(self) -> None:
         """Writes W_eff into the layers' weights and keeps a copy of the base weights."""

@@ -8,6 +8,7 @@ V = T * U * T', and ‖Q * V * Q'‖ = ‖V‖.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 import torch
@@ -79,6 +80,67 @@ def converted(core: Tensor, slices: tuple[Tensor, Tensor], to: Basis, factor: fl
                 f"nearly dependent ones: the update would change by {float(lost / size):.1e} of it"
             )
     return new
+
+
+def embedded(
+    core: Tensor,
+    slices: tuple[Tensor, Tensor],
+    rows: Sequence[int],
+    columns: Sequence[int],
+    basis: Basis,
+    factor: float,
+) -> Tensor:
+    """The core that gives with all slices what ``core`` gives with some of them, in fp64.
+
+    In the basis "slices" it is the core among zeros. In the orthonormal basis it is Q_bᴴ Q_s V Q'_s
+    Q'_bᴴ at every frequency, where Q_s are the isometric factors of some slices, and Q_b those of
+    all.
+
+    Args:
+        core: ``[n3, s, s]``.
+        slices: all lateral ``[n3, n1, r]`` and horizontal ``[n3, r, n2]`` slices.
+        rows, columns: which of the horizontal and of the lateral slices ``core`` is written in.
+        basis: of both cores.
+        factor: what the result is multiplied by: the ratio of the scales.
+
+    Returns:
+        fp64 ``[n3, r, r]``.
+
+    Raises:
+        ValueError: the result would give another update (by more than `LOST`), because the slices
+            are nearly dependent.
+    """
+    lateral, horizontal = slices
+    own = torch.tensor(columns, device=core.device), torch.tensor(rows, device=core.device)
+    if basis == "slices":
+        rank = lateral.shape[2]
+        whole = torch.zeros(len(core), rank, rank, dtype=torch.float64, device=core.device)
+        whole[:, own[0][:, None], own[1]] = factor * core.double()
+        return whole
+    left, kept_left = _overlap(lateral, own[0])
+    right, kept_right = _overlap(horizontal.mT, own[1])
+    core_hat = torch.fft.rfft(core.double(), dim=0)
+    made = left @ core_hat @ right.mT
+    kept = kept_left @ core_hat @ kept_right.mT
+    lost = torch.linalg.vector_norm(left.mH @ made @ right.conj() - kept)
+    size = torch.linalg.vector_norm(kept)
+    if lost > LOST * size:
+        raise ValueError(
+            f"slices: expected slices that span all that some of them span, got nearly dependent "
+            f"ones: the update would change by {float(lost / size):.1e} of it"
+        )
+    return factor * torch.fft.irfft(made, n=core.shape[0], dim=0)
+
+
+def _overlap(lateral: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
+    """Q̂_bᴴ Q̂_s of all slices and of some, and Q̂_sᴴ Q̂_s, at every frequency.
+
+    For horizontal slices, transposed slice by slice, these are the conjugates of what stands to the
+    right of a core, transposed: R̂ᵀ is the spectrum of the transposed slices.
+    """
+    of_all = _gram_schmidt(*_spectrum(lateral))
+    of_some = _gram_schmidt(*_spectrum(lateral[:, :, own]))
+    return of_all.mH @ of_some, of_some.mH @ of_some
 
 
 def _triangle(lateral: Tensor) -> Tensor:

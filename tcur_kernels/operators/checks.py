@@ -98,8 +98,10 @@ def check_rows(adapter_ids: Tensor, x: Tensor) -> None:
             )
 
 
-def check_adapter_ids(adapter_ids: Tensor, adapters: int, device: torch.device) -> None:
-    """Refuses anything but int64 ``[B]`` on this device, each from 0 to adapters - 1."""
+def check_adapter_ids(
+    adapter_ids: Tensor, adapters: int, device: torch.device, least: int = 0
+) -> None:
+    """Refuses anything but int64 ``[B]`` on this device, each from ``least`` to adapters - 1."""
     if not isinstance(adapter_ids, Tensor):
         raise TypeError(f"adapter_ids: expected a torch.Tensor, got {type(adapter_ids).__name__}")
     check_dtype("adapter_ids", adapter_ids, torch.int64)
@@ -110,9 +112,10 @@ def check_adapter_ids(adapter_ids: Tensor, adapters: int, device: torch.device) 
     # no values.
     if adapter_ids.device.type != "cpu" or eager.is_traced():
         return
-    if adapter_ids.numel() and not 0 <= adapter_ids.min() <= adapter_ids.max() < adapters:
+    if adapter_ids.numel() and not least <= adapter_ids.min() <= adapter_ids.max() < adapters:
+        base = " (no adapter)" if least < 0 else ""
         raise ValueError(
-            f"adapter_ids: expected 0 to {adapters - 1} for {adapters} cores, got "
+            f"adapter_ids: expected {least}{base} to {adapters - 1} for {adapters} cores, got "
             f"{adapter_ids.min()} to {adapter_ids.max()}"
         )
 
