@@ -2,11 +2,13 @@
 
 from .adapters import (
     Adapter,
+    AdapterStore,
     Budget,
     GroupedCores,
     LoraExport,
     Plan,
     StackedCores,
+    Tenants,
     adapt,
     collect_gradients,
     load_adapter,
@@ -24,6 +26,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Adapter",
+    "AdapterStore",
     "Budget",
     "CURFactors",
     "GroupedCores",
@@ -32,6 +35,7 @@ __all__ = [
     "StackedCores",
     "TProductLinear",
     "TProductStack",
+    "Tenants",
     "TensorCUR",
     "adapt",
     "build_info",

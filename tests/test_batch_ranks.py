@@ -54,7 +54,7 @@ def test_a_smaller_rank_is_written_in_the_slices_of_a_larger_one(basis, tmp_path
         for name, stack in adapter.stacks.items():
             stack.core.copy_(some_cores(adapter, 1)[0][name])
     cores = adapter.stack_cores(["default", path, twice])
-    assert cores["8x8"].shape == (3, 12, 3, 3)
+    assert cores["8x8"].shape == (3, 8, 3, 3)
     x, ids = torch.randn(4, 7, 6), torch.tensor([1, 0, 2, -1])
     with adapter.batch(cores, ids):
         y = adapter.model(x)

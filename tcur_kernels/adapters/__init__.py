@@ -10,14 +10,18 @@ from .groups import GroupedCores
 from .load import load_adapter
 from .lora_file import LoraExport
 from .plan import Plan
+from .store import AdapterStore
+from .tenants import Tenants
 
 __all__ = [
     "Adapter",
+    "AdapterStore",
     "Budget",
     "GroupedCores",
     "LoraExport",
     "Plan",
     "StackedCores",
+    "Tenants",
     "adapt",
     "collect_gradients",
     "load_adapter",

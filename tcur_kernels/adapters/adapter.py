@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..layers.rows import Per, Repeat
 from ..layers.stack import TProductStack
 from ..layers.switching import warn_of_unused
 from ..operators.basis import Basis, check_basis
 from ..processes import is_first_process, is_sharded, whole
 from .average import average
-from .batch import StackedCores, check_batch_first, check_finite
 from .file import Contents, StoredStack, read_contents
 from .fingerprint import Fingerprint, frozen_digest, persistent_buffers
-from .groups import GroupedCores
 from .holding import CHILD
 from .install import stacks_of, take_out
 from .linear_maps import find_weights
@@ -28,12 +26,13 @@ from .lora_file import LoraExport, layers_of, refuse_learned, updates_of, write_
 from .metadata import checked_metadata
 from .plan import Plan
 from .record import StackRecord
+from .serving import Serving
 from .streaming import on_meta
 from .train_also import trained_names
 from .within import read_cores
 
 
-class Adapter:
+class Adapter(Serving):
     """The handle of an adapted model; made by `adapt` and `load_adapter`.
 
     A model can have several named adapters, which share C and R. Each has its own cores and its own
@@ -380,83 +379,15 @@ class Adapter:
         metadata = checked_metadata(self._metadata[name])  # it may have been written to since
         return Contents(tuple(stacks), self.train_also, frozen, learned, metadata)
 
-    # -- many adapters in one batch
-
-    def stack_cores(self, adapters: Sequence[str | Path | Mapping[str, Tensor]]) -> StackedCores:
-        """Puts the cores of many adapters side by side for `batch`; they need not be added first.
-
-        Args:
-            adapters: each a name of an adapter of this model, a file (as ``Path``), or
-                ``{stack name: core [n3, r, r]}``. The slices of a file may be some of those of this
-                model (a smaller rank), and its alpha may be another: its cores are then written in
-                the slices of this model.
-
-        Raises:
-            FileNotFoundError, TypeError, ValueError: an entry is wrong; the message says which and
-                why. Also if the adapters train more than cores, since only cores can differ
-                between rows.
-        """
-        self._check_cores_alone("stack_cores")
-        for index, entry in enumerate(adapters):
-            if isinstance(entry, Mapping):
-                check_finite(f"adapters[{index}]", entry)
-        return StackedCores.of(self.stacks, [self._cores(entry) for entry in adapters])
-
-    def stack_groups(self, adapters: Sequence[str | Path | Mapping[str, Tensor]]) -> GroupedCores:
-        """Like `stack_cores`, also for files of other slices, bases of cores or larger ranks.
-
-        The files must be for the base and the layers of this model. Adapters of one choice of
-        slices form a group, and each group of rows computes with C and R of its own. `batch` takes
-        the result in place of stacked cores.
-
-        Args:
-            adapters: as for `stack_cores`. What `stack_cores` can take forms the first group.
-
-        Raises:
-            FileNotFoundError, TypeError, ValueError: as for `stack_cores`; the model is merged.
-        """
-        self._check_cores_alone("stack_groups")
-        return GroupedCores.of(self.stacks, self.plan, adapters, self._cores)
-
-    @contextmanager
-    def batch(
-        self,
-        cores: StackedCores | GroupedCores,
-        adapter_ids: Tensor,
-        repeat: Repeat | None = None,
-        per: Per = "row",
-        cu_seqlens: Tensor | None = None,
-    ) -> Iterator[None]:
-        """Context in which each row of a batch uses its own adapter.
-
-        All rows share the products with C and R; between them row b uses core ``adapter_ids[b]``.
-        This affects only calls of the model in this thread or task.
-
-        Args:
-            cores: the result of `stack_cores` or `stack_groups`.
-            adapter_ids: int64 ``[B]``, on the device of the cores, each the number of an adapter,
-                or -1 for a row without one. The batch must be the first axis of every input of an
-                adapted layer.
-            repeat: how rows repeat if layers get k times as many rows as there are ids. "each": row
-                by row, each k times (beams, windows of an image, a decoder beside its encoder).
-                "all": the whole batch k times (classifier-free guidance). By default a layer
-                refuses any other number of rows.
-            per: "token": ids are ``[B, T]``, one for each token of inputs ``[B, T, features]``, or
-                ``[T]`` for inputs ``[T, features]`` and ``[1, T, features]``. A layer refuses
-                tokens in any other arrangement.
-            cu_seqlens: int32 or int64 ``[S + 1]``, for S sequences that are packed in one row of
-                cu_seqlens[-1] tokens: where each begins. There is then an id for each sequence.
-
-        Raises:
-            TypeError, ValueError: bad ids, ``repeat``, ``per`` or ``cu_seqlens``; the model is
-                merged, or has an attention whose batch is not the first axis.
-        """
-        if self.is_merged:
-            raise ValueError("batch: expected an unmerged adapter, got one that is merged")
-        check_batch_first(self.model)
-        ids, per = cores.check(self.stacks, adapter_ids, per, cu_seqlens, repeat)
-        with cores.rows(self.stacks, ids, repeat, per):
-            yield
+    def _save_cores(
+        self, cores: Mapping[str, Tensor], path: str | Path, metadata: dict[str, Any]
+    ) -> None:
+        """Like `save`, for cores that belong to no adapter of this model."""
+        self._check_whole()
+        contents = self._contents(self.active, factors=False)
+        stacks = tuple(replace(one, core=cores[one.plan.name]) for one in contents.stacks)
+        contents = replace(contents, stacks=stacks, metadata=checked_metadata(metadata))
+        contents.write(Path(path), contents.tensors())
 
     # -- layers that the model does not use
 
@@ -600,13 +531,6 @@ class Adapter:
                 own = list(state[name].shape) if name in state else "none"
                 raise ValueError(f"path: expected {name} of shape {own}, got {got} at {path}")
         return contents
-
-    def _check_cores_alone(self, caller: str) -> None:
-        if self.train_also:
-            raise ValueError(
-                f"{caller}: expected adapters of cores alone, got train_also = "
-                f"{', '.join(self.train_also)}"
-            )
 
     def _cores(self, entry: str | Path | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """The cores of an entry of `stack_cores`, by stack name."""

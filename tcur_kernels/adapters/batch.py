@@ -114,7 +114,10 @@ class StackedCores(Mapping[str, Tensor]):
         cores, room = self._cores[name], self._rooms.get(name)
         if room is None or room.data_ptr() != cores.data_ptr():
             return torch.cat([cores, cores.new_zeros((1, *cores.shape[1:]))])
-        return _Beside.apply(cores, room) if cores.requires_grad else room
+        if not cores.requires_grad:
+            return room
+        beside: Tensor = _Beside.apply(cores, room)
+        return beside
 
     def check(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +14,9 @@ from ..operators.checks import check_adapter_ids
 
 #: The id of a row without an adapter.
 NO_ADAPTER = -1
+
+#: Names of adapters for rows, or for the tokens of each row; None: no adapter.
+Names = Sequence[str | None] | Sequence[Sequence[str | None]]
 
 
 def check_ids(
@@ -92,3 +96,40 @@ def _ids_of_packed(adapter_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
             )
     lengths = cu_seqlens.diff().to(adapter_ids)
     return adapter_ids.repeat_interleave(lengths, output_size=bounds[-1])
+
+
+def distinct(names: Names) -> list[str]:
+    """The adapters that are named, each once, in order.
+
+    Raises:
+        TypeError, ValueError: these are no names, or not as many in each row.
+    """
+    if isinstance(names, str) or not isinstance(names, Sequence):
+        raise TypeError(f"names: expected a sequence of names, got {type(names).__name__}")
+    rows: Sequence[Any] = [names] if all(map(_is_name, names)) else names
+    for row in rows:
+        if isinstance(row, str) or not isinstance(row, Sequence):
+            raise TypeError(f"names: expected names of rows or of tokens, got {names!r}")
+        if len(row) != len(rows[0]):
+            raise ValueError(
+                f"names: expected as many in each row, got {len(rows[0])} and {len(row)}"
+            )
+        for name in row:
+            if not _is_name(name):
+                raise TypeError(f"names: expected names or None, got {type(name).__name__}")
+    return [name for name in dict.fromkeys(n for row in rows for n in row) if name is not None]
+
+
+def ids_of(names: Names, numbers: Mapping[str, int], device: torch.device) -> Tensor:
+    """The ids ``[B]`` of named rows, or ``[B, T]`` of named tokens; see `distinct`."""
+
+    def of(entry: Any) -> Any:
+        if _is_name(entry):
+            return NO_ADAPTER if entry is None else numbers[entry]
+        return [of(name) for name in entry]
+
+    return torch.tensor([of(entry) for entry in names], dtype=torch.int64, device=device)
+
+
+def _is_name(entry: Any) -> bool:
+    return entry is None or isinstance(entry, str)

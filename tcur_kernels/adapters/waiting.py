@@ -1,0 +1,137 @@
+"""Where the cores of a store wait: in memory, or in a file without a name."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import threading
+import weakref
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Waiting(Protocol):
+    """Keeps the cores of many adapters, by a number for each."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it takes, in memory or in its file."""
+
+    def put(self, cores: Mapping[str, Tensor]) -> int:
+        """Keeps cores, and returns their number."""
+
+    def get(self, number: int) -> dict[str, Tensor]:
+        """Reads cores back."""
+
+    def drop(self, number: int) -> None:
+        """Forgets cores."""
+
+
+class InMemory:
+    """Cores as tensors in the memory of the host."""
+
+    def __init__(self) -> None:
+        self._kept: dict[int, dict[str, Tensor]] = {}
+        self._next = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all cores."""
+        return sum(core.nbytes for cores in self._kept.values() for core in cores.values())
+
+    def put(self, cores: Mapping[str, Tensor]) -> int:
+        """Keeps copies of cores."""
+        self._next += 1
+        self._kept[self._next] = {
+            name: core.to("cpu", copy=True, memory_format=torch.contiguous_format)
+            for name, core in cores.items()
+        }
+        return self._next
+
+    def get(self, number: int) -> dict[str, Tensor]:
+        """The cores of that number."""
+        return self._kept[number]
+
+    def drop(self, number: int) -> None:
+        """Forgets the cores of that number."""
+        del self._kept[number]
+
+
+class InFile:
+    """Cores in a temporary file: records of one length, one after another.
+
+    The file has no name, so nobody else can change it, and it is gone when the process ends.
+    Records of adapters that were dropped are used again.
+
+    Args:
+        directory: on whose file system the file is.
+        like: cores of the shapes and dtypes of all others, by stack name.
+
+    Raises:
+        FileNotFoundError: there is no such directory.
+    """
+
+    def __init__(self, directory: str | Path, like: Mapping[str, Tensor]) -> None:
+        if not Path(directory).is_dir():
+            raise FileNotFoundError(f"directory: expected a directory, got none at {directory}")
+        self._file, path = tempfile.mkstemp(dir=directory)
+        weakref.finalize(self, os.close, self._file)
+        os.unlink(path)
+        self._lock = threading.Lock()
+        self._like = {name: (core.shape, core.dtype, core.nbytes) for name, core in like.items()}
+        self._length = sum(nbytes for _, _, nbytes in self._like.values())
+        self._count = 0
+        self._free: list[int] = []
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the file."""
+        return self._count * self._length
+
+    def put(self, cores: Mapping[str, Tensor]) -> int:
+        """Writes cores to a free record, or behind the last one."""
+        parts = [
+            cores[name].to("cpu", dtype).contiguous().view(torch.uint8).numpy().tobytes()
+            for name, (_, dtype, _) in self._like.items()
+        ]
+        with self._lock:
+            number = self._free.pop() if self._free else self._count
+            try:
+                _write(self._file, b"".join(parts), number * self._length)
+            except BaseException:
+                if number < self._count:
+                    self._free.append(number)
+                raise
+            self._count = max(self._count, number + 1)
+        return number
+
+    def get(self, number: int) -> dict[str, Tensor]:
+        """Reads the cores of a record.
+
+        Raises:
+            OSError: the file cannot be read, or ends within the record.
+        """
+        read = os.pread(self._file, self._length, number * self._length)
+        if len(read) != self._length:
+            raise OSError(f"directory: expected {self._length} bytes of cores, got {len(read)}")
+        cores, begin = {}, 0
+        for name, (shape, dtype, nbytes) in self._like.items():
+            part = bytearray(read[begin : begin + nbytes])
+            cores[name] = torch.frombuffer(part, dtype=dtype).view(shape)
+            begin += nbytes
+        return cores
+
+    def drop(self, number: int) -> None:
+        """Frees a record."""
+        with self._lock:
+            self._free.append(number)
+
+
+def _write(file: int, data: bytes, offset: int) -> None:
+    while data:
+        written = os.pwrite(file, data, offset)
+        data, offset = data[written:], offset + written
