@@ -17,6 +17,8 @@ from . import (
     memory,
     neighbour,
     overhead,
+    packed,
+    ranks,
     report,
     rows,
     scaling,
@@ -25,6 +27,8 @@ from . import (
     serving,
     small,
     step,
+    store,
+    store_memory,
 )
 from .memory import Peak
 from .timing import Timing
@@ -39,6 +43,10 @@ OPERATIONS = {
     "neighbour": neighbour,
     "overhead": overhead,
     "serving": serving,
+    "packed": packed,
+    "ranks": ranks,
+    "store": store,
+    "store_memory": store_memory,
     "selection": selection,
     "selection_memory": selection_memory,
     "cost_rule": cost_rule,

@@ -64,6 +64,31 @@ LAYOUT = {
         ("thousand", "one_by_factors"),
         ("thousand", "frozen"),
     ),
+    "packed": (
+        ("packed", "rows"),
+        ("tokens", "rows"),
+        ("shuffled", "rows"),
+        ("one_by_one", "rows"),
+        ("rows", "frozen"),
+    ),
+    "ranks": (
+        ("one_rank", "frozen"),
+        ("padded", "one_rank"),
+        ("grouped", "one_rank"),
+        ("four_groups", "one_rank"),
+    ),
+    "store": (
+        ("warm", "frozen"),
+        ("cold", "warm"),
+        ("cold_in_file", "warm"),
+        ("own_file", "warm"),
+    ),
+    "store_memory": (
+        ("device", "stacked"),
+        ("host", "stacked"),
+        ("host_with_file", "stacked"),
+        ("file", "stacked"),
+    ),
     "neighbour": (
         ("tcur_beside", "tcur"),
         ("frozen_beside", "frozen"),
