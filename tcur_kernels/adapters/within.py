@@ -65,8 +65,8 @@ def core_within(stored: StoredStack, stack: TProductStack, path: Path) -> Tensor
     name, record = stored.plan.name, stored.record
     if stored.basis != stack.basis:
         raise ValueError(
-            f"path: expected basis {stack.basis} in stack {name}, which cores side by side share, got "
-            f"{stored.basis} at {path}; adapters in several bases go together with stack_groups"
+            f"path: expected basis {stack.basis} in stack {name}, which cores side by side share, "
+            f"got {stored.basis} at {path}; adapters in several bases go together with stack_groups"
         )
     for what, own, came in (
         ("rows", stack.rows, record.rows),
