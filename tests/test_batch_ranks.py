@@ -9,6 +9,7 @@ from torch import nn
 import tcur_kernels as tcur
 from models import Tiny
 from plain import Plain
+from tcur_kernels.adapters.install import stacks_of
 from test_batch import some_cores
 from tolerance import assert_composition_close, same_mathematics
 
@@ -192,20 +193,24 @@ def guided(tmp_path, repeat):
 
     large, small = made(rank=3), made(rank=2, selection="leverage")
     small.save(tmp_path / "a")
-    return large, small, large.stack_groups(["default", tmp_path / "a"])
+    more = {"6x6": torch.randn(2, 3, 3)}
+    return large, small, large.stack_groups(["default", tmp_path / "a", more])
 
 
 @pytest.mark.parametrize("repeat", ["all", "each"])
 def test_rows_of_groups_may_repeat_and_tokens_may_have_ids(repeat, tmp_path):
     large, small, cores = guided(tmp_path, repeat)
-    x = torch.randn(3, 4, 6)
-    ids, models = torch.tensor([1, 0, 1]), [small, large, small]
-    wanted = torch.stack([m.model(row[None])[0] for m, row in zip(models, x, strict=True)])
+    x, ids = torch.randn(5, 4, 6), torch.tensor([1, 0, 2, 1, 0])
+    other = copy.deepcopy(large.model)
+    with torch.no_grad():
+        stacks_of(other)["6x6"].core.copy_(cores.groups[0]["6x6"][1])
+    models = [(large.model, small.model, other)[i] for i in ids]
+    wanted = torch.stack([m(row[None])[0] for m, row in zip(models, x, strict=True)])
     with large.batch(cores, ids, repeat=repeat):
         assert same_mathematics(large.model(x), wanted)
     with (
         large.batch(cores, ids),
-        pytest.raises(ValueError, match="x: expected 3 rows"),
+        pytest.raises(ValueError, match="x: expected 5 rows"),
     ):
         large.model(x)
     tokens = torch.tensor([0, 1, 1, 0, -1])
@@ -242,6 +247,21 @@ def test_groups_follow_the_base(tmp_path):
     wanted = torch.cat([m.model(row[None]) for m, row in zip(models, x, strict=True)])
     assert same_mathematics(y, wanted)
     assert not same_mathematics(before, wanted)
+
+
+def test_groups_follow_a_base_that_was_written_past_version_counters(tmp_path):
+    large, small, cores = guided(tmp_path, "each")
+    x, ids = torch.randn(1, 4, 6), torch.tensor([1])
+    with large.batch(cores, ids, repeat="each"):
+        before = large.model(x)
+    for adapter in (large, small):
+        for place in adapter.stacks["6x6"].places:
+            place.stored.data.mul_(1 + torch.arange(6)[:, None] / 10)
+        adapter.invalidate()
+    with large.batch(cores, ids, repeat="each"):
+        y = large.model(x)
+    assert same_mathematics(y, small.model(x))
+    assert not same_mathematics(y, before)
 
 
 def test_bad_files_and_groups(tmp_path):

@@ -47,10 +47,19 @@ def test_adapters_come_and_go_and_each_row_has_its_own(waits, adapter, tmp_path)
     store, cores = filled(adapter, directory)
     x = torch.randn(3, 4, 6)
     seen = []
-    for names in (["a", "b", "a"], ["c", None, "c"], ["b", "c", "b"], ["e", "d", None], ["a"] * 3):
+    batches = (["a", "b", "a"], ["c", None, "c"], ["b", "c", "b"], ["e", "d", None], ["a"] * 3)
+    for names in (*batches, ["d", None, "d"], ["b"] * 3):
         check(store, adapter, cores, names, x)
         seen.append(store.loaded)
-    assert seen == [("a", "b"), ("b", "c"), ("b", "c"), ("e", "d"), ("d", "a")]
+    assert seen == [
+        ("a", "b"),
+        ("b", "c"),
+        ("b", "c"),
+        ("e", "d"),
+        ("d", "a"),
+        ("a", "d"),
+        ("d", "b"),
+    ]
     assert (len(store), list(store), "a" in store, "x" in store) == (5, list(NAMES), True, False)
     one = sum(core.nbytes for core in cores["a"].values())
     assert (store.nbytes, store.nbytes_waiting, store.slots) == (3 * one, 5 * one, 2)

@@ -120,6 +120,7 @@ class GroupedCores:
     ) -> tuple[Tensor, Per]:
         """As for `StackedCores`; also has C and R of all groups follow the present base."""
         for name, stack in stacks.items():
+            device = stack.factors.device  # the stack looks at its base first
             side = self._sides[0].get(name)
             if side is None or side.base is not stack.base:
                 raise ValueError("cores: expected groups that this model made, got another model's")
@@ -127,7 +128,6 @@ class GroupedCores:
         for sides in self._sides:
             for name, side in sides.items():
                 side.follow(stacks[name].base)
-        device = next(iter(stacks.values())).core.device
         return check_ids(adapter_ids, self.adapters, device, per, cu_seqlens, repeat)
 
     @contextmanager
