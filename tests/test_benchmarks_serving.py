@@ -1,5 +1,6 @@
 """The benchmarks of packed batches, several ranks and stores: they check, then they time."""
 
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -70,8 +71,13 @@ def test_a_store_that_serves_another_adapter_is_not_timed(monkeypatch):
 def test_a_child_that_fails_is_told(monkeypatch):
     from benchmarks import store_memory
 
-    with pytest.raises(RuntimeError, match="the child process failed"):
-        store_memory._in_child("nothing", "memory")
+    def torn(command, **how):
+        assert command[-2:] == ["vit_b_10000", "memory"]
+        return subprocess.CompletedProcess(command, 1, "", "torn")
+
+    monkeypatch.setattr(subprocess, "run", torn)
+    with pytest.raises(RuntimeError, match="memory: the child process failed:\ntorn"):
+        store_memory.measure("vit_b_10000", 2)
 
 
 def test_tables_without_rows_have_their_heads():

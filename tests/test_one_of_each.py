@@ -28,6 +28,9 @@ HOMES = {
     "files that replace others": (r"os\.replace\(", "files/whole.py"),
     "rows of a batch": (r"class Rows\b", "layers/rows.py"),
     "cores of many adapters": (r"class StackedCores\b", "adapters/batch.py"),
+    "what ids may be": (r"def check_ids\(", "adapters/ids.py"),
+    "slots of a store": (r"class AdapterStore\b", "adapters/store.py"),
+    "adapters that are trained together": (r"class Tenants\b", "adapters/tenants.py"),
     "W_eff that is kept": (r"class Kept\b", "layers/w_eff.py"),
     "where a weight is stored": (r"class Place\b", "layers/weights.py"),
 }
