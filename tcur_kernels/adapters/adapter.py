@@ -383,7 +383,7 @@ class Adapter(Serving):
         self, cores: Mapping[str, Tensor], path: str | Path, metadata: dict[str, Any]
     ) -> None:
         """Like `save`, for cores that belong to no adapter of this model."""
-        self._check_whole()
+        self._check_whole("save")
         contents = self._contents(self.active, factors=False)
         stacks = tuple(replace(one, core=cores[one.plan.name]) for one in contents.stacks)
         contents = replace(contents, stacks=stacks, metadata=checked_metadata(metadata))
