@@ -26,7 +26,16 @@ from .gradients import Gradients, read_gradients
 from .holding import PREFIXES
 from .install import is_adapted, put_in_place
 from .linear_maps import find_places
-from .plan import Plan, StackPlan, StacksBy, Targets, check_setting, make_plan, setting
+from .plan import (
+    Plan,
+    StackPlan,
+    StacksBy,
+    Targets,
+    check_setting,
+    make_plan,
+    setting,
+    with_matrices,
+)
 from .streaming import BaseFiles, on_meta
 from .train_also import trained_names
 
@@ -195,9 +204,36 @@ def install(
 
 def _noted(plan: StackPlan, stack: TProductStack) -> StackPlan:
     """The entry of a stack with a note on how its layers run, and why."""
+    plan = with_matrices(plan, {place.name: place.module for place in stack.places})
+    are_kernels = [place.layout == "convolution" for place in stack.places]
+    note, is_special = "", False
+    if any(are_kernels):
+        note, is_special = _note_of_convolutions(stack)
+    if not all(are_kernels):
+        others, are_special = _note_of_linear_layers(stack)
+        note = f"convolutions: {note}; linear layers: {others}" if note else others
+        is_special |= are_special
+    return replace(plan, note=note, is_special=is_special)
+
+
+def _note_of_convolutions(stack: TProductStack) -> tuple[str, bool]:
+    """How the convolutions of a stack run, and whether the short form of the plan says so."""
+    note = "W_eff, built once for each version of the core"
+    if stack.mode != "auto":
+        note = f"{stack.mode} as asked for"
+    if stack.mode == "factored":
+        note = f"{note}: each call forms W_eff of its layer and does not keep it"
+    dtype = stack.places[0].weight.dtype
+    if dtype.itemsize > 2:
+        return note, stack.mode != "auto"
+    return f"{note}, rounded to {dtype}, which swallows small updates", True
+
+
+def _note_of_linear_layers(stack: TProductStack) -> tuple[str, bool]:
+    """How the linear layers of a stack run, and whether the short form of the plan says so."""
     n1, n2, n3, rank = stack.n1, stack.n2, stack.n3, stack.rank
     if stack.mode != "auto":
-        return replace(plan, note=f"{stack.mode} as asked for", is_special=True)
+        return f"{stack.mode} as asked for", True
     dtype = stack.places[0].weight.dtype
     worth = cost.tokens_worth_materializing(n1, n2, n3, rank)
     best = cost.choose_mode(
@@ -212,6 +248,5 @@ def _noted(plan: StackPlan, stack: TProductStack) -> StackPlan:
     )
     if best == "factored":
         why = "W_eff rounded to it would swallow small updates"
-        return replace(plan, note=f"factored: the base is {dtype}, and {why}", is_special=True)
-    note = f"W_eff from {ceil(worth)} tokens per step on, through the factors below"
-    return replace(plan, note=note)
+        return f"factored: the base is {dtype}, and {why}", True
+    return f"W_eff from {ceil(worth)} tokens per step on, through the factors below", False

@@ -72,7 +72,9 @@ def frozen_digest(model: nn.Module, plan: Plan, trained: Iterable[str]) -> str:
     for name, weight in weights.items():
         held, _ = weight.parameter_names()
         if name not in members and held not in apart:
-            frozen[f"{name}.weight"] = weight.tensor
+            # The digest has always had the whole kernel of a convolution.
+            is_kernel = weight.place.layout == "convolution"
+            frozen[f"{name}.weight"] = weight.place.base if is_kernel else weight.tensor
     # The linear maps were handled one by one above, because some blocks of an in_proj_weight may
     # be in a stack and others not.
     apart |= {weight.parameter_names()[0] for weight in weights.values()}

@@ -8,12 +8,21 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
 from ..layers.attention import TProductMultiheadAttention
 from ..layers.linear import Adapted
-from ..layers.weights import PROJECTIONS, Place, is_attention, is_conv1d, is_plain_linear
+from ..layers.weights import (
+    CONVOLUTIONS,
+    PROJECTIONS,
+    Place,
+    is_attention,
+    is_conv1d,
+    is_convolution,
+    is_plain_linear,
+)
 from ..matrices import Layout
 from ..processes import is_sharded
 
@@ -61,6 +70,11 @@ class Weight:
         """The weight, ``[out, in]``."""
         return self.place.weight
 
+    @property
+    def is_only_named(self) -> bool:
+        """Whether it is adapted only where ``targets`` name it, as convolutions are."""
+        return self.place.layout == "convolution"
+
     def parameter_names(self) -> tuple[str, str]:
         """Dotted names of the parameters that hold the weight and, if there is one, the bias."""
         # The output projection of an attention is a submodule, so the parameter is below that.
@@ -85,9 +99,13 @@ def find_weights(model: nn.Module) -> dict[str, Weight]:
                 found[part] = Weight(part, name, module, _place(module, projection))
             out = f"{name}.out_proj"
             found[out] = Weight(out, name, module, _place(module.out_proj, None))
-        elif is_plain_linear(module) or is_conv1d(module) or isinstance(module, Adapted):
+        elif _has_one_weight(module) or isinstance(module, Adapted):
             found[name] = Weight(name, name, module, _place(module, None))
     return found
+
+
+def _has_one_weight(module: nn.Module) -> bool:
+    return is_plain_linear(module) or is_conv1d(module) or is_convolution(module)
 
 
 def find_places(model: nn.Module) -> dict[str, Place]:
@@ -102,12 +120,12 @@ def _place(module: nn.Module, projection: str | None) -> Place:
 
 
 def why_unreadable(module: nn.Module) -> str | None:
-    """Why the weights of a linear layer or an attention cannot be used; None if they can.
+    """Why the weights of a layer or an attention cannot be used; None if they can.
 
     The weights may be computed from other parameters (``torch.nn.utils.prune``, the hooks of
     ``weight_norm``, FSDP1), or may have no shape yet. For any other module the result is None.
     """
-    if is_plain_linear(module) or is_conv1d(module):
+    if _has_one_weight(module):
         return why_computed(module)
     if not is_attention(module):
         return None
@@ -189,12 +207,23 @@ def _of_module(name: str, module: nn.Module, trained: set[str]) -> str | None:
         return why_computed(module, ("weight",))
     if isinstance(module, _OTHER_KINDS):
         direct = any(f"{name}.{key}" in trained for key, _ in module.named_parameters())
-        return _TRAINED if direct else f"{kind} is not a linear layer"
+        return _TRAINED if direct else _of_convolution(module) or f"{kind} is not a linear layer"
     if isinstance(module, nn.Linear | nn.MultiheadAttention):
         plain = "nn.Linear" if isinstance(module, nn.Linear) else "nn.MultiheadAttention"
         why = why_unreadable(module) or _parametrised(module)
         return why or f"{kind} is not a plain {plain}"
     return why_unreadable(module)
+
+
+def _of_convolution(module: nn.Module) -> str | None:
+    """What keeps a convolution from being adapted, whether targets name it or not; else None."""
+    if not isinstance(module, CONVOLUTIONS):
+        return None
+    if isinstance(module, LazyModuleMixin):
+        return why_computed(module, ("weight",))
+    why = why_unreadable(module) or _parametrised(module)
+    is_plain = is_convolution(module)
+    return why or (None if is_plain else f"{type(module).__name__} is not a plain convolution")
 
 
 def _of_parameter(name: str, parameter: Tensor | None) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal, TypeVar, get_args
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..decompose.slices import check_rank
+from ..layers.convolution import described, kind_of, kinds_in_short
 from .folding import layers_in_short
 from .holding import is_reserved
 from .linear_maps import Weight, find_weights, is_fused, reasons_to_leave_out
@@ -34,10 +35,14 @@ _Value = TypeVar("_Value")
 
 @dataclass(frozen=True)
 class Member:
-    """A layer in a stack: the dotted name of its module and how many slices it takes."""
+    """A layer in a stack: the dotted name of its module and how many slices it takes.
+
+    ``matrix`` says what its matrix is if it is not the weight of a linear layer.
+    """
 
     module: str
     slices: int
+    matrix: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)
@@ -100,7 +105,8 @@ class Plan:
             for member in stack.members:
                 last = index + member.slices - 1
                 where = f"{index}" if member.slices == 1 else f"{index}-{last}"
-                lines.append(f"  {where:>7}  {member.module}")
+                what = f" ({member.matrix})" if member.matrix else ""
+                lines.append(f"  {where:>7}  {member.module}{what}")
                 index += member.slices
         return "\n".join([*lines, *self._each_left_out()])
 
@@ -139,9 +145,11 @@ def _caught(stack: StackPlan) -> str:
 def _in_one_line(stack: StackPlan) -> str:
     """A stack with the names of its layers folded, in the order of their first slices."""
     n3, rank = stack.n3, stack.rank
-    what = f"{n3} matrices of {stack.n1} x {stack.n2} share one core"
+    kinds = kinds_in_short([member.matrix for member in stack.members])
+    size = f"{stack.n1} x {stack.n2}{f' ({kinds})' if kinds else ''}"
+    what = f"{n3} matrices of {size} share one core"
     if n3 == 1:
-        what = f"1 matrix of {stack.n1} x {stack.n2} has a core"
+        what = f"1 matrix of {size} has a core"
     listed = ", ".join(layers_in_short({m.module: m.slices for m in stack.members}))
     line = f"stack {stack.name}: {what} of {n3} x {rank} x {rank} numbers{_caught(stack)}: {listed}"
     return f"{line}; {stack.note}" if stack.is_special else line
@@ -192,10 +200,12 @@ def make_plan(
         groups = _named_groups(chosen, weights, reasons)
     else:
         taken = {name: weights[name].tensor for name in chosen if name not in reasons}
-        groups = groups_of(taken, stacks)
+        kinds = {name: kind_of(weights[name].module) for name in taken}
+        groups = groups_of(taken, stacks, kinds)
+    in_groups = {member.module for _, _, members in groups for member in members}
     planned, left_out = plan_groups(
         groups,
-        {name: weight.tensor for name, weight in weights.items()},
+        {name: weights[name].tensor for name in in_groups},
         lambda stack: setting("rank", rank, stack),
         argument="targets",
         stacks=stacks,
@@ -210,6 +220,8 @@ def make_plan(
             + (f" ({why})" if why else "")
         )
     check_setting("rank", rank, planned)
+    modules = {name: weight.module for name, weight in weights.items()}
+    planned = [with_matrices(stack, modules) for stack in planned]
     order = {name: index for index, (name, _) in enumerate(model.named_modules())}
 
     def registered(item: LeftOut) -> int:
@@ -303,20 +315,34 @@ def check_setting(argument: str, value: Any, stacks: Iterable[StackPlan]) -> Non
 _Group = tuple[str, tuple[int, int], list[Member]]
 
 
-def groups_of(weights: Mapping[str, Tensor], stacks: StacksBy) -> list[_Group]:
-    """Groups weights [out, in] by one of `STACKS_BY`; returns names, slice sizes and members."""
-    return _groups_by_shape(weights) if stacks == "shape" else _groups_by_layer(weights)
+def with_matrices(stack: StackPlan, modules: Mapping[str, nn.Module]) -> StackPlan:
+    """The entry of a stack in which each layer says what its matrix is, if it is a convolution."""
+    members = [replace(m, matrix=described(modules[m.module])) for m in stack.members]
+    return replace(stack, members=tuple(members))
 
 
-def _groups_by_shape(weights: Mapping[str, Tensor]) -> list[_Group]:
-    """Groups weights [out, in] with the same slice shape, dtype and device, in their order."""
-    groups: dict[tuple[int, int, torch.dtype, torch.device], list[Member]] = defaultdict(list)
+def groups_of(
+    weights: Mapping[str, Tensor], stacks: StacksBy, kinds: Mapping[str, str] | None = None
+) -> list[_Group]:
+    """Groups weights [out, in] by one of `STACKS_BY`; returns names, slice sizes and members.
+
+    Weights whose ``kinds`` differ do not share a stack; by default there is one kind.
+    """
+    if stacks == "shape":
+        return _groups_by_shape(weights, kinds or {})
+    return _groups_by_layer(weights)
+
+
+def _groups_by_shape(weights: Mapping[str, Tensor], kinds: Mapping[str, str]) -> list[_Group]:
+    """Groups weights [out, in] with the same slice shape, kind, dtype and device, in their order."""
+    groups: dict[tuple[int, int, str, torch.dtype, torch.device], list[Member]] = defaultdict(list)
     for name, weight in weights.items():
         slices = _slices_of(name, weight)
         n1, n2 = weight.shape[0] // slices, weight.shape[1]
-        groups[n1, n2, weight.dtype, weight.device].append(Member(name, slices))
+        kind = kinds.get(name, "")
+        groups[n1, n2, kind, weight.dtype, weight.device].append(Member(name, slices))
     named: list[_Group] = []
-    for (n1, n2, _, _), members in groups.items():
+    for (n1, n2, *_), members in groups.items():
         name = f"{n1}x{n2}"
         same = sum(other == name or other.startswith(f"{name}_") for other, _, _ in named)
         named.append((f"{name}_{same + 1}" if same else name, (n1, n2), members))

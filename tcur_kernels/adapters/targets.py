@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from ..layers.weights import PROJECTIONS
 from .holding import is_reserved
@@ -27,13 +28,17 @@ _Chosen = list[str] | dict[str, list[str]]
 
 
 def choose(
-    model: nn.Module, weights: Mapping[str, Weight], reasons: Mapping[str, str], targets: Targets
+    model: nn.Module, weights: Mapping[str, Weight], reasons: dict[str, str], targets: Targets
 ) -> tuple[_Chosen, set[str]]:
     """Names of the layers that the targets choose, in the model's order; or such names by stack.
 
-    Also returns the names of layers that the targets match but that cannot be adapted.
+    Also returns the names of layers that the targets match but that cannot be adapted. What is
+    adapted only where targets name it, and is not named, is added to ``reasons``.
     """
     if targets is None:
+        for name, weight in weights.items():
+            if weight.is_only_named:
+                reasons.setdefault(name, _not_named(weight))
         return list(weights), set(reasons)
     if isinstance(targets, Mapping):
         for stack in targets:
@@ -47,6 +52,11 @@ def choose(
     if callable(targets):
         return _called(targets, model, weights, reasons)
     return _match("targets", model, weights, reasons, targets)
+
+
+def _not_named(weight: Weight) -> str:
+    kind = type(weight.module).__name__
+    return f"{kind} is not a linear layer (a convolution is adapted if targets name it)"
 
 
 def _check_stack_name(stack: Any) -> None:
@@ -114,21 +124,30 @@ def _called(
     function: Callable[[str, nn.Module], bool | str | None],
     model: nn.Module,
     weights: Mapping[str, Weight],
-    reasons: Mapping[str, str],
+    reasons: dict[str, str],
 ) -> tuple[_Chosen, set[str]]:
     """What a function chose: names, or names by stack; see `choose`.
 
     The function is also asked about subclasses of ``nn.Linear`` that cannot be adapted. If it
-    chooses one, the plan says why it is left out.
+    chooses one, the plan says why it is left out. So it does for a convolution that the function
+    chooses by the name alone: functions from before convolutions could be adapted do so.
     """
     asked = {name: weight.module for name, weight in weights.items()}
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and name in reasons:
+        if isinstance(module, nn.Linear | _ConvNd) and name in reasons:
             asked[name] = module
     chosen: list[str] = []
+    not_meant: set[str] = set()
     by_stack: dict[str, list[str]] = defaultdict(list)
     for name, module in asked.items():
-        answer = function(name, module)
+        if isinstance(module, _ConvNd):
+            answer, why = _answer_for_convolution(function, name, module)
+            if why is not None:
+                reasons.setdefault(name, f"{type(module).__name__} is not a linear layer ({why})")
+                not_meant.add(name)
+                continue
+        else:
+            answer = function(name, module)
         if isinstance(answer, str):
             _check_stack_name(answer)
             by_stack[answer].append(name)
@@ -145,4 +164,27 @@ def _called(
             f"for {chosen[0]}"
         )
     named = {name for names in by_stack.values() for name in names}
-    return dict(by_stack) or chosen, (named | set(chosen)) & set(reasons)
+    return dict(by_stack) or chosen, (named | set(chosen) | not_meant) & set(reasons)
+
+
+def _answer_for_convolution(
+    function: Callable[[str, nn.Module], Any], name: str, module: nn.Module
+) -> tuple[Any, str | None]:
+    """What a function says of a convolution; and why that does not count, if so.
+
+    It counts if the function looks at the module: if it says something else of a linear layer or of
+    an empty module of the same name.
+    """
+    try:
+        answer = function(name, module)
+    except AttributeError as error:
+        return None, f"targets failed on it, which says that it is not meant: {error}"
+    if answer is not True and not isinstance(answer, str):
+        return answer, None
+    try:
+        others = [function(name, nn.Linear(1, 1, device="meta")), function(name, nn.Module())]
+    except Exception:  # it looked for something that these do not have
+        return answer, None
+    if any(other != answer for other in others):
+        return answer, None
+    return answer, "targets chose it by its name alone; check its type, too, to adapt it"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .convolution import ADAPTED
 from .linear import Adapted, adapted_class, base, effective
 from .rows import rows_of
 from .weights import Place
@@ -143,13 +144,17 @@ def adapt_in_place(places: Sequence[Place]) -> None:
         place.was_trained = place.stored.requires_grad
         if not isinstance(module, Adapted):
             plain = type(module)
-            kind = TProductMultiheadAttention if place.projection else adapted_class(module)
+            kind = TProductMultiheadAttention if place.projection else _adapted_class(module)
             module.__dict__["tcur_places"] = {}
             module.__dict__["__module__"] = nn.Linear.__module__  # torch.fx makes it one node
             module.__class__ = kind
             _rebind(module, plain)
         assert isinstance(module, Adapted)
         module.tcur_places[place.key] = place
+
+
+def _adapted_class(module: nn.Module) -> type[Adapted]:
+    return ADAPTED.get(type(module)) or adapted_class(module)
 
 
 def put_back(module: Adapted) -> None:

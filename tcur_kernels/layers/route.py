@@ -197,7 +197,7 @@ class Routed(Cores):
                 batch.follow(self.base)
             if batch.requires_grad:
                 refuse_lost_gradients()
-                self._check_checkpoints(batch.rows.number)
+                self.check_checkpoints(batch.rows.number)
         if self.base.factors.dtype == torch.float64:
             given = given._replace(precision="ieee")
         return batch.forward(
@@ -248,7 +248,7 @@ class Routed(Cores):
         x, source, weight, bias, place, core, adapter_ids, dtype, _ = given
         if core.requires_grad:
             batch = rows_of(self)
-            self._check_checkpoints(0 if batch is None else batch.number)
+            self.check_checkpoints(0 if batch is None else batch.number)
         tokens = x.numel() // max(1, self.n2)
         capture = self._kept.capture_of(core.device)
         with self._lock:
@@ -312,7 +312,8 @@ class Routed(Cores):
         if built is not None and self.mode == "materialized":
             return built
         mode = cost.choose_mode(
-            self.mode,
+            # A convolution reads its weight in any case.
+            "materialized" if given.place.layout == "convolution" else self.mode,
             tokens=tokens,
             n1=self.n1,
             n2=self.n2,
@@ -480,11 +481,15 @@ class Routed(Cores):
 
     def reading(self) -> Pending:
         """The `Pending` that a graph which reads a weight keeps, and marks in its backward."""
-        self._check_checkpoints(0)
+        self.check_checkpoints(0)
         return self._gradient_sum.reading()
 
-    def _check_checkpoints(self, batch: int) -> None:
-        """Refuses cases in which activation checkpointing would silently go wrong."""
+    def check_checkpoints(self, batch: int) -> None:
+        """Refuses cases in which activation checkpointing would silently go wrong.
+
+        Args:
+            batch: the number of the batch of many adapters; 0 outside of one.
+        """
         self._guard.check()
         self._forward_core.check((self.activations, batch), self._gradient_sum)
 

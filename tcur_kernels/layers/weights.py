@@ -33,6 +33,40 @@ def is_attention(module: nn.Module) -> bool:
     return type(module) is nn.MultiheadAttention
 
 
+#: The convolutions of torch. The weights of the last three are those of their adjoints.
+CONVOLUTIONS = (
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+)
+
+
+def is_convolution(module: nn.Module) -> bool:
+    """Whether the module is one of torch's convolutions, not a subclass."""
+    return type(module) in CONVOLUTIONS
+
+
+def layout_of(module: nn.Module) -> Layout:
+    """How a module holds its weight, unless the caller knows better."""
+    if is_conv1d(module):
+        return "transposed"
+    return "convolution" if isinstance(module, CONVOLUTIONS) else "matrix"
+
+
+def channels_as_in(stored: Tensor, kernel: Tensor) -> Tensor:
+    """The kernel with its channels last in memory if those of ``stored`` are; differentiable.
+
+    torch chooses by that how it convolves, and how the result lies in memory.
+    """
+    if kernel.stride() == stored.stride() or not stored.movedim(1, -1).is_contiguous():
+        return kernel
+    # A kernel of one point is contiguous in either order, so ``contiguous`` would do nothing.
+    return kernel.movedim(1, -1).clone(memory_format=torch.contiguous_format).movedim(-1, 1)
+
+
 _PLAIN = (nn.Parameter, Tensor, type(None))
 
 
@@ -66,12 +100,12 @@ class Place:
     The weight is looked up at each use, because it may be moved, sharded or loaded again.
 
     Args:
-        module: what holds the weight, adapted or not: an ``nn.Linear`` or ``Conv1D``, or, with
-            ``projection``, an ``nn.MultiheadAttention``.
+        module: what holds the weight, adapted or not: an ``nn.Linear``, a ``Conv1D``, a
+            convolution, or, with ``projection``, an ``nn.MultiheadAttention``.
         slice_index: the first slice.
         slices: the number of slices.
         projection: one of `PROJECTIONS`.
-        layout: how the parameter holds the matrix; by default "transposed" for a ``Conv1D``.
+        layout: how the parameter holds the matrix; by default see `layout_of`.
         own: the name of the parameter, unless there is a projection.
 
     Attributes:
@@ -94,9 +128,7 @@ class Place:
     ) -> None:
         self.module, self.projection = module, projection
         self.slice_index, self.slices = slice_index, slices
-        self.layout: Layout = "transposed" if is_conv1d(module) else "matrix"
-        if layout is not None:
-            self.layout = layout
+        self.layout: Layout = layout_of(module) if layout is None else layout
         self.own = own
         self.stack: Any = None
         self.backup: Tensor | None = None
@@ -130,7 +162,9 @@ class Place:
 
     def in_layout(self, matrix: Tensor) -> Tensor:
         """A matrix ``[out_features, in_features]`` in the layout of the parameter."""
-        return stored_of(matrix, self.layout, self.stored.shape)
+        stored = self.stored
+        made = stored_of(matrix, self.layout, stored.shape)
+        return channels_as_in(stored, made) if self.layout == "convolution" else made
 
     def part_of(self, tensor: Tensor) -> Tensor:
         """The matrix of this place within a tensor of the shape of the parameter."""
