@@ -140,7 +140,8 @@ def write_weight(parameters, name, weight):
     if f"{name}.weight" in parameters:
         stored = parameters[f"{name}.weight"]
         # The shape of a square Conv1D says nothing, so the tests' Conv1D are recognised by name.
-        parameters[f"{name}.weight"] = weight.T if ".c_" in name else weight
+        own = weight.T if ".c_" in name else weight
+        parameters[f"{name}.weight"] = own.reshape(stored.shape) if stored.ndim > 2 else own
         assert parameters[f"{name}.weight"].shape == stored.shape
     elif fused in parameters:
         blocks = list(parameters[fused].chunk(3))

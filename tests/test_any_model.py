@@ -458,25 +458,26 @@ def test_what_is_left_out_is_counted_when_it_is_much():
     plan = make_plan(nn.Sequential(*layers), None, 2)
     assert len(plan.left_out) == 9
     assert str(plan).splitlines()[1:] == [
-        "left out: 9 modules, which plan.describe() names: 7 x Conv2d is not a linear layer; "
+        "left out: 9 modules, which plan.describe() names: "
+        "7 x Conv2d is not a linear layer (targets may name it); "
         "1 x LSTM is not a linear layer; 1 x Embedding is not a linear layer"
     ]
     assert plan.describe().splitlines()[3:] == [
         "left out:",
         "  2: LSTM is not a linear layer",
-        *[f"  {i}: Conv2d is not a linear layer" for i in range(3, 10)],
+        *[f"  {i}: Conv2d is not a linear layer (targets may name it)" for i in range(3, 10)],
         "  10: Embedding is not a linear layer",
     ]
     layers += [nn.GRU(4, 4), nn.RNN(4, 4), nn.Conv1d(3, 3, 1)]
     plan = make_plan(nn.Sequential(*layers), None, 2)
     assert "; 1 x GRU is not a linear layer; 2 for other reasons" in str(plan)
-    assert "  13: Conv1d is not a linear layer" in plan.describe()
+    assert "  13: Conv1d is not a linear layer (targets may name it)" in plan.describe()
     three = nn.Sequential(*layers[:4], layers[-1])
     assert str(make_plan(three, None, 2)).splitlines()[1:] == [
         "left out:",
         "  2: LSTM is not a linear layer",
-        "  3: Conv2d is not a linear layer",
-        "  4: Conv1d is not a linear layer",
+        "  3: Conv2d is not a linear layer (targets may name it)",
+        "  4: Conv1d is not a linear layer (targets may name it)",
     ]
 
 

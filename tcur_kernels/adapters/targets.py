@@ -56,7 +56,7 @@ def choose(
 
 def _not_named(weight: Weight) -> str:
     kind = type(weight.module).__name__
-    return f"{kind} is not a linear layer (a convolution is adapted if targets name it)"
+    return f"{kind} is not a linear layer (targets may name it)"
 
 
 def _check_stack_name(stack: Any) -> None:

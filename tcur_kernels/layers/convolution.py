@@ -51,9 +51,10 @@ class _AdaptedConvolution(_AdaptedLinear):
         stack = place.stack
         if place.backup is not None and stack.is_unsettled:
             stack.settle()  # a checkpoint brought another base, or another core
-        is_active = stack.enabled and place.backup is None
-        if not is_active or place.base.is_meta:  # on the meta device only shapes matter
+        if not stack.enabled or place.backup is not None:
             return self._convolved(input, place.stored, *args, **kwargs)
+        if place.base.is_meta:  # only shapes matter, and they are the same for all cores
+            return self._convolved(input, _w_eff(place, stack.core), *args, **kwargs)
         if not is_traced():
             stack.base.knows(place)  # finds writes that torch's version counters miss
         rows: Rows | None = rows_of(stack)
@@ -128,6 +129,8 @@ def _w_eff(place: Place, core: Tensor) -> Tensor:
     stack = place.stack
     factors, weight = stack.factors, place.weight
     core = core.to(factors.dtype)
+    if weight.is_meta:  # C and R may be on another device
+        factors, core = factors.to("meta"), core.to("meta")
     update = slice_update(factors, core, place.slice_index, place.slices, stack.scale)
     return place.in_layout((weight.to(update.dtype) + update).to(weight.dtype))
 
