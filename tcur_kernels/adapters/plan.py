@@ -267,7 +267,7 @@ def plan_groups(
         elif not 1 <= rank <= min(n1, n2):
             why = f"rank {rank} exceeds min({n1}, {n2})"
         if why is None or insists:
-            check_rank("rank", rank, n1, n2)
+            check_rank(f"stack {name}: rank", rank, n1, n2)
             why = None
             if is_loaded and not any(bool(weights[m.module].detach().any()) for m in members):
                 why = _ALL_ZERO
@@ -334,7 +334,7 @@ def groups_of(
 
 
 def _groups_by_shape(weights: Mapping[str, Tensor], kinds: Mapping[str, str]) -> list[_Group]:
-    """Groups weights [out, in] with the same slice shape, kind, dtype and device, in their order."""
+    """Groups weights [out, in] of one slice shape, kind, dtype and device, in their order."""
     groups: dict[tuple[int, int, str, torch.dtype, torch.device], list[Member]] = defaultdict(list)
     for name, weight in weights.items():
         slices = _slices_of(name, weight)

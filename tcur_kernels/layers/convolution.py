@@ -67,7 +67,7 @@ class _AdaptedConvolution(_AdaptedLinear):
     ) -> Tensor:
         """What torch's module computes with this weight."""
         if not self.transposed:
-            return self._conv_forward(input, weight, self.bias)  # type: ignore[no-any-return, operator]
+            return self._conv_forward(input, weight, self.bias)  # type: ignore[operator]
         padding = self._output_padding(  # type: ignore[operator]
             input,
             output_size,
@@ -81,7 +81,9 @@ class _AdaptedConvolution(_AdaptedLinear):
         settings = (self.stride, self.padding, padding, self.groups, self.dilation)
         return convolve(input, weight, self.bias, *settings)
 
-    def _by_rows(self, rows: Rows, place: Place, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def _by_rows(
+        self, rows: Rows, place: Place, input: Tensor, *args: Any, **kwargs: Any
+    ) -> Tensor:
         """Convolves each row with W_eff of the adapter that is named for it."""
         stack, cores, traced = place.stack, rows.cores, is_traced()
         if cores.requires_grad and not traced:
