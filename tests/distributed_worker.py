@@ -180,6 +180,61 @@ def fsdp_mixed(rank, x):
     assert_composition_close(actual, lambda: step(plain), step(exact))
 
 
+class Convolutions(nn.Module):
+    """Two blocks whose convolutions share stacks."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.Sequential(
+            *[
+                nn.Sequential(nn.Conv1d(6, 8, 3), nn.Tanh(), nn.ConvTranspose1d(8, 6, 3))
+                for _ in range(2)
+            ]
+        )
+
+    def forward(self, x):
+        return self.blocks(x)
+
+
+def convolutions(rank, x, sharding):
+    """Each layer reads W_eff within its forward, while its weight is whole."""
+    torch.manual_seed(0)
+    model = Convolutions().double()
+    adapter = tcur.adapt(model, "*", rank=2)
+    with torch.no_grad():
+        for stack in adapter.stacks.values():
+            stack.core.normal_(std=0.3)
+    alone = copy.deepcopy(model)
+    alone(x.mT).square().mean().backward()
+    wanted = [("output", alone(x[rank::2].mT))]
+    wanted += [(f"grad of {n}", p.grad) for n, p in alone.named_parameters() if "tcur" in n]
+    if sharding == "fsdp2":
+        for block in model.blocks:
+            fully_shard(block)
+        fully_shard(model)
+        called = model
+    elif sharding == "fsdp1":
+        called = FullyShardedDataParallel(
+            model,
+            auto_wrap_policy=lambda module, recurse, **_: recurse or module in [*model.blocks],
+            use_orig_params=True,
+            device_id=torch.device("cpu"),
+        )
+    else:
+        called = DistributedDataParallel(model)
+    with torch.no_grad():
+        compare([("output", called(x[rank::2].mT))], wanted[:1], f"convolutions, {sharding}")
+    y = called(x[rank::2].mT)
+    y.square().mean().backward()
+    record = [("output", y)]
+    if sharding == "fsdp1":
+        with FullyShardedDataParallel.summon_full_params(called, with_grads=True):
+            record += [("grad", p.grad) for n, p in called.named_parameters() if "tcur" in n]
+    else:
+        record += [(n, whole(p.grad)) for n, p in model.named_parameters() if "tcur" in n]
+    compare(record, wanted, f"convolutions, {sharding}")
+
+
 def main():
     path = Path(sys.argv[1])
     dist.init_process_group("gloo")
@@ -198,6 +253,8 @@ def main():
             fsdp1(rank, x, wanted, use_orig_params, mode)
     fsdp_forced(rank, x)
     fsdp_mixed(rank, x)
+    for sharding in ("ddp", "fsdp1", "fsdp2"):
+        convolutions(rank, x, sharding)
     if rank == 0:
         print("all ways agree")
     leave()

@@ -8,15 +8,17 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from torch.func import functional_call
+from torch.func import functional_call, grad, vmap
 from torch.utils.checkpoint import checkpoint
 
 import tcur_kernels as tcur
 from adapted import assert_is_the_merged_model, randomise
 from plain import Plain
+from tcur_kernels.adapters.file import read_contents
 from tcur_kernels.adapters.fingerprint import digest, frozen_digest
 from tcur_kernels.adapters.plan import make_plan
 from tcur_kernels.layers.convolution import TProductConv2d
+from tcur_kernels.merge.directory import _merged
 from tolerance import assert_composition_close, assert_equal_in_float64, same_mathematics
 
 #: A module, the shape of its input, and the size of its matrix.
@@ -242,6 +244,27 @@ def test_modules_stay_themselves():
 
 
 @pytest.mark.parametrize("name", ["2d", "transposed 2d"])
+def test_transforms_of_functions():
+    """Batches of inputs and of cores are well; C and R are slices of one base."""
+    model, x = two_of("2d", torch.float64)
+    adapter = adapt(model)
+    core, y = adapter.stacks["6x18"].core, model(x)
+    loss(y).backward()
+    assert_equal_in_float64(vmap(model)(x), y)
+
+    def of(**state):
+        return functional_call(
+            model, {key.replace("_", "."): each for key, each in state.items()}, x
+        )
+
+    assert_equal_in_float64(grad(lambda c: loss(of(tcur_6x18=c)))(core.detach()), core.grad)
+    both = vmap(lambda c: of(tcur_6x18=c))(torch.stack([core.detach(), torch.zeros_like(core)]))
+    assert_equal_in_float64(both[0], y)
+    weights = torch.stack([model.parts[0].base_weight] * 2)
+    with pytest.raises(ValueError, match="weight: expected one base weight for all, got a batch"):
+        vmap(lambda w: of(parts_0_weight=w))(weights)
+
+
 def test_only_shapes_matter_on_meta(name):
     model, x = two_of(name)
     y, adapter = model(x), adapt(model)
@@ -348,6 +371,19 @@ def test_weights_in_files(tmp_path):
             stack.core.normal_(std=0.3)
             wanted.stacks[name].core.copy_(stack.core)
     assert torch.equal(skeleton(x), model(x))
+
+
+def test_a_tensor_of_a_file_is_merged_however_it_lies_in_memory(tmp_path):
+    """As those do that transformers puts together of several."""
+    model, _ = two_of("2d")
+    adapter = adapt(model)
+    adapter.save(tmp_path / "a")
+    (stored,) = read_contents(tmp_path / "a").stacks
+    weight = model.parts[0].base_weight.to(memory_format=torch.channels_last)
+    how = {"factors": adapter.stacks["6x18"].factors, "stored": stored, "index": 0}
+    merged = _merged(weight, **how)
+    assert torch.equal(merged, _merged(weight.contiguous(), **how))
+    assert not torch.equal(merged, weight)
 
 
 def test_a_base_that_changes():

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..matrices import shape_of
 from ..operators.basis import Basis
 from ..operators.factors import CURFactors
 from ..processes import is_sharded, whole
@@ -30,12 +31,13 @@ def version_of(tensor: Tensor) -> _Version:
 
 def is_here(place: Place) -> bool:
     """Whether the whole weight is in memory: not sharded, freed, or on the meta device."""
-    weight = place.weight
-    if weight.is_meta or is_sharded(weight):
+    base = place.base
+    if base.is_meta or is_sharded(base):
         return False
-    if weight.shape != (place.out_features, place.in_features):  # FSDP1 flattens shards
+    # FSDP1 flattens shards, which then hold no matrix.
+    if shape_of(base.shape, place.layout) != (place.out_features, place.in_features):
         return False
-    return weight.untyped_storage().nbytes() > 0  # FSDP1 also frees what it does not need
+    return base.untyped_storage().nbytes() > 0  # FSDP1 also frees what it does not need
 
 
 def check_one_base(weight: Tensor) -> None:
@@ -243,7 +245,7 @@ class Base:
 
     def _dtype(self) -> torch.dtype:
         """The dtype of the weights; if some layers were cast, the widest one."""
-        return functools.reduce(torch.promote_types, (p.weight.dtype for p in self.places))
+        return functools.reduce(torch.promote_types, (p.base.dtype for p in self.places))
 
     def _follow(self, weight: Tensor) -> None:
         """Moves C and R that are not slices of these weights to their device and precision."""
@@ -259,11 +261,11 @@ class Base:
     def _take(self) -> None:
         lateral, horizontal, dtype = [], [], self._dtype()
         for place in self.places:
-            if not is_here(place) and not is_sharded(place.weight):
+            if not is_here(place) and not is_sharded(place.base):
                 raise RuntimeError(
                     f"base: expected all weights of stack {self.name} in memory, since C and R "
                     f"have to be taken anew from weights that changed, got one that is not "
-                    f"(slice {place.slice_index}, on {place.weight.device}); load weights before "
+                    f"(slice {place.slice_index}, on {place.base.device}); load weights before "
                     "they are sharded or offloaded"
                 )
             slices = whole(place.weight.detach()).unflatten(0, (place.slices, -1))

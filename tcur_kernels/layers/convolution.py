@@ -18,7 +18,9 @@ from torch.nn import functional as F
 from ..checkpoints import refuse_lost_gradients
 from ..operators.eager import is_traced
 from ..operators.functional import slice_update
+from .base import check_one_base
 from .linear import Adapted, _AdaptedLinear
+from .reading import read_weight
 from .rows import Rows, rows_of
 from .weights import CONVOLUTIONS, Place
 
@@ -45,7 +47,7 @@ class _AdaptedConvolution(_AdaptedLinear):
 
         Raises:
             ValueError: in a batch of many adapters: the input has no axis of rows, another number
-                of them, or ids for single tokens.
+                of them, or ids for single tokens. Or the base weight is a batch of several.
         """
         place = self.tcur_place
         stack = place.stack
@@ -55,11 +57,14 @@ class _AdaptedConvolution(_AdaptedLinear):
             return self._convolved(input, place.stored, *args, **kwargs)
         if place.base.is_meta:  # only shapes matter, and they are the same for all cores
             return self._convolved(input, _w_eff(place, stack.core), *args, **kwargs)
-        if not is_traced():
+        if is_traced():
+            check_one_base(place.base)
+        else:
             stack.base.knows(place)  # finds writes that torch's version counters miss
         rows: Rows | None = rows_of(stack)
         if rows is None:
-            return self._convolved(input, self.weight, *args, **kwargs)
+            weight = read_weight(place.stored, [place])
+            return self._convolved(input, weight, *args, **kwargs)
         return self._by_rows(rows, place, input, *args, **kwargs)
 
     def _convolved(

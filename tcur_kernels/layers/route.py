@@ -331,7 +331,7 @@ class Routed(Cores):
     def _mode_if_sharded(self) -> str:
         """The mode if W_eff is wanted, although other layers' weights may be sharded or cast."""
         if all(is_here(place) for place in self.places):
-            if len({place.weight.dtype for place in self.places}) > 1:
+            if len({place.base.dtype for place in self.places}) > 1:
                 return "factored"  # a single layer was cast
             return "materialized"
         if self.mode == "materialized":

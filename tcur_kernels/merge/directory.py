@@ -286,7 +286,7 @@ def factors_of(directory: ModelDirectory, origins: Origins, stored: StoredStack)
 
 def _merged(weight: Tensor, factors: CURFactors, stored: StoredStack, index: int) -> Tensor:
     """A stored weight with the update of one member of a stack added to the member's rows."""
-    merged = weight.clone()
+    merged = weight.clone(memory_format=torch.contiguous_format)  # its matrix is then a view
     member, (parameter, layout, first) = stored.plan.members[index], stored.stored[index]
     slice_index = sum(m.slices for m in stored.plan.members[:index])
     update = slice_update(factors, stored.core, slice_index, member.slices, stored.scale)
