@@ -122,6 +122,7 @@ def test_values_and_gradients_of_every_kind(name, tmp_path):
     loaded = tcur.load_adapter(base, tmp_path / "a")
     assert torch.equal(base(x), model(x))
     assert loaded.plan.describe() == adapter.plan.describe()
+    loaded.load(tmp_path / "a", "again")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -67,10 +67,11 @@ def adapt(
     ``tcur.<stack>`` (``tcur_<stack>`` in a container).
 
     Args:
-        model: any module that holds ``nn.Linear``, GPT-2's ``Conv1D`` or ``nn.MultiheadAttention``.
-        targets: which layers to adapt. None: all of them, grouped by shape. Or names or patterns
-            of layers; a function of name and module; or ``{stack name: [names or patterns]}``. See
-            `adapters.plan.make_plan`.
+        model: any module that holds ``nn.Linear``, GPT-2's ``Conv1D``, ``nn.MultiheadAttention`` or
+            convolutions.
+        targets: which layers to adapt. None: all but convolutions, grouped by shape. Or names or
+            patterns of layers; a function of name and module; or ``{stack name: [names or
+            patterns]}``. See `adapters.plan.make_plan`.
         rank: tubal rank r of C, U and R. Like ``alpha`` and ``selection``, either one value for all
             stacks or ``{stack name or pattern: value}``. A `Budget` shares out a number of trained
             numbers among the stacks; it needs ``gradients``.

@@ -163,22 +163,27 @@ def make_plan(
     stacks: StacksBy = "shape",
     loaded: bool = True,
 ) -> Plan:
-    """Groups the linear layers of ``model`` into stacks.
+    """Groups the linear layers of ``model``, and the convolutions that targets name, into stacks.
 
     Linear layers are plain ``nn.Linear``, GPT-2's ``Conv1D`` (recognised by its type), and the
     projections of ``nn.MultiheadAttention``. A projection is named ``q_proj``, ``k_proj``,
     ``v_proj`` or ``out_proj`` after the name of its attention. Without ``targets`` all linear
     layers are taken, and fused q, k, v projections are cut into three slices. Layers with the same
     slice shape, dtype and device form a stack, in the order in which the model registers them.
-    ``targets`` restricts the layers by name. If it is a mapping, it also says which layers share a
+    Torch's convolutions are taken only where ``targets`` names them. Their weights are matrices
+    ``[out, in / groups * kernel]``, those of transposed ones ``[in, out / groups * kernel]``. They
+    form stacks with others of the same kernel shape; with a kernel of one point, with linear
+    layers. ``targets`` restricts the layers by name. If it is a mapping, it also says which layers share a
     stack, and in which order.
 
     Args:
         model: any module.
         targets: see above. A name matches a module by its whole dotted name, by the part of it
             after some dot (``"attn.qkv"``), or as a pattern for either (``"vit.*.mlp.linear?"``). A
-            function is called with the name and the module of each linear layer. It returns whether
-            to adapt the layer, or the name of the stack to put it in.
+            function is called with the name and the module of each linear layer and convolution.
+            It returns whether to adapt the layer, or the name of the stack to put it in. Its choice
+            of a convolution counts only if it answers differently for other modules of that name,
+            a linear layer or an empty one.
         rank: one rank, checked for every stack; or ``{stack name or pattern: rank}``.
         trained: names of parameters that are trained directly; their layers are left out.
         stacks: "shape", or "layer", which makes each layer a stack of its own, uncut (matrix CUR).
