@@ -170,10 +170,13 @@ def make_plan(
     ``v_proj`` or ``out_proj`` after the name of its attention. Without ``targets`` all linear
     layers are taken, and fused q, k, v projections are cut into three slices. Layers with the same
     slice shape, dtype and device form a stack, in the order in which the model registers them.
+
     Torch's convolutions are taken only where ``targets`` names them. Their weights are matrices
     ``[out, in / groups * kernel]``, those of transposed ones ``[in, out / groups * kernel]``. They
-    form stacks with others of the same kernel shape; with a kernel of one point, with linear
-    layers. ``targets`` restricts the layers by name. If it is a mapping, it also says which layers share a
+    form stacks with others of the same kernel shape. With a kernel of one point they are linear
+    layers.
+
+    ``targets`` restricts the layers by name. If it is a mapping, it also says which layers share a
     stack, and in which order.
 
     Args:
