@@ -1,5 +1,7 @@
 """Convolutions in a batch of many adapters: every row as if its adapter were the only one."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -7,7 +9,6 @@ from torch.utils.checkpoint import checkpoint
 
 import tcur_kernels as tcur
 from plain import Plain
-from tcur_kernels.layers.rows import Rows, using_rows
 from tolerance import assert_composition_close, assert_equal_in_float64, same_mathematics
 
 ADAPTERS = 3
@@ -123,15 +124,58 @@ def test_ids_of_rows_in_a_batch(rows):
                 model(x[0])
         with adapter.batch(stacked, ids[:1]):
             assert same_mathematics(model[0](x[0]), model[0](x[:1])[0])
-    stack = adapter.stacks["6x27"]
-    tokens = Rows(stacked["6x27"], torch.zeros(2, 3, dtype=torch.int64), None)
+    message = r"adapter_ids: expected one id for each row .* of tokens, \[2, 3\]"
     with (
-        using_rows(stack, tokens),
-        pytest.raises(
-            ValueError, match=r"adapter_ids: expected one id for each row where a convolution"
-        ),
+        adapter.batch(stacked, torch.zeros(2, 3, dtype=torch.int64), per="token"),
+        pytest.raises(ValueError, match=message),
     ):
         model(x[:2])
+
+
+def test_adapters_of_other_slices(rows, tmp_path):
+    """Groups with C and R of their own, a row without an adapter, and rows that repeat."""
+    model, adapter, cores, x = rows
+    plain = adapter.merge(inplace=False)  # the cores are still zero
+    other = tcur.adapt(copy.deepcopy(plain), "*", rank=3, selection="leverage")
+    for stack in other.stacks.values():
+        stack.core.data.normal_()
+    other.save(tmp_path / "other")
+    grouped = adapter.stack_groups([*cores, tmp_path / "other"])
+    assert len(grouped.groups) == 2
+    merged, exact = other.merge(inplace=False), Plain(other, torch.float64)
+    for ids, repeat in (([3, 1, -1, 3], None), ([3, 0], "each"), ([1, 3], "all"), ([3], None)):
+        times = len(x) // len(ids)
+        whole = ids * times if repeat == "all" else [one for one in ids for _ in range(times)]
+        with torch.no_grad(), adapter.batch(grouped, torch.tensor(ids), repeat=repeat):
+            y = model(x)
+        for row, one in enumerate(whole):
+            own = x[row : row + 1]
+            if one == 3:
+                with torch.no_grad():
+                    wanted = lambda own=own: merged(own), exact(own.double())
+            elif one == -1:
+                assert torch.equal(y[row : row + 1], plain(own))
+                continue
+            else:
+                wanted = alone(adapter, cores, [one], own)
+            assert_composition_close(y[row : row + 1], *wanted)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with (
+        adapter.batch(grouped, torch.tensor([3, 1, 0, 0])),
+        pytest.raises(RuntimeError, match="expected adapters of the same slices where a convolut"),
+    ):
+        compiled(x)
+
+
+def test_gradients_of_groups_reach_no_other(rows, tmp_path):
+    """A gradient of x is that of each row's own adapter."""
+    model, adapter, cores, x = rows
+    grouped, x = adapter.stack_groups(cores), x.requires_grad_()
+    with adapter.batch(grouped, torch.tensor([0, 1, 2, 0])):
+        loss(model(x)).backward()
+    with adapter.batch(adapter.stack_cores(cores), torch.tensor([0, 1, 2, 0])):
+        (wanted,) = torch.autograd.grad(loss(model(x)), x)
+    assert torch.equal(x.grad, wanted)
 
 
 def test_the_weight_of_a_batch_is_not_read(rows):

@@ -9,6 +9,7 @@ input channel.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,8 +18,10 @@ from torch.nn import functional as F
 
 from ..checkpoints import refuse_lost_gradients
 from ..operators.eager import is_traced
+from ..operators.factors import CURFactors
 from ..operators.functional import slice_update
 from .base import check_one_base
+from .groups import GroupedRows
 from .linear import Adapted, _AdaptedLinear
 from .reading import read_weight
 from .rows import Rows, rows_of
@@ -61,7 +64,7 @@ class _AdaptedConvolution(_AdaptedLinear):
             check_one_base(place.base)
         else:
             stack.base.knows(place)  # finds writes that torch's version counters miss
-        rows: Rows | None = rows_of(stack)
+        rows: Rows | GroupedRows | None = rows_of(stack)
         if rows is None:
             weight = read_weight(place.stored, [place])
             return self._convolved(input, weight, *args, **kwargs)
@@ -87,38 +90,65 @@ class _AdaptedConvolution(_AdaptedLinear):
         return convolve(input, weight, self.bias, *settings)
 
     def _by_rows(
-        self, rows: Rows, place: Place, input: Tensor, *args: Any, **kwargs: Any
+        self, batch: Rows | GroupedRows, place: Place, input: Tensor, *args: Any, **kwargs: Any
     ) -> Tensor:
         """Convolves each row with W_eff of the adapter that is named for it."""
-        stack, cores, traced = place.stack, rows.cores, is_traced()
-        if cores.requires_grad and not traced:
+        stack, traced = place.stack, is_traced()
+        rows = batch.rows if isinstance(batch, GroupedRows) else batch
+        is_trained = (batch if isinstance(batch, GroupedRows) else rows.cores).requires_grad
+        if is_trained and not traced:
             refuse_lost_gradients()
-            stack.check_checkpoints(cores)
+            stack.check_checkpoints(rows.number)
         place.ran = True
         ids = _ids_of(rows, input, len(self.kernel_size) + 2)
         if traced:
-            every = torch.stack([_w_eff(place, core) for core in cores.unbind()])
+            if batch is not rows:
+                raise RuntimeError(
+                    "batch: expected adapters of the same slices where a convolution is compiled, "
+                    "got groups of others"
+                )
+            every = torch.stack([_w_eff(place, core) for core in rows.cores.unbind()])
             return torch.func.vmap(
                 lambda row, weight: self._convolved(row, weight, *args, **kwargs)
             )(input, every[ids])
-        used = ids.unique().tolist() or [0]
-        if len(used) == 1:
-            return self._convolved(input, _w_eff(place, cores[used[0]]), *args, **kwargs)
-        own = [(ids == each).nonzero().flatten() for each in used]
-        parts = [
-            self._convolved(input[index], _w_eff(place, cores[each]), *args, **kwargs)
-            for each, index in zip(used, own, strict=True)
-        ]
-        return torch.cat(parts)[torch.cat(own).argsort()]
+        if isinstance(batch, GroupedRows):
+            batch.follow(stack.base)
+            shares = _shares_of_groups(batch, place, input, len(self.kernel_size) + 2)
+        else:
+            shares = [
+                ((ids == each).nonzero().flatten(), _w_eff(place, rows.cores[each]))
+                for each in ids.unique().tolist() or [0]
+            ]
+        if len(shares) == 1:
+            return self._convolved(input, shares[0][1], *args, **kwargs)
+        parts = [self._convolved(input[own], weight, *args, **kwargs) for own, weight in shares]
+        return torch.cat(parts)[torch.cat([own for own, _ in shares]).argsort()]
+
+
+def _shares_of_groups(
+    batch: GroupedRows, place: Place, input: Tensor, axes: int
+) -> list[tuple[Tensor, Tensor]]:
+    """For each adapter in the batch the numbers of its rows, int64, and its W_eff."""
+    ids = batch.rows.adapter_ids
+    numbers = replace(batch.rows, adapter_ids=torch.arange(len(ids), device=ids.device))
+    units = _ids_of(numbers, input, axes)  # of each row of the input, its row among the ids
+    return [
+        (
+            torch.isin(units, group.index[group.ids == each]).nonzero().flatten(),
+            _w_eff(place, group.cores[each], group.factors, group.scale),
+        )
+        for group in batch.groups
+        for each in group.ids.unique().tolist()
+    ]
 
 
 def _ids_of(rows: Rows, input: Tensor, axes: int) -> Tensor:
     """The id of the adapter of each row, int64 ``[rows]``."""
     given = rows.adapter_ids
-    if given.ndim != 1:
+    if rows.per == "token":
         raise ValueError(
             "adapter_ids: expected one id for each row where a convolution is adapted, since its "
-            f"outputs mix the positions of a row, got ids of shape {list(given.shape)}"
+            f"outputs mix the positions of a row, got ids of tokens, {list(given.shape)}"
         )
     if input.ndim != axes:
         if given.shape[0] == 1 and input.ndim == axes - 1:
@@ -131,14 +161,20 @@ def _ids_of(rows: Rows, input: Tensor, axes: int) -> Tensor:
     return ids.repeat_interleave(input.shape[0] // ids.shape[0]) if ids.shape[0] else ids
 
 
-def _w_eff(place: Place, core: Tensor) -> Tensor:
-    """W_eff of one core ``[n3, r, r]`` in the layout of the weight; differentiable."""
-    stack = place.stack
-    factors, weight = stack.factors, place.weight
+def _w_eff(
+    place: Place, core: Tensor, factors: CURFactors | None = None, scale: float | None = None
+) -> Tensor:
+    """W_eff of one core ``[n3, r, r]`` in the layout of the weight; differentiable.
+
+    C, R and the scale are by default those of the stack.
+    """
+    stack, weight = place.stack, place.weight
+    factors = stack.factors if factors is None else factors
+    scale = stack.scale if scale is None else scale
     core = core.to(factors.dtype)
     if weight.is_meta:  # C and R may be on another device
         factors, core = factors.to("meta"), core.to("meta")
-    update = slice_update(factors, core, place.slice_index, place.slices, stack.scale)
+    update = slice_update(factors, core, place.slice_index, place.slices, scale)
     return place.in_layout((weight.to(update.dtype) + update).to(weight.dtype))
 
 
