@@ -28,7 +28,7 @@ def test_with_the_oldest_supported_peft():
     assert found.stdout.strip() == pinned, found.stderr
     files = [
         str(TESTS / f"test_peft{part}.py")
-        for part in ("", "_models", "_errors", "_config", "_layer", "_rows")
+        for part in ("", "_models", "_errors", "_config", "_layer", "_rows", "_patterns")
     ]
     result = run("-m", "pytest", "-q", "-p", "no:cacheprovider", *files)
     assert result.returncode == 0, result.stdout[-5000:]

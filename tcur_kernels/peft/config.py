@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import functools
 from collections.abc import Iterable
 from dataclasses import InitVar, dataclass, field
 from typing import Any
@@ -14,6 +14,8 @@ from ..adapters.plan import STACKS_BY, StacksBy
 from ..operators.basis import DEFAULT_BASIS, Basis, check_basis
 from ..operators.cost import MODES, Mode
 from ..operators.factors import PRECISIONS, Precision
+from .patterns import PATTERNS, check_alpha, check_rank, checked_pattern
+from .words import refuse_other_words
 
 #: The name of the method among peft's types.
 NAME = "TCUR"
@@ -75,13 +77,18 @@ class TCURConfig(PeftConfig):  # type: ignore[misc]
         rank: tubal rank r, by default 8. The update of one layer has rank up to n3 * r, where n3
             is the number of slices in its stack.
         r: another name for ``rank``, as in LoRA.
+        rank_pattern: ranks of layers that shall not have ``rank``, as ``{name: rank}``. A name is
+            the end of a layer's name, or a regular expression for it, as for LoRA; of several that
+            match, the first one counts. Layers of one shape and different ranks form stacks apart.
         target_modules: names of the layers to adapt, matched as for LoRA (a list: whole names or
             their ends; a string: a regular expression), or "all-linear". None is "all-linear".
         exclude_modules, modules_to_save, layers_to_transform, layers_pattern: as for LoRA.
             ``layers_to_transform`` may also be used if ``target_modules`` is None.
         init_weights: if True, the adapter changes nothing at first. If False, the cores are drawn
             so that updates have about half the norm of the weights, which is useful for tests.
-        alpha: scale of the update, on top of that of the basis.
+        alpha: scale of the update, on top of that of the basis. Unlike LoRA's, it is not divided
+            by the rank.
+        alpha_pattern: alphas of layers that shall not have ``alpha``, like ``rank_pattern``.
         basis: "orthonormal" (default) or "slices", see `tcur_kernels.adapt`.
         selection: rule that chooses C and R, see `tcur_kernels.tensor_cur`.
         stacks: "shape": one stack for all targeted layers of one shape. "layer": one stack per
@@ -111,6 +118,8 @@ class TCURConfig(PeftConfig):  # type: ignore[misc]
     basis: Basis = None  # type: ignore[assignment]
     check_base: bool = True
     init_weights: bool = True
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
     plan: list[dict[str, Any]] | None = field(default=None, repr=False)
     format_version: int = FORMAT_VERSION
     r: InitVar[int | None] = None
@@ -133,14 +142,10 @@ class TCURConfig(PeftConfig):  # type: ignore[misc]
                 f"format_version: expected {FORMAT_VERSION}, got {self.format_version!r}; the "
                 "adapter was saved by another version of tcur_kernels"
             )
-        if isinstance(self.rank, bool) or not isinstance(self.rank, int):
-            raise TypeError(f"rank: expected an int, got {type(self.rank).__name__}")
-        if self.rank < 1:
-            raise ValueError(f"rank: expected at least 1, got {self.rank}")
-        if isinstance(self.alpha, bool) or not isinstance(self.alpha, int | float):
-            raise TypeError(f"alpha: expected a number, got {type(self.alpha).__name__}")
-        if not math.isfinite(self.alpha):
-            raise ValueError(f"alpha: expected a finite number, got {self.alpha}")
+        check_rank("rank", self.rank)
+        check_alpha("alpha", self.alpha)
+        for pattern in PATTERNS:
+            setattr(self, pattern, checked_pattern(self, pattern))
         for name, allowed in (
             ("stacks", STACKS_BY),
             ("mode", MODES),
@@ -177,3 +182,15 @@ def _set_rank(config: TCURConfig, rank: int) -> None:
 
 # Set from outside, because in the class body ``r`` is the default of the argument.
 TCURConfig.r = property(_rank, _set_rank, doc="The rank.")
+
+
+_take_fields = TCURConfig.__init__
+
+
+@functools.wraps(_take_fields)
+def _init(config: TCURConfig, *args: Any, **kwargs: Any) -> None:
+    refuse_other_words(kwargs)
+    _take_fields(config, *args, **kwargs)
+
+
+TCURConfig.__init__ = _init  # type: ignore[method-assign, assignment]

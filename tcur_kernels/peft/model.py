@@ -85,7 +85,6 @@ class TCURModel(BaseTuner):  # type: ignore[misc]
 
     prefix = "tcur_"
     tuner_layer_cls = TCURLinear
-    uses_shared_state = True
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}
 
     plans: dict[str, Plan]
@@ -94,9 +93,14 @@ class TCURModel(BaseTuner):  # type: ignore[misc]
     def __init__(self, model: nn.Module, peft_config: Any, *args: Any, **kwargs: Any) -> None:
         if isinstance(peft_config, PeftConfig):
             # `inject_adapter_in_model` passes a single config; it discards the tuner and the cores.
+            # Before that, add_adapter of transformers says that the model has an adapter.
+            if getattr(model, "_hf_peft_config_loaded", False) and "peft_config" not in vars(model):
+                model._hf_peft_config_loaded = False  # type: ignore[assignment]
             raise ValueError(
-                "TCUR keeps shared cores on the tuner, which direct injection (and "
-                "model.add_adapter of transformers) discards; use peft.get_peft_model"
+                "TCUR keeps shared cores on the tuner, which direct injection discards "
+                "(inject_adapter_in_model, and add_adapter, load_adapter and from_pretrained of "
+                "transformers); use peft.get_peft_model(model, config), and for a saved adapter "
+                "peft.PeftModel.from_pretrained(model, folder)"
             )
         if isinstance(model, PeftModel) or any(isinstance(m, TCURLinear) for m in model.modules()):
             raise ValueError(

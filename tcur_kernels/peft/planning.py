@@ -15,12 +15,13 @@ from torch.nn.utils import parametrize
 from ..adapters.build import build_stack, check_layers
 from ..adapters.fingerprint import Fingerprint
 from ..adapters.linear_maps import Weight, reasons_to_leave_out, why_computed
-from ..adapters.plan import LeftOut, Plan, groups_of, plan_groups
+from ..adapters.plan import LeftOut, Plan, StackPlan, groups_of, plan_groups
 from ..adapters.record import StackRecord
 from ..layers.weights import is_attention
 from ..operators.functional import slice_update
 from .config import Recorded, TCURConfig
 from .hosted import AdapterStack, has_other_forward, is_supported, place_of
+from .patterns import PATTERNS, alpha_of, check_matches, rank_of
 
 #: Name in the model -> base layer.
 Layers = Mapping[str, nn.Module]
@@ -44,7 +45,9 @@ def plan_and_build(
         records = read_records(model, layers, config)
         plan = Plan(tuple(record.plan for record in records))
         return plan, build_stacks(plan, layers, config, records)
-    made_by = (config.rank, config.selection, config.basis)
+    check_matches(config, layers)
+    patterns = [tuple(getattr(config, name).items()) for name in PATTERNS]
+    made_by = (config.rank, config.selection, config.basis, *patterns)
     plan = make_plan(model, layers, config, strict)
     if config.plan is not None and config.plan.made_by == made_by:  # type: ignore[attr-defined]
         try:
@@ -54,7 +57,7 @@ def plan_and_build(
         except ValueError:
             pass  # made for another model
     stacks = build_stacks(plan, layers, config, None)
-    config.plan = Recorded(records_of(plan, stacks), made_by)
+    config.plan = Recorded(records_of(plan, stacks, config), made_by)
     return plan, stacks
 
 
@@ -79,16 +82,29 @@ def make_plan(model: nn.Module, layers: Layers, config: TCURConfig, strict: bool
         reasons |= others
     left_out = [LeftOut(name, reason) for name, reason in reasons.items()]
     weights = {n: place_of(layer).weight for n, layer in layers.items() if n not in reasons}
-    stacks, others_left = plan_groups(
-        groups_of(weights, config.stacks),
-        weights,
-        lambda stack: config.rank,
-        argument="target_modules",
-        stacks=config.stacks,
-        insists=strict,
-        is_loaded=not any(weight.is_meta for weight in weights.values()),
-    )
-    left_out += others_left
+    together = {
+        member.module
+        for _, _, members in groups_of(weights, config.stacks)
+        for member in members
+        if members[1:]
+    }
+    stacks: list[StackPlan] = []
+    kinds = {name: f"{rank_of(config, name)} {alpha_of(config, name)}" for name in weights}
+    for group in groups_of(weights, config.stacks, kinds):
+        first = group[2][0].module
+        rank = rank_of(config, first)
+        planned, others_left = plan_groups(
+            [group],
+            weights,
+            {group[0]: rank}.__getitem__,
+            argument="target_modules",
+            # The only layer of a shape is left out, but not one that only a pattern sets apart.
+            stacks="layer" if first in together else config.stacks,
+            insists=strict,
+            is_loaded=not any(weight.is_meta for weight in weights.values()),
+        )
+        stacks += planned
+        left_out += others_left
     if not stacks:
         why = "; ".join(f"{item.module}: {item.reason}" for item in left_out[:5])
         raise ValueError(f"target_modules: expected a layer that can be adapted, got none ({why})")
@@ -107,9 +123,10 @@ def read_records(model: nn.Module, layers: Layers, config: TCURConfig) -> tuple[
     """
     assert config.plan is not None
     try:
-        records = tuple(StackRecord.of_json(entry, config.rank) for entry in config.plan)
+        records = tuple(StackRecord.of_json(entry, len(entry["rows"])) for entry in config.plan)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"plan: expected that of a saved adapter, got {error!r}") from error
+    _check_unchanged(config, records)
     names = [member.module for record in records for member in record.plan.members]
     if config.check_base and not any(name in layers for name in names):
         records = _renamed(model, layers, config, records)
@@ -121,6 +138,24 @@ def read_records(model: nn.Module, layers: Layers, config: TCURConfig) -> tuple[
     for record in records:
         check_layers(record.plan, found, kind_of)
     return records
+
+
+def _check_unchanged(config: TCURConfig, records: Sequence[StackRecord]) -> None:
+    """Refuses a config without the ranks and alphas that its plan has."""
+    for record, entry in zip(records, config.plan or (), strict=True):
+        plan = record.plan
+        ranks = [config.rank, *config.rank_pattern.values()]
+        if plan.rank not in ranks:
+            raise ValueError(
+                f"rank: expected {plan.rank}, the rank of stack {plan.name} in the plan, got "
+                f"{', '.join(map(str, ranks))}"
+            )
+        alphas = list(config.alpha_pattern.values())
+        if "alpha" in entry and entry["alpha"] not in alphas:
+            raise ValueError(
+                f"alpha_pattern: expected {entry['alpha']}, the alpha of stack {plan.name} in the "
+                f"plan, among its values, got {', '.join(map(str, alphas)) or 'none'}"
+            )
 
 
 def _renamed(
@@ -156,12 +191,16 @@ def build_stacks(
     stacks = {}
     for index, entry in enumerate(plan.stacks):
         record = None if records is None else records[index]
+        alpha = alpha_of(config, entry.members[0].module)
+        if record is not None:
+            assert config.plan is not None
+            alpha = config.plan[index].get("alpha", config.alpha)
         stack = build_stack(
             AdapterStack,
             entry,
             found,
-            rank=config.rank,
-            alpha=config.alpha,
+            rank=entry.rank,
+            alpha=alpha,
             selection=config.selection if record is None else record.selection,
             mode=config.mode,
             precision=config.precision,
@@ -194,9 +233,21 @@ def _draw(stack: AdapterStack) -> None:
         stack.core.mul_(0.5 * norms[0] / norms[1])
 
 
-def records_of(plan: Plan, stacks: Mapping[str, AdapterStack]) -> list[dict[str, Any]]:
-    """What a saved adapter needs to rebuild its stacks, as values that JSON can hold."""
-    return [StackRecord.of(entry, stacks[entry.name]).as_json() for entry in plan.stacks]
+def records_of(
+    plan: Plan, stacks: Mapping[str, AdapterStack], config: TCURConfig
+) -> list[dict[str, Any]]:
+    """What a saved adapter needs to rebuild its stacks, as values that JSON can hold.
+
+    The rank of a stack is the number of its rows. Its alpha stands there if it is not
+    ``config.alpha``. The patterns would not do: a file sorts their keys, so that another one could
+    be the first that matches.
+    """
+    records = []
+    for entry in plan.stacks:
+        record = StackRecord.of(entry, stacks[entry.name]).as_json()
+        alpha = alpha_of(config, entry.members[0].module)
+        records.append(record if alpha == config.alpha else {**record, "alpha": alpha})
+    return records
 
 
 def _reasons_to_leave_out(
@@ -255,10 +306,8 @@ class Record:
         if any(a is not b for a, b in zip(now, self._factors, strict=True)):
             self._factors = now
             entries = [
-                replace(
-                    StackRecord.of_json(entry, stack.rank), base=Fingerprint.of(stack.factors)
-                ).as_json()
-                for entry, stack in zip(self._plan, self._stacks, strict=True)
+                {**entry, "dtype": base.dtype, "sha256": base.sha256}
+                for entry, base in zip(self._plan, map(Fingerprint.of, now), strict=True)
             ]
             made_by = getattr(self._plan, "made_by", None)
             self._plan = entries if made_by is None else Recorded(entries, made_by)

@@ -189,10 +189,14 @@ def _name_rows(
 
 
 def _share_factors(tuner: Tuner, adapters: Sequence[str]) -> bool:
+    """Whether these adapters have the same C and R, with the same scale, in all their stacks."""
     first, *others = (tuner.peft_config[name] for name in adapters)
     plans = [tuner.peft_config.record_of(name) for name in adapters]
-    return all(plan == plans[0] for plan in plans) and all(
-        (other.rank, other.alpha, other.precision, other.basis)
-        == (first.rank, first.alpha, first.precision, first.basis)
-        for other in others
+    scales = [[stack.scale for stack in tuner.owner.stacks[name]] for name in adapters]
+    return (
+        all(plan == plans[0] for plan in plans)
+        and all(scale == scales[0] for scale in scales)
+        and all(
+            (other.precision, other.basis) == (first.precision, first.basis) for other in others
+        )
     )
