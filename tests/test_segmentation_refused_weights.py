@@ -257,7 +257,14 @@ def test_a_file_that_may_not_be_read(job, tmp_path, weights, monkeypatch):
 
 def swin(weights):
     state = SwinUNETR(1, 2, feature_size=12, depths=(1, 1, 1, 1)).state_dict()
-    return state, "which holds a SwinUNETR, and this job is for UNETR"
+    takes = "examples/swin_unetr_segmentation.py takes it"
+    return state, f"which holds a SwinUNETR, and this job is for UNETR; {takes}"
+
+
+def swin_pretrained(weights):
+    state = SwinUNETR(1, 2, feature_size=12, depths=(1, 1, 1, 1)).swinViT.state_dict()
+    state = {f"module.{name}": tensor for name, tensor in state.items()}
+    return {"state_dict": state}, "the transformer of a SwinUNETR, and this job is for UNETR"
 
 
 def vit_alone(weights):
@@ -294,7 +301,8 @@ def one_tensor(weights):
 
 
 @pytest.mark.parametrize(
-    "make", [swin, vit_alone, adapter, peft_adapter, nnunet, others, nothing, one_tensor]
+    "make",
+    [swin, swin_pretrained, vit_alone, adapter, peft_adapter, nnunet, others, nothing, one_tensor],
 )
 def test_other_networks(job, tmp_path, weights, make):
     content, came = make(weights)

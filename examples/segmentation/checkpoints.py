@@ -1,4 +1,4 @@
-"""Reads the weights of a UNETR from whatever file they are in.
+"""Reads the weights of a UNETR, or of a SwinUNETR, from whatever file they are in.
 
 Weights may lie in a dictionary of a training loop, beside optimizer and epoch, under names with a
 prefix, or in a MONAI bundle.
@@ -27,21 +27,59 @@ from segmentation.weight_files import load
 LANDMARK = "vit.patch_embedding.position_embeddings"
 #: Parts of names that wrappers insert: torch.compile, FSDP, and checkpointing of activations.
 _WRAPPER = r"(?:(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)"
-#: The landmark, wrappers inside, and the prefix as a group.
-_LANDMARK = re.compile(rf"(|.*\.)vit\.{_WRAPPER}*patch_embedding\.{_WRAPPER}*position_embeddings")
 #: Arguments of a UNETR that shapes may not tell.
 TOLD = ("img_size", "num_heads", "norm_name")
 
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of network that is looked for in files.
+
+    Attributes:
+        name: MONAI's name for its class.
+        landmark: matches the name of an entry that each such network has; what stands before the
+            network's own names is a group.
+        foreign: parts of names in files without one -> what the file holds, and what to do.
+    """
+
+    name: str
+    landmark: re.Pattern[str]
+    foreign: Mapping[str, str]
+
+
+def _with_wrappers(pattern: str) -> re.Pattern[str]:
+    """A pattern of names into which wrappers may have inserted parts of theirs after any dot."""
+    return re.compile(pattern.replace(r"\.", rf"\.{_WRAPPER}*"))
+
+
 _DEEPEST = 3  # levels of dictionaries that are searched for weights
-#: For each kind of foreign names: what the file holds, and what to do.
-_FOREIGN = {
-    ".swinViT.": "a SwinUNETR, and this job is for UNETR",
+_ADAPTERS = {
     ".core.": "an adapter of tcur_kernels; give the weights that it was trained on",
     ".lora_": "an adapter of peft; save merge_and_unload().state_dict() of the adapted model",
     "flat_param": "parameters that FSDP flattened; save the full state dict",
-    ".blocks.0.attn.qkv.weight": "a ViT without the rest of a UNETR",
-    ".encoder.stages.": "a network of nnU-Net, and this job is for MONAI's UNETR",
 }
+_SWIN = "and this job is for UNETR; examples/swin_unetr_segmentation.py takes it"
+UNETR = Kind(
+    "UNETR",
+    _with_wrappers(r"(|.*[.])vit\.patch_embedding\.position_embeddings"),
+    {
+        ".swinViT.": f"a SwinUNETR, {_SWIN}",
+        ".layers1.0.blocks.": f"the transformer of a SwinUNETR, {_SWIN}",
+        **_ADAPTERS,
+        ".blocks.0.attn.qkv.weight": "a ViT without the rest of a UNETR",
+        ".encoder.stages.": "a network of nnU-Net, and this job is for MONAI's UNETR",
+    },
+)
+#: Of the whole network, or of its transformer alone, which self-supervision gives.
+SWIN_UNETR = Kind(
+    "SwinUNETR",
+    _with_wrappers(r"(|.*?[.])(?:(?:swinViT|swin_vit)\.)?patch_embed\.proj\.weight"),
+    {
+        ".vit.patch_embedding.": "a UNETR; examples/unetr_segmentation.py takes it",
+        **_ADAPTERS,
+        ".encoder.stages.": "a network of nnU-Net, and this job is for MONAI's SwinUNETR",
+    },
+)
 
 
 @dataclass(frozen=True)
@@ -61,20 +99,22 @@ class Checkpoint:
     notes: tuple[str, ...]
 
 
-def read_checkpoint(path: Path, entry: str | None = None) -> Checkpoint:
+def read_checkpoint(path: Path, entry: str | None = None, kind: Kind = UNETR) -> Checkpoint:
     """Reads a file, or the weights of a MONAI bundle if ``path`` is its folder.
 
     Args:
         path: the file or folder.
         entry: which weights to take if a file holds several networks, as the refusal lists them.
+        kind: of network.
     """
-    file, told = _find_file(path)
+    file, told = _find_file(path, kind)
     content = load(file)
     told = {**_hyper_parameters(content), **told}
-    found = {_label(keys, prefix): (node, prefix) for keys, node, prefix in _networks(content)}
+    networks = _networks(kind, content)
+    found = {_label(keys, prefix): (node, prefix) for keys, node, prefix in networks}
     if not found:
-        came = f"{file}, which holds {_describe(content)}"
-        fail("--pretrained", "weights of MONAI's UNETR", came)
+        came = f"{file}, which holds {_describe(kind, content)}"
+        fail("--pretrained", f"weights of MONAI's {kind.name}", came)
     if entry is None and len(found) > 1:
         one = "--entry NAME takes one of them"
         fail("--pretrained", f"one network ({one})", f"{file} with {', '.join(found)}")
@@ -96,7 +136,7 @@ def read_checkpoint(path: Path, entry: str | None = None) -> Checkpoint:
     return Checkpoint(file, state, {k: told[k] for k in TOLD if k in told}, tuple(notes))
 
 
-def _find_file(path: Path) -> tuple[Path, dict[str, Any]]:
+def _find_file(path: Path, kind: Kind) -> tuple[Path, dict[str, Any]]:
     """The file with the weights, and what a bundle around it says about the network."""
     wanted = "a file, or the folder of a MONAI bundle with models/model.pt"
     try:
@@ -106,17 +146,17 @@ def _find_file(path: Path) -> tuple[Path, dict[str, Any]]:
     if path.is_dir():
         for name in ("models/model.pt", "models/model.safetensors"):
             if (path / name).is_file():
-                return path / name, _bundle_network(path)
+                return path / name, _bundle_network(path, kind)
         fail("--pretrained", wanted, f"the folder {path} without one")
     if not path.is_file():
         fail("--pretrained", wanted, f"{path}, which is no ordinary file")
     if path.resolve().parent.name == "models":
-        return path, _bundle_network(path.resolve().parent.parent)
+        return path, _bundle_network(path.resolve().parent.parent, kind)
     return path, {}
 
 
-def _bundle_network(bundle: Path) -> dict[str, Any]:
-    """The arguments of the UNETR in the configs of a bundle.
+def _bundle_network(bundle: Path, kind: Kind) -> dict[str, Any]:
+    """The arguments of the network in the configs of a bundle.
 
     Of references, those to a plain value in the same file are followed.
     """
@@ -130,7 +170,7 @@ def _bundle_network(bundle: Path) -> dict[str, Any]:
             continue  # what it says is only of help
         values = config.values() if isinstance(config, dict) else []
         for network in (value for value in values if isinstance(value, dict)):
-            if str(network.get("_target_")).split(".")[-1] == "UNETR":
+            if str(network.get("_target_")).split(".")[-1] == kind.name:
                 told = {
                     name: config.get(value[1:]) if str(value).startswith("@") else value
                     for name, value in network.items()
@@ -140,18 +180,18 @@ def _bundle_network(bundle: Path) -> dict[str, Any]:
 
 
 def _networks(
-    content: Any, keys: tuple[str, ...] = ()
+    kind: Kind, content: Any, keys: tuple[str, ...] = ()
 ) -> Iterator[tuple[tuple[str, ...], Mapping[Any, Any], str]]:
-    """Every UNETR in nested dictionaries: keys of its dictionary, that itself, and its prefix."""
+    """Every such network in nested dictionaries: keys of its dictionary, that, and its prefix."""
     if not isinstance(content, Mapping):
         return
     for name, value in content.items():
-        landmark = _LANDMARK.fullmatch(str(name))
+        landmark = kind.landmark.fullmatch(str(name))
         if landmark and isinstance(value, Tensor):
             yield keys, content, landmark.group(1)
     if len(keys) < _DEEPEST:
         for name, value in content.items():
-            yield from _networks(value, (*keys, str(name)))
+            yield from _networks(kind, value, (*keys, str(name)))
 
 
 def _label(keys: tuple[str, ...], prefix: str) -> str:
@@ -186,12 +226,12 @@ def _as_fp32(file: Path, state: dict[str, Tensor], notes: list[str]) -> dict[str
     return state
 
 
-def _describe(content: Any) -> str:
-    """What a file without a UNETR holds, in words."""
+def _describe(kind: Kind, content: Any) -> str:
+    """What a file without such a network holds, in words."""
     if not isinstance(content, Mapping):
         return f"a {type(content).__name__}"
     names = list(_names_of(content))
-    for part, meaning in _FOREIGN.items():
+    for part, meaning in kind.foreign.items():
         if any(part in f".{name}" for name in names):
             return meaning
     return folded(names) if names else "nothing"

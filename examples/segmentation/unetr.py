@@ -146,7 +146,7 @@ def read_architecture(
         seen["out_channels"] = flags["out_channels"]
     seen["img_size"] = _window(checkpoint, flags.get("img_size"), notes)
     seen["num_heads"] = _heads(checkpoint, flags.get("num_heads"), notes)
-    seen["norm_name"] = _norm(checkpoint, flags.get("norm_name"), notes)
+    seen["norm_name"] = read_norm(checkpoint, flags.get("norm_name"), notes)
     return Architecture(**seen), notes
 
 
@@ -283,8 +283,8 @@ def _heads(checkpoint: Checkpoint, given: int | None, notes: list[str]) -> int:
     return 12
 
 
-def _norm(checkpoint: Checkpoint, given: str | None, notes: list[str]) -> str:
-    """The kind of normalisation of the convolutional part."""
+def read_norm(checkpoint: Checkpoint, given: str | None, notes: list[str]) -> str:
+    """The kind of normalisation of the convolutional part, by MONAI's names for its entries."""
     stem, state = "encoder1.layer.norm1.", checkpoint.state
     if f"{stem}weight" not in state:
         possible = ["instance"]
