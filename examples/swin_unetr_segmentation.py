@@ -38,6 +38,7 @@ from segmentation.checkpoints import SWIN_UNETR, Checkpoint, read_checkpoint
 from segmentation.datalist import read_datalist
 from segmentation.evaluation import evaluate, mean, predict
 from segmentation.files import fail, plain_ends, write_json
+from segmentation.names import folded
 from segmentation.options import add_device, check_device
 from segmentation.preparation import Entry, Recipe, augmentation, load_volumes
 from segmentation.swin import (
@@ -60,6 +61,8 @@ CONVOLUTIONS = {
     "cores": "give them cores, like the linear layers",
     "freeze": "leave them as they are",
 }
+#: What gets cores with ``--convolutions cores``.
+LAYERS = (nn.Linear, nn.Conv3d, nn.ConvTranspose3d)
 #: The key of an adapter's metadata that says how to build the network and prepare volumes for it.
 KEY = "swin_unetr"
 Sections = Mapping[str, Sequence[Entry]]
@@ -279,19 +282,28 @@ def adapt(args: argparse.Namespace, model: nn.Module, fresh: Sequence[str]) -> t
     """
     direct = ["out.*", *fresh]
     if args.convolutions == "train":
-        direct += ["encoder*", "decoder*"]
+        convolutions = (name for name, m in model.named_modules() if isinstance(m, LAYERS[1:]))
+        direct += ["encoder*", "decoder*", *convolutions]  # the norms between them, too
     targets: Callable[[str, nn.Module], bool] | None = None
     if args.convolutions == "cores":
-        targets = is_linear_or_convolution
+        layers = {name: m for name, m in model.named_modules() if isinstance(m, LAYERS)}
+        del layers["out.conv.conv"]  # is trained directly
+        small = [name for name, layer in layers.items() if most_rank(layer) < args.rank]
+        if small:
+            print(f"too small for cores of rank {args.rank}, so left without: {folded(small)}")
+
+        def targets(name: str, module: nn.Module) -> bool:
+            return isinstance(module, LAYERS) and name not in small
+
     try:
         return tcur.adapt(model, targets=targets, rank=args.rank, train_also=direct)
     except (ValueError, TypeError) as error:
-        raise SystemExit(f"--{error}") from error
+        fail("--rank", "one that layers can hold", f"{args.rank} ({error})")
 
 
-def is_linear_or_convolution(name: str, module: nn.Module) -> bool:
-    """Chooses targets by their type; convolutions are adapted only if they are asked for."""
-    return isinstance(module, nn.Linear | nn.Conv3d | nn.ConvTranspose3d)
+def most_rank(layer: nn.Module) -> int:
+    """The largest rank for a layer; the kernel of a convolution is a matrix of as many rows."""
+    return min(layer.weight.flatten(1).shape)
 
 
 def count_trained(model: nn.Module) -> dict[str, int]:

@@ -11,6 +11,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from monai.networks.nets import SwinUNETR
 
 import tcur_kernels as tcur
 from segmentation_files import phantom, tiny_unetr, write, write_pair
@@ -22,7 +23,11 @@ COMMANDS = [
     for line in block.replace("\\\n", " ").splitlines()
 ]
 #: Options that the commands get beside their own, to be fast and for the tiny UNETR.
-MORE = {"unetr_segmentation.py": ["--num-heads", "4"], "--steps": ["--steps", "3"]}
+MORE = {
+    "unetr_segmentation.py": ["--num-heads", "4"],
+    "--steps": ["--steps", "3"],
+    "swin_unetr_segmentation.py": ["--img-size", "64", "32", "32"],
+}
 
 
 @pytest.fixture
@@ -30,9 +35,11 @@ def scripts(job):
     """The scripts by their names."""
     import export
     import predict
+    import swin_unetr_segmentation
     import unetr_segmentation
 
-    return {f"{one.__name__}.py": one.main for one in (unetr_segmentation, predict, export)}
+    all_of_them = (unetr_segmentation, predict, export, swin_unetr_segmentation)
+    return {f"{one.__name__}.py": one.main for one in all_of_them}
 
 
 def lay_out_scans(folder):
@@ -49,6 +56,9 @@ def lay_out_scans(folder):
                 target.parent.mkdir(exist_ok=True)
                 Path(pair[key]).rename(target)
     torch.save({"state_dict": tiny_unetr().state_dict()}, folder / "unetr.pt")
+    swin = SwinUNETR(1, 2, feature_size=12, depths=(1,) * 4).swinViT.state_dict()
+    state = {f"module.{name.replace('linear', 'fc')}": tensor for name, tensor in swin.items()}
+    torch.save({"state_dict": state}, folder / "model_swinvit.pt")
     for number in range(2):
         write(folder / "scans" / "new" / f"{number}.nii.gz", phantom((30, 20, 25), number)[0])
 
@@ -72,6 +82,9 @@ def test_the_walk(scripts, tmp_path, monkeypatch, capfd):
     trained = said["unetr_segmentation.py", False]
     for text in ("tCURLoRA", "decoder-only", "zero-shot", "share one core", "HD95: the 95th"):
         assert text in trained
+    swin = said["swin_unetr_segmentation.py", False]
+    for text in ("Dice on 2 volumes", "numbers in cores", "adapter loaded: logits differ by 0 at"):
+        assert text in swin
     for number in range(2):
         ours, others = (
             np.asanyarray(nib.load(tmp_path / "scans" / folder / f"{number}.nii.gz").dataobj)

@@ -202,7 +202,8 @@ def script(job):
 
 
 @pytest.mark.parametrize("convolutions", ["train", "cores"])
-def test_the_example_on_tiny_volumes(script, tmp_path, original, capsys, convolutions):
+def test_the_example_on_tiny_volumes(job, script, tmp_path, capsys, convolutions):
+    original = SwinUNETR(**TINY, norm_name="batch")  # has statistics beside its parameters
     data = write_dataset(tmp_path, training=2, validation=1)
     torch.save({"state_dict": original.state_dict()}, tmp_path / "swin.pt")
     options = ("--data", data, "--pretrained", tmp_path / "swin.pt")
@@ -213,7 +214,8 @@ def test_the_example_on_tiny_volumes(script, tmp_path, original, capsys, convolu
     trained = results["trained"]
     assert results["round_trip"]["loaded"] == results["round_trip"]["unmerged"] == 0
     assert trained["all"] == sum(p.numel() for p in original.parameters())
-    outside = sum(p.numel() for n, p in original.named_parameters() if not n.startswith("swinViT"))
+    inside = ("swinViT.layers", "swinViT.norm")
+    outside = sum(p.numel() for n, p in original.named_parameters() if not n.startswith(inside))
     head = sum(p.numel() for p in original.out.parameters())
     assert trained["direct"] == (outside if convolutions == "train" else head)
 
@@ -221,10 +223,14 @@ def test_the_example_on_tiny_volumes(script, tmp_path, original, capsys, convolu
     file = tmp_path / "run" / "tcurlora.safetensors"
     facts = tcur.read_metadata(file)["swin_unetr"]
     assert facts == results["swin_unetr"]
+    with pytest.raises(SystemExit, match=r"--adapter: expected a file that .*, without a recipe"):
+        job.methods.read_recipe(file)
     model = script.SwinArchitecture.of_json(facts["architecture"]).build()
     model.load_state_dict(original.state_dict())
     plan = tcur.load_adapter(model, file).plan
     adapted = [member.module for stack in plan.stacks for member in stack.members]
+    left = "too small for cores of rank 4, so left without: encoder1.layer.conv3.conv\n"
+    assert (left in said) == (convolutions == "cores")
     assert "swinViT.layers1.0.blocks.0.attn.qkv" in adapted
     assert ("decoder1.transp_conv.conv" in adapted) == (convolutions == "cores")
     assert ("swinViT.patch_embed.proj" in adapted) == (convolutions == "cores")
@@ -271,8 +277,11 @@ def test_settings_that_do_not_fit_the_files(script, tmp_path, original):
     options = ["--data", data, "--pretrained", tmp_path / "swin.pt"]
     with pytest.raises(SystemExit, match="--volumes: expected at most the 1 training volumes, got"):
         run(script.main, tmp_path, *options, "--volumes", 3)
-    with pytest.raises(SystemExit, match=r"^--rank: expected .*, got 200"):
-        run(script.main, tmp_path, *options, "--convolutions", "cores", "--rank", 200)
+    for convolutions in ("train", "cores"):
+        with pytest.raises(
+            SystemExit, match=r"^--rank: expected one that layers can hold, got 200"
+        ):
+            run(script.main, tmp_path, *options, "--convolutions", convolutions, "--rank", 200)
     assert not (tmp_path / "run" / "tcurlora.safetensors").exists()
 
 
