@@ -264,7 +264,9 @@ def swin(weights):
 def swin_pretrained(weights):
     state = SwinUNETR(1, 2, feature_size=12, depths=(1, 1, 1, 1)).swinViT.state_dict()
     state = {f"module.{name}": tensor for name, tensor in state.items()}
-    return {"state_dict": state}, "the transformer of a SwinUNETR, and this job is for UNETR"
+    takes = "examples/swin_unetr_segmentation.py takes it"
+    what = f"which holds the transformer of a SwinUNETR, and this job is for UNETR; {takes}"
+    return {"state_dict": state}, what
 
 
 def vit_alone(weights):

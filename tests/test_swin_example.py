@@ -240,17 +240,18 @@ def test_the_example_on_tiny_volumes(job, script, tmp_path, capsys, convolutions
         run(script.main, tmp_path, *options)
 
 
-def test_the_example_with_a_transformer_alone(script, tmp_path, original, capsys):
-    """The rest of the network has no value, so it is trained whatever --convolutions says."""
-    data = write_dataset(tmp_path, training=1, validation=1)
-    torch.save(as_pretraining(original), tmp_path / "model_swinvit.pt")
-    options = ("--data", data, "--pretrained", tmp_path / "model_swinvit.pt")
-    results = run(script.main, tmp_path, *options, "--convolutions", "freeze")
+def test_what_has_no_value_is_trained(job, script, tmp_path, original):
+    """Whatever --convolutions says; `test_segmentation_walk.py` runs the whole of it."""
     outside = sum(p.numel() for n, p in original.named_parameters() if not n.startswith("swinViT"))
-    assert results["trained"]["direct"] == outside
-    said = capsys.readouterr().out
-    assert "not taken from the file: " in said
-    assert "not in the file, so they begin anew: encoder1" in said
+    first = sum(p.numel() for p in original.swinViT.patch_embed.parameters())
+    for convolutions in script.CONVOLUTIONS:
+        model, _, _, fresh = read(job, tmp_path, as_pretraining(original), out_channels=2)
+        args = script.parse_args(["--device", "cpu", "--convolutions", convolutions])
+        adapter = script.adapt(args, model, fresh)
+        counts = script.count_trained(model)
+        assert counts["direct"] == outside + (first if convolutions == "train" else 0)
+        adapted = [member.module for stack in adapter.plan.stacks for member in stack.members]
+        assert ("swinViT.patch_embed.proj" in adapted) == (convolutions == "cores")
 
 
 @pytest.mark.parametrize(
