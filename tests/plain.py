@@ -137,7 +137,9 @@ def write_weight(parameters, name, weight):
     """Sets the weight [n_out, n_in] of the layer ``name``, wherever its model stores it."""
     owner, _, projection = name.rpartition(".")
     fused = f"{owner}.in_proj_weight"
-    if f"{name}.weight" in parameters:
+    if name in parameters:  # a matrix for each expert
+        parameters[name] = weight.reshape(parameters[name].shape)
+    elif f"{name}.weight" in parameters:
         stored = parameters[f"{name}.weight"]
         # The shape of a square Conv1D says nothing, so the tests' Conv1D are recognised by name.
         own = weight.T if ".c_" in name else weight

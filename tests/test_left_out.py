@@ -177,6 +177,10 @@ class Experts(nn.Module):
         self.packed = nn.Parameter(torch.ones(4, 4, dtype=torch.uint8), requires_grad=False)
 
 
+#: What the reason adds for parameters with three axes.
+EXPERTS = "; parameters [experts, n1, n2] are adapted if the targets name them"
+
+
 class Mixture(nn.Module):
     def __init__(self):
         super().__init__()
@@ -195,13 +199,15 @@ def test_matrices_that_are_bare_parameters_are_named():
         "position": "a bare parameter of Mixture, not a linear layer",
         "extra": "a bare parameter of Mixture, not a linear layer",
         "experts": "Experts holds up [3, 8, 4], down [3, 4, 8] as bare parameters, not as linear "
-        "layers",
+        f"layers{EXPERTS}",
         "many": "ParameterList holds 0 [2, 3], 1 [2, 3], 2 [2, 3] and 2 more as bare parameters, "
         "not as linear layers",
     }
     assert plan.describe().count("bare parameter") == 4
     trained = dict_of(make_plan(model, None, 2, ["experts.up", "extra"]))
-    assert trained["experts"].endswith("down [3, 4, 8] as a bare parameter, not as a linear layer")
+    assert trained["experts"].endswith(
+        f"down [3, 4, 8] as a bare parameter, not as a linear layer{EXPERTS}"
+    )
     assert trained["extra"] == "trained directly (train_also)"
     trained = dict_of(make_plan(model, None, 2, ["experts.up", "experts.down"]))
     assert trained["experts"] == "trained directly (train_also)"

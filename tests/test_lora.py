@@ -383,5 +383,30 @@ def test_the_command_refuses(directory, tmp_path, capsys):
     assert not out.exists()
 
 
+class Experts(nn.Module):
+    """A parameter with two matrices."""
+
+    def __init__(self):
+        super().__init__()
+        self.both = nn.Parameter(torch.randn(2, WIDTH, WIDTH))
+
+
+@pytest.mark.parametrize("kind", ["conv", "experts.both"])
+def test_convolutions_and_experts_are_refused(kind, tmp_path, capsys):
+    from test_cli import write_directory
+
+    parts = {"conv": nn.Conv1d(WIDTH, WIDTH, 3), "experts": Experts(), "fc": nn.Linear(5, WIDTH)}
+    model = nn.ModuleDict(parts)
+    write_directory(tmp_path / "model", model)
+    adapter = tcur.adapt(model, [kind, "fc"], rank=2, stacks="layer")
+    message = f"expected linear layers, got convolutions or experts, .* as LoRA: {kind}"
+    with pytest.raises(ValueError, match=message):
+        adapter.to_lora(tmp_path / "out")
+    adapter.save(tmp_path / "a")
+    _, _, err = run(capsys, "to-lora", tmp_path / "model", tmp_path / "a", tmp_path / "out")
+    assert f"which are not written as LoRA: {kind}" in err
+    assert not (tmp_path / "out").exists()
+
+
 def test_served_ranks_are_in_order():
     assert list(SERVED_RANKS) == sorted(SERVED_RANKS)

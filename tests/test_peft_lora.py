@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 import tcur_kernels as tcur
 from adapted import randomise
+from expert_models import Model
 from hf_models import HF_MODELS, PEFT_SAYS, output
 from plain import Plain, with_updates
 from tcur_kernels import cli
@@ -176,6 +177,10 @@ def test_what_it_refuses(tmp_path, model):
     saves = peft.get_peft_model(copy.deepcopy(base), config)
     with pytest.raises(ValueError, match=r"expected one of cores alone, .* got values of lm_head"):
         save_as_lora(saves, path)
+    config = TCURConfig(rank=1, target_parameters=["rows"])
+    experts = peft.get_peft_model(Model("linear"), config)
+    with pytest.raises(ValueError, match=r"got convolutions or experts, .* as LoRA: experts.rows"):
+        save_as_lora(experts, path)
     stack = model.base_model.owner.stacks["other"][0]
     stack._parameters["core"] = nn.Parameter(stack.core.detach().to("meta"))
     with pytest.raises(ValueError, match="got a sharded or offloaded one in stack 32x32"):

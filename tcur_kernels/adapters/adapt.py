@@ -67,11 +67,11 @@ def adapt(
     ``tcur.<stack>`` (``tcur_<stack>`` in a container).
 
     Args:
-        model: any module that holds ``nn.Linear``, GPT-2's ``Conv1D``, ``nn.MultiheadAttention`` or
-            convolutions.
-        targets: which layers to adapt. None: all but convolutions, grouped by shape. Or names or
-            patterns of layers; a function of name and module; or ``{stack name: [names or
-            patterns]}``. See `adapters.plan.make_plan`.
+        model: any module that holds ``nn.Linear``, GPT-2's ``Conv1D``, ``nn.MultiheadAttention``,
+            convolutions, or parameters ``[experts, n1, n2]``.
+        targets: which layers to adapt. None: all linear ones, grouped by shape. Or names or
+            patterns of layers, convolutions or parameters of experts; a function of name and
+            module; or ``{stack name: [names or patterns]}``. See `adapters.plan.make_plan`.
         rank: tubal rank r of C, U and R. Like ``alpha`` and ``selection``, either one value for all
             stacks or ``{stack name or pattern: value}``. A `Budget` shares out a number of trained
             numbers among the stacks; it needs ``gradients``.

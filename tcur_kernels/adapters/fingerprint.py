@@ -66,7 +66,9 @@ def digest(tensors: Iterable[Tensor]) -> str:
 def frozen_digest(model: nn.Module, plan: Plan, trained: Iterable[str]) -> str:
     """SHA-256 of every parameter that is neither trained nor in a stack, by name."""
     members = {m.module for stack in plan.stacks for m in stack.members}
-    weights = find_weights(model)
+    found = find_weights(model)
+    # Experts that are not adapted are parameters like any other.
+    weights = {n: w for n, w in found.items() if not w.is_of_experts or n in members}
     apart = set(trained)
     frozen: dict[str, Tensor] = {}
     for name, weight in weights.items():

@@ -13,6 +13,7 @@ from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
 from ..layers.attention import TProductMultiheadAttention
+from ..layers.experts import AdaptedExperts, is_of_experts, parameters_of_experts
 from ..layers.linear import Adapted
 from ..layers.weights import (
     CONVOLUTIONS,
@@ -39,13 +40,17 @@ _OTHER_KINDS = (
 #: Modules whose parameters only scale and shift, even if they have several axes.
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase)
 
+#: Modules whose parameters with three axes are no matrices of experts.
+_KNOWN = (*_OTHER_KINDS, *_NORMS, nn.Linear, nn.MultiheadAttention)
+
 #: The dtypes of weights that can form stacks.
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 #: How many bare parameters of one module are named; further ones are only counted.
 _NAMED = 3
 
-_TRAINED = "trained directly (train_also)"
+#: The reason for what is trained itself.
+TRAINED = "trained directly (train_also)"
 
 #: Last components of the usual names of fused q, k, v projections. Only the name can tell: other
 #: layers, too, may have three times as many outputs as inputs.
@@ -75,8 +80,18 @@ class Weight:
         """Whether it is adapted only where ``targets`` name it, as convolutions are."""
         return self.place.layout == "convolution"
 
+    @property
+    def is_of_experts(self) -> bool:
+        """Whether it is a parameter with a matrix for each expert, named like the parameter.
+
+        Such a weight is adapted only if the targets name it.
+        """
+        return self.place.layout == "experts"
+
     def parameter_names(self) -> tuple[str, str]:
         """Dotted names of the parameters that hold the weight and, if there is one, the bias."""
+        if self.is_of_experts:
+            return self.name, self.name
         # The output projection of an attention is a submodule, so the parameter is below that.
         holder = self.name if self.place.projection is None else self.owner
         return f"{holder}.{self.place.parameter}", f"{holder}.{self.place.bias_parameter}"
@@ -99,8 +114,12 @@ def find_weights(model: nn.Module) -> dict[str, Weight]:
                 found[part] = Weight(part, name, module, _place(module, projection))
             out = f"{name}.out_proj"
             found[out] = Weight(out, name, module, _place(module.out_proj, None))
+        elif isinstance(module, AdaptedExperts):
+            found |= _weights_of_experts(name, module)
         elif _has_one_weight(module) or isinstance(module, Adapted):
             found[name] = Weight(name, name, module, _place(module, None))
+        elif not isinstance(module, _KNOWN):
+            found |= _weights_of_experts(name, module)
     return found
 
 
@@ -117,6 +136,25 @@ def _place(module: nn.Module, projection: str | None) -> Place:
     """The place of a weight; if the module is adapted, the place in its stack."""
     adapted = module.tcur_places.get(projection) if isinstance(module, Adapted) else None
     return Place(module, projection=projection) if adapted is None else adapted
+
+
+def holds_experts(module: nn.Module, name: str) -> bool:
+    """Whether a parameter of a module has a matrix for each expert."""
+    known = isinstance(module, _KNOWN) or is_conv1d(module)
+    return not known and is_of_experts(module._parameters.get(name))
+
+
+def _weights_of_experts(owner: str, module: nn.Module) -> dict[str, Weight]:
+    names = {key: f"{owner}.{key}" for key in parameters_of_experts(module)}
+    return {n: Weight(n, owner, module, place_of_experts(module, k)) for k, n in names.items()}
+
+
+def place_of_experts(module: nn.Module, name: str) -> Place:
+    """The place of a parameter ``[experts, n1, n2]``; if it is adapted, that in its stack."""
+    places = module.tcur_places if isinstance(module, AdaptedExperts) else {}
+    made = Place(module, layout="experts", own=name)
+    made.slices = made.stored.shape[0]
+    return places.get(made.key, made)
 
 
 def why_unreadable(module: nn.Module) -> str | None:
@@ -173,7 +211,8 @@ def reasons_to_leave_out(
             if parameter is not None:  # a module with several names owns its parameters once
                 full = f"{name}.{key}" if name else key
                 owners[id(parameter)].setdefault((id(module), key), full)
-    seen = {id(part) for weight in weights.values() for part in weight.module.modules()}
+    maps = [weight for weight in weights.values() if not weight.is_of_experts]
+    seen = {id(part) for weight in maps for part in weight.module.modules()}
     reasons = {}
     for name, module in model.named_modules():
         if not name or id(module) in seen:
@@ -190,7 +229,7 @@ def reasons_to_leave_out(
         if len(tied) > 1:
             reasons[name] = f"its weight is tied: {', '.join(tied.values())}"
         elif {held, bias} & trained:
-            reasons[name] = _TRAINED
+            reasons[name] = TRAINED
         elif why := _of_parameter("weight", parameters[held]) or _of_parameter(
             "bias", parameters.get(bias)
         ):
@@ -207,7 +246,7 @@ def _of_module(name: str, module: nn.Module, trained: set[str]) -> str | None:
         return why_computed(module, ("weight",))
     if isinstance(module, _OTHER_KINDS):
         direct = any(f"{name}.{key}" in trained for key, _ in module.named_parameters())
-        return _TRAINED if direct else _of_convolution(module) or f"{kind} is not a linear layer"
+        return TRAINED if direct else _of_convolution(module) or f"{kind} is not a linear layer"
     if isinstance(module, nn.Linear | nn.MultiheadAttention):
         plain = "nn.Linear" if isinstance(module, nn.Linear) else "nn.MultiheadAttention"
         why = why_unreadable(module) or _parametrised(module)
@@ -263,7 +302,7 @@ def _bare_matrices(model: nn.Module, seen: set[int], trained: set[str]) -> dict[
         if not name:
             kind = type(module).__name__
             found |= dict.fromkeys(left, f"a bare parameter of {kind}, not a linear layer")
-            found |= dict.fromkeys(bare.keys() - left.keys(), _TRAINED)
+            found |= dict.fromkeys(bare.keys() - left.keys(), TRAINED)
         elif left:
             listed = list(left.values())
             more = f" and {len(listed) - _NAMED} more" if len(listed) > _NAMED else ""
@@ -273,8 +312,12 @@ def _bare_matrices(model: nn.Module, seen: set[int], trained: set[str]) -> dict[
             found[name] = (
                 f"{type(module).__name__} holds {', '.join(listed[:_NAMED])}{more} as {what}"
             )
+            if not isinstance(module, _KNOWN) and any(
+                is_of_experts(module._parameters[full.rpartition(".")[2]]) for full in left
+            ):
+                found[name] += "; parameters [experts, n1, n2] are adapted if the targets name them"
         elif bare:
-            found[name] = _TRAINED
+            found[name] = TRAINED
     return found
 
 

@@ -247,8 +247,8 @@ def layers_of(model: nn.Module, plans: Sequence[StackPlan]) -> Layers:
     """
     weights = find_weights(model)
     found = [weights[member.module] for plan in plans for member in plan.members]
-    refuse_attention([layer.name for layer in found if layer.owner != layer.name])
     is_transposed = are_transposed({layer.name: layer.place.layout for layer in found})
+    refuse_attention([layer.name for layer in found if layer.owner != layer.name])
     return checked_layers(model, plans, [layer.module for layer in found], is_transposed)
 
 

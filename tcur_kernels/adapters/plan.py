@@ -176,20 +176,23 @@ def make_plan(
     form stacks with others of the same kernel shape. With a kernel of one point they are linear
     layers.
 
-    ``targets`` restricts the layers by name. If it is a mapping, it also says which layers share a
-    stack, and in which order.
+    ``targets`` restricts the layers by name. It can also name parameters ``[experts, n1, n2]`` of
+    other modules; such a parameter takes a slice for each expert. If it is a mapping, it also says
+    which layers share a stack, and in which order.
 
     Args:
         model: any module.
         targets: see above. A name matches a module by its whole dotted name, by the part of it
             after some dot (``"attn.qkv"``), or as a pattern for either (``"vit.*.mlp.linear?"``). A
-            function is called with the name and the module of each linear layer and convolution.
-            It returns whether to adapt the layer, or the name of the stack to put it in. Its choice
-            of a convolution counts only if it answers differently for other modules of that name,
-            a linear layer or an empty one.
+            function is called with the name and the module of each linear layer and convolution,
+            and with the name of each parameter of experts and the module that holds it. It returns
+            whether to adapt it, or the name of the stack to put it in. Its choice of a convolution
+            counts only if it answers differently for other modules of that name, a linear layer or
+            an empty one.
         rank: one rank, checked for every stack; or ``{stack name or pattern: rank}``.
         trained: names of parameters that are trained directly; their layers are left out.
-        stacks: "shape", or "layer", which makes each layer a stack of its own, uncut (matrix CUR).
+        stacks: "shape", or "layer", which makes each layer a stack of its own, uncut (matrix CUR);
+            a parameter of experts keeps a slice for each expert.
         loaded: False if the weights are not loaded yet (on the meta device).
 
     Raises:
@@ -209,7 +212,7 @@ def make_plan(
     else:
         taken = {name: weights[name].tensor for name in chosen if name not in reasons}
         kinds = {name: kind_of(weights[name].module) for name in taken}
-        groups = groups_of(taken, stacks, kinds)
+        groups = groups_of(taken, stacks, kinds, experts_of(weights))
     in_groups = {member.module for _, _, members in groups for member in members}
     planned, left_out = plan_groups(
         groups,
@@ -329,23 +332,35 @@ def with_matrices(stack: StackPlan, modules: Mapping[str, nn.Module]) -> StackPl
     return replace(stack, members=tuple(members))
 
 
+def experts_of(weights: Mapping[str, Weight]) -> dict[str, int]:
+    """Name of a parameter with a matrix for each expert -> how many experts it has."""
+    return {n: w.place.stored.shape[0] for n, w in weights.items() if w.is_of_experts}
+
+
 def groups_of(
-    weights: Mapping[str, Tensor], stacks: StacksBy, kinds: Mapping[str, str] | None = None
+    weights: Mapping[str, Tensor],
+    stacks: StacksBy,
+    kinds: Mapping[str, str] | None = None,
+    experts: Mapping[str, int] | None = None,
 ) -> list[_Group]:
     """Groups weights [out, in] by one of `STACKS_BY`; returns names, slice sizes and members.
 
-    Weights whose ``kinds`` differ do not share a stack; by default there is one kind.
+    Args:
+        kinds: weights of different kinds do not share a stack; by default there is one kind.
+        experts: see `experts_of`.
     """
     if stacks == "shape":
-        return _groups_by_shape(weights, kinds or {})
-    return _groups_by_layer(weights)
+        return _groups_by_shape(weights, kinds or {}, experts or {})
+    return _groups_by_layer(weights, experts or {})
 
 
-def _groups_by_shape(weights: Mapping[str, Tensor], kinds: Mapping[str, str]) -> list[_Group]:
+def _groups_by_shape(
+    weights: Mapping[str, Tensor], kinds: Mapping[str, str], experts: Mapping[str, int]
+) -> list[_Group]:
     """Groups weights [out, in] of one slice shape, kind, dtype and device, in their order."""
     groups: dict[tuple[int, int, str, torch.dtype, torch.device], list[Member]] = defaultdict(list)
     for name, weight in weights.items():
-        slices = _slices_of(name, weight)
+        slices = experts.get(name) or _slices_of(name, weight)
         n1, n2 = weight.shape[0] // slices, weight.shape[1]
         kind = kinds.get(name, "")
         groups[n1, n2, kind, weight.dtype, weight.device].append(Member(name, slices))
@@ -357,8 +372,8 @@ def _groups_by_shape(weights: Mapping[str, Tensor], kinds: Mapping[str, str]) ->
     return named
 
 
-def _groups_by_layer(weights: Mapping[str, Tensor]) -> list[_Group]:
-    """Makes every weight [out, in] a stack of one slice, named after its layer."""
+def _groups_by_layer(weights: Mapping[str, Tensor], experts: Mapping[str, int]) -> list[_Group]:
+    """Makes every weight [out, in] a stack of one slice, or one for each expert; named after it."""
     named: list[_Group] = []
     taken: set[str] = set()
     for name, weight in weights.items():
@@ -369,7 +384,9 @@ def _groups_by_layer(weights: Mapping[str, Tensor]) -> list[_Group]:
             number += 1
             key = f"{own}_{number}"
         taken.add(key)
-        named.append((key, (weight.shape[0], weight.shape[1]), [Member(name, 1)]))
+        slices = experts.get(name, 1)
+        n1, n2 = weight.shape[0] // slices, weight.shape[1]
+        named.append((key, (n1, n2), [Member(name, slices)]))
     return named
 
 
@@ -382,6 +399,7 @@ def _named_groups(
 ) -> list[_Group]:
     groups: list[_Group] = []
     taken: dict[str, str] = {}
+    experts = experts_of(weights)
     for stack, names in chosen.items():
         for name in names:
             if name in taken:
@@ -396,13 +414,14 @@ def _named_groups(
             raise ValueError(
                 f"targets[{stack!r}]: expected a layer that can be adapted, got none ({why})"
             )
-        groups.append(_one_group(stack, own))
+        groups.append(_one_group(stack, own, experts))
     return groups
 
 
-def _one_group(stack: str, weights: Mapping[str, Tensor]) -> _Group:
+def _one_group(stack: str, weights: Mapping[str, Tensor], experts: Mapping[str, int]) -> _Group:
     """One stack of layers that the targets put together, cut into slices of the smallest size."""
-    n1 = min(weight.shape[0] // _slices_of(name, weight) for name, weight in weights.items())
+    slices = {name: experts.get(name) or _slices_of(name, w) for name, w in weights.items()}
+    n1 = min(weight.shape[0] // slices[name] for name, weight in weights.items())
     n2 = next(iter(weights.values())).shape[1]
     first, like = next(iter(weights.items()))
     for name, weight in weights.items():
@@ -411,10 +430,11 @@ def _one_group(stack: str, weights: Mapping[str, Tensor]) -> _Group:
                 f"targets[{stack!r}]: expected one dtype and device, got {like.dtype} on "
                 f"{like.device} in {first}, {weight.dtype} on {weight.device} in {name}"
             )
-        if weight.shape[1] != n2 or weight.shape[0] % n1:
+        rows = weight.shape[0] // experts.get(name, 1)  # no slice has rows of two experts
+        if weight.shape[1] != n2 or rows % n1:
             raise ValueError(
                 f"targets[{stack!r}]: expected layers made of {n1} x {n2} slices, got {name} "
-                f"of {weight.shape[0]} x {weight.shape[1]}"
+                f"of {rows} x {weight.shape[1]}"
             )
     members = [Member(name, weight.shape[0] // n1) for name, weight in weights.items()]
     return stack, (n1, n2), members

@@ -39,7 +39,8 @@ def choose(
         for name, weight in weights.items():
             if weight.is_only_named:
                 reasons.setdefault(name, _not_named(weight))
-        return list(weights), set(reasons)
+        maps = [name for name, weight in weights.items() if not weight.is_of_experts]
+        return maps, reasons.keys() - (weights.keys() - maps)
     if isinstance(targets, Mapping):
         for stack in targets:
             _check_stack_name(stack)
@@ -91,10 +92,17 @@ def _match(
         if not isinstance(target, str):
             raise TypeError(f"{argument}: expected names or patterns, got {type(target).__name__}")
         found = {own for name, own in names.items() if _matches(name, target)}
+        if not target.rpartition(".")[2].strip("*?"):  # all that is somewhere: modules, as ever
+            found -= {name for name, weight in weights.items() if weight.is_of_experts}
         if not found:
+            _refuse_parameter(argument, model, target)
             raise ValueError(f"{argument}: expected a module that matches {target!r}, got none")
         # The name of an attention stands for all its projections.
-        linear = [n for n, weight in weights.items() if {n, weight.owner} & found]
+        linear = [
+            n
+            for n, weight in weights.items()
+            if n in found or (weight.owner in found and not weight.is_of_experts)
+        ]
         met = [name for name in reasons if name in found or name in linear]
         why = "; ".join(f"{name}: {reasons[name]}" for name in met[:5])
         if not linear:
@@ -116,6 +124,16 @@ def _match(
     return [name for name in weights if name in chosen], considered
 
 
+def _refuse_parameter(argument: str, model: nn.Module, target: str) -> None:
+    """Refuses a target that names no module, but a parameter without a matrix for each expert."""
+    for name, parameter in model.named_parameters():
+        if _matches(name, target):
+            raise TypeError(
+                f"{argument}: expected {target!r} to match a linear layer or a parameter [experts, "
+                f"n1, n2], got {name} {list(parameter.shape)}"
+            )
+
+
 def _matches(name: str, target: str) -> bool:
     return fnmatchcase(name, target) or fnmatchcase(name, f"*.{target}")
 
@@ -130,9 +148,14 @@ def _called(
 
     The function is also asked about subclasses of ``nn.Linear`` that cannot be adapted. If it
     chooses one, the plan says why it is left out. So it does for a convolution that the function
-    chooses by the name alone: functions from before convolutions could be adapted do so.
+    chooses by the name alone: functions from before convolutions could be adapted do so. Of
+    parameters with three axes it is asked about those that hold several matrices.
     """
-    asked = {name: weight.module for name, weight in weights.items()}
+    asked = {
+        name: weight.module
+        for name, weight in weights.items()
+        if not weight.is_of_experts or min(weight.place.stored.shape) > 1
+    }
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | _ConvNd) and name in reasons:
             asked[name] = module

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .convolution import ADAPTED
+from .experts import adapted_experts, parameters_of_experts
 from .linear import Adapted, adapted_class, base, effective
 from .rows import rows_of
 from .weights import Place
@@ -144,7 +145,11 @@ def adapt_in_place(places: Sequence[Place]) -> None:
         place.was_trained = place.stored.requires_grad
         if not isinstance(module, Adapted):
             plain = type(module)
-            kind = TProductMultiheadAttention if place.projection else _adapted_class(module)
+            kind: type[Adapted]
+            if place.layout == "experts":
+                kind = adapted_experts(plain, parameters_of_experts(module))
+            else:
+                kind = TProductMultiheadAttention if place.projection else _adapted_class(module)
             module.__dict__["tcur_places"] = {}
             module.__dict__["__module__"] = nn.Linear.__module__  # torch.fx makes it one node
             module.__class__ = kind

@@ -117,7 +117,8 @@ class Base:
 
     def suspect(self, place: Place | None = None) -> None:
         """Requests that one weight, or all, be compared by value before C and R are used again."""
-        self._unsure.update(p.slice_index for p in self.places if place is None or p is place)
+        root = None if place is None else place.root
+        self._unsure.update(p.slice_index for p in self.places if root is None or p is root)
 
     def choose(self, rows: Sequence[int], columns: Sequence[int]) -> None:
         """Changes to other indices I and J, for example those of a loaded checkpoint."""

@@ -15,11 +15,12 @@ from .w_eff import is_within_backward
 from .weights import Place, held, is_conv1d
 
 
-def effective(name: str) -> Any:
+def effective(name: str, read_as: Callable[..., Tensor] = read_weight) -> Any:
     """A property that shadows the parameter ``name`` of an adapted layer; reading it gives W_eff.
 
     The base weight stays where torch keeps parameters, under the same name. ``state_dict``, moves,
-    loading and sharding therefore see the base weight.
+    loading and sharding therefore see the base weight. ``read_as`` makes W_eff of the parameter and
+    its places.
     """
 
     def read(self: Adapted) -> Tensor | None:
@@ -31,7 +32,7 @@ def effective(name: str) -> Any:
         if self.tcur_is_flattened and _is_between_passes(self, name, stored):
             return stored
         places = self.tcur_places_of(name)
-        return read_weight(stored, places) if places else stored
+        return read_as(stored, places) if places else stored
 
     def write(self: Adapted, value: Any) -> None:
         self.__dict__[name] = value  # FSDP1 sets a plain tensor in place of the parameter

@@ -25,20 +25,24 @@ from .rows import rows_of
 from .weights import Place
 
 
-def read_weight(stored: Tensor, places: Sequence[Place]) -> Tensor:
+def read_weight(
+    stored: Tensor, places: Sequence[Place], kind: type[EffectiveWeight] | None = None
+) -> Tensor:
     """W_eff: the parameter ``stored`` of an adapted layer plus the updates of its places.
 
     It has the layout and dtype of the parameter and is differentiable with respect to the cores. A
     write in place changes the parameter. If the adapter is merged or disabled, the result is the
-    parameter itself. If a weight has places in several stacks, their updates add up.
+    parameter itself. If a weight has places in several stacks, their updates add up. ``kind`` is
+    the class of the tensor that is computed late.
     """
+    kind = EffectiveWeight if kind is None else kind
     active = [place for place in places if place.stack.enabled and place.backup is None]
     if not active or is_sharded(stored):  # FSDP2 looks at its shards between passes
         return stored
     if any(rows_of(place.stack) is not None for place in active):
-        return UnreadableWeight.of(stored)
-    if _is_watched(stored):
-        return _whole(stored, active, effective_weight)
+        return kind.unreadable().of(stored)
+    if kind.is_watched(stored):
+        return whole_weight(stored, active, effective_weight)
     read: EffectiveWeight
     cores = [place.stack.core for place in active]
     is_trained = any(core.requires_grad for core in cores)
@@ -46,9 +50,9 @@ def read_weight(stored: Tensor, places: Sequence[Place]) -> Tensor:
         refuse_lost_gradients()
     if is_trained and torch.is_grad_enabled():
         pending = [place.stack.reading() for place in active]
-        read = _Read.apply(stored, active, pending, *cores)
+        read = _Read.apply(stored, active, pending, kind, *cores)
     else:
-        read = EffectiveWeight.of(stored, active)
+        read = kind.of(stored, active)
         Tensor.requires_grad_(read, any(place.was_trained for place in active))
     read._is_param = read._is_read = True
     return read
@@ -94,13 +98,23 @@ class EffectiveWeight(torch.Tensor):
         torch._C._set_throw_on_mutable_data_ptr(made)
         return made
 
+    @classmethod
+    def unreadable(cls) -> type[UnreadableWeight]:
+        """What stands for such a weight where each row of a batch has its own."""
+        return UnreadableWeight
+
+    @classmethod
+    def is_watched(cls, stored: Tensor) -> bool:
+        """Whether code that records operators needs a plain tensor, not one computed late."""
+        return is_plain_wanted(stored) or torch._C._len_torch_dispatch_stack() > 0
+
     def is_of(self, stored: Tensor | None) -> bool:
         """Whether this tensor comes from a read of that parameter."""
         return self.tcur_stored is stored
 
     def _moved(self, stored: Tensor) -> EffectiveWeight:
         """The same W_eff with ``stored`` in place: on another device, or without a graph."""
-        made = EffectiveWeight.of(stored, self._places)
+        made = type(self).of(stored, self._places)
         made._source = self if stored.device != self.device else self._source
         return made
 
@@ -111,7 +125,7 @@ class EffectiveWeight(torch.Tensor):
             self._value = self._source.numbers.to(self.device)
         if self._value is None:
             with torch.no_grad():
-                self._value = _whole(
+                self._value = whole_weight(
                     self.tcur_stored, self._places, lambda place: place.stack.effective_value(place)
                 )
         return self._value
@@ -250,11 +264,12 @@ class _Read(torch.autograd.Function):
         stored: Tensor,
         places: Sequence[Place],
         pending: Sequence[Pending],
+        kind: type[EffectiveWeight],
         *cores: Tensor,
     ) -> Tensor:
         ctx.places, ctx.pending = places, pending
         ctx.needs = [core.requires_grad for core in cores]
-        return EffectiveWeight.of(stored, places)
+        return kind.of(stored, places)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
@@ -264,7 +279,7 @@ class _Read(torch.autograd.Function):
         ]
         for each in ctx.pending:
             each.is_done = True
-        return None, None, None, *grads
+        return None, None, None, None, *grads
 
 
 class UnreadableWeight(torch.Tensor):
@@ -273,6 +288,13 @@ class UnreadableWeight(torch.Tensor):
     It knows its dtype, device and shape. torch's transformer layers see that it is not an ordinary
     tensor. They therefore do not take their fused path, which would bypass the layer's forward.
     """
+
+    #: What the error says.
+    _refusal = (
+        "weight: expected a layer that is called, got one whose weight is read while the rows of "
+        "the batch go by adapters of their own, each with another weight; run such a model with "
+        "one adapter at a time"
+    )
 
     @classmethod
     def of(cls, stored: Tensor) -> UnreadableWeight:
@@ -284,17 +306,22 @@ class UnreadableWeight(torch.Tensor):
         cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Answers questions about dtype, device and shape, and refuses to compute."""
-        if getattr(func, "__name__", "") in _METADATA or func in _GETTERS:
+        if is_question(func):
             return super().__torch_function__(func, types, args, kwargs or {})
-        raise RuntimeError(
-            "weight: expected a layer that is called, got one whose weight is read while the rows "
-            "of the batch go by adapters of their own, each with another weight; run such a model "
-            "with one adapter at a time"
-        )
+        raise RuntimeError(cls._refusal)
 
 
 _METADATA = frozenset(
-    {"size", "dim", "numel", "stride", "is_floating_point", "element_size", "is_contiguous"}
+    {
+        "size",
+        "dim",
+        "numel",
+        "stride",
+        "is_floating_point",
+        "element_size",
+        "is_contiguous",
+        "is_inference",
+    }
 )
 _GETTERS = frozenset(
     getattr(Tensor, name).__get__
@@ -314,12 +341,20 @@ _GETTERS = frozenset(
             "is_sparse",
             "is_quantized",
             "grad_fn",
+            "_version",
         ]
     )
 )
 
 
-def _whole(stored: Tensor, places: Sequence[Place], weight_of: Callable[[Place], Tensor]) -> Tensor:
+def is_question(func: Any) -> bool:
+    """Whether a function only asks for dtype, device, shape and the like."""
+    return getattr(func, "__name__", "") in _METADATA or func in _GETTERS
+
+
+def whole_weight(
+    stored: Tensor, places: Sequence[Place], weight_of: Callable[[Place], Tensor]
+) -> Tensor:
     """W_eff in the layout of the parameter, assembled from W_eff ``[out, in]`` of its places."""
     sharing: dict[int, list[Place]] = {}
     for place in sorted(places, key=lambda each: each.first_row):
@@ -367,12 +402,12 @@ def _core_grad(grad: Tensor, place: Place) -> Tensor:
         )
         for s, each in enumerate(grad.unflatten(0, (place.slices, stack.n1)))
     ]
-    return (stack.scale * torch.stack(parts).sum(0)).to(stack.core.dtype)
+    return (stack.scale * sum(parts[1:], parts[0])).to(stack.core.dtype)
 
 
-def _is_watched(stored: Tensor) -> bool:
-    """Whether code that records operators needs plain tensors, not one that is computed late."""
-    return is_traced() or type(stored) not in _COMMON or torch._C._len_torch_dispatch_stack() > 0
+def is_plain_wanted(stored: Tensor) -> bool:
+    """Whether a compiler or the like runs, or the stored weight is no ordinary tensor."""
+    return is_traced() or type(stored) not in _COMMON
 
 
 #: The types of a stored weight in the ordinary case.

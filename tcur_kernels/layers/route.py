@@ -28,7 +28,14 @@ from ..operators.eager import (
     without_autocast,
 )
 from ..operators.factors import CURFactors, Precision
-from ..operators.functional import cur_linear, materialize, prepare, slice_update
+from ..operators.functional import (
+    cur_linear,
+    cur_product,
+    materialize,
+    prepare,
+    slice_update,
+    token_update,
+)
 from ..operators.gradient_sum import LatestSum, Pending
 from .base import Base, check_one_base, is_here
 from .cores import Cores
@@ -128,7 +135,7 @@ class Routed(Cores):
             return F.linear(x, weight.to(dtype), bias)
         if place.backup is not None:
             return F.linear(x, self._merged_weight(place).to(dtype), bias)
-        if not (traced or self.base.knows(place)):
+        if not (traced or self.base.knows(place.root)):
             self._look()
         batch = rows_of(self)
         if isinstance(batch, GroupedRows):
@@ -391,14 +398,22 @@ class Routed(Cores):
 
     def effective_value(self, place: Place) -> Tensor:
         """The numbers of W_eff of one place; the kept ones if the layers compute with W_eff."""
+        # For one expert of many, W_eff of all is not built.
+        is_part = place.root is not place
+        tokens = 0 if is_part else int(cost.tokens_worth_materializing(*self._sizes)) + 1
+        with torch.no_grad():
+            kept = self.kept_value(place, tokens)
+            return effective_weight(place) if kept is None else kept
+
+    def kept_value(self, place: Place, tokens: int) -> Tensor | None:
+        """The numbers of W_eff of one place if so many tokens should use it; else None."""
         weight, core = place.weight, self.core
         with self._lock, torch.no_grad():
             self._look()
-            tokens = int(cost.tokens_worth_materializing(*self._sizes)) + 1
             capture = self._kept.capture_of(core.device)
             how = (weight, weight, weight, None, place, core, None, weight.dtype, self.precision)
             built = self._effective_for(Operands(*how), tokens, capture)
-            return effective_weight(place) if built is None else built.view_of(place)
+            return None if built is None else built.view_of(place)
 
     def update(self, place: Place) -> Tensor:
         """The update of one place, ``[out, in]``, in at least fp32; differentiable."""
@@ -406,7 +421,32 @@ class Routed(Cores):
         if self.core.requires_grad and not is_traced():
             refuse_lost_gradients()
         core = self.core.to(factors.dtype)
-        return slice_update(factors, core, place.slice_index, place.slices, self.scale)
+        if place.layout != "experts":
+            return slice_update(factors, core, place.slice_index, place.slices, self.scale)
+        if place.slices == self.n3:
+            return self.scale * cur_product(factors, core).flatten(0, 1)
+        # One slice at a time: for all of them together, the rows would be projected by q numbers.
+        first, last = place.slice_index, place.slice_index + place.slices
+        each = [slice_update(factors, core, s, 1, self.scale) for s in range(first, last)]
+        return torch.cat(each)
+
+    def update_of_tokens(self, x: Tensor, place: Place, transposed: bool) -> Tensor:
+        """What the update adds to ``x Wᵀ``, or to ``x W`` if transposed, for one place.
+
+        It goes through the factors, in the dtype of ``x``, and is differentiable.
+        """
+        factors, dtype = self.factors, x.dtype
+        if self.core.requires_grad:
+            refuse_lost_gradients()
+        place.ran = True
+        core, precision = self.core.to(factors.dtype), self.precision
+        if factors.dtype == torch.float64:
+            x, precision = x.double(), "ieee"
+        elif dtype == torch.bfloat16 and is_autocast(x):
+            precision = "bf16"
+        where = (place.slice_index, place.slices)
+        added = token_update(x, factors, core, *where, self.scale, transposed, precision)
+        return added.to(dtype)
 
     # -- C, R and the base
 

@@ -33,7 +33,7 @@ class Effective:
 
     def __init__(self, buffer: Tensor, transposed: bool) -> None:
         self.buffer, self.transposed = buffer, transposed
-        self._views: dict[int, Tensor] = {}
+        self._views: dict[tuple[int, int], Tensor] = {}
 
     def filled(self, core: Tensor, capture: int) -> None:
         """Called when the buffer was filled, with its core and the capture (0: none)."""
@@ -99,11 +99,12 @@ class Effective:
 
         The view has the strides of the layer's weight.
         """
-        view = self._views.get(layer.slice_index)
+        key = (layer.slice_index, layer.slices)  # the first expert begins where all experts do
+        view = self._views.get(key)
         if view is None:
             with torch.inference_mode(False):
                 view = self._part(layer)
-            self._views[layer.slice_index] = view
+            self._views[key] = view
         if self._mark is not None:
             stream = streams.current(self.buffer.device)
             if stream not in self._users:

@@ -137,6 +137,11 @@ class Place:
         self.ran = False
         self.out_features, self.in_features = self.weight.shape
 
+    @property
+    def root(self) -> Place:
+        """The place that the stack knows: this one, or that of all experts if this is one."""
+        return self
+
     def at(self, slice_index: int, slices: int, name: str) -> Place:
         """A new place for the same weight, with other slices and a name; in no stack yet."""
         place = type(self)(self.module, slice_index, slices, self.projection, self.layout, self.own)

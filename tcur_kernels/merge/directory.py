@@ -289,8 +289,12 @@ def _merged(weight: Tensor, factors: CURFactors, stored: StoredStack, index: int
     merged = weight.clone(memory_format=torch.contiguous_format)  # its matrix is then a view
     member, (parameter, layout, first) = stored.plan.members[index], stored.stored[index]
     slice_index = sum(m.slices for m in stored.plan.members[:index])
-    update = slice_update(factors, stored.core, slice_index, member.slices, stored.scale)
     logical = _matrix(parameter, merged, layout)
-    target = logical[first : first + update.shape[0]]
-    target.copy_(target.to(update.dtype) + update)
+    # One expert at a time, since `slice_update` needs memory for the square of all rows.
+    count = 1 if layout == "experts" else member.slices
+    for index in range(slice_index, slice_index + member.slices, count):
+        update = slice_update(factors, stored.core, index, count, stored.scale)
+        target = logical[first : first + update.shape[0]]
+        target.copy_(target.to(update.dtype) + update)
+        first += update.shape[0]
     return merged

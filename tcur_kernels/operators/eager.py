@@ -391,6 +391,24 @@ class Dithered(torch.autograd.Function):
         return grad, None
 
 
+class Added(torch.autograd.Function):
+    """``update + y`` of 16 bits, rounded as `Dithered` does; the gradient reaches both."""
+
+    @staticmethod
+    def forward(update: Tensor, y: Tensor) -> Tensor:
+        """The sum in fp32, noise below the last bit that is kept, the rest cut off."""
+        return _dithered(update, y)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Nothing is needed: both derivatives are one."""
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        """As if the sum were exact."""
+        return grad, grad
+
+
 def dithered_by_torch(update: Tensor, bias: Tensor) -> Tensor:
     """What `Dithered` computes, as functorch and forward mode can transform it."""
     total = update.float() + bias

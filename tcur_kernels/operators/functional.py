@@ -292,6 +292,52 @@ def slice_update(
     return update
 
 
+def token_update(
+    x: Tensor,
+    factors: CURFactors,
+    core: Tensor,
+    slice_index: int,
+    slices: int,
+    scale: float,
+    transposed: bool,
+    precision: Precision = "ieee",
+) -> Tensor:
+    """Computes what scale * C * U * R adds to a product of tokens with some consecutive slices.
+
+    With D for these slices of scale * C * U * R, ``[slices * n1, n2]``, that is x Dᵀ; if
+    ``transposed``, x D. D is not built. The gradient reaches ``core`` and ``x``. Arguments are as
+    for `cur_linear`; ``x`` is ``[tokens, n2]``, if ``transposed`` ``[tokens, slices * n1]``.
+
+    Returns:
+        ``[tokens, slices * n1]``, if ``transposed`` ``[tokens, n2]``, in the dtype of ``x``.
+    """
+    check_floating("x", x)
+    check_core(core, factors)
+    check_slice(slice_index, slices, factors.n3)
+    check_scale(scale)
+    width = slices * factors.n1 if transposed else factors.n2
+    if x.ndim != 2 or x.shape[1] != width:
+        raise ValueError(f"x: expected [tokens, {width}], got {list(x.shape)}")
+    lateral_hat, horizontal_hat = factors.packed(precision)
+    of_tokens = CurLinear(
+        x=x,
+        weight=None,
+        bias=None,
+        lateral_hat=lateral_hat,
+        horizontal_hat=horizontal_hat,
+        core=core,
+        slice_index=slice_index,
+        slices=slices,
+        scale=float(scale),
+        transposed=transposed,
+        bf16_operands=factors.bf16_operands(precision),
+    )
+    with outside_autocast(x.device):
+        op = dispatch.operator("cur_linear", "auto", factors, precision)
+        update: Tensor = op(*of_tokens)
+    return update
+
+
 def project(x: Tensor, factors: CURFactors, precision: Precision = "ieee") -> Tensor:
     """Computes z = x R̂ᵀ, ``[..., n3 * r]``, from ``x`` ``[..., n2]``.
 

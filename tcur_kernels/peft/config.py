@@ -82,6 +82,9 @@ class TCURConfig(PeftConfig):  # type: ignore[misc]
             match, the first one counts. Layers of one shape and different ranks form stacks apart.
         target_modules: names of the layers to adapt, matched as for LoRA (a list: whole names or
             their ends; a string: a regular expression), or "all-linear". None is "all-linear".
+        target_parameters: names of parameters with a matrix for each expert, ``[experts, n1, n2]``,
+            or the ends of such names, as for LoRA. If ``target_modules`` is None, only these are
+            adapted.
         exclude_modules, modules_to_save, layers_to_transform, layers_pattern: as for LoRA.
             ``layers_to_transform`` may also be used if ``target_modules`` is None.
         init_weights: if True, the adapter changes nothing at first. If False, the cores are drawn
@@ -106,6 +109,7 @@ class TCURConfig(PeftConfig):  # type: ignore[misc]
 
     rank: int = None  # type: ignore[assignment]
     target_modules: list[str] | set[str] | str | None = None
+    target_parameters: list[str] | None = None
     exclude_modules: list[str] | set[str] | str | None = None
     modules_to_save: list[str] | None = None
     layers_to_transform: list[int] | int | None = None
@@ -161,6 +165,8 @@ class TCURConfig(PeftConfig):  # type: ignore[misc]
             raise TypeError(
                 f"init_weights: expected a bool, got {type(self.init_weights).__name__}"
             )
+        if isinstance(self.target_parameters, str):
+            raise TypeError("target_parameters: expected a list of names or None, got a str")
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError(
                 "When `layers_pattern` is specified, `layers_to_transform` must also be specified."

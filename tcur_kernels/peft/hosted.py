@@ -19,6 +19,7 @@ from ..layers.stack import TProductStack
 from ..layers.weights import Place, is_conv1d, is_plain_linear
 from ..matrices import Layout
 from ..operators.contract import HALVES
+from .experts import HostedExperts, TargetParameter, unhost_experts
 
 #: Computes the adapted output from the input of the base layer.
 Compute = Callable[[Tensor], Tensor]
@@ -48,8 +49,10 @@ _HOSTED: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: HostedLinear, Conv
 _BOUND = ("_old_forward", "forward")
 
 
-def is_supported(layer: nn.Module) -> bool:
+def is_supported(layer: nn.Module | TargetParameter) -> bool:
     """Whether a layer of this type can be adapted or is adapted already."""
+    if isinstance(layer, TargetParameter):
+        return True
     return is_plain_linear(layer) or is_conv1d(layer) or type(layer) in _HOSTED.values()
 
 
@@ -65,7 +68,9 @@ def host(layer: nn.Module) -> None:
 
 
 def unhost(layer: nn.Module) -> None:
-    """Undoes `host`."""
+    """Undoes `host`, or `experts.host_experts`."""
+    if isinstance(layer, HostedExperts):
+        unhost_experts(layer)
     for plain, hosted in _HOSTED.items():
         if type(layer) is hosted:
             _become(layer, plain)
@@ -80,8 +85,10 @@ def _become(layer: nn.Module, kind: type[nn.Module]) -> None:
             setattr(layer, key, types.MethodType(kind.forward, layer))
 
 
-def place_of(layer: nn.Module, slice_index: int = 0, slices: int = 1) -> Place:
+def place_of(layer: nn.Module | TargetParameter, slice_index: int = 0, slices: int = 1) -> Place:
     """The place of a layer's weight, whether the layer is wrapped or not."""
+    if isinstance(layer, TargetParameter):
+        return layer.place
     layout: Layout = "transposed" if isinstance(layer, Conv1D) else "matrix"
     return Place(layer, slice_index, slices, layout=layout)
 
@@ -98,6 +105,11 @@ class AdapterStack(TProductStack):
         y: Tensor = self(TProductStack.forward_slices, x, place)
         return y
 
+    def update_of_tokens(self, x: Tensor, place: Place, transposed: bool) -> Tensor:
+        """What the update adds to a product of tokens."""
+        y: Tensor = self(TProductStack.update_of_tokens, x, place, transposed)
+        return y
+
     def update(self, place: Place) -> Tensor:
         """The update of one place."""
         added: Tensor = self(TProductStack.update, place)
@@ -106,6 +118,11 @@ class AdapterStack(TProductStack):
     def effective_value(self, place: Place) -> Tensor:
         """The numbers of the weight with only this update."""
         value: Tensor = self(TProductStack.effective_value, place)
+        return value
+
+    def kept_value(self, place: Place, tokens: int) -> Tensor | None:
+        """The numbers of the weight, if so many tokens should use it."""
+        value: Tensor | None = self(TProductStack.kept_value, place, tokens)
         return value
 
     def look(self) -> None:

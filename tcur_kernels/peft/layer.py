@@ -196,6 +196,10 @@ class TCURLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         places = self._places(adapter_names)
         return self._stored(effective_weight(*places) if places else self.tcur_base.weight)
 
+    def merged_weights(self, adapter_names: list[str]) -> list[Tensor]:
+        """All weights of the layer as `merged_weight` gives them."""
+        return [self.merged_weight(adapter_names)]
+
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Adds adapters to the base weight and keeps a copy of it.
 

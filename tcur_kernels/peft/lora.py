@@ -61,10 +61,11 @@ def save_as_lora(
     refuse_learned(sorted(config.modules_to_save or ()))
     plans = tuner.plans[adapter_name].stacks
     members = [member.module for plan in plans for member in plan.members]
-    layers = [tuner.model.get_submodule(name) for name in members]
     stacks = {stack.name: stack for stack in tuner.owner.stacks[adapter_name]}
-    layouts = {n: layer.tcur_base.layout for n, layer in zip(members, layers, strict=True)}
+    places = [place for plan in plans for place in stacks[plan.name].places]
+    layouts = {name: place.layout for name, place in zip(members, places, strict=True)}
     is_transposed = are_transposed(layouts)
+    layers = [tuner.model.get_submodule(name) for name in members]
     return write_lora(
         path,
         updates_of(plans, stacks, None),

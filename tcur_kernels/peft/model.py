@@ -19,14 +19,16 @@ from peft.tuners.tuners_utils import (
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from ..adapters.linear_maps import aliases
+from ..adapters.linear_maps import aliases, holds_experts
 from ..adapters.plan import Plan
 from ..layers.switching import LateGradient
 from ..layers.weights import Place
 from .config import AllLinear, TCURConfig
+from .experts import TargetParameter
+from .experts_layer import TCURExperts
 from .hosted import AdapterStack, unhost
 from .layer import BROKEN, TCURLinear
-from .planning import Record, plan_and_build
+from .planning import Layers, Record, plan_and_build
 from .rows import Owner, rows_by_adapter
 
 ALL_LINEAR = "all-linear"
@@ -89,6 +91,7 @@ class TCURModel(BaseTuner):  # type: ignore[misc]
 
     plans: dict[str, Plan]
     targeted_module_names: list[str]  # of BaseTuner
+    targeted_parameter_names: list[str]  # of BaseTuner
 
     def __init__(self, model: nn.Module, peft_config: Any, *args: Any, **kwargs: Any) -> None:
         if isinstance(peft_config, PeftConfig):
@@ -117,9 +120,12 @@ class TCURModel(BaseTuner):  # type: ignore[misc]
         # Only used during an injection: the new adapter, and what was found for its layers.
         self._adding = adapter_name
         self._found: dict[str, tuple[AdapterStack, Place]] = {}
+        self._parameters_found: dict[str, TargetParameter] = {}
 
     def _prepare_adapter_config(self, peft_config: TCURConfig, model_config: Any) -> TCURConfig:
-        if peft_config.target_modules is None or isinstance(peft_config.target_modules, AllLinear):
+        targets = peft_config.target_modules
+        is_open = targets is None and not peft_config.target_parameters  # as LoRA reads it
+        if is_open or isinstance(targets, AllLinear):
             peft_config.target_modules = ALL_LINEAR
         return peft_config
 
@@ -140,7 +146,7 @@ class TCURModel(BaseTuner):  # type: ignore[misc]
             self._drop_stacks(adapter_name)
             raise
         finally:
-            self._found = {}
+            self._found, self._parameters_found = {}, {}
             if self._is_all_linear:
                 config.target_modules = AllLinear(config.target_modules)
 
@@ -153,7 +159,8 @@ class TCURModel(BaseTuner):  # type: ignore[misc]
             self._is_all_linear = True
             _maybe_include_all_linear_layers(peft_config, model)
             _keep_layers_to_transform(peft_config)
-        layers = self._targeted_layers(peft_config, model)
+        self._parameters_found = self._targeted_parameters(peft_config, model)
+        layers: Layers = {**self._targeted_layers(peft_config, model), **self._parameters_found}
         if not layers:
             return  # peft itself reports targets that match nothing
         plan, stacks = plan_and_build(model, layers, peft_config, strict=not everything)
@@ -186,6 +193,61 @@ class TCURModel(BaseTuner):  # type: ignore[misc]
                     )
                 layers[name] = module.get_base_layer() if adapted else module
         return layers
+
+    def _targeted_parameters(
+        self, peft_config: TCURConfig, model: nn.Module
+    ) -> dict[str, TargetParameter]:
+        """The targeted parameters of experts, by their names in the model without adapters."""
+        targets = tuple(peft_config.target_parameters or ())
+        modules = dict(model.named_modules())
+        wrappers = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+        inside = tuple(f"{n}." for n, m in modules.items() if isinstance(m, wrappers))
+        found = {}
+        for name, module in modules.items():
+            if name.startswith(inside):
+                continue
+            adapted = isinstance(module, TCURExperts)
+            base = module.get_base_layer() if adapted else module
+            for key, parameter in base._parameters.items():
+                full = f"{name}.{key}" if name else key
+                if full not in targets and not full.endswith(tuple(f".{t}" for t in targets)):
+                    continue
+                if not name or not holds_experts(base, key):
+                    shape = None if parameter is None else list(parameter.shape)
+                    raise TypeError(
+                        "target_parameters: expected parameters [experts, n1, n2] of modules "
+                        f"within the model, got {full} {shape} of {type(base).__name__}"
+                    )
+                if adapted and module.merged:
+                    raise ValueError(
+                        f"model: expected unmerged experts, got {name} with "
+                        f"{', '.join(module.merged_adapters)} merged; unmerge_adapter first"
+                    )
+                found[full] = TargetParameter(base, key)
+        return found
+
+    def _inject_parameters(
+        self,
+        peft_config: TCURConfig,
+        model: nn.Module,
+        adapter_name: str,
+        *args: Any,
+        **kwargs: Any,
+    ) -> list[str]:
+        """Wraps the modules of the targeted parameters, and returns the names of these."""
+        for name, target in self._parameters_found.items():
+            if name not in self._found:
+                continue  # the plan leaves it out
+            owner, _, key = name.rpartition(".")
+            layer = model.get_submodule(owner)
+            if not isinstance(layer, TCURExperts):
+                layer, module = TCURExperts(target.module, self.owner), layer
+                self._replace_module(model, owner, layer, module)
+            layer.add_parameter(adapter_name, key, *self._found[name])
+        names = [*self._parameters_found]
+        known = self.targeted_parameter_names  # where older versions of peft look for the names
+        known.extend(name for name in names if name not in known)
+        return names
 
     def _create_and_replace(
         self,
@@ -332,8 +394,8 @@ class TCURModel(BaseTuner):  # type: ignore[misc]
         for name, module in self.model.named_modules():
             if isinstance(module, TCURLinear):
                 names = module.active_adapters if adapter_names is None else adapter_names
-                weight = module.merged_weight([*module.merged_adapters, *names])
-                if not torch.isfinite(weight).all():
+                weights = module.merged_weights([*module.merged_adapters, *names])
+                if not all(torch.isfinite(weight).all() for weight in weights):
                     raise ValueError(
                         f"safe_merge: expected finite merged weights, got NaN or Inf in {name}; "
                         f"{BROKEN.format(', '.join(names))}"

@@ -14,17 +14,18 @@ from torch.nn.utils import parametrize
 
 from ..adapters.build import build_stack, check_layers
 from ..adapters.fingerprint import Fingerprint
-from ..adapters.linear_maps import Weight, reasons_to_leave_out, why_computed
+from ..adapters.linear_maps import TRAINED, Weight, reasons_to_leave_out, why_computed
 from ..adapters.plan import LeftOut, Plan, StackPlan, groups_of, plan_groups
 from ..adapters.record import StackRecord
 from ..layers.weights import is_attention
 from ..operators.functional import slice_update
 from .config import Recorded, TCURConfig
+from .experts import TargetParameter
 from .hosted import AdapterStack, has_other_forward, is_supported, place_of
 from .patterns import PATTERNS, alpha_of, check_matches, rank_of
 
-#: Name in the model -> base layer.
-Layers = Mapping[str, nn.Module]
+#: Name in the model -> base layer, or a parameter of experts.
+Layers = Mapping[str, nn.Module | TargetParameter]
 
 _WRAPPERS = (BaseTunerLayer, AuxiliaryTrainingWrapper)
 
@@ -81,16 +82,18 @@ def make_plan(model: nn.Module, layers: Layers, config: TCURConfig, strict: bool
     else:
         reasons |= others
     left_out = [LeftOut(name, reason) for name, reason in reasons.items()]
-    weights = {n: place_of(layer).weight for n, layer in layers.items() if n not in reasons}
+    places = {n: place_of(layer) for n, layer in layers.items() if n not in reasons}
+    weights = {name: place.weight for name, place in places.items()}
+    experts = {n: place.slices for n, place in places.items() if place.layout == "experts"}
     together = {
         member.module
-        for _, _, members in groups_of(weights, config.stacks)
+        for _, _, members in groups_of(weights, config.stacks, experts=experts)
         for member in members
         if members[1:]
     }
     stacks: list[StackPlan] = []
     kinds = {name: f"{rank_of(config, name)} {alpha_of(config, name)}" for name in weights}
-    for group in groups_of(weights, config.stacks, kinds):
+    for group in groups_of(weights, config.stacks, kinds, experts):
         first = group[2][0].module
         rank = rank_of(config, first)
         planned, others_left = plan_groups(
@@ -255,7 +258,10 @@ def _reasons_to_leave_out(
 ) -> tuple[dict[str, str], dict[str, str]]:
     """Reasons why layers cannot be adapted, by name: targeted layers, and all other modules."""
     names = {id(module): name for name, module in model.named_modules()}
-    targets = {names[id(layer)]: target for target, layer in layers.items()}
+    modules = {t: each for t, each in layers.items() if isinstance(each, nn.Module)}
+    experts = {t: each for t, each in layers.items() if isinstance(each, TargetParameter)}
+    held = {f"{names[id(e.module)]}.{e.key}": target for target, e in experts.items()}
+    targets = {names[id(layer)]: target for target, layer in modules.items()}
     weights, reasons = {}, {}
     for name, module in model.named_modules():
         if is_attention(module):
@@ -269,12 +275,21 @@ def _reasons_to_leave_out(
                 why = "its forward was replaced, so that it could not be adapted"
         if why is not None:
             reasons[name] = why
-    known = reasons_to_leave_out(model, weights, set())
+    # Named as trained, parameters of experts are no reason to leave out their module.
+    known = reasons_to_leave_out(model, weights, set(held))
+    known = {name: why for name, why in known.items() if why != TRAINED}
+    of_experts = {
+        name: Weight(name, name.rpartition(".")[0], experts[t].module, experts[t].place)
+        for name, t in held.items()
+    }
+    refused = reasons_to_leave_out(model, of_experts, set())
+    targets |= {name: target for name, target in held.items() if name in refused}
+    reasons |= {name: why for name, why in refused.items() if name in held}
     for name, target in targets.items():
-        if name not in weights and name not in reasons:
-            kind = type(layers[target]).__name__
-            reasons[name] = f"{kind} is neither nn.Linear nor Conv1D"
-            if parametrize.is_parametrized(layers[target]):
+        if name not in weights and name not in reasons and name not in held:
+            layer = modules[target]
+            reasons[name] = f"{type(layer).__name__} is neither nn.Linear nor Conv1D"
+            if parametrize.is_parametrized(layer):
                 reasons[name] = known.get(name, reasons[name])
     reasons = known | reasons
     inside = tuple(f"{n}." for n, m in model.named_modules() if isinstance(m, _WRAPPERS))
