@@ -40,7 +40,7 @@ quick: $(VENV)/.tests
 		-k 'test_isa or (cpu_ and not float16 and not float64 and not ids)'
 
 # One process for each core, each with one thread.
-test: $(VENV)/.built_tests $(VENV)/.oldest_peft $(VENV)/.oldest_triton
+test: $(VENV)/.built_tests $(VENV)/.oldest_peft $(VENV)/.oldest_triton $(VENV)/.quantised
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal --durations 15
 
 # Adapters on the models of everybody: all families, with libraries that no other test needs. These lie
@@ -125,6 +125,12 @@ $(VENV)/.families: tests/families/requirements.txt $(VENV)/.torch
 $(VENV)/.oldest_%: tests/oldest_%.txt $(VENV)/.torch
 	rm -rf $(VENV)/oldest_$*
 	$(PIP) install -q --no-deps --target $(VENV)/oldest_$* -r $<
+	touch $@
+
+# Beside the others, for tests/quantisers.py.
+$(VENV)/.quantised: tests/quantised.txt $(VENV)/.torch
+	rm -rf $(VENV)/quantised
+	$(PIP) install -q --no-deps --target $(VENV)/quantised -r $<
 	touch $@
 
 # An environment of its own, which sees the packages of the tests.

@@ -13,7 +13,7 @@ from torch.nn.parameter import UninitializedBuffer
 
 from ..decompose import Selection, Slices
 from ..decompose.slices import MAX_WORKSPACE
-from ..decompose.tensor import as_slices
+from ..layers.quantised import kinds_of, slices_of_places
 from ..layers.stack import TProductStack
 from ..operators import cost
 from ..operators.basis import DEFAULT_BASIS, Basis, check_basis
@@ -36,6 +36,7 @@ from .plan import (
     setting,
     with_matrices,
 )
+from .quantised import are_quantised, factors_of
 from .streaming import BaseFiles, on_meta
 from .train_also import trained_names
 
@@ -68,7 +69,8 @@ def adapt(
 
     Args:
         model: any module that holds ``nn.Linear``, GPT-2's ``Conv1D``, ``nn.MultiheadAttention``,
-            convolutions, or parameters ``[experts, n1, n2]``.
+            quantised linear layers of bitsandbytes, torchao or HQQ, convolutions, or parameters
+            ``[experts, n1, n2]``.
         targets: which layers to adapt. None: all linear ones, grouped by shape. Or names or
             patterns of layers, convolutions or parameters of experts; a function of name and
             module; or ``{stack name: [names or patterns]}``. See `adapters.plan.make_plan`.
@@ -88,7 +90,10 @@ def adapt(
         generator: for rules that draw slices at random, see `tensor_cur`.
         weights: for a model on the meta device, the safetensors file or directory with its
             weights. They are read block by block to choose the slices and take C and R. They are
-            not loaded into the model; the caller must do that before it runs.
+            not loaded into the model; the caller must do that before it runs. For a model with
+            quantised layers, its weights in full precision: C and R of these layers are then slices
+            of them instead of the dequantised weights, and `Adapter.save` stores C and R. Layers
+            that are in memory and not quantised do not use it.
         max_workspace: most bytes to use while the slices of one stack are chosen.
         progress: shows a bar for every pass over the weights.
         basis: "orthonormal": the core is written in isometric factors of the chosen slices, so that
@@ -109,21 +114,27 @@ def adapt(
     patterns = (train_also,) if isinstance(train_also, str) else tuple(train_also)
     trained = trained_names(model, patterns)
     files = None if weights is None else BaseFiles(model, weights, max_workspace, progress)
-    if files is not None and on_meta(model) is None:
-        raise ValueError("weights: expected a model on the meta device, got one that is loaded")
+    is_loaded = on_meta(model) is None
     planned = 1 if isinstance(rank, Budget) else rank
-    plan = make_plan(model, targets, planned, trained, stacks, loaded=files is None)
+    plan = make_plan(model, targets, planned, trained, stacks, loaded=files is None or is_loaded)
     for argument, value in (("alpha", alpha), ("selection", selection)):
         check_setting(argument, value, plan.stacks)
     found, built = find_places(model), {}
+    if files is not None and is_loaded and not are_quantised(plan, found):
+        raise ValueError(
+            "weights: expected a model on the meta device, got one that is loaded, with no "
+            "quantised layers"
+        )
 
     def source_of(stack: StackPlan) -> Slices | None:
         with errors_named(stack):
             return None if files is None else files.slices_of(stack)
 
     def slices_of(stack: StackPlan) -> Slices:
-        weights = [place.weight.detach() for place in places_of(stack, found)]
-        return source_of(stack) or as_slices("model", weights, max_workspace, progress, stack.n1)
+        places = places_of(stack, found)
+        return source_of(stack) or slices_of_places(
+            "model", places, max_workspace, progress, stack.n1
+        )
 
     if isinstance(rank, Budget) and gradients is not None:
         came = read_gradients(gradients)
@@ -131,6 +142,12 @@ def adapt(
         generator = None  # nothing is left to draw
     for stack in plan.stacks:
         rule: Selection = setting("selection", selection, stack.name)  # type: ignore[assignment]
+        source, factors = source_of(stack), None
+        if source is not None and kinds_of(places_of(stack, found)):
+            # C and R are slices of the given weights, not of the dequantised ones of the layers.
+            with errors_named(stack):
+                rule, factors = factors_of(source, stack.rank, rule, generator, basis)
+            source = None
         built[stack.name] = build_stack(
             TProductStack,
             stack,
@@ -140,8 +157,9 @@ def adapt(
             selection=rule,
             mode=mode,
             precision=precision,
-            source=source_of(stack),
-            generator=generator,
+            source=source,
+            factors=factors,
+            generator=None if factors is not None else generator,
             max_workspace=max_workspace,
             progress=progress,
             basis=basis,
@@ -233,9 +251,14 @@ def _note_of_convolutions(stack: TProductStack) -> tuple[str, bool]:
 def _note_of_linear_layers(stack: TProductStack) -> tuple[str, bool]:
     """How the linear layers of a stack run, and whether the short form of the plan says so."""
     n1, n2, n3, rank = stack.n1, stack.n2, stack.n3, stack.rank
+    if stack.quantised:
+        kinds = " and ".join(stack.quantised)
+        whose = "" if stack.base.is_own else "; C and R are those of the given weights"
+        note = f"factored: the base is quantised ({kinds}), its product is the library's{whose}"
+        return note, True
     if stack.mode != "auto":
         return f"{stack.mode} as asked for", True
-    dtype = stack.places[0].weight.dtype
+    dtype = stack.places[0].dtype
     worth = cost.tokens_worth_materializing(n1, n2, n3, rank)
     best = cost.choose_mode(
         "auto",

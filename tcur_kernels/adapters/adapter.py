@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..layers.quantised import REFUSED
 from ..layers.stack import TProductStack
 from ..layers.switching import warn_of_unused
 from ..operators.basis import Basis, check_basis
@@ -25,6 +26,7 @@ from .linear_maps import find_weights
 from .lora_file import LoraExport, layers_of, refuse_learned, updates_of, write_lora
 from .metadata import checked_metadata
 from .plan import Plan
+from .quantised import bias_copies, forget_quantiser, put_plain_layers
 from .record import StackRecord
 from .serving import Serving
 from .streaming import on_meta
@@ -265,7 +267,8 @@ class Adapter(Serving):
             path: the file.
             name: by default the active adapter.
             factors: whether to store C and R too. Without them the file is small and fits exactly
-                one base. With them `load_adapter` can also use a base in another dtype.
+                one base. With them `load_adapter` can also use a base in another dtype. They are
+                always stored where they are not slices of a quantised base.
 
         Raises:
             TypeError: the metadata was given something that JSON cannot hold.
@@ -372,7 +375,9 @@ class Adapter(Serving):
             stored = tuple(weights[member.module].stored() for member in plan.members)
             settings = (stack.rank, stack.alpha, stack.mode, stack.precision, stack.basis)
             core = stack.core_of(self._key(name))
-            record, sides = StackRecord.of(plan, stack), stack.factors if factors else None
+            # C and R of a quantised base that are not slices of it are nowhere else.
+            are_stored = factors or bool(stack.quantised and not stack.base.is_own)
+            record, sides = StackRecord.of(plan, stack), stack.factors if are_stored else None
             stacks.append(StoredStack(record, stored, *settings, core, sides))
         trained = trained_names(self.model, self.train_also)
         frozen = frozen_digest(self.model, self.plan, trained)
@@ -416,25 +421,33 @@ class Adapter(Serving):
                 dicts then still hold the base and the cores, and the first one warns of that. False
                 leaves this model alone, merged or not, and returns a merged copy. Its layers are
                 plain, so it no longer needs this package, and its state dict is that of a plain
-                model.
+                model. Quantised layers of the stacks become ``nn.Linear`` with the dequantised
+                weight plus the update.
 
         Raises:
-            ValueError: the model is to be merged in place and is merged already.
+            ValueError: the model is to be merged in place and is merged already, or some of the
+                adapted layers are quantised.
         """
         if inplace and self.is_merged:
             raise ValueError("merge: expected an unmerged adapter, got one that is merged already")
+        if inplace and any(stack.quantised for stack in self.stacks.values()):
+            raise ValueError(REFUSED)
         warn_of_unused("merge", self.unused())
         if inplace:
             for stack in self.stacks.values():
                 stack.merge()
             return self.model
-        merged = copy.deepcopy(self.model)
-        for twin in stacks_of(merged).values():
+        merged = copy.deepcopy(self.model, bias_copies(self.model))
+        twins = stacks_of(merged)
+        for twin in twins.values():
             if twin.is_merged:
                 twin.settle()
+            elif twin.quantised:
+                put_plain_layers(merged, twin)
             else:
                 twin.merge()
-        take_out(merged)
+        take_out(merged, twins)
+        forget_quantiser(merged)
         return merged
 
     def unmerge(self) -> None:

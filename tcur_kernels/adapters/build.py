@@ -59,7 +59,7 @@ def check_layers(
                 f"model: expected a linear layer {member.module} as in the adapter, got "
                 f"{kind_of(member.module)}"
             )
-        shape = list(found[member.module].weight.shape)
+        shape = list(found[member.module].shape)
         expected = [member.slices * plan.n1, plan.n2]
         if shape != expected:
             raise ValueError(

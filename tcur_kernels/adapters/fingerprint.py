@@ -10,10 +10,11 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from ..layers.quantisers import parts_of
 from ..operators.factors import CURFactors
 from ..processes import whole
 from .holding import PREFIXES
-from .linear_maps import find_weights
+from .linear_maps import Weight, find_weights
 from .plan import Plan
 
 #: Digests of factors. Factors never change; if the base changes, new ones are made.
@@ -58,8 +59,9 @@ def digest(tensors: Iterable[Tensor]) -> str:
     state = hashlib.sha256()
     for tensor in tensors:
         state.update(f"{tensor.dtype} {list(tensor.shape)};".encode())
-        data = whole(tensor.detach()).cpu().contiguous().flatten()
-        state.update(data.view(torch.uint8).numpy().data)
+        for part in parts_of(whole(tensor.detach())):  # a quantised one may have several
+            data = part.cpu().contiguous().flatten()
+            state.update(data.view(torch.uint8).numpy().data)
     return state.hexdigest()
 
 
@@ -70,13 +72,11 @@ def frozen_digest(model: nn.Module, plan: Plan, trained: Iterable[str]) -> str:
     # Experts that are not adapted are parameters like any other.
     weights = {n: w for n, w in found.items() if not w.is_of_experts or n in members}
     apart = set(trained)
-    frozen: dict[str, Tensor] = {}
+    frozen: dict[str, Tensor | Weight] = {}
     for name, weight in weights.items():
         held, _ = weight.parameter_names()
         if name not in members and held not in apart:
-            # The digest has always had the whole kernel of a convolution.
-            is_kernel = weight.place.layout == "convolution"
-            frozen[f"{name}.weight"] = weight.place.base if is_kernel else weight.tensor
+            frozen[f"{name}.weight"] = weight
     # The linear maps were handled one by one above, because some blocks of an in_proj_weight may
     # be in a stack and others not.
     apart |= {weight.parameter_names()[0] for weight in weights.values()}
@@ -84,7 +84,12 @@ def frozen_digest(model: nn.Module, plan: Plan, trained: Iterable[str]) -> str:
         if name not in apart and not name.startswith(PREFIXES):
             frozen[name] = parameter
     state = hashlib.sha256()
-    for name, tensor in sorted(frozen.items()):
+    for name in sorted(frozen):
+        tensor = frozen[name]
+        if isinstance(tensor, Weight):  # a quantised weight becomes numbers only here
+            # The digest has always had the whole kernel of a convolution.
+            is_kernel = tensor.place.layout == "convolution"
+            tensor = tensor.place.base if is_kernel else tensor.tensor
         state.update(f"{name} {digest([tensor])};".encode())
     return state.hexdigest()
 

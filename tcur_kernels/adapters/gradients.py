@@ -62,6 +62,13 @@ def collect_gradients(
     chosen, _ = choose(model, weights, reasons, targets)
     names = [n for group in chosen.values() for n in group] if isinstance(chosen, dict) else chosen
     taken = {name: weights[name] for name in names if name not in reasons}
+    for name, weight in taken.items():
+        if weight.place.quantiser is not None:
+            raise ValueError(
+                f"model: expected weights that take a gradient, got {name}, which is quantised; "
+                "collect the gradients of the model in full precision, whose layers have the same "
+                "names"
+            )
     parameters = {name: weight.stored()[0] for name, weight in taken.items()}
     sums = _summed(model, {*parameters.values()}, batches, loss_fn or _own_loss)
     found = {}
@@ -69,7 +76,7 @@ def collect_gradients(
         _, layout, first = weight.stored()
         whole = sums[parameters[name]]
         logical = matrix_of(whole, layout)
-        found[name] = logical[first : first + weight.tensor.shape[0]].contiguous()
+        found[name] = logical[first : first + weight.place.out_features].contiguous()
         if not torch.isfinite(found[name]).all():
             raise ValueError(f"batches: expected finite gradients, got NaN or Inf in {name}")
     return found

@@ -37,9 +37,14 @@ def stacks_of(model: nn.Module) -> dict[str, TProductStack]:
     return {stack.name: stack for stack in stacks}
 
 
-def take_out(model: nn.Module) -> None:
-    """Makes a model plain again; its layers keep the weights that they hold now."""
-    stacks = stacks_of(model)
+def take_out(model: nn.Module, stacks: Mapping[str, TProductStack]) -> None:
+    """Makes a model plain again; its layers keep the weights that they hold now.
+
+    Args:
+        model: an adapted model.
+        stacks: its stacks, by name, as `stacks_of` finds them in a model whose layers are all
+            there.
+    """
     Caretaker(model, stacks).move_out()
     for module in model.modules():
         if isinstance(module, Adapted):

@@ -15,6 +15,8 @@ from torch.nn.utils import parametrize
 from ..layers.attention import TProductMultiheadAttention
 from ..layers.experts import AdaptedExperts, is_of_experts, parameters_of_experts
 from ..layers.linear import Adapted
+from ..layers.quantised import Form, QuantisedPlace, form_of
+from ..layers.quantisers import quantiser_of, why_packed
 from ..layers.weights import (
     CONVOLUTIONS,
     PROJECTIONS,
@@ -72,8 +74,14 @@ class Weight:
 
     @property
     def tensor(self) -> Tensor:
-        """The weight, ``[out, in]``."""
+        """The weight, ``[out, in]``; a quantised one is dequantised anew at each use."""
         return self.place.weight
+
+    @property
+    def form(self) -> Tensor | Form:
+        """What a plan needs to know of the weight, without the numbers of a quantised one."""
+        form: Tensor | Form = form_of(self.place)
+        return form
 
     @property
     def is_only_named(self) -> bool:
@@ -97,7 +105,12 @@ class Weight:
         return f"{holder}.{self.place.parameter}", f"{holder}.{self.place.bias_parameter}"
 
     def stored(self) -> tuple[str, Layout, int]:
-        """Name of the parameter, how it holds the matrix, and the first of its rows."""
+        """Name of the parameter, how it holds the matrix, and the first of its rows.
+
+        Of a quantised weight it is the parameter that holds it in the model in full precision.
+        """
+        if self.place.quantiser is not None:
+            return f"{self.name}.weight", "matrix", 0
         return self.parameter_names()[0], self.place.layout, self.place.first_row
 
 
@@ -106,6 +119,9 @@ def find_weights(model: nn.Module) -> dict[str, Weight]:
     found: dict[str, Weight] = {}
     for name, module in model.named_modules():
         if not name or name in found or why_unreadable(module) is not None:
+            continue
+        if quantiser_of(module) is not None:
+            found[name] = Weight(name, name, module, QuantisedPlace(module))
             continue
         if is_attention(module) or isinstance(module, TProductMultiheadAttention):
             assert isinstance(module, nn.MultiheadAttention)
@@ -163,6 +179,8 @@ def why_unreadable(module: nn.Module) -> str | None:
     The weights may be computed from other parameters (``torch.nn.utils.prune``, the hooks of
     ``weight_norm``, FSDP1), or may have no shape yet. For any other module the result is None.
     """
+    if quantiser_of(module) is not None:
+        return why_packed(module)
     if _has_one_weight(module):
         return why_computed(module)
     if not is_attention(module):
@@ -230,11 +248,11 @@ def reasons_to_leave_out(
             reasons[name] = f"its weight is tied: {', '.join(tied.values())}"
         elif {held, bias} & trained:
             reasons[name] = TRAINED
-        elif why := _of_parameter("weight", parameters[held]) or _of_parameter(
+        elif why := _of_weight(weight, parameters[held]) or _of_parameter(
             "bias", parameters.get(bias)
         ):
             reasons[name] = why
-        elif loaded and weight.tensor.is_meta:
+        elif loaded and weight.place.base.is_meta:
             reasons[name] = "its weight is on the meta device: C and R are slices of loaded weights"
     return reasons
 
@@ -242,6 +260,8 @@ def reasons_to_leave_out(
 def _of_module(name: str, module: nn.Module, trained: set[str]) -> str | None:
     """Why a module that `find_weights` does not find is left out."""
     kind = type(module).__name__
+    if why := why_packed(module):
+        return why
     if isinstance(module, nn.LazyLinear):
         return why_computed(module, ("weight",))
     if isinstance(module, _OTHER_KINDS):
@@ -263,6 +283,13 @@ def _of_convolution(module: nn.Module) -> str | None:
     why = why_unreadable(module) or _parametrised(module)
     is_plain = is_convolution(module)
     return why or (None if is_plain else f"{type(module).__name__} is not a plain convolution")
+
+
+def _of_weight(weight: Weight, parameter: Tensor) -> str | None:
+    """Why a stack cannot contain the weight that this parameter holds; None if it can."""
+    if weight.place.quantiser is None:
+        return _of_parameter("weight", parameter)
+    return "its weight is sharded: adapt first" if is_sharded(weight.place.base) else None
 
 
 def _of_parameter(name: str, parameter: Tensor | None) -> str | None:

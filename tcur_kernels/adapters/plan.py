@@ -9,11 +9,11 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal, TypeVar, get_args
 
-import torch
 from torch import Tensor, nn
 
 from ..decompose.slices import check_rank
 from ..layers.convolution import described, kind_of, kinds_in_short
+from ..layers.quantised import Form, Numbers
 from .folding import layers_in_short
 from .holding import is_reserved
 from .linear_maps import Weight, find_weights, is_fused, reasons_to_leave_out
@@ -210,13 +210,12 @@ def make_plan(
             raise ValueError("stacks: expected 'shape' where targets name the stacks, got 'layer'")
         groups = _named_groups(chosen, weights, reasons)
     else:
-        taken = {name: weights[name].tensor for name in chosen if name not in reasons}
+        taken = {name: weights[name].form for name in chosen if name not in reasons}
         kinds = {name: kind_of(weights[name].module) for name in taken}
         groups = groups_of(taken, stacks, kinds, experts_of(weights))
-    in_groups = {member.module for _, _, members in groups for member in members}
     planned, left_out = plan_groups(
         groups,
-        {name: weights[name].tensor for name in in_groups},
+        Numbers({name: weight.place for name, weight in weights.items()}),
         lambda stack: setting("rank", rank, stack),
         argument="targets",
         stacks=stacks,
@@ -338,7 +337,7 @@ def experts_of(weights: Mapping[str, Weight]) -> dict[str, int]:
 
 
 def groups_of(
-    weights: Mapping[str, Tensor],
+    weights: Mapping[str, Tensor | Form],
     stacks: StacksBy,
     kinds: Mapping[str, str] | None = None,
     experts: Mapping[str, int] | None = None,
@@ -346,7 +345,8 @@ def groups_of(
     """Groups weights [out, in] by one of `STACKS_BY`; returns names, slice sizes and members.
 
     Args:
-        kinds: weights of different kinds do not share a stack; by default there is one kind.
+        kinds: weights of different kinds do not share a stack; by default there is one kind. Those
+            that are quantised, or quantised in another way, are of another kind in any case.
         experts: see `experts_of`.
     """
     if stacks == "shape":
@@ -355,14 +355,14 @@ def groups_of(
 
 
 def _groups_by_shape(
-    weights: Mapping[str, Tensor], kinds: Mapping[str, str], experts: Mapping[str, int]
+    weights: Mapping[str, Tensor | Form], kinds: Mapping[str, str], experts: Mapping[str, int]
 ) -> list[_Group]:
     """Groups weights [out, in] of one slice shape, kind, dtype and device, in their order."""
-    groups: dict[tuple[int, int, str, torch.dtype, torch.device], list[Member]] = defaultdict(list)
+    groups: dict[tuple[Any, ...], list[Member]] = defaultdict(list)
     for name, weight in weights.items():
         slices = experts.get(name) or _slices_of(name, weight)
         n1, n2 = weight.shape[0] // slices, weight.shape[1]
-        kind = kinds.get(name, "")
+        kind = (kinds.get(name, ""), weight.kind if isinstance(weight, Form) else "")
         groups[n1, n2, kind, weight.dtype, weight.device].append(Member(name, slices))
     named: list[_Group] = []
     for (n1, n2, *_), members in groups.items():
@@ -372,7 +372,9 @@ def _groups_by_shape(
     return named
 
 
-def _groups_by_layer(weights: Mapping[str, Tensor], experts: Mapping[str, int]) -> list[_Group]:
+def _groups_by_layer(
+    weights: Mapping[str, Tensor | Form], experts: Mapping[str, int]
+) -> list[_Group]:
     """Makes every weight [out, in] a stack of one slice, or one for each expert; named after it."""
     named: list[_Group] = []
     taken: set[str] = set()
@@ -390,7 +392,7 @@ def _groups_by_layer(weights: Mapping[str, Tensor], experts: Mapping[str, int]) 
     return named
 
 
-def _slices_of(name: str, weight: Tensor) -> int:
+def _slices_of(name: str, weight: Tensor | Form) -> int:
     return 3 if is_fused(name) and weight.shape[0] == 3 * weight.shape[1] else 1
 
 
@@ -408,7 +410,7 @@ def _named_groups(
                     f"{taken[name]!r} and {stack!r}"
                 )
             taken[name] = stack
-        own = {n: weights[n].tensor for n in names if n not in reasons}
+        own = {n: weights[n].form for n in names if n not in reasons}
         if not own:
             why = "; ".join(f"{n}: {reasons[n]}" for n in names)
             raise ValueError(
@@ -418,7 +420,9 @@ def _named_groups(
     return groups
 
 
-def _one_group(stack: str, weights: Mapping[str, Tensor], experts: Mapping[str, int]) -> _Group:
+def _one_group(
+    stack: str, weights: Mapping[str, Tensor | Form], experts: Mapping[str, int]
+) -> _Group:
     """One stack of layers that the targets put together, cut into slices of the smallest size."""
     slices = {name: experts.get(name) or _slices_of(name, w) for name, w in weights.items()}
     n1 = min(weight.shape[0] // slices[name] for name, weight in weights.items())

@@ -34,7 +34,7 @@ class BaseFiles:
         self._max_workspace, self._progress = max_workspace, progress
 
     def slices_of(self, plan: StackPlan, any_dtype: bool = False) -> Slices | None:
-        """The slices of one stack in the files; None if they are in memory.
+        """The slices of one stack in the files; None if they are in memory and not quantised.
 
         Some matrices transformers assembles from several tensors while loading. These are assembled
         here in the same way, and the whole stack is then held in memory, within ``max_workspace``.
@@ -49,7 +49,8 @@ class BaseFiles:
         """
         weights = find_weights(self._model)
         members = [weights[member.module] for member in plan.members]
-        if not any(weight.tensor.is_meta for weight in members):
+        places = [weight.place for weight in members]
+        if not any(place.base.is_meta or place.quantiser is not None for place in places):
             return None
         regrouped = [self._origins[w.stored()[0]].regrouped is not None for w in members]
         if any(regrouped):
@@ -69,12 +70,14 @@ class BaseFiles:
         name, layout, first = weight.stored()
         stored = self._origins[name].name
         file = self._shards.files[stored].name
-        self._check(name, self._shards.shapes[stored], self._shards.dtype(stored), file, any_dtype)
-        return FileMatrix(stored, layout, first, weight.tensor.shape[0])
+        dtype = self._shards.dtype(stored)
+        self._check(weight, self._shards.shapes[stored], dtype, file, any_dtype)
+        return FileMatrix(stored, layout, first, weight.place.out_features)
 
     def _made(self, plan: StackPlan, members: list[Weight], any_dtype: bool) -> HeldSlices:
         """A stack in memory, of matrices that the files store in another form than the model."""
-        size = sum(w.tensor.numel() * w.tensor.element_size() for w in members)
+        places = [weight.place for weight in members]
+        size = sum(p.out_features * p.in_features * p.dtype.itemsize for p in places)
         if size > self._max_workspace:
             raise ValueError(
                 f"max_workspace: expected at least {size:,} bytes for stack {plan.name}, which "
@@ -85,22 +88,24 @@ class BaseFiles:
         for weight in members:
             name, layout, first = weight.stored()
             tensor = self.read(name)
-            self._check(name, list(tensor.shape), tensor.dtype, "the files", any_dtype)
+            self._check(weight, list(tensor.shape), tensor.dtype, "the files", any_dtype)
             logical = matrix_of(tensor, layout)
-            matrices.append(logical[first : first + weight.tensor.shape[0]])
+            matrices.append(logical[first : first + weight.place.out_features])
         return HeldSlices("weights", matrices, plan.n1, self._max_workspace, self._progress)
 
     def _check(
-        self, name: str, shape: list[int], dtype: torch.dtype, where: str, any_dtype: bool
+        self, weight: Weight, shape: list[int], dtype: torch.dtype, where: str, any_dtype: bool
     ) -> None:
         """Refuses a tensor whose shape or dtype differs from the model's."""
-        parameter = self._model.get_parameter(name)
-        if shape != list(parameter.shape):
+        name, _, _ = weight.stored()
+        is_quantised = weight.place.quantiser is not None
+        parameter = weight.place if is_quantised else self._model.get_parameter(name)
+        held = list(parameter.shape)
+        if shape != held:
             raise ValueError(
-                f"weights: expected {name} of shape {list(parameter.shape)} as in the model, got "
-                f"{shape} in {where}"
+                f"weights: expected {name} of shape {held} as in the model, got {shape} in {where}"
             )
-        if dtype != parameter.dtype and not any_dtype:
+        if dtype != parameter.dtype and not (any_dtype or is_quantised):
             raise ValueError(
                 f"weights: expected {name} of {parameter.dtype} as in the model, got {dtype} in "
                 f"{where}: make the model in the dtype of its files, model.to({dtype})"

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from .convolution import ADAPTED
 from .experts import adapted_experts, parameters_of_experts
 from .linear import Adapted, adapted_class, base, effective
+from .quantised_linear import quantised_class
 from .rows import rows_of
 from .weights import Place
 
@@ -146,7 +147,10 @@ def adapt_in_place(places: Sequence[Place]) -> None:
         if not isinstance(module, Adapted):
             plain = type(module)
             kind: type[Adapted]
-            if place.layout == "experts":
+            if place.quantiser is not None:
+                kind = quantised_class(module)
+                place.quantiser.prepare(module)
+            elif place.layout == "experts":
                 kind = adapted_experts(plain, parameters_of_experts(module))
             else:
                 kind = TProductMultiheadAttention if place.projection else _adapted_class(module)

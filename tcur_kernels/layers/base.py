@@ -12,21 +12,10 @@ from ..matrices import shape_of
 from ..operators.basis import Basis
 from ..operators.factors import CURFactors
 from ..processes import is_sharded, whole
-from .weights import Place
-
-#: The address of a tensor, and how often it was written.
-_Version = tuple[int, int]
+from .weights import Place, Version
 
 #: How many numbers of each weight are checked in turn, and how far apart their rows lie.
 _SAMPLES, _STRIDE = 4, 7919
-
-
-def version_of(tensor: Tensor) -> _Version:
-    """A value that changes when the tensor is written in place or gets other memory.
-
-    Inference tensors have no version counter, so for them only a change of memory is noticed.
-    """
-    return tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version
 
 
 def is_here(place: Place) -> bool:
@@ -34,6 +23,8 @@ def is_here(place: Place) -> bool:
     base = place.base
     if base.is_meta or is_sharded(base):
         return False
+    if place.quantiser is not None:
+        return True
     # FSDP1 flattens shards, which then hold no matrix.
     if shape_of(base.shape, place.layout) != (place.out_features, place.in_features):
         return False
@@ -92,11 +83,11 @@ class Base:
         self._samples: list[tuple[Place, int, int, float]] = []
         #: Message about a forbidden write to W_eff; the next `look` raises it.
         self.misuse: str | None = None
-        self._versions: dict[int, _Version] = {}
+        self._versions: dict[int, Version] = {}
         self._unsure: set[int] = set()
         for place in places:
             if is_here(place):
-                self._versions[place.slice_index] = version_of(place.base)
+                self._versions[place.slice_index] = place.version
         self._sample()
 
     def knows(self, place: Place) -> bool:
@@ -106,7 +97,7 @@ class Base:
         before a pass through the model uses C and R. The other layers check only their own weight.
         """
         first = place.slice_index
-        if self._unsure or version_of(place.base) != self._versions.get(first):
+        if self._unsure or place.version != self._versions.get(first):
             return False
         return first > 0 or (self._knows_all() and self._looks_the_same())
 
@@ -149,12 +140,13 @@ class Base:
         gathered = len(here) < len(self.places)
         doubtful = []
         for place in here:
-            weight, first = place.weight, place.slice_index
-            version = version_of(place.base)
+            first, version = place.slice_index, place.version
             is_new = version != self._versions.get(first)
             if is_new:
                 place.freeze()
-            if first in self._unsure or (is_new and not (gathered and weight.device.type != "cpu")):
+            if first in self._unsure or (
+                is_new and not (gathered and place.base.device.type != "cpu")
+            ):
                 doubtful.append(place)
             self._versions[first] = version
             self._unsure.discard(first)
@@ -163,7 +155,7 @@ class Base:
         self.generation += 1
         try:
             if not self.is_own:
-                self._follow(doubtful[0].weight)
+                self._follow(doubtful[0])
             elif not self._are_of(doubtful):
                 self._take()
         except BaseException:  # refused weights must be refused again at the next look
@@ -192,7 +184,7 @@ class Base:
     def _knows_all(self) -> bool:
         versions = self._versions
         for place in self.places:
-            if version_of(place.base) != versions.get(place.slice_index) and is_here(place):
+            if place.version != versions.get(place.slice_index) and is_here(place):
                 return False
         return True
 
@@ -207,7 +199,7 @@ class Base:
             return True
         self._turn += 1
         place, row, column, value = self._samples[self._turn % len(self._samples)]
-        if version_of(place.base) != self._versions.get(place.slice_index):  # not in memory
+        if place.version != self._versions.get(place.slice_index):  # not in memory
             return True
         if place.weight[row, column].item() == value:
             return True
@@ -222,6 +214,8 @@ class Base:
         columns = factors.slices[0]
         for turn in range(_SAMPLES):
             for index, place in enumerate(self.places):
+                if place.quantiser is not None:  # a number would cost the whole weight
+                    continue
                 row = (turn * _STRIDE + index) % place.out_features
                 j = (turn + index) % factors.rank
                 own = columns[place.slice_index + row // factors.n1, row % factors.n1, j]
@@ -242,19 +236,20 @@ class Base:
                 (slices[:, :, list(self.columns)] == lateral[own]).all(),
                 (slices[:, list(self.rows)] == horizontal[own]).all(),
             ]
+            del weight, slices  # a quantised weight exists one at a time
         return bool(torch.stack(same).all())  # waits for an accelerator only once
 
     def _dtype(self) -> torch.dtype:
         """The dtype of the weights; if some layers were cast, the widest one."""
-        return functools.reduce(torch.promote_types, (p.base.dtype for p in self.places))
+        return functools.reduce(torch.promote_types, (p.dtype for p in self.places))
 
-    def _follow(self, weight: Tensor) -> None:
+    def _follow(self, place: Place) -> None:
         """Moves C and R that are not slices of these weights to their device and precision."""
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        if (self.factors.device, self.factors.dtype) != (weight.device, wide):
+        wide, device = torch.promote_types(place.dtype, torch.float32), place.base.device
+        if (self.factors.device, self.factors.dtype) != (device, wide):
             # C and R keep the dtype of the base that they were taken from; files record it.
             dtype = wide if wide == torch.float64 else self._given
-            sides = [side.to(weight.device, dtype) for side in self.factors.slices]
+            sides = [side.to(device, dtype) for side in self.factors.slices]
             self.factors = CURFactors(sides[0], sides[1], self.factors.basis)
 
     @torch.inference_mode(False)  # a later training step uses the result too
@@ -272,5 +267,6 @@ class Base:
             slices = whole(place.weight.detach()).unflatten(0, (place.slices, -1))
             lateral.append(slices[:, :, list(self.columns)].to(dtype))
             horizontal.append(slices[:, list(self.rows)].to(dtype))
+            del slices
         self.factors = CURFactors(torch.cat(lateral), torch.cat(horizontal), self.factors.basis)
         self._sample()

@@ -95,8 +95,7 @@ class _AdaptedConvolution(_AdaptedLinear):
         """Convolves each row with W_eff of the adapter that is named for it."""
         stack, traced = place.stack, is_traced()
         rows = batch.rows if isinstance(batch, GroupedRows) else batch
-        is_trained = (batch if isinstance(batch, GroupedRows) else rows.cores).requires_grad
-        if is_trained and not traced:
+        if rows.cores.requires_grad and batch is rows and not traced:
             refuse_lost_gradients()
             stack.check_checkpoints(rows.number)
         place.ran = True
@@ -112,7 +111,7 @@ class _AdaptedConvolution(_AdaptedLinear):
                 lambda row, weight: self._convolved(row, weight, *args, **kwargs)
             )(input, every[ids])
         if isinstance(batch, GroupedRows):
-            batch.follow(stack.base)
+            stack.follow_groups(batch)
             shares = _shares_of_groups(batch, place, input, len(self.kernel_size) + 2)
         else:
             shares = [

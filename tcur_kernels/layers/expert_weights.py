@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from ..operators import streams
-from ..operators.contract import HALVES
-from ..operators.eager import Added
+from ..operators.eager import added_to_rounded
 from ..operators.factors import check_frozen
 from .expert_place import ExpertPlace
 from .reading import (
@@ -441,7 +440,7 @@ def _sum_of(
     elif y.ndim == 2 and len(update) < len(y):  # tokens of no expert come last
         update = nn.functional.pad(update, (0, 0, 0, len(y) - len(update)))
     update = update.reshape(y.shape)
-    return Added.apply(update, y) if y.dtype in HALVES else y + update
+    return added_to_rounded(y, update)
 
 
 def _frozen_base(place: Place) -> Tensor:

@@ -187,11 +187,15 @@ class _AdaptedLinear(Adapted):
     def extra_repr(self) -> str:
         """Sizes, slices and rank, for ``print(model)``."""
         place = self.tcur_place
-        last = place.slice_index + place.slices - 1
-        where = f"{place.slice_index}" if place.slices == 1 else f"{place.slice_index}-{last}"
-        stack = place.stack
         sizes = super().extra_repr() or f"nf={place.out_features}, nx={place.in_features}"
-        return f"{sizes}, slice={where} of {stack.n3}, rank={stack.rank}"
+        return f"{sizes}, {placed(place)}"
+
+
+def placed(place: Place) -> str:
+    """Slices and rank of a place, for ``print(model)``."""
+    last, stack = place.slice_index + place.slices - 1, place.stack
+    where = f"{place.slice_index}" if place.slices == 1 else f"{place.slice_index}-{last}"
+    return f"slice={where} of {stack.n3}, rank={stack.rank}"
 
 
 class TProductLinear(_AdaptedLinear, nn.Linear):
@@ -254,24 +258,25 @@ def adapted_class(module: nn.Module) -> type[Adapted]:
 
 def check_weights(places: Sequence[Place]) -> None:
     """Refuses weights that cannot share a stack; the error says what was expected."""
-    first = places[0].weight
+    first = places[0]
+    like = (first.dtype, first.base.device)
     for place in places:
-        weight = place.weight
-        if is_sharded(weight):
+        own = (place.dtype, place.base.device)
+        if is_sharded(place.base):
             raise ValueError(
                 "linears: expected whole weights, got sharded ones; adapt first, then fully_shard"
             )
-        if not weight.dtype.is_floating_point:
-            raise TypeError(f"linears: expected a floating dtype, got {weight.dtype}")
-        if weight.shape[1] != first.shape[1]:
+        if not place.dtype.is_floating_point:
+            raise TypeError(f"linears: expected a floating dtype, got {place.dtype}")
+        if place.in_features != first.in_features:
             raise ValueError(
-                f"linears: expected {first.shape[1]} in_features as in the first layer, "
-                f"got {weight.shape[1]}"
+                f"linears: expected {first.in_features} in_features as in the first layer, "
+                f"got {place.in_features}"
             )
-        if (weight.dtype, weight.device) != (first.dtype, first.device):
+        if own != like:
             raise ValueError(
-                f"linears: expected {first.dtype} on {first.device} as in the first layer, "
-                f"got {weight.dtype} on {weight.device}"
+                f"linears: expected {like[0]} on {like[1]} as in the first layer, got {own[0]} on "
+                f"{own[1]}"
             )
 
 
@@ -290,6 +295,12 @@ def twins_of(linears: Sequence[nn.Linear], n1: int | None) -> list[Place]:
     for linear in linears:
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"linears: expected nn.Linear, got {type(linear).__name__}")
+        kind = type(linear.weight)
+        if kind not in (nn.Parameter, Tensor) and not is_sharded(linear.weight):
+            raise TypeError(
+                f"linears: expected plain weights, got a {kind.__name__}; adapt takes quantised "
+                "layers"
+            )
         if linear.weight.requires_grad:
             raise ValueError("linears: expected frozen weights, got one with requires_grad=True")
     n1 = min(linear.out_features for linear in linears) if n1 is None else n1

@@ -21,6 +21,7 @@ from ..operators import cost, streams
 from ..operators.basis import BASES, Basis, scale_of
 from ..operators.eager import (
     BY_FACTORS,
+    BY_UPDATE,
     BY_W_EFF,
     Call,
     is_traced,
@@ -33,8 +34,9 @@ from ..operators.functional import (
     cur_product,
     materialize,
     prepare,
+    prepare_update,
     slice_update,
-    token_update,
+    update_linear,
 )
 from ..operators.gradient_sum import LatestSum, Pending
 from .base import Base, check_one_base, is_here
@@ -53,7 +55,8 @@ class Operands(NamedTuple):
     Attributes:
         x: tokens ``[..., in_features]``, in the dtype that the layer computes in.
         source: the tensor that the caller passed; it shows whether two layers share their input.
-        weight: the base weight ``[out_features, in_features]``, in its own dtype.
+        weight: the base weight ``[out_features, in_features]``, in its own dtype; None to compute
+            the update alone, for a quantised layer.
         bias: ``[out_features]`` or None, in the dtype of ``x``.
         place: where the weight is stored.
         core: ``[n3, r, r]``, or ``[A, n3, r, r]`` with ``adapter_ids``.
@@ -64,7 +67,7 @@ class Operands(NamedTuple):
 
     x: Tensor
     source: Tensor
-    weight: Tensor
+    weight: Tensor | None
     bias: Tensor | None
     place: Place
     core: Tensor
@@ -89,6 +92,7 @@ class Routed(Cores):
     alpha: float
     mode: cost.Mode
     precision: Precision
+    quantised: tuple[str, ...]
     enabled: bool
     is_unsettled: bool
     _guard: ReentrantGuard
@@ -187,7 +191,7 @@ class Routed(Cores):
             and x.shape[-1] == self.n2
             and x.device == core.device
             and not x.is_meta
-            and not weight.requires_grad
+            and (weight is None or not weight.requires_grad)
             and (bias is None or not bias.requires_grad)
             and (core.dtype != torch.float64 or dtype == torch.float64)
         )
@@ -197,14 +201,11 @@ class Routed(Cores):
         if given.x.is_nested:
             raise ValueError("x: expected rows of equal length in a batch, got a nested tensor")
         if traced:
+            assert given.weight is not None
             check_one_base(given.weight)
         else:
             given.place.ran = True
-            with self._lock:
-                batch.follow(self.base)
-            if batch.requires_grad:
-                refuse_lost_gradients()
-                self.check_checkpoints(batch.rows.number)
+            self.follow_groups(batch)
         if self.base.factors.dtype == torch.float64:
             given = given._replace(precision="ieee")
         return batch.forward(
@@ -214,6 +215,14 @@ class Routed(Cores):
             ),
         )
 
+    def follow_groups(self, batch: GroupedRows) -> None:
+        """Has the groups of a batch follow the weights; refuses gradients that would be lost."""
+        with self._lock:
+            batch.follow(self.base)
+        if batch.requires_grad:
+            refuse_lost_gradients()
+            self.check_checkpoints(batch.rows.number)
+
     def _by_operators(self, given: Operands, group: Group | None = None) -> Tensor:
         """The call through the operators, which check everything and are visible to a compiler.
 
@@ -222,6 +231,7 @@ class Routed(Cores):
         Args:
             group: whose C and R to use; by default those of the stack.
         """
+        assert given.weight is not None
         x, weight, bias, core, adapter_ids = (
             given.x,
             given.weight.to(given.dtype),
@@ -260,11 +270,11 @@ class Routed(Cores):
         capture = self._kept.capture_of(core.device)
         with self._lock:
             built = None
-            if adapter_ids is None:
+            if adapter_ids is None and not self.quantised:
                 built = self._effective_for(given, tokens, capture)
             if built is not None:
                 weight = built.view_of(place)
-            elif weight.dtype != dtype:
+            elif weight is not None and weight.dtype != dtype:
                 weight = weight.to(dtype)
             call = self._call_of(given, weight, capture)
         is_trained = core.requires_grad and torch.is_grad_enabled()
@@ -283,9 +293,10 @@ class Routed(Cores):
                 hold = adapter_ids is not None
                 how = (call.horizontal_hat, call.bf16_operands)
                 z = self._projected.of(source, x, *how, capture, hold)
+        way = BY_FACTORS if built is None else BY_W_EFF
         return run_layer(
             call,
-            BY_FACTORS if built is None else BY_W_EFF,
+            BY_UPDATE if weight is None else way,
             x,
             weight,
             bias,
@@ -297,13 +308,16 @@ class Routed(Cores):
             gradient_sum=gradient_sum,
         )
 
-    def _call_of(self, given: Operands, weight: Tensor, capture: int) -> Call:
+    def _call_of(self, given: Operands, weight: Tensor | None, capture: int) -> Call:
         """What all calls of this layer have in common; it is checked and prepared only once."""
         key = (given.place.slice_index, given.precision, given.dtype)
         call = self._calls.get(key)
         if call is None:
-            factors = self.base.factors
-            call = prepare(weight, given.bias, factors, given.place.slice_index, given.precision)
+            factors, place = self.base.factors, given.place
+            if weight is None:
+                call = prepare_update(factors, place.slice_index, place.slices, given.precision)
+            else:
+                call = prepare(weight, given.bias, factors, place.slice_index, given.precision)
             call.on_gradient = self.gradient_came
             if not capture:  # tensors made in a capture have no values before the first replay
                 self._calls[key] = call
@@ -326,7 +340,7 @@ class Routed(Cores):
             n2=self.n2,
             n3=self.n3,
             rank=self.rank,
-            weight_dtype=given.weight.dtype,
+            weight_dtype=given.place.dtype,
             is_built=built is not None,
         )
         if mode == "factored":
@@ -338,7 +352,7 @@ class Routed(Cores):
     def _mode_if_sharded(self) -> str:
         """The mode if W_eff is wanted, although other layers' weights may be sharded or cast."""
         if all(is_here(place) for place in self.places):
-            if len({place.base.dtype for place in self.places}) > 1:
+            if len({place.dtype for place in self.places}) > 1:
                 return "factored"  # a single layer was cast
             return "materialized"
         if self.mode == "materialized":
@@ -357,7 +371,10 @@ class Routed(Cores):
         side in memory; the result is then a copy.
         """
         with self._lock:
-            return self._built(dtype).w_eff(self.places)
+            w_eff = self._built(dtype).w_eff(self.places)
+            if self.quantised:  # no layer computes with it
+                self._kept.release()
+            return w_eff
 
     def _built(self, dtype: torch.dtype) -> Effective:
         self._look()
@@ -402,7 +419,7 @@ class Routed(Cores):
         is_part = place.root is not place
         tokens = 0 if is_part else int(cost.tokens_worth_materializing(*self._sizes)) + 1
         with torch.no_grad():
-            kept = self.kept_value(place, tokens)
+            kept = None if self.quantised else self.kept_value(place, tokens)
             return effective_weight(place) if kept is None else kept
 
     def kept_value(self, place: Place, tokens: int) -> Tensor | None:
@@ -444,8 +461,8 @@ class Routed(Cores):
             x, precision = x.double(), "ieee"
         elif dtype == torch.bfloat16 and is_autocast(x):
             precision = "bf16"
-        where = (place.slice_index, place.slices)
-        added = token_update(x, factors, core, *where, self.scale, transposed, precision)
+        how = (place.slice_index, place.slices, self.scale)
+        added = update_linear(x, factors, core, *how, precision=precision, transposed=transposed)
         return added.to(dtype)
 
     # -- C, R and the base

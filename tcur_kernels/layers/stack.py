@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..checkpoints import ReentrantGuard
 from ..decompose import Selection, Slices
 from ..decompose.slices import MAX_WORKSPACE, check_rank
-from ..decompose.tensor import as_slices, select_slices
+from ..decompose.tensor import select_slices
 from ..operators import cost
 from ..operators.basis import DEFAULT_BASIS, Basis, check_basis, converted, scale_of
 from ..operators.checks import check_cores
@@ -21,12 +21,13 @@ from ..operators.factors import CURFactors, Precision
 from .base import Base, is_here
 from .groups import GroupedRows
 from .linear import as_places, check_weights
-from .route import Routed
+from .quantised import REFUSED, kinds_of, slices_of_places
+from .quantised_route import QuantisedRoute
 from .rows import Per, Repeat, Rows, check_per, check_repeat, using_rows
 from .weights import Place
 
 
-class TProductStack(Routed):
+class TProductStack(QuantisedRoute):
     """All slices of one shape; owns the trained core, the frozen factors and W_eff.
 
     The weights stay with their layers. The stack only refers to them; nothing but `merge` copies or
@@ -67,6 +68,7 @@ class TProductStack(Routed):
         merges: how often `merge` was called.
         is_unsettled: whether a checkpoint was loaded that `settle` has not processed yet.
         base: C and R, and the check that they still agree with the present weights.
+        quantised: how the weights are quantised; empty if none is.
         rows, columns: the chosen indices I and J.
         basis: as given.
         scale: what C * U * R is multiplied by: alpha, in the orthonormal basis times √(n1 n2) /
@@ -100,14 +102,19 @@ class TProductStack(Routed):
         places = as_places(linears, n1)
         check_weights(places)
         self.name, self.places = name, places
+        self.quantised = kinds_of(places)
+        if self.quantised and mode == "materialized":
+            raise ValueError(
+                f"mode: expected 'auto' or 'factored' for quantised weights "
+                f"({', '.join(self.quantised)}), whose product is the library's, got 'materialized'"
+            )
         self.n1, self.n2 = places[0].out_features // places[0].slices, places[0].in_features
         self.n3 = sum(place.slices for place in places)
         self.rank, self.alpha = rank, float(alpha)
         check_rank("rank", rank, self.n1, self.n2)
 
         if source is None:
-            weights = [place.weight.detach() for place in places]
-            source = as_slices("linears", weights, max_workspace, progress, self.n1)
+            source = slices_of_places("linears", places, max_workspace, progress, self.n1)
         self.precision = check_precision(precision, source.device)
         self.base = self._base_of(source, selection, generator, factors, check_basis(basis))
         factors = self.base.factors
@@ -267,6 +274,8 @@ class TProductStack(Routed):
         """Writes W_eff into the layers' weights and keeps a copy of the base weights."""
         if self.is_merged:
             raise ValueError("merge: expected an unmerged stack, got one that is merged already")
+        if self.quantised:
+            raise ValueError(REFUSED)
         for place in self.places:
             if not is_here(place):
                 raise ValueError(

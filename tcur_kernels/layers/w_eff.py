@@ -13,8 +13,7 @@ from torch.utils.weak import TensorWeakRef
 
 from ..operators import streams
 from ..operators.eager import project
-from .base import version_of
-from .weights import Place
+from .weights import Place, version_of
 
 
 class Effective:

@@ -67,6 +67,18 @@ def channels_as_in(stored: Tensor, kernel: Tensor) -> Tensor:
     return kernel.movedim(1, -1).clone(memory_format=torch.contiguous_format).movedim(-1, 1)
 
 
+#: What changes when a weight is written in place or gets other memory; see `version_of`.
+Version = tuple[Any, ...]
+
+
+def version_of(tensor: Tensor) -> Version:
+    """A value that changes when the tensor is written in place or gets other memory.
+
+    Inference tensors have no version counter, so for them only a change of memory is noticed.
+    """
+    return tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version
+
+
 _PLAIN = (nn.Parameter, Tensor, type(None))
 
 
@@ -115,7 +127,10 @@ class Place:
             products by that, even if no gradient is recorded.
         name: the name of the weight in its model, for messages.
         ran: whether the layer was called, or its weight read, since it was adapted.
+        quantiser: how the weight is quantised, see `quantisers`; None if it is stored as numbers.
     """
+
+    quantiser: Any = None
 
     def __init__(
         self,
@@ -135,7 +150,28 @@ class Place:
         self.was_trained = False
         self.name = ""
         self.ran = False
-        self.out_features, self.in_features = self.weight.shape
+        self.out_features, self.in_features = self.shape
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The present shape of the weight, ``[out_features, in_features]``."""
+        rows, columns = self.weight.shape
+        return rows, columns
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weight."""
+        return self.base.dtype
+
+    @property
+    def kind(self) -> str:
+        """How the weight is quantised, such as "bitsandbytes nf4"; empty if it is not."""
+        return ""
+
+    @property
+    def version(self) -> Version:
+        """A value that changes when the base weight may have changed."""
+        return version_of(self.base)
 
     @property
     def root(self) -> Place:

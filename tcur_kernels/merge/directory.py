@@ -236,6 +236,12 @@ def _slices(directory: ModelDirectory, origins: Origins, stored: StoredStack) ->
     """The base slices of a stack, one after the other."""
     for member, (parameter, layout, first) in zip(stored.plan.members, stored.stored, strict=True):
         weight = origins[parameter].load(directory.shards.read)
+        if not weight.dtype.is_floating_point:
+            raise ValueError(
+                f"model_dir: expected weights in full precision, got {parameter} of "
+                f"{weight.dtype}; load the quantised model and its adapter, and save what "
+                "adapter.merge(inplace=False) returns"
+            )
         rows = member.slices * stored.plan.n1
         logical = _matrix(parameter, weight, layout)[first : first + rows]
         if logical.shape != (rows, stored.plan.n2):

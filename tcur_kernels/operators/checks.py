@@ -64,10 +64,11 @@ def check_nested(
             raise ValueError(f"{name}: expected None with a nested x, got a tensor")
 
 
-def check_x(x: Tensor, factors: CURFactors) -> None:
-    """Refuses tokens that are not ``[..., n2]``."""
-    if x.ndim < 1 or x.shape[-1] != factors.n2:
-        raise ValueError(f"x: expected [..., {factors.n2}], got {list(x.shape)}")
+def check_x(x: Tensor, factors: CURFactors, width: int | None = None) -> None:
+    """Refuses tokens that are not ``[..., width]``, by default ``[..., n2]``."""
+    width = factors.n2 if width is None else width
+    if x.ndim < 1 or x.shape[-1] != width:
+        raise ValueError(f"x: expected [..., {width}], got {list(x.shape)}")
 
 
 def check_effective(effective: Tensor, weight: Tensor, x: Tensor) -> None:
@@ -227,6 +228,29 @@ def check_linear(
             "adapter_ids: expected None with effective or dense_grad, which have one core, got ids"
         )
     return slices
+
+
+def check_update(
+    x: Tensor,
+    factors: CURFactors,
+    core: Tensor,
+    slice_index: int,
+    slices: int,
+    scale: float,
+    adapter_ids: Tensor | None,
+    transposed: bool,
+) -> None:
+    """Refuses what `functional.update_linear` cannot do."""
+    if adapter_ids is None:
+        check_core(core, factors)
+    else:
+        check_cores(core, factors, adapter_ids)
+        check_rows(adapter_ids, x)
+    check_slice(slice_index, slices, factors.n3)
+    check_scale(scale)
+    check_x(x, factors, slices * factors.n1 if transposed else factors.n2)
+    _check_width("x", x, factors)
+    check_device("x", x, factors.device)
 
 
 def check_scale(scale: float) -> None:

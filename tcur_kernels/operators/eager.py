@@ -113,16 +113,16 @@ class Way(NamedTuple):
         grad_x_again: the same, to be differentiated again.
     """
 
-    value: Callable[[Call, Tensor, Tensor, Tensor | None, Tensor, float, Any, Any], Tensor]
-    grad_x: Callable[[Call, Tensor, Tensor, Tensor, float, Tensor | None], Tensor]
-    grad_x_again: Callable[[Call, Tensor, Tensor, Tensor, float, Tensor | None], Tensor]
+    value: Callable[[Call, Tensor, Any, Tensor | None, Tensor, float, Any, Any], Tensor]
+    grad_x: Callable[[Call, Tensor, Any, Tensor, float, Tensor | None], Tensor]
+    grad_x_again: Callable[[Call, Tensor, Any, Tensor, float, Tensor | None], Tensor]
 
 
 def run_layer(
     call: Call,
     way: Way,
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     bias: Tensor | None,
     core: Tensor,
     scale: float,
@@ -135,7 +135,8 @@ def run_layer(
     """A layer on the slices of ``call``; arguments as for `functional.cur_linear`, all fitting.
 
     Args:
-        way: `BY_FACTORS`, or `BY_W_EFF`: ``weight`` is then W_eff, not the base.
+        way: `BY_FACTORS`; `BY_W_EFF`: ``weight`` is then W_eff, not the base; or `BY_UPDATE`:
+            ``weight`` is None.
         gradient_sum: that of ``core``, or None: the gradient reaches ``core`` from here.
     """
     if torch.is_grad_enabled() and (x.requires_grad or core.requires_grad):
@@ -184,7 +185,7 @@ def _value_by_factors(
 def _grad_x_by_factors(
     call: Call,
     grad_y: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     core: Tensor,
     scale: float,
     adapter_ids: Tensor | None,
@@ -205,6 +206,36 @@ def _grad_x_by_factors(
     )
     grad_x: Tensor = call.cur_linear(*arguments)
     return grad_x
+
+
+def _update_alone(
+    call: Call,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    core: Tensor,
+    scale: float,
+    z: Tensor | None,
+    adapter_ids: Tensor | None,
+) -> Tensor:
+    arguments = CurLinear(
+        x=x,
+        weight=None,
+        bias=None,
+        lateral_hat=call.lateral_hat,
+        horizontal_hat=call.horizontal_hat,
+        core=core,
+        slice_index=call.slice_index,
+        slices=call.slices,
+        scale=scale,
+        transposed=False,
+        z=z,
+        adapter_ids=adapter_ids,
+        bf16_operands=call.bf16_operands,
+    )
+    with kernels_alone():
+        update: Tensor = call.cur_linear(*arguments)
+    return update
 
 
 def _value_by_w_eff(
@@ -258,6 +289,8 @@ def _grad_x_again_by_w_eff(
 
 
 BY_FACTORS = Way(_value_by_factors, _grad_x_by_factors, _grad_x_by_factors)
+#: The update without the product of the base weight, which is given as None.
+BY_UPDATE = Way(_update_alone, _grad_x_by_factors, _grad_x_by_factors)
 BY_W_EFF = Way(_value_by_w_eff, _grad_x_by_w_eff, _grad_x_again_by_w_eff)
 
 
@@ -270,7 +303,7 @@ class _Layer(torch.autograd.Function):
         x: Tensor,
         core: Tensor,
         held: tuple[Tensor | None],
-        weight: Tensor,
+        weight: Tensor | None,
         bias: Tensor | None,
         adapter_ids: Tensor | None,
         addend: Tensor | None,
@@ -391,22 +424,61 @@ class Dithered(torch.autograd.Function):
         return grad, None
 
 
-class Added(torch.autograd.Function):
-    """``update + y`` of 16 bits, rounded as `Dithered` does; the gradient reaches both."""
+def added_to_rounded(product: Tensor, update: Tensor) -> Tensor:
+    """``product + update`` for a product that is rounded already; rounded once more, to its dtype.
+
+    In 16 bits the sum is rounded up or down so that the mean stays, as in `Dithered`. Where the
+    update is zero, the product stays as it is, bit for bit, also if it is a negative zero.
+    """
+    if is_traced():
+        return _added_by_torch(product, update)
+    if not (torch.is_grad_enabled() and (product.requires_grad or update.requires_grad)):
+        return _added(product, update)
+    added: Tensor = _apply_added(product, update)
+    return added
+
+
+class _AddedToRounded(torch.autograd.Function):
+    """The node of `added_to_rounded`: its derivatives are those of an exact sum."""
 
     @staticmethod
-    def forward(update: Tensor, y: Tensor) -> Tensor:
-        """The sum in fp32, noise below the last bit that is kept, the rest cut off."""
-        return _dithered(update, y)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        """Nothing is needed: both derivatives are one."""
+    def forward(ctx: Any, product: Tensor, update: Tensor) -> Tensor:
+        ctx.dtypes = product.dtype, update.dtype
+        return _added(product, update)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        """As if the sum were exact."""
-        return grad, grad
+        own, other = ctx.dtypes
+        return grad.to(own), grad.to(other)
+
+
+#: Without the wrapper for functorch, as `_apply`.
+_apply_added = super(torch.autograd.Function, _AddedToRounded).apply
+
+
+def _added(product: Tensor, update: Tensor) -> Tensor:
+    total = product.to(_wide(product, update)) + update
+    if product.dtype in contract.HALVES:
+        total = _cut(total.float(), product.dtype)
+    return torch.where(update == 0, product, total.to(product.dtype))
+
+
+def _wide(product: Tensor, update: Tensor) -> torch.dtype:
+    """The dtype that a sum of these is formed in."""
+    return torch.promote_types(product.dtype, torch.promote_types(update.dtype, torch.float32))
+
+
+def _added_by_torch(product: Tensor, update: Tensor) -> Tensor:
+    """`added_to_rounded` as compilers can trace and functorch can transform it."""
+    total = product.to(_wide(product, update)) + update
+    fixed = total.detach()
+    kept = fixed.to(product.dtype)
+    if product.dtype in contract.HALVES:
+        kept = _cut(fixed.float().clone(), product.dtype)
+    kept = torch.where(update.detach() == 0, product.detach(), kept)
+    # Zero, with the derivative of the sum; subtracted, because -0.0 + 0.0 would be 0.0.
+    exact = torch.where(fixed.isfinite(), fixed - total, 0.0)
+    return kept - exact.to(product.dtype)
 
 
 def dithered_by_torch(update: Tensor, bias: Tensor) -> Tensor:

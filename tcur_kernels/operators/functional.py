@@ -18,6 +18,7 @@ from .checks import (
     check_out,
     check_scale,
     check_slice,
+    check_update,
     check_weights,
     check_x,
 )
@@ -252,6 +253,64 @@ def prepare(
     return eager.Call(factors, precision, slice_index, slices, language)
 
 
+def prepare_update(
+    factors: CURFactors, slice_index: int, slices: int, precision: Precision
+) -> eager.Call:
+    """Like `prepare`, for a layer whose update is computed alone; see `update_linear`."""
+    check_slice(slice_index, slices, factors.n3)
+    language = dispatch.language_of("cur_linear", "auto", factors, precision)
+    return eager.Call(factors, precision, slice_index, slices, language)
+
+
+def update_linear(
+    x: Tensor,
+    factors: CURFactors,
+    core: Tensor,
+    slice_index: int,
+    slices: int = 1,
+    scale: float = 1.0,
+    backend: Backend = "auto",
+    *,
+    precision: Precision = "ieee",
+    adapter_ids: Tensor | None = None,
+    transposed: bool = False,
+) -> Tensor:
+    """Computes what the update alone makes of tokens, ``x (scale C*U*R)_lᵀ``.
+
+    It serves layers whose base weight only another library, or the model itself, multiplies by. The
+    gradient reaches ``core`` and ``x``. Arguments are as for `cur_linear`.
+
+    Args:
+        x: ``[..., n2]``, in any floating dtype; fp64 only with fp64 factors.
+        slices: how many consecutive slices the layer has.
+        transposed: whether to compute ``x (scale C*U*R)_l`` of ``x`` ``[..., slices * n1]``.
+
+    Returns:
+        ``[..., slices * n1]``, if ``transposed`` ``[..., n2]``, in the dtype of ``x``.
+    """
+    check_floating("x", x)
+    check_update(x, factors, core, slice_index, slices, scale, adapter_ids, transposed)
+    lateral_hat, horizontal_hat = factors.packed(precision)
+    update_alone = CurLinear(
+        x=x,
+        weight=None,
+        bias=None,
+        lateral_hat=lateral_hat,
+        horizontal_hat=horizontal_hat,
+        core=core,
+        slice_index=slice_index,
+        slices=slices,
+        scale=float(scale),
+        transposed=transposed,
+        adapter_ids=adapter_ids,
+        bf16_operands=factors.bf16_operands(precision),
+    )
+    with outside_autocast(x.device):
+        op = dispatch.operator("cur_linear", backend, factors, precision)
+        update: Tensor = op(*update_alone)
+    return update
+
+
 def slice_update(
     factors: CURFactors,
     core: Tensor,
@@ -289,52 +348,6 @@ def slice_update(
         transposed=True,
     )
     update: Tensor = dispatch.operator("cur_linear", backend, factors, "ieee")(*of_rows)
-    return update
-
-
-def token_update(
-    x: Tensor,
-    factors: CURFactors,
-    core: Tensor,
-    slice_index: int,
-    slices: int,
-    scale: float,
-    transposed: bool,
-    precision: Precision = "ieee",
-) -> Tensor:
-    """Computes what scale * C * U * R adds to a product of tokens with some consecutive slices.
-
-    With D for these slices of scale * C * U * R, ``[slices * n1, n2]``, that is x Dᵀ; if
-    ``transposed``, x D. D is not built. The gradient reaches ``core`` and ``x``. Arguments are as
-    for `cur_linear`; ``x`` is ``[tokens, n2]``, if ``transposed`` ``[tokens, slices * n1]``.
-
-    Returns:
-        ``[tokens, slices * n1]``, if ``transposed`` ``[tokens, n2]``, in the dtype of ``x``.
-    """
-    check_floating("x", x)
-    check_core(core, factors)
-    check_slice(slice_index, slices, factors.n3)
-    check_scale(scale)
-    width = slices * factors.n1 if transposed else factors.n2
-    if x.ndim != 2 or x.shape[1] != width:
-        raise ValueError(f"x: expected [tokens, {width}], got {list(x.shape)}")
-    lateral_hat, horizontal_hat = factors.packed(precision)
-    of_tokens = CurLinear(
-        x=x,
-        weight=None,
-        bias=None,
-        lateral_hat=lateral_hat,
-        horizontal_hat=horizontal_hat,
-        core=core,
-        slice_index=slice_index,
-        slices=slices,
-        scale=float(scale),
-        transposed=transposed,
-        bf16_operands=factors.bf16_operands(precision),
-    )
-    with outside_autocast(x.device):
-        op = dispatch.operator("cur_linear", "auto", factors, precision)
-        update: Tensor = op(*of_tokens)
     return update
 
 

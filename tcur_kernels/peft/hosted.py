@@ -15,8 +15,10 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ..layers.quantised import QuantisedPlace
+from ..layers.quantisers import quantiser_of
 from ..layers.stack import TProductStack
-from ..layers.weights import Place, is_conv1d, is_plain_linear
+from ..layers.weights import Place, is_conv1d
 from ..matrices import Layout
 from ..operators.contract import HALVES
 from .experts import HostedExperts, TargetParameter, unhost_experts
@@ -53,7 +55,8 @@ def is_supported(layer: nn.Module | TargetParameter) -> bool:
     """Whether a layer of this type can be adapted or is adapted already."""
     if isinstance(layer, TargetParameter):
         return True
-    return is_plain_linear(layer) or is_conv1d(layer) or type(layer) in _HOSTED.values()
+    is_quantised = quantiser_of(layer) is not None
+    return is_quantised or is_conv1d(layer) or type(layer) in (nn.Linear, *_HOSTED.values())
 
 
 def has_other_forward(layer: nn.Module) -> bool:
@@ -63,8 +66,15 @@ def has_other_forward(layer: nn.Module) -> bool:
 
 
 def host(layer: nn.Module) -> None:
-    """Makes a base layer accept ``tcur``; it stays the same object with the same parameters."""
-    _become(layer, _HOSTED[type(layer)])
+    """Makes a base layer accept ``tcur``; it stays the same object with the same parameters.
+
+    A quantised layer stays as it is, because its product is the library's.
+    """
+    quantiser = quantiser_of(layer)
+    if quantiser is not None:
+        quantiser.prepare(layer)
+    else:
+        _become(layer, _HOSTED[type(layer)])
 
 
 def unhost(layer: nn.Module) -> None:
@@ -89,6 +99,8 @@ def place_of(layer: nn.Module | TargetParameter, slice_index: int = 0, slices: i
     """The place of a layer's weight, whether the layer is wrapped or not."""
     if isinstance(layer, TargetParameter):
         return layer.place
+    if quantiser_of(layer) is not None:
+        return QuantisedPlace(layer, slice_index, slices)
     layout: Layout = "transposed" if isinstance(layer, Conv1D) else "matrix"
     return Place(layer, slice_index, slices, layout=layout)
 
@@ -108,6 +120,11 @@ class AdapterStack(TProductStack):
     def update_of_tokens(self, x: Tensor, place: Place, transposed: bool) -> Tensor:
         """What the update adds to a product of tokens."""
         y: Tensor = self(TProductStack.update_of_tokens, x, place, transposed)
+        return y
+
+    def add_update(self, product: Tensor, x: Tensor, place: Place) -> Tensor:
+        """The product of a quantised layer with the update of one place added to it."""
+        y: Tensor = self(TProductStack.add_update, product, x, place)
         return y
 
     def update(self, place: Place) -> Tensor:

@@ -52,7 +52,7 @@ class TCURLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         super().__init__()
         self.tcur_owner = owner
         self.tcur_base = place_of(base_layer)
-        self.out_features, self.in_features = self.tcur_base.weight.shape
+        self.out_features, self.in_features = self.tcur_base.shape
         host(base_layer)
         self.base_layer = base_layer
         self.merged_adapters: list[str] = []
@@ -127,12 +127,7 @@ class TCURLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
 
     def _by_rows(self, x: Tensor, rows: NamedRows) -> Tensor:
         """Applies the layer with an adapter for each row."""
-        names = rows.of(self)
-        if x.shape[0] != len(names):
-            raise ValueError(
-                "Length of `adapter_names` should be the same as the number of inputs, but got "
-                f"{len(names)} and {x.shape[0]} respectively."
-            )
+        names = self._names_of_rows(x, rows)
         if rows.lead is not None:
             if rows.lead not in self.tcur_places:
                 return self._plain(x)
@@ -151,6 +146,16 @@ class TCURLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             else:
                 parts.append(self._plain(part))
         return torch.cat(parts)[torch.cat(order).argsort()]
+
+    def _names_of_rows(self, x: Tensor, rows: NamedRows) -> tuple[str, ...]:
+        """The adapter names of the rows of ``x``; refuses another number of rows."""
+        names = rows.of(self)
+        if x.shape[0] != len(names):
+            raise ValueError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(names)} and {x.shape[0]} respectively."
+            )
+        return names
 
     def _plain(self, x: Tensor) -> Tensor:
         return nn.functional.linear(x, self.tcur_base.weight, self.tcur_base.bias)

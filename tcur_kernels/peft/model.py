@@ -21,6 +21,7 @@ from torch import nn
 
 from ..adapters.linear_maps import aliases, holds_experts
 from ..adapters.plan import Plan
+from ..adapters.quantised import forget_quantiser, merged_dtype
 from ..layers.switching import LateGradient
 from ..layers.weights import Place
 from .config import AllLinear, TCURConfig
@@ -29,6 +30,7 @@ from .experts_layer import TCURExperts
 from .hosted import AdapterStack, unhost
 from .layer import BROKEN, TCURLinear
 from .planning import Layers, Record, plan_and_build
+from .quantised import TCURQuantisedLinear
 from .rows import Owner, rows_by_adapter
 
 ALL_LINEAR = "all-linear"
@@ -263,7 +265,9 @@ class TCURModel(BaseTuner):  # type: ignore[misc]
         if found is None:
             return  # the plan leaves it out
         if not isinstance(target, TCURLinear):
-            layer = TCURLinear(target, self.owner)
+            is_quantised = found[1].quantiser is not None
+            kind = TCURQuantisedLinear if is_quantised else TCURLinear
+            layer = kind(target, self.owner)
             self._replace_module(parent, target_name, layer, target)
             target = layer
         target.add(adapter_name, *found)
@@ -304,7 +308,7 @@ class TCURModel(BaseTuner):  # type: ignore[misc]
         for entry in plan.stacks:
             stack = self.stacks_named(entry.name)[adapter_name]
             assert isinstance(stack, AdapterStack)
-            base = stack.places[0].weight.dtype
+            base = stack.places[0].dtype
             if base == stack.core.dtype:
                 continue
             if stack.mode == "materialized":
@@ -349,10 +353,13 @@ class TCURModel(BaseTuner):  # type: ignore[misc]
             safe_merge: whether to check first that no weight becomes NaN or Inf.
 
         Raises:
-            ValueError: an adapter is unknown, or a merged weight is not finite. Nothing is merged
-                then.
+            ValueError: an adapter is unknown, a merged weight is not finite, or an adapted layer
+                is quantised. Nothing is merged then.
         """
         self._check_merge(adapter_names, safe_merge)
+        for module in self.model.modules():
+            if isinstance(module, TCURQuantisedLinear):
+                module.merge(adapter_names=adapter_names)  # refuses
         super().merge_adapter(adapter_names)
 
     def _unload_and_optionally_merge(
@@ -364,11 +371,17 @@ class TCURModel(BaseTuner):  # type: ignore[misc]
     ) -> nn.Module:
         if merge:
             self._check_merge(adapter_names, safe_merge)
+            for module in self.model.modules():
+                if isinstance(module, TCURQuantisedLinear):
+                    dtype = merged_dtype(self.model, module.tcur_base)
+                    module.tcur_merged_dtype = dtype
         model = super()._unload_and_optionally_merge(merge, progressbar, False, adapter_names)
         hooks = model._load_state_dict_post_hooks
         for number in [number for number, hook in hooks.items() if hook == self.owner.loaded]:
             del hooks[number]
         vars(model).pop("peft_config", None)  # peft before 0.19 leaves it there
+        if merge:
+            forget_quantiser(model)
         return model
 
     @contextmanager

@@ -14,9 +14,17 @@ from torch.nn.utils import parametrize
 
 from ..adapters.build import build_stack, check_layers
 from ..adapters.fingerprint import Fingerprint
-from ..adapters.linear_maps import TRAINED, Weight, reasons_to_leave_out, why_computed
+from ..adapters.linear_maps import (
+    TRAINED,
+    Weight,
+    reasons_to_leave_out,
+    why_computed,
+    why_unreadable,
+)
 from ..adapters.plan import LeftOut, Plan, StackPlan, groups_of, plan_groups
 from ..adapters.record import StackRecord
+from ..layers.quantised import Numbers, form_of
+from ..layers.quantisers import quantiser_of, why_packed
 from ..layers.weights import is_attention
 from ..operators.functional import slice_update
 from .config import Recorded, TCURConfig
@@ -83,7 +91,7 @@ def make_plan(model: nn.Module, layers: Layers, config: TCURConfig, strict: bool
         reasons |= others
     left_out = [LeftOut(name, reason) for name, reason in reasons.items()]
     places = {n: place_of(layer) for n, layer in layers.items() if n not in reasons}
-    weights = {name: place.weight for name, place in places.items()}
+    weights = {name: form_of(place) for name, place in places.items()}
     experts = {n: place.slices for n, place in places.items() if place.layout == "experts"}
     together = {
         member.module
@@ -98,7 +106,7 @@ def make_plan(model: nn.Module, layers: Layers, config: TCURConfig, strict: bool
         rank = rank_of(config, first)
         planned, others_left = plan_groups(
             [group],
-            weights,
+            Numbers(places),
             {group[0]: rank}.__getitem__,
             argument="target_modules",
             # The only layer of a shape is left out, but not one that only a pattern sets apart.
@@ -212,7 +220,7 @@ def build_stacks(
         if record is not None and config.check_base and not _has_base_of(record, stack):
             raise ValueError(
                 f"model: expected the base that the adapter was made for, got other weights in "
-                f"stack {entry.name} ({stack.places[0].weight.dtype}; check_base=False in the "
+                f"stack {entry.name} ({stack.places[0].dtype}; check_base=False in the "
                 "config loads all the same)"
             )
         if not config.init_weights:
@@ -268,7 +276,7 @@ def _reasons_to_leave_out(
             reasons[name] = "its projections are no layers that are called, as peft's have to be"
         if not is_supported(module):
             continue
-        why = why_computed(module)
+        why = why_unreadable(module) if quantiser_of(module) else why_computed(module)
         if why is None:
             weights[name] = Weight(name, name, module, place_of(module))
             if has_other_forward(module):
@@ -289,7 +297,7 @@ def _reasons_to_leave_out(
         if name not in weights and name not in reasons and name not in held:
             layer = modules[target]
             reasons[name] = f"{type(layer).__name__} is neither nn.Linear nor Conv1D"
-            if parametrize.is_parametrized(layer):
+            if parametrize.is_parametrized(layer) or why_packed(layer):
                 reasons[name] = known.get(name, reasons[name])
     reasons = known | reasons
     inside = tuple(f"{n}." for n, m in model.named_modules() if isinstance(m, _WRAPPERS))

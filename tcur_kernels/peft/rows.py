@@ -142,7 +142,7 @@ def rows_by_adapter(tuner: Tuner, names: Sequence[str], beams: int = 1) -> Itera
     if tuner.training:
         raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
     layers = [
-        module for module in tuner.model.modules() if module.__class__ is tuner.tuner_layer_cls
+        module for module in tuner.model.modules() if isinstance(module, tuner.tuner_layer_cls)
     ]
     if any(layer.merged for layer in layers):
         raise ValueError(
