@@ -27,6 +27,7 @@ from expert_models import (
 )
 from tcur_kernels import cli
 from tcur_kernels.adapters import fingerprint
+from tcur_kernels.adapters.linear_maps import find_weights
 from tcur_kernels.adapters.plan import make_plan
 from tcur_kernels.layers.linear import Adapted
 from tcur_kernels.merge import directory
@@ -356,3 +357,17 @@ def test_a_budget_shares_out_among_experts():
     adapter = tcur.adapt(model, "experts.rows", rank=tcur.Budget(EXPERTS * 16), gradients=gradients)
     assert adapter.stacks["12x8"].rank == 4
     assert torch.equal(model(x, ids), Model()(x, ids))
+
+
+@pytest.mark.parametrize("kind", [lambda each: nn.Sequential(*each), nn.ModuleList])
+def test_cores_are_no_experts(kind):
+    """Their three axes are no matrices of a model, whoever holds them."""
+    model = nn.Module()
+    model.blocks = kind([nn.Linear(8, 8), nn.Linear(8, 8)])
+    before = list(find_weights(model))
+    tcur.adapt(model.blocks, rank=2)
+    assert list(find_weights(model)) == before == ["blocks.0", "blocks.1"]
+    other = nn.ModuleDict({"model": Model()})
+    before = list(find_weights(other))
+    tcur.adapt(other["model"], TARGETS, rank=2)
+    assert list(find_weights(other)) == before

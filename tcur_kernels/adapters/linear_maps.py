@@ -13,6 +13,7 @@ from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
 from ..layers.attention import TProductMultiheadAttention
+from ..layers.cores import Cores
 from ..layers.experts import AdaptedExperts, is_of_experts, parameters_of_experts
 from ..layers.linear import Adapted
 from ..layers.quantised import Form, QuantisedPlace, form_of
@@ -28,6 +29,7 @@ from ..layers.weights import (
 )
 from ..matrices import Layout
 from ..processes import is_sharded
+from .holding import PREFIXES, HeldCores
 
 #: Modules that hold matrices but are not linear maps of tokens.
 _OTHER_KINDS = (
@@ -161,7 +163,10 @@ def holds_experts(module: nn.Module, name: str) -> bool:
 
 
 def _weights_of_experts(owner: str, module: nn.Module) -> dict[str, Weight]:
-    names = {key: f"{owner}.{key}" for key in parameters_of_experts(module)}
+    if isinstance(module, Cores | HeldCores):
+        return {}
+    keys = [key for key in parameters_of_experts(module) if not key.startswith(PREFIXES)]
+    names = {key: f"{owner}.{key}" for key in keys}
     return {n: Weight(n, owner, module, place_of_experts(module, k)) for k, n in names.items()}
 
 

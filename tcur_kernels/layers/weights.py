@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..matrices import Layout, matrix_of, stored_of
+from ..matrices import Layout, matrix_of, shape_of, stored_of
 
 #: The input projections of an ``nn.MultiheadAttention``. They are three separate weights, or the
 #: three blocks of rows of ``in_proj_weight``, which have no names of their own.
@@ -155,8 +155,12 @@ class Place:
     @property
     def shape(self) -> tuple[int, int]:
         """The present shape of the weight, ``[out_features, in_features]``."""
-        rows, columns = self.weight.shape
-        return rows, columns
+        # Without the matrix itself: torch refuses to reshape a shard of some sizes.
+        shape = shape_of(self.base.shape, self.layout)
+        if shape is None:  # a parameter that FSDP1 flattened
+            rows, columns = self.weight.shape
+            return rows, columns
+        return shape
 
     @property
     def dtype(self) -> torch.dtype:
