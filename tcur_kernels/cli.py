@@ -15,15 +15,17 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from .adapters.budget import Budget, within_budget
 from .adapters.curves import RANKS, model_curves, plot_curves
 from .adapters.file import StoredStack, read_contents
 from .adapters.gradients import read_gradients
+from .adapters.linear_maps import find_places
 from .adapters.lora import SERVED_RANKS, check_served, exact_rank, largest_exact
 from .adapters.lora_file import TASK_TYPES
-from .adapters.plan import STACKS_BY, StackPlan, make_plan
+from .adapters.plan import STACKS_BY, Plan, StackPlan, make_plan
 from .adapters.streaming import BaseFiles
 from .decompose import RULES, Slices
 from .decompose.slices import MAX_WORKSPACE
@@ -165,17 +167,15 @@ def show_plan(args: argparse.Namespace) -> None:
     total = sum(parameter.numel() for parameter in model.parameters())
     what = f"rank {rank}" if args.budget is None else f"budget {args.budget:,}"
     print(f"{what}: {cores:,} trained numbers, {cores / total:.2e} of {total:,}")
+    quantised = getattr(getattr(model, "config", None), "quantization_config", None)
+    if quantised:
+        method = quantised.get("quant_method", "a method without a name")
+        print(
+            f"config.json: its weights are quantised ({method}); adapt takes layers of "
+            "bitsandbytes, torchao and HQQ, which run through the factors, and leaves others out"
+        )
     if args.max_lora_rank is not None:
-        print(f"as LoRA, served with --max-lora-rank {args.max_lora_rank}:")
-        for stack in plan.stacks:
-            largest = largest_exact(stack, args.max_lora_rank)
-            can = (
-                f"at most rank {largest}" if largest else f"none, {stack.n3} matrices are too many"
-            )
-            print(
-                f"  stack {stack.name}: rank {stack.rank} takes LoRA rank {exact_rank(stack)}; "
-                f"exact within {args.max_lora_rank}: {can}"
-            )
+        show_lora_ranks(model, plan, args.max_lora_rank)
     if args.curve is not None:
         curves = model_curves(
             model, plan, args.ranks, args.selections, args.model_dir, progress=True
@@ -183,6 +183,22 @@ def show_plan(args: argparse.Namespace) -> None:
         print(*curves, sep="\n")
         plot_curves(curves, args.curve)
         print(f"written: {args.curve}")
+
+
+def show_lora_ranks(model: nn.Module, plan: Plan, served: int) -> None:
+    """Prints for each stack the LoRA rank that its layers need, and what ``served`` allows."""
+    print(f"as LoRA, served with --max-lora-rank {served}:")
+    places = find_places(model)
+    for stack in plan.stacks:
+        if {places[member.module].layout for member in stack.members} - {"matrix", "transposed"}:
+            print(f"  stack {stack.name}: convolutions and experts are not written as LoRA")
+            continue
+        largest = largest_exact(stack, served)
+        can = f"at most rank {largest}" if largest else f"none, {stack.n3} matrices are too many"
+        print(
+            f"  stack {stack.name}: rank {stack.rank} takes LoRA rank {exact_rank(stack)}; "
+            f"exact within {served}: {can}"
+        )
 
 
 def inspect(args: argparse.Namespace) -> None:

@@ -197,6 +197,14 @@ def test_plan_and_merge_of_gpt2(run, transformers, tmp_path):
     assert "stack 8x8: 8 slices of 8 x 8, rank 2\n      0-2  transformer.h.0.attn.c_attn\n" in out
     assert "transformer.wpe: Embedding is not a linear layer" in out
     assert "--verbose" not in out
+    assert "quantised" not in out
+
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (tmp_path / "quantised").mkdir()
+    (tmp_path / "quantised" / "config.json").write_text(json.dumps(config))
+    status, out, _ = run("plan", tmp_path / "quantised", "--rank", "2")
+    assert (status, "config.json: its weights are quantised (bitsandbytes)" in out) == (0, True)
 
     adapter = tcur.adapt(model, rank=2)
     with torch.no_grad():

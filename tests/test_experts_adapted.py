@@ -68,12 +68,13 @@ def test_functions_are_asked_with_the_module_that_holds_them():
     asked = {}
 
     def choose(name, module):
-        asked[name] = type(module).__name__
+        asked.setdefault(name, type(module).__name__)
         return name.endswith("columns")
 
     model = Model()
     model.experts.one = nn.Parameter(torch.randn(1, 5, 4))  # one matrix is no choice of experts
     plan = make_plan(model, choose, 3)
+    asked.pop("experts.weight")  # to see whether the choice of the columns is meant
     assert asked == {"first": "Linear", "experts.rows": "Experts", "experts.columns": "Experts"}
     assert [m.module for s in plan.stacks for m in s.members] == ["experts.columns"]
     plan = make_plan(model, lambda name, _: "own" if "rows" in name else None, 3)
@@ -371,3 +372,53 @@ def test_cores_are_no_experts(kind):
     before = list(find_weights(other))
     tcur.adapt(other["model"], TARGETS, rank=2)
     assert list(find_weights(other)) == before
+
+
+class Relative(nn.Module):
+    """An attention with a bias for each head and pair of positions, and position embeddings."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.bias_table = nn.Parameter(torch.randn(2, 8, 8))
+        self.positions = nn.Parameter(torch.randn(1, 4, 8))
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [
+        "block*",
+        "block.attn*",
+        "*.attn.*",
+        "*.[kq]*",
+        lambda name, module: "attn" in name,
+        lambda name, module: True,
+        lambda name, module: module.in_features == 8,
+        lambda name, module: "own" if name.startswith("block") else None,
+    ],
+)
+def test_parameters_with_three_axes_are_not_adapted_by_accident(targets):
+    model = nn.ModuleDict({"block": nn.ModuleDict({"attn": Relative()})})
+    plan = tcur.adapt(model, targets, rank=2).plan
+    members = [member.module for stack in plan.stacks for member in stack.members]
+    assert members == ["block.attn.q", "block.attn.k"]
+    if callable(targets):
+        (left,) = plan.left_out
+        assert left.module == "block.attn.bias_table"
+        assert "Relative is not a linear layer (targets " in left.reason
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [
+        "bias_table",
+        "block.*.bias_table",
+        lambda name, module: name.endswith("bias_table"),
+        lambda name, module: isinstance(module, Relative),
+    ],
+)
+def test_parameters_with_three_axes_that_are_meant(targets):
+    model = nn.ModuleDict({"block": nn.ModuleDict({"attn": Relative()})})
+    plan = tcur.adapt(model, targets, rank=2).plan
+    members = [member.module for stack in plan.stacks for member in stack.members]
+    assert members == ["block.attn.bias_table"]

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from transformers import MixtralConfig
 from transformers.pytorch_utils import Conv1D
 
 import tcur_kernels as tcur
@@ -226,3 +227,20 @@ def test_a_plan_says_which_ranks_can_be_served(tmp_path, capsys):
     assert "exact within 1: none, 4 matrices are too many" in capsys.readouterr().out
     assert cli.main(["plan", str(tmp_path), "--max-lora-rank", "7"]) == 2
     assert "--max-lora-rank: expected one of 1, 8, 16, 32" in capsys.readouterr().err
+
+
+def test_a_plan_says_what_is_not_written_as_lora(tmp_path, capsys):
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+    MixtralConfig(
+        vocab_size=11,
+        num_local_experts=2,
+        architectures=["MixtralForCausalLM"],
+        **sizes,
+        **heads,
+    ).save_pretrained(tmp_path)
+    command = ["plan", str(tmp_path), "--rank", "2", "--max-lora-rank", "32"]
+    assert cli.main([*command, "--targets", "down_proj", "q_proj"]) == 0
+    out = capsys.readouterr().out
+    assert "  stack 16x24: convolutions and experts are not written as LoRA\n" in out
+    assert "  stack 16x16: rank 2 takes LoRA rank 4; exact within 32: at most rank 16\n" in out

@@ -26,6 +26,9 @@ Targets = (
 
 _Chosen = list[str] | dict[str, list[str]]
 
+#: Characters that match others.
+_WILD = set("*?[")
+
 
 def choose(
     model: nn.Module, weights: Mapping[str, Weight], reasons: dict[str, str], targets: Targets
@@ -92,7 +95,7 @@ def _match(
         if not isinstance(target, str):
             raise TypeError(f"{argument}: expected names or patterns, got {type(target).__name__}")
         found = {own for name, own in names.items() if _matches(name, target)}
-        if not target.rpartition(".")[2].strip("*?"):  # all that is somewhere: modules, as ever
+        if _WILD & set(target.rpartition(".")[2]):  # a parameter is meant only by its own name
             found -= {name for name, weight in weights.items() if weight.is_of_experts}
         if not found:
             _refuse_parameter(argument, model, target)
@@ -147,9 +150,9 @@ def _called(
     """What a function chose: names, or names by stack; see `choose`.
 
     The function is also asked about subclasses of ``nn.Linear`` that cannot be adapted. If it
-    chooses one, the plan says why it is left out. So it does for a convolution that the function
-    chooses by the name alone: functions from before convolutions could be adapted do so. Of
-    parameters with three axes it is asked about those that hold several matrices.
+    chooses one, the plan says why it is left out. So it does for a convolution or a parameter of
+    experts that the function does not mean, see `_meant`. Of parameters with three axes it is asked
+    about those that hold several matrices.
     """
     asked = {
         name: weight.module
@@ -163,13 +166,13 @@ def _called(
     not_meant: set[str] = set()
     by_stack: dict[str, list[str]] = defaultdict(list)
     for name, module in asked.items():
-        if isinstance(module, _ConvNd):
-            answer, why = _answer_for_convolution(function, name, module)
-            if why is not None:
-                reasons.setdefault(name, f"{type(module).__name__} is not a linear layer ({why})")
-                not_meant.add(name)
-                continue
-        else:
+        others = _others(name, module, weights.get(name))
+        answer, why = _meant(function, name, module, others) if others else (None, None)
+        if why is not None:
+            reasons.setdefault(name, f"{type(module).__name__} is not a linear layer ({why})")
+            not_meant.add(name)
+            continue
+        if not others:
             answer = function(name, module)
         if isinstance(answer, str):
             _check_stack_name(answer)
@@ -190,13 +193,30 @@ def _called(
     return dict(by_stack) or chosen, (named | set(chosen) | not_meant) & set(reasons)
 
 
-def _answer_for_convolution(
-    function: Callable[[str, nn.Module], Any], name: str, module: nn.Module
-) -> tuple[Any, str | None]:
-    """What a function says of a convolution; and why that does not count, if so.
+def _others(name: str, module: nn.Module, weight: Weight | None) -> list[tuple[str, nn.Module]]:
+    """What a function is asked about beside a convolution or a parameter of experts; see `_meant`.
 
-    It counts if the function looks at the module: if it says something else of a linear layer or of
-    an empty module of the same name.
+    For a convolution these are modules of the same name. For a parameter it is an empty module in
+    place of its own, and another parameter of its own.
+    """
+    if isinstance(module, _ConvNd):
+        return [(name, nn.Linear(1, 1, device="meta")), (name, nn.Module())]
+    if weight is not None and weight.is_of_experts:
+        return [(name, nn.Module()), (f"{weight.owner}.weight", module)]
+    return []
+
+
+def _meant(
+    function: Callable[[str, nn.Module], Any],
+    name: str,
+    module: nn.Module,
+    others: list[tuple[str, nn.Module]],
+) -> tuple[Any, str | None]:
+    """What a function says of something that is no linear layer; and why that does not count.
+
+    Functions from before anything else could be adapted choose by a name within which it happens to
+    be, or look at attributes of a linear layer. So a choice counts if the function says something
+    else of one of the others.
     """
     try:
         answer = function(name, module)
@@ -205,9 +225,8 @@ def _answer_for_convolution(
     if answer is not True and not isinstance(answer, str):
         return answer, None
     try:
-        others = [function(name, nn.Linear(1, 1, device="meta")), function(name, nn.Module())]
+        if any(function(*other) != answer for other in others):
+            return answer, None
     except Exception:  # it looked for something that these do not have
-        return answer, None
-    if any(other != answer for other in others):
         return answer, None
     return answer, "targets chose it by its name alone; check its type, too, to adapt it"
