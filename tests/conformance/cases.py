@@ -104,17 +104,17 @@ STACKS = (
 )
 #: One length for each form and each parity; 66 makes two parts of a long tube. (n3, rank).
 FORMS = [
-    *[(n3, 3) for n3 in (1, 2, 3, 12, 47, 48)],
+    *[(n3, 3) for n3 in (1, 2, 3, 12, 47)],
     *[(n3, rank) for n3 in (2, 12) for rank in (1, 8)],
     (5, 17),
     (66, 3),
 ]
 MORE_FORMS = [
     *[(n3, rank) for n3 in (1, 3, 47, 48) for rank in (1, 8)],
-    *[(n3, 3) for n3 in (4, 5, 16, 17, 64, 65, 130)],
+    *[(n3, 3) for n3 in (4, 5, 16, 17, 48, 64, 65, 130)],
 ]
 #: The same for operators on tokens, and which of them are left to ``-m matrix``.
-TOKEN_FORMS = [(n3, 3, False) for n3 in (1, 2, 3, 12, 47, 48)]
+TOKEN_FORMS = [(n3, 3, n3 == 47) for n3 in (1, 2, 3, 12, 47, 48)]
 TOKEN_FORMS += [(4, rank, False) for rank in (1, 8, 17)]
 TOKEN_FORMS += [(n3, rank, True) for n3 in (1, 2, 3, 12, 47, 48) for rank in (1, 8)]
 
