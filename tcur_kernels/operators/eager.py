@@ -149,21 +149,21 @@ def run_layer(
     return way.value(call, x, weight, bias, core, scale, z, adapter_ids)
 
 
-def _value_by_factors(
+def _forward(
     call: Call,
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     bias: Tensor | None,
     core: Tensor,
     scale: float,
     z: Tensor | None,
     adapter_ids: Tensor | None,
-) -> Tensor:
-    is_half = x.dtype in contract.HALVES
-    arguments = CurLinear(
+) -> CurLinear:
+    """The arguments of a forward map by the factors; without ``weight`` of the update alone."""
+    return CurLinear(
         x=x,
-        weight=None if is_half else weight,
-        bias=None if is_half else bias,
+        weight=weight,
+        bias=bias,
         lateral_hat=call.lateral_hat,
         horizontal_hat=call.horizontal_hat,
         core=core,
@@ -175,6 +175,21 @@ def _value_by_factors(
         adapter_ids=adapter_ids,
         bf16_operands=call.bf16_operands,
     )
+
+
+def _value_by_factors(
+    call: Call,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    core: Tensor,
+    scale: float,
+    z: Tensor | None,
+    adapter_ids: Tensor | None,
+) -> Tensor:
+    is_half = x.dtype in contract.HALVES
+    own, added = (None, None) if is_half else (weight, bias)
+    arguments = _forward(call, x, own, added, core, scale, z, adapter_ids)
     with kernels_alone():
         y: Tensor = call.cur_linear(*arguments)
         if not is_half:
@@ -218,21 +233,7 @@ def _update_alone(
     z: Tensor | None,
     adapter_ids: Tensor | None,
 ) -> Tensor:
-    arguments = CurLinear(
-        x=x,
-        weight=None,
-        bias=None,
-        lateral_hat=call.lateral_hat,
-        horizontal_hat=call.horizontal_hat,
-        core=core,
-        slice_index=call.slice_index,
-        slices=call.slices,
-        scale=scale,
-        transposed=False,
-        z=z,
-        adapter_ids=adapter_ids,
-        bf16_operands=call.bf16_operands,
-    )
+    arguments = _forward(call, x, None, None, core, scale, z, adapter_ids)
     with kernels_alone():
         update: Tensor = call.cur_linear(*arguments)
     return update

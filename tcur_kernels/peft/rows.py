@@ -11,6 +11,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ..adapters.batch import StackedCores
+from ..adapters.ids import NO_ADAPTER
 from ..adapters.plan import Plan
 from ..layers.rows import rows_of, using_rows
 from .hosted import AdapterStack
@@ -60,7 +61,7 @@ class NamedRows:
         adapters: Sequence[str],
     ) -> None:
         self.names, self.inside_encoder, self.encoder = names, inside_encoder, encoder
-        self.lead, self.adapters = lead, [*adapters, BASE]
+        self.lead, self.adapters = lead, list(adapters)
         self._cores: StackedCores | None = None
 
     def of(self, module: nn.Module) -> tuple[str, ...]:
@@ -68,10 +69,7 @@ class NamedRows:
         return self.inside_encoder if id(module) in self.encoder else self.names
 
     def batch(self, tuner: Tuner) -> AbstractContextManager[None]:
-        """Context in which the stacks of the leading adapter use the cores of all adapters.
-
-        Rows without an adapter use a core of zeros.
-        """
+        """Context in which the stacks of the leading adapter use the cores of all adapters."""
         assert self.lead is not None
         named = [entry.name for entry in tuner.plans[self.lead].stacks]
         every: dict[str, nn.ModuleDict] = {name: tuner.stacks_named(name) for name in named}
@@ -80,11 +78,9 @@ class NamedRows:
             for name, own in every.items()
         }
         adapters = [
-            {name: own[adapter].core for name, own in every.items()}
-            for adapter in self.adapters[:-1]
+            {name: own[adapter].core for name, own in every.items()} for adapter in self.adapters
         ]
-        base = {name: torch.zeros_like(stack.core) for name, stack in stacks.items()}
-        self._cores = StackedCores.of(stacks, [*adapters, base])  # type: ignore[list-item]
+        self._cores = StackedCores.of(stacks, adapters)  # type: ignore[arg-type]
         if self.encoder:  # not all layers have the same rows, so `cores_of` sets them per layer
             return nullcontext()
         return self._cores.rows(stacks, self._ids(self.names, stacks[named[0]]))
@@ -97,8 +93,8 @@ class NamedRows:
         return self._cores.rows({stack.name: stack}, self._ids(self.of(layer), stack))
 
     def _ids(self, names: Sequence[str], stack: AdapterStack) -> Tensor:
-        """The index of the core for each row."""
-        each = [self.adapters.index(name) for name in names]
+        """The index of the core for each row; none for a row of the base."""
+        each = [NO_ADAPTER if name == BASE else self.adapters.index(name) for name in names]
         return torch.tensor(each, device=stack.core.device)
 
 
