@@ -22,7 +22,7 @@ export GOMP_SPINCOUNT ?= 1000
 # Python compiles what it imports, so pip need not compile all that it installs.
 export PIP_NO_COMPILE ?= 1
 
-.PHONY: demo build quick test test-families families-table test-cpus test-versions test-matrix test-peft lint format clean FORCE
+.PHONY: demo build quick test test-families families-table test-cpus test-versions test-matrix nightly test-peft lint format clean FORCE
 
 demo: $(VENV)/.built_demo
 	@echo "The demo starts."
@@ -65,6 +65,11 @@ test-versions: $(VENV)/.torch
 test-matrix: $(VENV)/.built_tests $(VENV)/.oldest_triton
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m matrix tests/conformance
 	$(BIN)/python -m pytest -m matrix tests/test_triton_compile.py tests/test_triton_oldest.py
+
+# Far more of everything that could go wrong, one program after another: hours. ONLY="calls files"
+# chooses. The table of docs/trust.md.
+nightly: $(VENV)/.built_tests $(VENV)/.oldest_peft $(VENV)/.oldest_triton $(VENV)/.quantised
+	$(BIN)/python tests/nightly.py $(if $(ONLY),--only $(ONLY))
 
 # peft's own tests with tCUR, from the checkout that PEFT names; the table of docs/peft.md.
 test-peft: $(VENV)/.peft_own

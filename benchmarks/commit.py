@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+#: What a benchmark measures, and what measures it.
+CODE = ("csrc", "tcur_kernels", "benchmarks/*.py", "setup.py")
 
 
-def commit() -> str:
-    """The commit, with "+dirty" if files differ from it; "unknown" without git."""
-    code = ("csrc", "tcur_kernels", "benchmarks/*.py", "setup.py")
-    head = _git("rev-parse", "--short", "HEAD")
+def commit(code: Sequence[str] = CODE) -> str:
+    """The commit, with "+dirty" if files of the code differ from it; "unknown" without git."""
+    head = git("rev-parse", "--short", "HEAD")
     if not head:
         return "unknown"
-    dirty = _git("status", "--porcelain", "--untracked-files=no", "--", *code)
+    dirty = git("status", "--porcelain", "--untracked-files=no", "--", *code)
     return head + ("+dirty" if dirty else "")
 
 
-def _git(*args: str) -> str:
+def git(*args: str) -> str:
+    """What git says, stripped; nothing where git refuses or is not there."""
     try:
         result = subprocess.run(
             ["git", *args], cwd=ROOT, capture_output=True, text=True, check=False

@@ -21,19 +21,23 @@ RESULTS = Path(__file__).parent / "results"
 MEMORY = "-memory"  # suffix of the names of files with rows about memory
 
 
+def processor_name() -> str:
+    """The processor, as the system calls it."""
+    with open("/proc/cpuinfo", encoding="utf-8") as file:
+        for line in file:
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
 def device_name(is_forced: bool = False) -> str:
     """The processor, its instruction set and second-level cache, in words for a file name.
 
     "forced" is added where our kernels were forced to these: torch's own stay as they are.
     """
-    model = platform.processor() or platform.machine()
-    with open("/proc/cpuinfo", encoding="utf-8") as file:
-        for line in file:
-            if line.startswith("model name"):
-                model = line.partition(":")[2].strip()
-                break
     cpu = tcur.build_info()["cpu"]
-    name = f"{model}-{cpu['isa_chosen']}-{cpu['l2_cache'] // 1024}K{'-forced' if is_forced else ''}"
+    facts = f"{cpu['isa_chosen']}-{cpu['l2_cache'] // 1024}K{'-forced' if is_forced else ''}"
+    name = f"{processor_name()}-{facts}"
     return "".join(c if c.isalnum() else "-" for c in name)
 
 

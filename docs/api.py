@@ -18,8 +18,8 @@ PACKAGE = Path(__file__).parent.parent / "tcur_kernels"
 HEAD = """# Everything public
 
 Written by `python docs/api.py` from the docstrings; do not edit it by hand. What is not listed here
-is private and may change from one version to the next. A public name that is to go first warns for
-one minor version.
+is private and may change from one version to the next. A public name that is to go warns first, see
+[versions.md](versions.md).
 """
 
 #: Module -> what it is for.

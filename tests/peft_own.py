@@ -19,8 +19,11 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 ROOT = Path(__file__).parent.parent
+sys.path.append(str(ROOT))
+
+from benchmarks import documents  # noqa: E402
+
 DOCUMENT = ROOT / "docs" / "peft.md"
-BEGIN, END = "<!-- begin peft_own -->\n", "<!-- end peft_own -->\n"
 FILES = (
     "test_config",
     "test_custom_models",
@@ -133,10 +136,7 @@ def write(rows, reasons):
     lines += ["| " + " | ".join(map(str, row)) + " |" for row in [*rows, total]]
     lines += ["", "Not applicable:", ""]
     lines += [f"- `{key[0]}`, {reasons[key]}: {why}" for key, why in NOT_APPLICABLE.items()]
-    text = DOCUMENT.read_text()
-    before, rest = text.split(BEGIN)
-    after = rest.split(END)[1]
-    DOCUMENT.write_text(before + BEGIN + "\n".join(lines) + "\n" + END + after)
+    documents.fill({"peft_own": "\n".join(lines) + "\n"}, [DOCUMENT])
 
 
 if __name__ == "__main__":

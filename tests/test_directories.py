@@ -258,3 +258,18 @@ def test_a_model_that_needs_a_package(error, base, capsys, monkeypatch):
     assert cli.main(["plan", str(base)]) == 2
     message = "model_dir: expected a model that transformers knows, got BertModel requires timm"
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["set_seed", "TrainingArguments", "AutoModel"])
+def test_a_config_names_models_and_nothing_else(name, base, tmp_path, capsys, monkeypatch):
+    """Whatever else transformers has under that name is not called."""
+    transformers = pytest.importorskip("transformers")
+    called = []
+    if name == "set_seed":
+        monkeypatch.setattr(transformers, name, called.append)
+    else:
+        monkeypatch.setattr(getattr(transformers, name), "__init__", lambda *args: called.append(1))
+    transformers.BertConfig(architectures=[name]).save_pretrained(base)
+    assert cli.main(["plan", str(base)]) == 2
+    assert f"transformers knows, got {name}, which is no model of it" in capsys.readouterr().err
+    assert not called

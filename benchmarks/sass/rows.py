@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import csv
-import datetime
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
+
+from benchmarks import row_files
 
 from . import launches, model
 from .cases import Case
@@ -33,7 +33,7 @@ def nvcc_version() -> str:
 
 def of_case(case: Case, found: list[Counted], commit: str) -> list[Row]:
     """A row for each launch of a call."""
-    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    now = row_files.now()
     common = {"time": now, "commit": commit, "nvcc": nvcc_version(), "triton": ""}
     main = main_of(found)
     rows = []
@@ -49,15 +49,9 @@ def of_case(case: Case, found: list[Counted], commit: str) -> list[Row]:
 
 def append(rows: list[Row], path: Path = PATH, columns: Sequence[str] = FIELDS) -> None:
     """Adds rows to a file, with the names of its columns if it is new."""
-    is_new = not path.exists()
-    with open(path, "a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
-        if is_new:
-            writer.writeheader()
-        writer.writerows(rows)
+    row_files.append(path, rows, columns)
 
 
 def read(path: Path = PATH) -> list[Row]:
     """All rows, oldest first."""
-    with open(path, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+    return row_files.read(path)

@@ -91,7 +91,10 @@ class ModelDirectory:
             ) from error
         try:
             config = transformers.AutoConfig.from_pretrained(self.path, trust_remote_code=False)
-            kind = getattr(transformers, (config.architectures or [""])[0], None)
+            name = (config.architectures or [""])[0]
+            kind = getattr(transformers, name, None)
+            if kind is not None and not _is_model(kind):
+                raise ValueError(f"{name}, which is no model of it")
             with torch.device("meta"):
                 model = transformers.AutoModel.from_config(config) if kind is None else kind(config)
         except Exception as error:  # may be any kind, since this runs the code of any model
@@ -100,6 +103,18 @@ class ModelDirectory:
             ) from error
         assert isinstance(model, nn.Module)
         return model
+
+
+def _is_model(kind: object) -> bool:
+    """Whether this is a class of models, or what transformers has in place of one.
+
+    A config may come from anybody, and names what is called. In place of a class that needs a
+    package which is not installed, transformers has one that says so when it is called.
+    """
+    import transformers
+
+    is_place = type(kind).__name__ == "DummyObject"
+    return isinstance(kind, type) and (is_place or issubclass(kind, transformers.PreTrainedModel))
 
 
 def merge_directory(

@@ -15,13 +15,13 @@ from pathlib import Path
 import torch
 
 import tcur_kernels as tcur
+from benchmarks import documents
 
 from . import hugging, others
 from .check import check_family
 from .subject import Report
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "adapters.md"
-BEGIN, END = "<!-- begin families -->\n", "<!-- end families -->\n"
 #: How many layers without gradient are named.
 NAMED = 2
 
@@ -128,10 +128,8 @@ def main():
     broken = [f"{f.library} {f.name}: {r}" for f, r in pairs if isinstance(r, str)]
     if broken:
         sys.exit("\n".join(broken))
-    head, rest = DOCUMENT.read_text(encoding="utf-8").split(BEGIN)
-    _, tail = rest.split(END)
-    text = "\n".join(lines(families, reports))
-    DOCUMENT.write_text(f"{head}{BEGIN}{text}\n{END}{tail}", encoding="utf-8")
+    text = "\n".join(lines(families, reports)) + "\n"
+    documents.fill({"families": text}, [DOCUMENT])
 
 
 if __name__ == "__main__":
