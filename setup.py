@@ -11,16 +11,15 @@ from pathlib import Path
 from setuptools import Extension, setup
 
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # one binary for torch 2.10 and later
-CUDA = "tcur_kernels._cuda"
+CPU, CUDA = "tcur_kernels._cpu", "tcur_kernels._cuda"
 CUDA_FOLDER = Path("build", "cuda")
 #: What every release holds; PTX is compiled by the driver of later GPUs.
 ALL_ARCHITECTURES = "8.0;9.0;10.0+PTX"
 
 
 def cpu_extension():
-    """`tcur_kernels._cpu`: operators on the LibTorch stable ABI, and a pybind11 module of facts."""
-    # Imported here: the sdist and the metadata need neither torch nor pybind11.
-    import pybind11
+    """`_cpu.torch.so`: operators on the LibTorch stable ABI, and facts as plain C functions."""
+    # Imported here: the sdist and the metadata do not need torch.
     from torch.utils.cpp_extension import CppExtension
 
     compiler = os.environ.get("CXX", "c++").split()[0]
@@ -29,12 +28,11 @@ def cpu_extension():
             f"tcur_kernels: no C++ compiler: '{compiler}' is not on the PATH; "
             "install g++ or clang (C++17), or name one by CXX."
         )
-    folders = ["csrc", "csrc/cpu", *(f"csrc/cpu/{name}" for name in instruction_sets())]
+    folders = ["csrc/cpu", *(f"csrc/cpu/{name}" for name in instruction_sets())]
     return CppExtension(
-        "tcur_kernels._cpu",
+        CPU,
         sources=[str(path) for folder in folders for path in sorted(Path(folder).glob("*.cpp"))],
         depends=headers("common", "cpu"),
-        include_dirs=[pybind11.get_include()],
         extra_compile_args=[
             "-O3",
             "-g0",
@@ -119,7 +117,7 @@ def nvcc_command(nvcc):
 
 
 def cuda_extension():
-    """`tcur_kernels/_cuda.so`: no Python module, operators for CUDA tensors alone.
+    """`_cuda.torch.so`: operators for CUDA tensors alone.
 
     A library of its own, because one that needs the CUDA part of torch cannot be loaded without it.
     None without nvcc or without architectures: the package then has no CUDA backend, and the build
@@ -144,10 +142,9 @@ def build_ext(has_all=False):
         """torch's build for C++, and nvcc for the sources that torch without CUDA cannot build."""
 
         def get_ext_filename(self, name):
-            # The stable ABI and no Python in it: one file for every version of Python.
-            if name.split(".")[-1] != CUDA.split(".")[-1]:
-                return super().get_ext_filename(name)
-            return f"{name.replace('.', '/')}.so"
+            # The stable ABI and no Python in it: one file for every version of Python. A dot within
+            # its name keeps Python from taking it for a module.
+            return f"{name.replace('.', '/')}.torch.so"
 
         def build_extensions(self):
             # Objects are kept, also of an editable install, whose own folder is temporary; those of
@@ -160,7 +157,11 @@ def build_ext(has_all=False):
             self.extensions = everything
             if has_all and all(extension.name != CUDA for extension in everything):
                 # What an earlier build left there would be loaded, whatever its sources were.
-                Path("tcur_kernels", "_cuda.so").unlink(missing_ok=True)
+                Path("tcur_kernels", "_cuda.torch.so").unlink(missing_ok=True)
+            # Libraries from before they had these names: nothing loads them any more.
+            for name in ("_cpu.so", "_cpu.cpython-*.so", "_cuda.so"):
+                for path in Path("tcur_kernels").glob(name):
+                    path.unlink()
             for extension in everything:
                 if extension.name == CUDA:
                     self.build_cuda(extension)

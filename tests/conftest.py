@@ -37,9 +37,9 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     isa = config.getoption("--isa")
     if isa is not None:
-        from tcur_kernels import _cpu
+        from tcur_kernels.operators import native
 
-        _cpu.use_isa(isa)
+        native.force(isa)
 
 
 def pytest_collection_modifyitems(items):
@@ -77,14 +77,14 @@ def _default_device(request):
 @pytest.fixture(params=VARIANTS)
 def isa(request):
     """Every instruction set of the CPU kernels in turn."""
-    from tcur_kernels import _cpu
+    from tcur_kernels.operators import native
 
-    if request.param not in _cpu.runnable_isas():
+    if request.param not in native.runnable_isas():
         pytest.skip(f"this processor, or the library, has no {request.param}")
-    before = _cpu.chosen_isa()
-    _cpu.use_isa(request.param)
+    before = native.chosen_isa()
+    native.force(request.param)
     yield request.param
-    _cpu.use_isa(before)
+    native.force(before)
 
 
 @pytest.fixture

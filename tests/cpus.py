@@ -77,11 +77,11 @@ def run(level, threads, tests):
 
 def main():
     """One round for each number of threads, at the lowest levels."""
-    from tcur_kernels import _cpu
+    from tcur_kernels.operators import native
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="one round, of the operators' tests")
-    levels = [level for level, (isa, _) in LEVELS.items() if isa in _cpu.runnable_isas()]
+    levels = [level for level, (isa, _) in LEVELS.items() if isa in native.runnable_isas()]
     if parser.parse_args().quick:
         sys.exit(not run(levels[0], THREADS[0], [OPERATORS]))
     passed = []

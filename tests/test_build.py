@@ -1,6 +1,5 @@
 """The build: what it says and does where a compiler is missing."""
 
-import importlib
 import os
 import platform
 import re
@@ -16,6 +15,8 @@ import pytest
 import setuptools
 import torch
 from torch.utils.cpp_extension import include_paths
+
+from tcur_kernels.operators import native
 
 ROOT = Path(__file__).parent.parent
 
@@ -158,7 +159,7 @@ def test_without_nvcc_or_architectures_there_is_no_cuda_backend(
 def test_a_library_of_an_earlier_build_does_not_stay(monkeypatch, tmp_path, has_all):
     build_ext = runpy.run_path(str(ROOT / "setup.py"))["build_ext"]
     monkeypatch.chdir(tmp_path)
-    library = tmp_path / "tcur_kernels" / "_cuda.so"
+    library = tmp_path / "tcur_kernels" / "_cuda.torch.so"
     library.parent.mkdir()
     library.write_text("of other sources")
     (tmp_path / "other.cpp").write_text("#include <Python.h>\nPyMODINIT_FUNC PyInit_other();")
@@ -207,7 +208,7 @@ def test_other_processors_get_plain_cpp(tmp_path):
 )
 def test_the_base_is_fetched_ahead():
     """GCC drops calls of functions that only prefetch, and nothing but speed tells."""
-    library = Path(importlib.import_module("tcur_kernels._cpu").__file__)
+    library = native.cpu_library()
 
     def output(*command):
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -5,7 +5,6 @@ import torch
 
 import tcur_kernels as tcur
 from cases import make_case
-from tcur_kernels import _cpu
 from tcur_kernels.operators import layout, native, reference
 from tolerance import assert_close
 
@@ -15,7 +14,7 @@ KIB = 1024
 @pytest.fixture
 def force():
     """`native.force`, undone afterwards."""
-    isa, cache = _cpu.chosen_isa(), _cpu.second_level_cache()
+    isa, cache = native.chosen_isa(), native.second_level_cache()
     yield native.force
     native.force(isa, cache)
 
@@ -44,14 +43,14 @@ def test_a_cache_of_any_size_gives_the_same(isa, force, shape, kib):
 
 
 def test_the_cache_of_this_machine_is_found_and_told():
-    assert tcur.build_info()["cpu"]["l2_cache"] == _cpu.second_level_cache()
-    assert 64 * KIB <= _cpu.second_level_cache() <= 1024**3
+    assert tcur.build_info()["cpu"]["l2_cache"] == native.second_level_cache()
+    assert 64 * KIB <= native.second_level_cache() <= 1024**3
 
 
 @pytest.mark.parametrize("bytes_", [0, -1])
 def test_a_cache_without_room_is_refused(bytes_):
     with pytest.raises(ValueError, match=f"bytes: expected a positive number, got {bytes_}"):
-        _cpu.use_second_level_cache(bytes_)
+        native.force(l2_cache=bytes_)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -87,7 +86,7 @@ def test_panels_of_another_instruction_set_are_not_read(force):
     """They are made anew: by the factors, and by a kernel that is given them all the same."""
     case = make_case(6, 10, 64, 2)
     factors = case.factors
-    for isa in _cpu.runnable_isas():
+    for isa in native.runnable_isas():
         force(isa=isa)
         kept = factors.panels()
         assert kept.shape[2] == native.strip_columns(torch.float32)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from benchmarks.cpu_count import cases, listing, report, stepping
-from tcur_kernels import _cpu
+from tcur_kernels.operators import native
 
 ROOT = Path(__file__).parent.parent
 #: Reads a line in every turn, and writes a vector to the stack and asks for a line far away.
@@ -40,7 +40,7 @@ needs_tools = pytest.mark.skipif(
     or shutil.which(os.environ.get("CXX", "c++").split()[0]) is None
     or platform.system() != "Linux"
     or platform.machine() != "x86_64"
-    or "avx2" not in _cpu.runnable_isas(),
+    or "avx2" not in native.runnable_isas(),
     reason="no objdump or compiler, or another processor or system",
 )
 

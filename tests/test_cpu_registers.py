@@ -16,7 +16,7 @@ import pytest
 
 from benchmarks.cpu_count import listing
 from benchmarks.sass.launches import package_build
-from tcur_kernels import _cpu
+from tcur_kernels.operators import native
 
 pytestmark = pytest.mark.skipif(
     shutil.which("objdump") is None or platform.machine() != "x86_64",
@@ -33,7 +33,7 @@ SOURCES = {
 
 @pytest.fixture(scope="module")
 def functions():
-    return listing.read(_cpu.__file__)
+    return listing.read(native.cpu_library())
 
 
 def spilled(function):
@@ -50,7 +50,7 @@ def spilled(function):
 @pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize("isa", ["avx512", "avx2"])
 def test_vectors_of_inner_loops_stay_in_registers(functions, isa, source):
-    if isa not in _cpu.compiled_isas():
+    if isa not in native.compiled_isas():
         pytest.skip(f"the library has no {isa}")
     pattern = re.compile(rf"tcur::{isa}::({SOURCES[source]})[<(]")
     ours = [one for one in functions if pattern.search(one.name.partition("(")[0] + "(")]

@@ -16,7 +16,7 @@ NAMES = (
     "cur_linear",
 )  # fmt: skip
 
-built = pytest.mark.skipif(native.cuda_error() == "no _cuda.so", reason="built without nvcc")
+built = pytest.mark.skipif(native.cuda_error() == "no _cuda.torch.so", reason="built without nvcc")
 
 
 @built
@@ -143,21 +143,21 @@ def test_the_choice_compiles(machine):
 
 
 def test_without_the_library_a_gpu_takes_another_backend(monkeypatch):
-    monkeypatch.setattr(native, "_cuda", lambda: (None, "no _cuda.so"))
-    assert tcur.build_info()["cuda"] == {"built": False, "error": "no _cuda.so"}
+    monkeypatch.setattr(native, "_cuda", lambda: (None, "no _cuda.torch.so"))
+    assert tcur.build_info()["cuda"] == {"built": False, "error": "no _cuda.torch.so"}
     assert language("auto", on_gpu()) != ""
     with pytest.raises(
-        RuntimeError, match=r"backend: 'cuda' is not built here \(no _cuda.so\).*nvcc"
+        RuntimeError, match=r"backend: 'cuda' is not built here \(no _cuda.torch.so\).*nvcc"
     ):
         language("cuda", on_gpu())
 
 
 def test_a_library_that_does_not_load_says_why(monkeypatch, tmp_path):
-    (tmp_path / "_cuda.so").write_text("torn")
+    (tmp_path / "_cuda.torch.so").write_text("torn")
     monkeypatch.setattr(native, "__file__", str(tmp_path / "native.py"))
     library, error = native._load_cuda()
     assert library is None
-    assert "_cuda.so" in error
+    assert "_cuda.torch.so" in error
 
 
 def test_what_cuda_is_asked_for(machine):

@@ -294,10 +294,10 @@ def test_without_nvcc_it_goes_on_with_triton_alone(harness, bench, monkeypatch, 
     assert rows["cpu", ""].note == "passed"
     assert "nvcc fatal: cuda" in log.read_text()
     # What is not here is a row of its own, and ends nothing.
-    monkeypatch.setattr(native, "_cuda", lambda: (None, "no _cuda.so"))
+    monkeypatch.setattr(native, "_cuda", lambda: (None, "no _cuda.torch.so"))
     operators = importlib.import_module("benchmarks.gpu_operators")
     assert operators.backends(bench.device) == ["cuda", "triton"]
-    assert operators.why_absent("cuda", bench.device) == "no _cuda.so"
+    assert operators.why_absent("cuda", bench.device) == "no _cuda.torch.so"
 
 
 def test_counters_and_names_of_kernels(harness, bench):

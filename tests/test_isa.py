@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from cases import make_case
-from tcur_kernels import _cpu
-from tcur_kernels.operators import contract, reference
+from tcur_kernels.operators import contract, native, reference
 from tolerance import assert_close, bound, relative_error
 
 
@@ -50,9 +49,9 @@ def test_every_variant_rounds_as_torch_does(isa, dtype):
 
 
 def test_an_unknown_variant_is_refused():
-    runnable = ", ".join(_cpu.runnable_isas())
+    runnable = ", ".join(native.runnable_isas())
     with pytest.raises(ValueError, match=f"name: expected one of {runnable}, got avx1024"):
-        _cpu.use_isa("avx1024")
+        native.force("avx1024")
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -61,7 +60,7 @@ COLUMNS = (
 @functools.cache
 def library() -> Library:
     """The package's own library."""
-    return Library(Path(native._cpu.__file__))
+    return Library(native.cpu_library())
 
 
 def count(shape: tuple[int, int, int, int], isa: str, machine: str, cache: int) -> dict[str, float]:
@@ -76,9 +75,8 @@ def count(shape: tuple[int, int, int, int], isa: str, machine: str, cache: int) 
     core = torch.randn(n3, rank, rank)
     factors = tcur.CURFactors(torch.randn(n3, n1, rank), torch.randn(n3, rank, n2))
     weight, out = torch.zeros(n3, n1, n2), torch.zeros(n3, n1, n2)
-    before = native._cpu.chosen_isa(), native._cpu.second_level_cache(), torch.get_num_threads()
-    native._cpu.use_isa(isa)
-    native._cpu.use_second_level_cache(cache)
+    before = native.chosen_isa(), native.second_level_cache(), torch.get_num_threads()
+    native.force(isa, cache)
     torch.set_num_threads(1)
 
     def call() -> object:
@@ -89,8 +87,7 @@ def count(shape: tuple[int, int, int, int], isa: str, machine: str, cache: int) 
         entry = library().entry(f"void tcur::{isa}::materialize<float>(")
         return per_weight(library().count(call, entry, caches))
     finally:
-        native._cpu.use_isa(before[0])
-        native._cpu.use_second_level_cache(before[1])
+        native.force(before[0], before[1])
         torch.set_num_threads(before[2])
 
 

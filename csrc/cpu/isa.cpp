@@ -32,13 +32,10 @@ std::atomic<const IsaVariant*>& current() {
 }
 
 const IsaVariant& chosen() {
-  const IsaVariant* variant = current().load();
-  if (variant == nullptr) {
-    throw std::runtime_error(
-        "tcur: this processor runs none of the instruction sets that the CPU library was built "
-        "for; build it for all of them");
+  if (const char* reason = absence()) {
+    throw std::runtime_error(reason);
   }
-  return *variant;
+  return *current().load();
 }
 
 }  // namespace
@@ -77,6 +74,13 @@ std::vector<const char*> runnable_isas() {
     }
   }
   return names;
+}
+
+const char* absence() {
+  return current().load() != nullptr
+             ? nullptr
+             : "tcur: this processor runs none of the instruction sets that the CPU library was "
+               "built for; build it for all of them";
 }
 
 const char* chosen_isa() {

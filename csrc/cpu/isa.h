@@ -10,6 +10,8 @@ namespace tcur {
 // processor can run.
 std::vector<const char*> compiled_isas();
 std::vector<const char*> runnable_isas();
+// Why none of them is in use, because this processor runs none; else null.
+const char* absence();
 // The variant in use: the best one that runs here, or the one that use_isa selected. Throws if none
 // runs here.
 const char* chosen_isa();

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from tcur_kernels import _cpu
 from tcur_kernels.operators import contract, native
 
 from .calls import call
@@ -125,7 +124,7 @@ PLAIN = Backend(
     sums_in_blocks=False,
     checks="torch",
 )
-CPU = [Backend(f"cpu_{isa}", {"ieee": "", "bf16": ""}, isa=isa) for isa in _cpu.compiled_isas()]
+CPU = [Backend(f"cpu_{isa}", {"ieee": "", "bf16": ""}, isa=isa) for isa in native.compiled_isas()]
 ON_GPU = {
     "factors": (torch.float32,),
     "narrow": (*ON_TOKENS, *ON_SLICES),
@@ -180,7 +179,7 @@ def absence(backend):
         return _absence_of_triton() if IS_INTERPRETER else "its process has TRITON_INTERPRET=1"
     if IS_INTERPRETER:
         return "this process has Triton's interpreter"
-    if backend.isa is not None and backend.isa not in _cpu.runnable_isas():
+    if backend.isa is not None and backend.isa not in native.runnable_isas():
         return f"this processor has no {backend.isa}"
     if backend.device == "cuda":
         if not torch.cuda.is_available():
@@ -215,7 +214,7 @@ def chosen(device="cpu", isa=None):
         return [replace(PLAIN, device=device), CUDA, TRITON]
     if isa is not None:
         return [PLAIN, next(each for each in CPU if each.isa == isa)]
-    best, *others = [each for each in CPU if each.isa in _cpu.runnable_isas()]  # best first
+    best, *others = [each for each in CPU if each.isa in native.runnable_isas()]  # best first
     return [PLAIN, best, *(replace(each, few=BESIDE) for each in others), CUDAHOST]
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tcur_kernels import _cpu
+from tcur_kernels.operators import native
 
 from .backends import BACKENDS, absence, chosen, one_of_each_language
 
@@ -46,10 +46,10 @@ def backend(request):
     if request.param.isa is None:
         yield request.param
         return
-    before = _cpu.chosen_isa()
-    _cpu.use_isa(request.param.isa)
+    before = native.chosen_isa()
+    native.force(request.param.isa)
     yield request.param
-    _cpu.use_isa(before)
+    native.force(before)
 
 
 @pytest.fixture(params=BACKENDS.values(), ids=str)
