@@ -22,7 +22,7 @@ export GOMP_SPINCOUNT ?= 1000
 # Python compiles what it imports, so pip need not compile all that it installs.
 export PIP_NO_COMPILE ?= 1
 
-.PHONY: demo build quick test test-families families-table test-cpus test-versions test-matrix nightly test-peft lint format clean FORCE
+.PHONY: demo build quick test test-families families-table test-cpus test-versions test-builds test-matrix nightly test-peft release-check lint format clean FORCE
 
 demo: $(VENV)/.built_demo
 	@echo "The demo starts."
@@ -57,9 +57,17 @@ families-table: $(VENV)/.built_tests $(VENV)/.families
 test-cpus: $(VENV)/.built_tests
 	$(BIN)/python tests/cpus.py
 
-# Builds for the oldest and the newest torch and some between, each loaded and tested under every later one.
-test-versions: $(VENV)/.torch
+# One library under every Python, torch, peft and transformers that is claimed; the table of the README.
+test-versions: $(VENV)/.built_tests
 	$(BIN)/python tests/versions.py
+
+# Builds for the oldest and the newest torch and some between, each loaded and tested under every later one.
+test-builds: $(VENV)/.torch
+	$(BIN)/python tests/builds.py
+
+# The checklist of a release: what is done, and what is missing. RUN=1 does what takes long, too.
+release-check: $(VENV)/.built_tests
+	$(BIN)/python .ci/release.py $(if $(RUN),--run)
 
 # More lengths, ranks, precisions and architectures of the Triton kernels: interpreted, then compiled.
 test-matrix: $(VENV)/.built_tests $(VENV)/.oldest_triton
@@ -106,10 +114,14 @@ $(VENV)/.demo: $(VENV)/.torch pyproject.toml setup.py constraints.txt
 $(VENV)/.architectures: FORCE | $(VENV)/.torch
 	@echo '$(TEST_ARCHITECTURES)' | cmp -s - $@ || echo '$(TEST_ARCHITECTURES)' > $@
 
-$(VENV)/.tests: $(VENV)/.demo $(VENV)/.architectures
+# torch for CUDA brings its Triton, and takes no other. The build for CPUs brings none.
+TRITON = $(shell $(BIN)/python -c "from importlib.metadata import requires as r; \
+	print('' if any(one.startswith('triton') for one in r('torch')) else '-c tests/newest_triton.txt')")
+
+$(VENV)/.tests: $(VENV)/.demo $(VENV)/.architectures tests/newest_triton.txt
 	@echo "Set-up of the tests: with nvcc, CUDA kernels for $(TEST_ARCHITECTURES)."
 	TORCH_CUDA_ARCH_LIST='$(TEST_ARCHITECTURES)' \
-		$(PIP) install -q -c constraints.txt --no-build-isolation -e '.[test]'
+		$(PIP) install -q -c constraints.txt $(TRITON) --no-build-isolation -e '.[test]'
 	touch $@
 
 # After an edit below csrc, pip has nothing to do.

@@ -4,6 +4,9 @@ import torch
 import transformers
 from monai.networks.nets import UNETR
 
+#: transformers 4, whose files have what its models have, by nearly the same names.
+IS_FOUR = transformers.__version__.startswith("4.")
+
 #: What peft says about transformers and about models without a name; none of it concerns us.
 PEFT_SAYS = (
     "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning",

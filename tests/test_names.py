@@ -7,11 +7,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tcur_kernels as tcur
+from hf_models import IS_FOUR
 from tcur_kernels import cli
 from tcur_kernels.files.origins import Origins
 from tolerance import same_mathematics
 
 transformers = pytest.importorskip("transformers")
+
+#: Models of transformers 4 have what their files have.
+NOT_FOUR = pytest.mark.skipif(IS_FOUR, reason="transformers 4 regroups nothing")
 
 VISION = {
     "hidden_size": 32,
@@ -108,6 +112,8 @@ def output(model, inputs):
 def case(request, tmp_path):
     """A directory of a small model in shards, the class to load it as, input, train_also."""
     build, kind, inputs, trained = CASES[request.param]
+    if IS_FOUR and request.param in ("Dinov2", "Mixtral", "CLIP, what one tower has"):
+        pytest.skip("trains what has another name in transformers 4")
     build().save_pretrained(tmp_path / "base", max_shard_size="20KB")
     assert len(list((tmp_path / "base").glob("*.safetensors"))) > 2
     return getattr(transformers, kind), inputs(), trained
@@ -175,6 +181,7 @@ def test_what_the_files_lack_is_named(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+@NOT_FOUR
 def test_without_transformers_the_cause_is_named(tmp_path, capsys, monkeypatch):
     adapted(tmp_path, vit)
     monkeypatch.setitem(sys.modules, "transformers", None)
@@ -191,6 +198,7 @@ def test_transformers_without_rules(tmp_path, capsys, monkeypatch):
     assert run("merge", tmp_path / "base", tmp_path / "adapter", "-o", tmp_path / "out") == 0
 
 
+@NOT_FOUR
 def test_a_conversion_that_is_not_reverted_is_refused(tmp_path, capsys, monkeypatch):
     from transformers import core_model_loading
 
@@ -207,6 +215,7 @@ def test_a_conversion_that_is_not_reverted_is_refused(tmp_path, capsys, monkeypa
     assert not (tmp_path / "out").exists()
 
 
+@NOT_FOUR
 def test_tensors_that_transformers_cannot_put_together(tmp_path, capsys):
     """An expert of another shape: nobody minds unless it is asked for."""
     for trained, status in (((), 0), ("model.layers.0.mlp.experts", 2)):
@@ -223,6 +232,7 @@ def test_tensors_that_transformers_cannot_put_together(tmp_path, capsys):
     assert "transformers cannot make model.layers.0.mlp.experts.down_proj of" in err
 
 
+@NOT_FOUR
 def test_regrouped_weights_from_files(tmp_path):
     """They are put together in memory, as far as the workspace goes."""
     dinov2().save_pretrained(tmp_path)

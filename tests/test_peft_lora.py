@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 import tcur_kernels as tcur
 from adapted import randomise
 from expert_models import Model
-from hf_models import HF_MODELS, PEFT_SAYS, output
+from hf_models import HF_MODELS, IS_FOUR, PEFT_SAYS, output
 from plain import Plain, with_updates
 from tcur_kernels import cli
 from tcur_kernels.adapters.file import read_contents
@@ -167,6 +167,8 @@ def test_it_agrees_with_the_conversion_of_peft(tmp_path, model):
         assert relative_error(ours[b] @ ours[a], theirs[b].double() @ theirs[a].double()) < 1e-4
 
 
+# peft 0.18 says this of any saved head.
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
 def test_what_it_refuses(tmp_path, model):
     base, model = model
     path = tmp_path / "lora"
@@ -229,6 +231,7 @@ def test_a_plan_says_which_ranks_can_be_served(tmp_path, capsys):
     assert "--max-lora-rank: expected one of 1, 8, 16, 32" in capsys.readouterr().err
 
 
+@pytest.mark.skipif(IS_FOUR, reason="in transformers 4 experts are modules, which LoRA knows")
 def test_a_plan_says_what_is_not_written_as_lora(tmp_path, capsys):
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 2}

@@ -8,12 +8,15 @@ from peft import AutoPeftModel, AutoPeftModelForCausalLM, PeftModel, get_peft_mo
 from torch import nn
 
 import tcur_kernels as tcur
-from hf_models import HF_MODELS, PEFT_SAYS, gpt2, llama, output, unetr, vit
+from hf_models import HF_MODELS, IS_FOUR, PEFT_SAYS, gpt2, llama, output, unetr, vit
 from plain import Plain, with_updates
 from tcur_kernels.peft import TCURConfig, TCURLinear
 from tolerance import assert_composition_close
 
 pytestmark = [pytest.mark.filterwarnings(text) for text in PEFT_SAYS]
+
+#: The queries of a ViT, and the first layers of its perceptrons.
+VIT_LAYERS = ["query", "intermediate.dense"] if IS_FOUR else ["q_proj", "fc1"]
 
 
 @pytest.fixture(autouse=True)
@@ -161,7 +164,7 @@ def test_auto_classes(make, auto, task, tmp_path):
 @pytest.mark.parametrize(
     ("make", "choice"),
     [
-        (vit, {"layers_to_transform": 1, "target_modules": ["q_proj", "fc1"]}),
+        (vit, {"layers_to_transform": 1, "target_modules": VIT_LAYERS}),
         (gpt2, {"layers_to_transform": [1], "layers_pattern": "h", "target_modules": ["c_attn"]}),
     ],
     ids=["vit", "gpt2"],

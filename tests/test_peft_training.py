@@ -10,12 +10,15 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from peft import PeftModel, get_peft_model
 
-from hf_models import HF_MODELS, PEFT_SAYS, gpt2, output
+from hf_models import HF_MODELS, IS_FOUR, PEFT_SAYS, gpt2, output
 from plain import with_updates
 from tcur_kernels.peft import TCURConfig
 from tolerance import assert_composition_close
 
 pytestmark = [pytest.mark.filterwarnings(text) for text in PEFT_SAYS]
+
+#: What the Trainer calls it.
+CHECKPOINTING = "gradient_checkpointing" if IS_FOUR else "activation_checkpointing"
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +39,7 @@ def test_the_trainer_of_transformers(tmp_path, checkpointing):
         output_dir=str(tmp_path / "run"),
         per_device_train_batch_size=4,
         gradient_accumulation_steps=2,
-        activation_checkpointing=checkpointing,
+        **{CHECKPOINTING: checkpointing},
         max_steps=4,
         learning_rate=0.1,
         save_steps=2,

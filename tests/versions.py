@@ -1,180 +1,194 @@
-"""One source and one binary for every torch that is claimed: `make test-versions`.
+"""Every Python, torch, peft and transformers that is claimed: `make test-versions`.
 
-For each release of `RELEASES` there is an environment of its own with the Triton that it came with.
-The libraries are built there, for the CPU and with nvcc for GPUs too. Each build is then loaded
-under its own and every later release, and the tests of the operators run; under its own release
-also the tests of layers, of Triton's kernels, interpreted and compiled, and of the harness for a
-GPU. Where all releases pass, the table of docs/design.md is written anew.
+One library, the one that `make build` made, serves all of them. Each cell of `CELLS` is an
+environment with those versions. There the package is loaded, `build_info` is asked, and the tests
+of `TESTS` run. Each cell that was tried is a row of ``tests/versions.csv``; the newest row of each
+is the table of the README.
 
-The environments take some 5 GB each and stay in ``.venv/versions``, the builds in
-``build/versions``; how a failure ended is printed. Exits with 1 if anything failed.
+An environment takes some 5 GB below ``build/environments`` and is removed after its last cell,
+unless ``--keep``. Exits with 1 if anything failed, and if a Python is not to be had here.
 """
 
 import argparse
-import os
-import shutil
-import subprocess
+import json
+import re
 import sys
 import time
-from pathlib import Path
+from dataclasses import dataclass
 
-ROOT = Path(__file__).parent.parent
-#: The oldest that pyproject.toml admits, what the GPU machines have, what constraints.txt pins, and
-#: the newest.
-RELEASES = ("2.10.0", "2.11.0", "2.13.0", "2.15.0")
-#: The Triton that each is run with: what it came with; for 2.13, whose build for CPUs brings none,
-#: that of constraints.txt.
-TRITON = {"2.10.0": "3.6.0", "2.11.0": "3.6.0", "2.13.0": "3.9.0", "2.15.0": "3.9.0"}
-#: numpy whose scalars the interpreter of a Triton knows.
-NUMPY = {"3.6.0": "numpy<2.4"}
-DOCUMENT = ROOT / "docs" / "design.md"
-BEGIN, END = "<!-- begin versions -->\n", "<!-- end versions -->\n"
-#: What torch 2.15 says of itself in `opcheck`.
-IGNORED = "ignore:The .grad attribute of a Tensor:UserWarning:torch._subclasses.meta_utils"
-PACKAGES = ("pybind11", "ninja", "safetensors", "tqdm", "filelock", "hypothesis", "matplotlib")
-PACKAGES += ("peft", "pytest", "pytest-xdist", "setuptools>=77")
-#: Tests of a binary under a release, and those of a release.
-OPERATORS = ("functional", "isa", "token_cores", "device", "cuda", "reference")
-RELEASE = ("eager", "gradient_sum", "nn", "kept", "graph", "stack", "batch", "build")
-RELEASE += ("gpu_harness", "triton", "triton_compile")
+from environments import ROOT, Environment, interpreter, run
 
+sys.path.append(str(ROOT))
 
-def environment():
-    """What pip and the builds get: one architecture, unless others are asked for."""
-    return {"TORCH_CUDA_ARCH_LIST": "9.0", "OMP_NUM_THREADS": "1", **os.environ}
+from benchmarks import documents, row_files
+from benchmarks.commit import CODE, commit
+
+ROWS = ROOT / "tests" / "versions.csv"
+PAGE = ROOT / "README.md"
+#: What the environments have beside torch, peft and transformers.
+PACKAGES = ("numpy", "safetensors", "tqdm", "filelock", "setuptools", "matplotlib", "monai")
+PACKAGES += ("einops", "hypothesis", "pytest", "pytest-xdist", "accelerate")
+#: Operators, adapters, peft, and what depends on transformers.
+TESTS = ("conformance/test_values.py", "conformance/test_contract.py", "test_functional.py")
+TESTS += ("test_adapt.py", "test_checkpoint.py", "test_api.py", "test_imports.py")
+TESTS += ("test_peft.py", "test_peft_config.py", "test_peft_errors.py", "test_peft_rows.py")
+TESTS += ("test_peft_patterns.py", "test_peft_lora.py", "test_names.py")
+TESTS += ("test_experts_transformers.py",)
+#: Packages whose installed versions are recorded.
+SHOWN = ("torch", "triton", "peft", "transformers", "numpy")
+COLUMNS = ("time", "commit", "version", "cell", "python", *SHOWN, "processor", "isa")
+COLUMNS += ("passed", "skipped", "failed", "seconds", "wrong")
 
 
-def run(command, cwd=ROOT, **more):
-    """A command, its output kept."""
-    return subprocess.run(
-        [str(part) for part in command],
-        cwd=cwd,
-        env={**environment(), **more},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-    )
+@dataclass(frozen=True)
+class Cell:
+    """Versions to try; what is None is that of constraints.txt."""
+
+    python: str
+    torch: str | None = None
+    peft: str | None = None
+    transformers: str | None = None
+
+    @property
+    def name(self):
+        """Python 3.11, peft 0.18.0."""
+        asked = (("Python", self.python), ("torch", self.torch), ("peft", self.peft))
+        asked += (("transformers", self.transformers),)
+        return ", ".join(f"{what} {version}" for what, version in asked if version)
+
+    @property
+    def environment(self):
+        """Cells with one Python and torch share an environment."""
+        return Environment(f"{self.python}-{self.torch or 'pinned'}")
+
+    def packages(self):
+        """What pip is asked for, and what is then not pinned."""
+        asked = {"torch": self.torch, "peft": self.peft, "transformers": self.transformers}
+        free = {name for name, version in asked.items() if version}
+        if self.torch:
+            free.add("setuptools")  # older ones do not take the newest
+        if self.transformers and self.transformers < "5":
+            free |= {"huggingface_hub", "tokenizers"}  # those that transformers 4 takes
+        pins = [f"{name}=={version}" if version else name for name, version in asked.items()]
+        return (*pins, *PACKAGES), tuple(sorted(free))
 
 
-def done(command, cwd=ROOT, **more):
-    """Output of a command that must not fail."""
-    result = run(command, cwd, **more)
+#: Every Python with the newest of all; then every torch; then the oldest and the newest peft and
+#: transformers; then the oldest of all.
+CELLS = tuple(Cell(python) for python in ("3.10", "3.12", "3.13", "3.14", "3.11"))
+CELLS += (
+    Cell("3.11", peft="0.18.0", transformers="4.57.6"),
+    Cell("3.11", transformers="4.57.6"),
+    Cell("3.11", peft="0.18.0"),
+    Cell("3.11", torch="2.10.0"),
+    Cell("3.11", torch="2.11.0"),
+    Cell("3.11", torch="2.15.0"),
+    Cell("3.10", torch="2.10.0", peft="0.18.0", transformers="4.57.6"),
+)
+
+#: Asks an environment what it has and what of the package runs there.
+FACTS = f"""
+import json, platform
+from importlib import metadata
+import tcur_kernels as tcur
+from benchmarks.rows import processor_name
+def version(name):
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return ""
+info = tcur.build_info()
+assert info["cpu"]["built"], info
+print(json.dumps({{
+    "version": tcur.__version__, "python": platform.python_version(),
+    **{{name: version(name) for name in {SHOWN!r}}},
+    "processor": processor_name(), "isa": info["cpu"]["isa_chosen"],
+}}))
+"""
+
+
+def counts(summary):
+    """ "3 failed, 5 passed, 1 error in 2 s" as passed, skipped, and failed with errors."""
+    found = {what: int(number) for number, what in re.findall(r"(\d+) ([a-z]+)", summary)}
+    failed = found.get("failed", 0) + found.get("error", 0) + found.get("errors", 0)
+    return {"passed": found.get("passed", 0), "skipped": found.get("skipped", 0), "failed": failed}
+
+
+def tried(cell, tests):
+    """Tries a cell: the row of how it went, and what was printed where it failed."""
+    python = interpreter(cell.python)
+    if python is None:
+        return {"python": cell.python, "wrong": f"no Python {cell.python} here"}, ""
+    environment = cell.environment
+    try:
+        environment.make(python)
+        packages, free = cell.packages()
+        environment.install(*packages, without=free)
+    except RuntimeError as error:
+        return {"python": cell.python, "wrong": "cannot be installed"}, str(error)
+    facts = run([environment.python, "-c", FACTS], PYTHONPATH=str(ROOT))
+    if facts.returncode != 0:
+        return {"python": cell.python, "wrong": "does not load"}, facts.stdout
+    row = json.loads(facts.stdout.strip().splitlines()[-1])
+    result = environment.test([f"tests/{name}" for name in tests])
+    last = (result.stdout.strip().splitlines() or ["no output"])[-1].strip("= ")
+    row |= counts(last)
     if result.returncode != 0:
-        raise SystemExit(f"{' '.join(map(str, command))}\n{result.stdout[-8000:]}")
-    return result.stdout
+        return {**row, "wrong": f"pytest ended with {result.returncode}"}, result.stdout[-12000:]
+    return row, ""
 
 
-class Release:
-    """A release of torch: its environment, and a copy of the sources that is built for it."""
-
-    def __init__(self, torch, triton=None):
-        self.torch, self.triton = torch, triton or TRITON[torch]
-        self.python = ROOT / ".venv" / "versions" / torch / "bin" / "python"
-        self.tree = ROOT / "build" / "versions" / torch
-        self.is_built = False
-
-    def install(self):
-        """The environment, if it is not complete."""
-        pins = [
-            line
-            for line in (ROOT / "constraints.txt").read_text().splitlines()
-            if line.split("==")[0] not in ("torch", "triton", "numpy", "setuptools")
-        ]
-        constraints = self.tree.with_suffix(".constraints")
-        constraints.parent.mkdir(parents=True, exist_ok=True)
-        constraints.write_text("\n".join(pins) + "\n")
-        if not self.python.exists():
-            done([sys.executable, "-m", "venv", self.python.parent.parent])
-        pip = [self.python, "-m", "pip", "--disable-pip-version-check", "install", "-q"]
-        done([*pip, f"torch=={self.torch}"])
-        pinned = [f"torch=={self.torch}", f"triton=={self.triton}"]
-        pinned.append(NUMPY.get(self.triton, "numpy"))
-        done([*pip, "-c", constraints, *pinned, *PACKAGES])
-
-    def build(self):
-        """Both libraries, in the copy; what is up to date is kept. How it ended."""
-        listed = done(["git", "ls-files", "-co", "--exclude-standard"]).splitlines()
-        for name in listed:
-            source, target = ROOT / name, self.tree / name
-            if not source.exists():
-                target.unlink(missing_ok=True)
-            elif not target.exists() or source.read_bytes() != target.read_bytes():
-                target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(source, target)
-        result = run([self.python, "setup.py", "build_ext", "--inplace"], self.tree)
-        self.is_built = result.returncode == 0
-        return "built" if self.is_built else f"FAILED to build\n{result.stdout[-8000:]}"
-
-    def load(self, binary):
-        """Whether both libraries of a build load under this release, or what went wrong."""
-        code = (
-            "import tcur_kernels as t; i = t.build_info(); "
-            "print('loads' if i['cpu']['built'] and i['cuda']['built'] else i)"
-        )
-        return run([self.python, "-c", code], binary.tree).stdout.strip()
-
-    def test(self, binary, names):
-        """How tests of a build ended under this release."""
-        files = ["tests/conformance", *(f"tests/test_{name}.py" for name in names)]
-        options = ["-q", "-p", "no:cacheprovider", "-n", "logical", "--maxprocesses", "8"]
-        command = [self.python, "-m", "pytest", *options, *files]
-        # By way of variables, because tests start programs, and pytest, too.
-        more = {"PYTHONPATH": str(binary.tree), "PYTEST_ADDOPTS": f"-W '{IGNORED}'"}
-        result = run(command, binary.tree, **more)
-        lines = result.stdout.strip().splitlines() or ["no output"]
-        if result.returncode != 0:
-            return f"FAILED: {lines[-1]}\n{result.stdout[-12000:]}"
-        return lines[-1].strip("= ")
+def newest(rows):
+    """The newest row of each cell, in the order of `CELLS`."""
+    found = {row["cell"]: row for row in rows}
+    return [found[cell.name] for cell in CELLS if cell.name in found]
 
 
-def table(releases, cells):
-    """The results as Markdown: a row for each build, a column for each release it ran under."""
-    head = [f"{one.torch}, Triton {one.triton}" for one in releases]
-    lines = [f"| built with \\ under torch | {' | '.join(head)} |", f"|---|{'---|' * len(head)}"]
-    for binary in releases:
-        row = [cells.get((binary.torch, one.torch), "–") for one in releases]
-        lines.append(f"| torch {binary.torch} | {' | '.join(row)} |")
-    return lines
+def table(rows):
+    """The newest rows as Markdown."""
+    heads = ["Python", *(name if name != "triton" else "Triton" for name in SHOWN)]
+    lines = []
+    for row in newest(rows):
+        went = row["wrong"] or f"{int(row['passed']):,} passed, {row['skipped']} skipped"
+        versions = [row[name] or "–" for name in ("python", *SHOWN)]
+        lines.append([*versions, went, row["time"][:10]])
+    return documents.table([*heads, "tests", "day"], lines)
 
 
-def main():
-    """Builds, loads, tests; then the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("releases", nargs="*", default=RELEASES, help="of torch; default: all")
-    parser.add_argument("--triton", help="in place of the one that belongs to them")
-    args = parser.parse_args()
-    releases = [Release(torch, args.triton) for torch in RELEASES if torch in args.releases]
-    cells, failed = {}, 0
+def write(rows):
+    """Writes the table of the README."""
+    documents.fill({"versions": table(rows)}, [PAGE])
 
-    def report(what, how, started):
-        print(f"{what}, {time.time() - started:.0f} s: {how}", flush=True)
-        return how.startswith("FAILED")
 
-    for one in releases:
-        started = time.time()
-        one.install()
-        failed += report(f"torch {one.torch}, Triton {one.triton}", one.build(), started)
-    for binary in (one for one in releases if one.is_built):
-        for one in releases[releases.index(binary) :]:
-            started, loaded = time.time(), one.load(binary)
-            if loaded != "loads":
-                failed += report(f"{binary.torch} under {one.torch}", f"FAILED: {loaded}", started)
-                cells[binary.torch, one.torch] = "does not load"
-                continue
-            names = OPERATORS if one is not binary else (*OPERATORS, *RELEASE)
-            how = one.test(binary, names)
-            failed += report(f"{binary.torch} under {one.torch}", how, started)
-            cells[binary.torch, one.torch] = how.splitlines()[0].split(" in ")[0]
-    lines = "\n".join(table(releases, cells))
-    print(lines)
-    if not failed and len(releases) == len(RELEASES) and args.triton is None:
-        text = DOCUMENT.read_text(encoding="utf-8")
-        head, rest = text.split(BEGIN)
-        _, tail = rest.split(END)
-        DOCUMENT.write_text(f"{head}{BEGIN}{lines}\n{END}{tail}", encoding="utf-8")
-    sys.exit(failed > 0)
+def main(arguments=None):
+    """Tries the cells, one after another."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    names = [cell.name for cell in CELLS]
+    parser.add_argument("--only", nargs="+", default=names, choices=names, metavar="CELL")
+    parser.add_argument("--tests", nargs="+", default=TESTS, help="files; then no row is kept")
+    parser.add_argument("--keep", action="store_true", help="keep the environments")
+    chosen = parser.parse_args(arguments)
+    cells = [cell for cell in CELLS if cell.name in chosen.only]
+    failed = 0
+    for number, cell in enumerate(cells):
+        started = time.monotonic()
+        row, output = tried(cell, chosen.tests)
+        about = {"time": row_files.now(), "commit": commit((*CODE, "tests/*.py"))}
+        about |= {"cell": cell.name, "seconds": f"{time.monotonic() - started:.0f}"}
+        row = {**dict.fromkeys(COLUMNS, ""), **about, **row}
+        failed += bool(row["wrong"])
+        shown = row["wrong"] or "passed"
+        print(f"{cell.name}, {row['seconds']} s: {shown}, {row['passed']} tests", flush=True)
+        if output:
+            print(output, flush=True)
+        if tuple(chosen.tests) == TESTS:
+            row_files.append(ROWS, [row], COLUMNS)
+            write(row_files.read(ROWS))
+        needed = {later.environment.folder for later in cells[number + 1 :]}
+        if not chosen.keep and cell.environment.folder not in needed:
+            cell.environment.remove()
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

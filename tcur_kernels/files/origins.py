@@ -8,6 +8,7 @@ the files.
 
 from __future__ import annotations
 
+import re
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -225,7 +226,7 @@ def _by_transformers(
             rename_source_key,
         )
     except ImportError:  # transformers 4 has no such rules
-        return {name: [Origin(name)] for name in shapes}, ""
+        return _by_transformers_4(model, shapes), ""
     rules = get_model_conversion_mapping(model)
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
@@ -251,6 +252,23 @@ def _by_transformers(
         for name in group.held:
             origins[name].append(Origin(name, group))
     return dict(origins), failed
+
+
+def _by_transformers_4(model: Any, shapes: Mapping[str, Sequence[int]]) -> dict[str, list[Origin]]:
+    """The same for transformers 4, which has names changed by patterns in some kinds of models."""
+    modeling = sys.modules["transformers.modeling_utils"]
+    kinds = [kind.__name__.lower() for kind in type(model).__mro__]
+    is_renamed = any(part in kind for part in getattr(modeling, "VLMS", ()) for kind in kinds)
+    patterns = getattr(model, "_checkpoint_conversion_mapping", {}) if is_renamed else {}
+    origins: dict[str, list[Origin]] = defaultdict(list)
+    for stored in shapes:
+        name = stored
+        for pattern, replacement in patterns.items():
+            name, count = re.subn(pattern, replacement, stored)
+            if count:  # the first that matches is the one that counts
+                break
+        origins[name].append(Origin(stored))
+    return dict(origins)
 
 
 def _tied(model: nn.Module) -> list[list[str]]:
