@@ -34,14 +34,16 @@ from benchmarks.commit import CODE, commit  # noqa: E402
 ROWS = ROOT / "tests" / "nightly.csv"
 PAGE = ROOT / "docs" / "trust.md"
 LOGS = ROOT / "build" / "nightly"
-#: What every result counts, and what those count to which it applies.
-NEEDED = ("tried", "crashes", "silent")
+#: What a result may count. What is tried is always counted; with mutants, those that were caught;
+#: with all else, crashes and silent results.
 COUNTS = ("tried", "right", "refused", "caught", "crashes", "silent")
 #: Columns of a row. "more" has what a program counts beside that, "wrong" what went wrong.
 COLUMNS = ("time", "commit", "processor", "isa", "torch", "python", "program", "kind", "what")
 COLUMNS += (*COUNTS, "seconds", "seed", "more", "wrong")
 #: Lines of a program that failed which are shown.
 SHOWN = 40
+#: The most parts of a value that are recorded.
+PARTS = 6
 
 
 @dataclass(frozen=True)
@@ -88,8 +90,9 @@ class Outcome:
 def result_of(line: str) -> dict[str, object]:
     """The object of a RESULT line.
 
-    It has "kind", a text, and counts: "tried", "crashes" and "silent"; where they apply, "right",
-    "refused" and "caught". "what" and "seed" say more about the kind. Whatever else it has is kept.
+    It has "kind", a text, and counts: "tried"; either "caught", or "crashes" and "silent"; and
+    "right" and "refused" where they apply. "language" or "what", and "seed", say more about the
+    kind.
 
     Raises:
         WrongResultError: it is no JSON object, or a count is missing or no whole number.
@@ -100,8 +103,9 @@ def result_of(line: str) -> dict[str, object]:
         raise WrongResultError(f"RESULT: expected a JSON object, got {line[:200]!r}") from error
     if not isinstance(found, dict) or not isinstance(found.get("kind"), str):
         raise WrongResultError(f"RESULT: expected an object with a kind, got {line[:200]!r}")
+    needed = ("tried", "caught") if "caught" in found else ("tried", "crashes", "silent")
     for name in COUNTS:
-        count = found.get(name, None if name in NEEDED else 0)
+        count = found.get(name, None if name in needed else 0)
         if type(count) is not int or count < 0:
             raise WrongResultError(f"RESULT: {name}: expected a count, got {count!r}")
     if not found["tried"]:
@@ -160,18 +164,30 @@ def rows_of(program: Program, outcome: Outcome, about: Mapping[str, str]) -> lis
         return [{**common, **crashed}]
     rows = []
     for found in outcome.results:
-        row = {
-            name: str(found[name]) for name in ("kind", "what", "seed", *COUNTS) if name in found
-        }
-        others = {name: value for name, value in found.items() if name not in row}
-        row["more"] = ", ".join(f"{name} {value}" for name, value in others.items())
+        named = ("kind", "seed", *COUNTS)
+        row = {name: str(found[name]) for name in named if name in found}
+        row["what"] = str(found.get("language", found.get("what", "")))
+        own = {*row, "language", "seconds"}
+        others = {name: text_of(value) for name, value in found.items() if name not in own}
+        row["more"] = ", ".join(f"{name} {text}" for name, text in others.items() if text)
         rows.append({**common, **row, "wrong": outcome.wrong})
     return rows
 
 
+def text_of(value: object) -> str:
+    """A value in a few words. What has many parts is in the log alone."""
+    if isinstance(value, Mapping):
+        parts = [f"{name} {part}" for name, part in value.items()]
+    elif isinstance(value, list | tuple):
+        parts = [str(part) for part in value]
+    else:
+        return str(value)
+    return " and ".join(parts) if len(parts) <= PARTS else f"({len(parts)} parts)"
+
+
 def is_right(row: Mapping[str, str]) -> bool:
     """Whether nothing went wrong."""
-    return not row["wrong"] and row["crashes"] == "0" and row["silent"] == "0"
+    return not row["wrong"] and row["crashes"] in ("", "0") and row["silent"] in ("", "0")
 
 
 def newest(rows: Iterable[Mapping[str, str]]) -> dict[str, list[Mapping[str, str]]]:

@@ -82,6 +82,10 @@ def test_a_program_may_have_several_results(home, monkeypatch):
         ("print('RESULT [1]')", "RESULT: expected an object with a kind, got 'RESULT [1]'"),
         (f"print({result(tried=0)!r})", "RESULT: tried: expected something that was tried, got 0"),
         (f"print({result(silent=-1)!r})", "RESULT: silent: expected a count, got -1"),
+        (
+            """print('RESULT {"kind": "a", "tried": 1}')""",
+            "RESULT: crashes: expected a count, got None",
+        ),
         (f"print({result(crashes=None)!r})", "RESULT: crashes: expected a count, got None"),
         (f"print({result(right=0.5)!r})", "RESULT: right: expected a count, got 0.5"),
         (f"print({result(right=True)!r})", "RESULT: right: expected a count, got True"),
@@ -134,6 +138,17 @@ def test_the_newest_rows_of_each_program_are_shown(home, monkeypatch):
     assert "2099-01-01" in lines[1]
 
 
+def test_mutants_count_what_was_caught(home, monkeypatch):
+    made = {"kind": "mutants", "language": "cpu", "tried": 9, "caught": 8, "survived": [4]}
+    made |= {"hung": [], "kernels": {str(n): n for n in range(9)}, "of": {"a": 1, "b": 2}}
+    program_of = program(home, f"print('RESULT ' + {json.dumps(made)!r})")
+    status, (row,) = night(monkeypatch, program_of)
+    assert status == 0
+    assert (row["what"], row["tried"], row["caught"], row["crashes"]) == ("cpu", "9", "8", "")
+    assert row["more"] == "survived 4, kernels (9 parts), of a 1 and b 2"
+    assert "| mutants cpu | 9 | – | – | 8 | – | – |" in nightly.PAGE.read_text()
+
+
 def test_some_programs_can_be_chosen(home, monkeypatch, capsys):
     programs = [program(home, f"print({result()!r})", name) for name in ("one", "other")]
     monkeypatch.setattr(nightly, "PROGRAMS", programs)
@@ -152,7 +167,7 @@ def test_programs_find_the_package_and_the_interpreter(home, monkeypatch):
     )
     _, (row,) = night(monkeypatch, program(home, code))
     package = os.path.join(nightly.ROOT, "tcur_kernels", "__init__.py")
-    assert row["more"] == f"found {[sys.executable, package]}"
+    assert row["more"] == f"found {sys.executable} and {package}"
 
 
 def test_the_page_has_what_the_rows_give():
