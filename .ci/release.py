@@ -19,7 +19,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import nightly  # noqa: E402
 import versions  # noqa: E402
-from benchmarks import row_files  # noqa: E402
+from benchmarks import appending  # noqa: E402
 from benchmarks.commit import git  # noqa: E402
 
 #: What users get. Rows of an earlier commit count if nothing of this has changed since.
@@ -98,7 +98,7 @@ def check_rows(rows, names, is_right, command):
 
 def check_nightly():
     """Every nightly program has run for this code, and nothing was wrong."""
-    rows = nightly.newest(row_files.read(nightly.ROWS))
+    rows = nightly.newest(appending.read(nightly.ROWS))
     names = [program.name for program in nightly.PROGRAMS]
     check_rows(rows, names, nightly.is_right, "make nightly")
 
@@ -109,7 +109,7 @@ def check_versions():
     def is_right(row):
         return not row["wrong"] and row["version"] == version()
 
-    rows = {row["cell"]: [row] for row in versions.newest(row_files.read(versions.ROWS))}
+    rows = {row["cell"]: [row] for row in versions.newest(appending.read(versions.ROWS))}
     names = [cell.name for cell in versions.CELLS]
     check_rows(rows, names, is_right, "make test-versions")
 
@@ -122,8 +122,8 @@ def check_pages():
     if api.page() != api.PAGE.read_text(encoding="utf-8"):
         raise MissingError("docs/api.md: run python docs/api.py")
     tables = {
-        ("nightly", nightly.PAGE): nightly.table(row_files.read(nightly.ROWS)),
-        ("versions", versions.PAGE): versions.table(row_files.read(versions.ROWS)),
+        ("nightly", nightly.PAGE): nightly.table(appending.read(nightly.ROWS)),
+        ("versions", versions.PAGE): versions.table(appending.read(versions.ROWS)),
     }
     for (name, page), table in tables.items():
         wanted = f"<!-- begin {name} -->\n{table}<!-- end {name} -->\n"

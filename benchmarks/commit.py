@@ -1,9 +1,10 @@
-"""The commit of the code, which every result row contains."""
+"""The commit of the code and the time, which every result row contains."""
 
 from __future__ import annotations
 
 import subprocess
 from collections.abc import Sequence
+from datetime import datetime, timezone
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -18,6 +19,11 @@ def commit(code: Sequence[str] = CODE) -> str:
         return "unknown"
     dirty = git("status", "--porcelain", "--untracked-files=no", "--", *code)
     return head + ("+dirty" if dirty else "")
+
+
+def now() -> str:
+    """The time in UTC, to the second."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 def git(*args: str) -> str:

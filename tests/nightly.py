@@ -28,8 +28,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT))
 
-from benchmarks import documents, row_files  # noqa: E402
-from benchmarks.commit import CODE, commit  # noqa: E402
+from benchmarks import appending, documents  # noqa: E402
+from benchmarks.commit import CODE, commit, now  # noqa: E402
 
 ROWS = ROOT / "tests" / "nightly.csv"
 PAGE = ROOT / "docs" / "trust.md"
@@ -169,7 +169,8 @@ def rows_of(program: Program, outcome: Outcome, about: Mapping[str, str]) -> lis
         row["what"] = str(found.get("language", found.get("what", "")))
         own = {*row, "language", "seconds"}
         others = {name: text_of(value) for name, value in found.items() if name not in own}
-        row["more"] = ", ".join(f"{name} {text}" for name, text in others.items() if text)
+        more = ", ".join(f"{name} {text}" for name, text in others.items() if text)
+        row["more"] = " ".join(more.split())
         rows.append({**common, **row, "wrong": outcome.wrong})
     return rows
 
@@ -268,10 +269,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{program.name}: {program.command}", flush=True)
         log = LOGS / f"{program.name}.log"
         outcome = run(program, log)
-        rows = rows_of(program, outcome, {"time": row_files.now(), **about})
+        rows = rows_of(program, outcome, {"time": now(), **about})
         rows = [{**dict.fromkeys(COLUMNS, ""), **row} for row in rows]
-        row_files.append(ROWS, rows, COLUMNS)
-        write(row_files.read(ROWS))
+        appending.append(ROWS, COLUMNS, rows)
+        write(appending.read(ROWS))
         made += rows
         print(f"  {outcome.seconds:.0f} s, {summary(rows)} {outcome.wrong}".rstrip(), flush=True)
         if not all(map(is_right, rows)):

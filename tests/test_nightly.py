@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import nightly
-from benchmarks import row_files
+from benchmarks import appending
 from nightly import PROGRAMS, Program
 
 GOOD = {"kind": "calls", "tried": 7, "right": 5, "refused": 2, "crashes": 0, "silent": 0}
@@ -38,7 +38,7 @@ def night(monkeypatch, *programs):
     """The exit status, and the rows."""
     monkeypatch.setattr(nightly, "PROGRAMS", programs)
     status = nightly.main([])
-    return status, row_files.read(nightly.ROWS)
+    return status, appending.read(nightly.ROWS)
 
 
 def test_a_result_is_a_row_and_a_line_of_the_table(home, monkeypatch, capsys):
@@ -129,7 +129,7 @@ def test_the_newest_rows_of_each_program_are_shown(home, monkeypatch):
     other = program(home, f"print({result(kind='other')!r})", "other")
     night(monkeypatch, other)
     again = program(home, f"print({result(tried=2000, kind='one')!r})", "one")
-    monkeypatch.setattr(row_files, "now", lambda: "2099-01-01T00:00:00+00:00")
+    monkeypatch.setattr(nightly, "now", lambda: "2099-01-01T00:00:00+00:00")
     status, rows = night(monkeypatch, again)
     assert (status, len(rows)) == (0, 3)
     monkeypatch.setattr(nightly, "PROGRAMS", (other, again))
@@ -153,7 +153,7 @@ def test_some_programs_can_be_chosen(home, monkeypatch, capsys):
     programs = [program(home, f"print({result()!r})", name) for name in ("one", "other")]
     monkeypatch.setattr(nightly, "PROGRAMS", programs)
     assert nightly.main(["--only", "other"]) == 0
-    assert [row["program"] for row in row_files.read(nightly.ROWS)] == ["other"]
+    assert [row["program"] for row in appending.read(nightly.ROWS)] == ["other"]
     with pytest.raises(SystemExit):
         nightly.main(["--only", "none"])
     assert "invalid choice: 'none'" in capsys.readouterr().err
@@ -172,7 +172,7 @@ def test_programs_find_the_package_and_the_interpreter(home, monkeypatch):
 
 def test_the_page_has_what_the_rows_give():
     page = nightly.PAGE.read_text(encoding="utf-8")
-    table = nightly.table(row_files.read(nightly.ROWS))
+    table = nightly.table(appending.read(nightly.ROWS))
     assert f"<!-- begin nightly -->\n{table}<!-- end nightly -->\n" in page
 
 

@@ -95,7 +95,7 @@ def recorded(release, tree, monkeypatch):
     nights = [{**good, "program": one.name} for one in nightly.PROGRAMS]
     cells = [{**good, "cell": one.name, "version": "1.2.3"} for one in versions.CELLS]
     found = {nightly.ROWS: nights, versions.ROWS: cells}
-    monkeypatch.setattr(release.row_files, "read", found.__getitem__)
+    monkeypatch.setattr(release.appending, "read", found.__getitem__)
     return nights, cells
 
 

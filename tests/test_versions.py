@@ -8,7 +8,7 @@ import pytest
 
 import environments
 import versions
-from benchmarks import row_files
+from benchmarks import appending
 from versions import CELLS, Cell
 
 FACTS = {"version": "1", "python": "3.11.7", "torch": "2", "triton": "", "peft": "0.18.0"}
@@ -52,7 +52,7 @@ def home(tmp_path, monkeypatch):
 def tried(monkeypatch, environment, *arguments):
     monkeypatch.setattr(Cell, "environment", environment)
     status = versions.main([*arguments])
-    return status, row_files.read(versions.ROWS)
+    return status, appending.read(versions.ROWS) if versions.ROWS.exists() else []
 
 
 def test_a_cell_that_passed(home, monkeypatch):
@@ -157,5 +157,5 @@ def test_the_cells_are_those_that_are_claimed():
 
 def test_the_page_has_what_the_rows_give():
     page = versions.PAGE.read_text(encoding="utf-8")
-    table = versions.table(row_files.read(versions.ROWS))
+    table = versions.table(appending.read(versions.ROWS))
     assert f"<!-- begin versions -->\n{table}<!-- end versions -->\n" in page

@@ -20,8 +20,8 @@ from environments import ROOT, Environment, interpreter, run
 
 sys.path.append(str(ROOT))
 
-from benchmarks import documents, row_files
-from benchmarks.commit import CODE, commit
+from benchmarks import appending, documents
+from benchmarks.commit import CODE, commit, now
 
 ROWS = ROOT / "tests" / "versions.csv"
 PAGE = ROOT / "README.md"
@@ -173,7 +173,7 @@ def main(arguments=None):
     for number, cell in enumerate(cells):
         started = time.monotonic()
         row, output = tried(cell, chosen.tests)
-        about = {"time": row_files.now(), "commit": commit((*CODE, "tests/*.py"))}
+        about = {"time": now(), "commit": commit((*CODE, "tests/*.py"))}
         about |= {"cell": cell.name, "seconds": f"{time.monotonic() - started:.0f}"}
         row = {**dict.fromkeys(COLUMNS, ""), **about, **row}
         failed += bool(row["wrong"])
@@ -182,8 +182,8 @@ def main(arguments=None):
         if output:
             print(output, flush=True)
         if tuple(chosen.tests) == TESTS:
-            row_files.append(ROWS, [row], COLUMNS)
-            write(row_files.read(ROWS))
+            appending.append(ROWS, COLUMNS, [row])
+            write(appending.read(ROWS))
         needed = {later.environment.folder for later in cells[number + 1 :]}
         if not chosen.keep and cell.environment.folder not in needed:
             cell.environment.remove()

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime, timezone
 from pathlib import Path
 
-from benchmarks import documents, row_files
+from benchmarks import appending, documents
 
 from . import cases
 
@@ -30,14 +31,14 @@ def append(key: Row, commit: str, counted: Mapping[str, float], path: Path = PAT
         counted: numbers per weight.
         path: the file.
     """
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     numbers = {name: f"{value:.6g}" for name, value in counted.items()}
-    row = {"time": row_files.now(), "commit": commit, **key, **numbers}
-    row_files.append(path, [row], FIELDS)
+    appending.append(path, FIELDS, [{"time": now, "commit": commit, **key, **numbers}])
 
 
 def read(path: Path = PATH) -> list[Row]:
     """The newest row of everything that was counted, in the order of `cases`."""
-    newest = {tuple(row[name] for name in KEY): row for row in row_files.read(path)}
+    newest = {tuple(row[name] for name in KEY): row for row in appending.read(path)}
     keys = [key_of(shape, *one) for shape in cases.SHAPES for one in cases.SETTINGS]
     wanted = [tuple(key.values()) for key in keys]
     return [newest[key] for key in wanted if key in newest]

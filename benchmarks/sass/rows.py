@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import datetime
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import row_files
-
+from .. import appending
 from . import launches, model
 from .cases import Case
 from .count import KINDS, Counted, main_of
@@ -33,7 +33,7 @@ def nvcc_version() -> str:
 
 def of_case(case: Case, found: list[Counted], commit: str) -> list[Row]:
     """A row for each launch of a call."""
-    now = row_files.now()
+    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     common = {"time": now, "commit": commit, "nvcc": nvcc_version(), "triton": ""}
     main = main_of(found)
     rows = []
@@ -49,9 +49,9 @@ def of_case(case: Case, found: list[Counted], commit: str) -> list[Row]:
 
 def append(rows: list[Row], path: Path = PATH, columns: Sequence[str] = FIELDS) -> None:
     """Adds rows to a file, with the names of its columns if it is new."""
-    row_files.append(path, rows, columns)
+    appending.append(path, columns, rows)
 
 
 def read(path: Path = PATH) -> list[Row]:
     """All rows, oldest first."""
-    return row_files.read(path)
+    return appending.read(path)
