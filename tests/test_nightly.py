@@ -10,6 +10,7 @@ import pytest
 import nightly
 from benchmarks import appending
 from nightly import PROGRAMS, Program
+from test_performance_page import figures
 
 GOOD = {"kind": "calls", "tried": 7, "right": 5, "refused": 2, "crashes": 0, "silent": 0}
 
@@ -174,6 +175,11 @@ def test_the_page_has_what_the_rows_give():
     page = nightly.PAGE.read_text(encoding="utf-8")
     table = nightly.table(appending.read(nightly.ROWS))
     assert f"<!-- begin nightly -->\n{table}<!-- end nightly -->\n" in page
+
+
+def test_the_page_has_no_figure_of_a_hand():
+    """What came out stands between the marks alone."""
+    assert figures(nightly.PAGE.read_text(encoding="utf-8")) == []
 
 
 def test_the_page_explains_every_program():
