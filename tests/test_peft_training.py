@@ -17,8 +17,13 @@ from tolerance import assert_composition_close
 
 pytestmark = [pytest.mark.filterwarnings(text) for text in PEFT_SAYS]
 
-#: What the Trainer calls it.
-CHECKPOINTING = "gradient_checkpointing" if IS_FOUR else "activation_checkpointing"
+
+def checkpoints(is_on):
+    """Settings of the Trainer; those of transformers 4 are reentrant unless one says otherwise."""
+    if not IS_FOUR:
+        return {"activation_checkpointing": is_on}
+    how = {"use_reentrant": False} if is_on else None
+    return {"gradient_checkpointing": is_on, "gradient_checkpointing_kwargs": how}
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +44,7 @@ def test_the_trainer_of_transformers(tmp_path, checkpointing):
         output_dir=str(tmp_path / "run"),
         per_device_train_batch_size=4,
         gradient_accumulation_steps=2,
-        **{CHECKPOINTING: checkpointing},
+        **checkpoints(checkpointing),
         max_steps=4,
         learning_rate=0.1,
         save_steps=2,
