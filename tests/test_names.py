@@ -198,6 +198,27 @@ def test_transformers_without_rules(tmp_path, capsys, monkeypatch):
     assert run("merge", tmp_path / "base", tmp_path / "adapter", "-o", tmp_path / "out") == 0
 
 
+def test_names_that_transformers_4_changes(tmp_path, monkeypatch):
+    """By patterns, the first of which counts, in models of the kinds that it names."""
+    from transformers import modeling_utils
+
+    model = llava()
+    patterns = {"^language_model.model": "model.language_model", "^language_model": "other"}
+    monkeypatch.setattr(type(model), "_checkpoint_conversion_mapping", patterns, raising=False)
+    monkeypatch.setitem(sys.modules, "transformers.conversion_mapping", None)
+    stored = {"language_model.model.norm.weight": (32,), "language_model.lm_head.weight": (40, 32)}
+
+    def origins(kinds):
+        monkeypatch.setattr(modeling_utils, "VLMS", kinds, raising=False)
+        return Origins("w", tmp_path, stored, model)
+
+    found = origins(["gemma3", "llava"])
+    assert found["model.language_model.norm.weight"].name == "language_model.model.norm.weight"
+    assert found["other.lm_head.weight"].name == "language_model.lm_head.weight"
+    with pytest.raises(ValueError, match=r"expected a tensor model.language_model.norm.weight in"):
+        origins(["gemma3"])["model.language_model.norm.weight"]
+
+
 @NOT_FOUR
 def test_a_conversion_that_is_not_reverted_is_refused(tmp_path, capsys, monkeypatch):
     from transformers import core_model_loading
