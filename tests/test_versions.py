@@ -93,7 +93,7 @@ def test_a_library_that_does_not_load(home, monkeypatch, capsys):
 def test_a_python_that_is_not_here(home, monkeypatch):
     monkeypatch.setattr(versions, "CELLS", (Cell("3.99"),))
     status, (row,) = tried(monkeypatch, Environment())
-    assert (status, row["wrong"]) == (1, "no Python 3.99 here")
+    assert (status, row["wrong"]) == (1, "not tried: no Python 3.99 here")
 
 
 def test_a_part_of_the_tests_is_no_row(home, monkeypatch):

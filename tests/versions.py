@@ -118,7 +118,7 @@ def tried(cell, tests):
     """Tries a cell: the row of how it went, and what was printed where it failed."""
     python = interpreter(cell.python)
     if python is None:
-        return {"python": cell.python, "wrong": f"no Python {cell.python} here"}, ""
+        return {"python": cell.python, "wrong": f"not tried: no Python {cell.python} here"}, ""
     environment = cell.environment
     try:
         environment.make(python)
