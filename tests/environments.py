@@ -76,9 +76,9 @@ class Environment:
     def remove(self):
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def test(self, files, tree=ROOT):
-        """Runs test files with the package of a tree; how that ended."""
+    def test(self, files, tree=ROOT, chosen=""):
+        """Runs tests of files, or those chosen by ``-k``, with the package of a tree."""
         options = ["-q", "-p", "no:cacheprovider", "-n", "logical", "--maxprocesses", "8"]
         # By way of variables, because tests start programs, and pytest, too.
         more = {"PYTHONPATH": str(tree), "PYTEST_ADDOPTS": f"-W '{IGNORED}'", "HF_HUB_OFFLINE": "1"}
-        return run([self.python, "-m", "pytest", *options, *files], tree, **more)
+        return run([self.python, "-m", "pytest", *options, "-k", chosen, *files], tree, **more)

@@ -31,7 +31,7 @@ class Environment:
         if self.error:
             raise RuntimeError(self.error)
 
-    def test(self, files):
+    def test(self, files, chosen):
         return SimpleNamespace(stdout=self.output, returncode=self.status)
 
     def remove(self):

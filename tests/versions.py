@@ -34,6 +34,8 @@ TESTS += ("test_adapt.py", "test_checkpoint.py", "test_api.py", "test_imports.py
 TESTS += ("test_peft.py", "test_peft_config.py", "test_peft_errors.py", "test_peft_rows.py")
 TESTS += ("test_peft_patterns.py", "test_peft_lora.py", "test_names.py")
 TESTS += ("test_experts_transformers.py",)
+#: Without the CUDA kernels on the CPU: to compile them takes longer than all of these tests.
+CHOSEN = "not cudahost"
 #: Packages whose installed versions are recorded.
 SHOWN = ("torch", "triton", "peft", "transformers", "numpy")
 COLUMNS = ("time", "commit", "version", "cell", "python", *SHOWN, "processor", "isa")
@@ -130,7 +132,7 @@ def tried(cell, tests):
     if facts.returncode != 0:
         return {"python": cell.python, "wrong": "does not load"}, facts.stdout
     row = json.loads(facts.stdout.strip().splitlines()[-1])
-    result = environment.test([f"tests/{name}" for name in tests])
+    result = environment.test([f"tests/{name}" for name in tests], chosen=CHOSEN)
     last = (result.stdout.strip().splitlines() or ["no output"])[-1].strip("= ")
     row |= counts(last)
     if result.returncode != 0:
