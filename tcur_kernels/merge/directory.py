@@ -286,7 +286,7 @@ def factors_of(directory: ModelDirectory, origins: Origins, stored: StoredStack)
             )
     raise ValueError(
         f"model_dir: expected the base that the adapter was made for, got other weights in "
-        f"stack {stored.plan.name} ({kind})"
+        f"stack {stored.plan.name} ({kind}) in {directory.path}"
     )
 
 

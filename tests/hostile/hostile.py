@@ -1,0 +1,223 @@
+"""Reads damaged and hostile files of every kind, and judges what came of each.
+
+    python tests/hostile/hostile.py --count 20000 --seed 0
+
+A file is right if reading gives what the whole one gives, bit for bit. It is refused if the error
+is a ValueError, TypeError or OSError that names what was wrong. Anything else is a fault: a crash,
+another error, other numbers (silent), too much memory or time, or a look outside of the folder.
+"""
+
+import argparse
+import collections
+import json
+import os
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from pathlib import Path
+
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE.parents[1]), str(HERE)]
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import damages  # noqa: E402
+import subjects  # noqa: E402
+import torch  # noqa: E402
+import watch  # noqa: E402
+
+#: Seconds for one file, and bytes of memory that reading it may take beyond what there was.
+SECONDS, BYTES = 10, 512 * 2**20
+
+ALLOWED = (ValueError, TypeError, OSError, subjects.Refused)
+FOREIGN = (KeyError, UnicodeError, json.JSONDecodeError)
+
+
+class Slow(BaseException):
+    """A file took too long."""
+
+
+class Judge:
+    """Makes the whole files once, and then judges one damaged file after another."""
+
+    def __init__(self, seed, folder):
+        self.seed, self.folder = seed, Path(folder)
+        self.outside = self.folder / "outside"
+        self.outside.mkdir()
+        (self.outside / "secret").write_bytes(b"secret")
+        subjects.trained().save(self.outside / "secret.safetensors")
+        self.subjects, self.wanted = {}, {}
+        for name, kind in subjects.SUBJECTS.items():
+            whole = self.folder / "whole" / name
+            whole.mkdir(parents=True)
+            subject = kind()
+            subject.make(whole)
+            self.subjects[name] = subject
+
+    def expected(self, name, reader, subject):
+        """What the reader gives for whole files."""
+        which = getattr(subject, "file", None)
+        key = name, reader, None if which is None else which.name
+        if key not in self.wanted:
+            folder = subjects.copied(self.folder / "whole" / name, self.folder / "again")
+            held = vars(subject).copy()
+            if which is not None:
+                subject.file = folder / which.name
+            self.wanted[key] = subject.readers()[reader](folder)
+            vars(subject).update(held)
+            shutil.rmtree(folder)
+        return self.wanted[key]
+
+    def case(self, index):
+        """Judges one file; returns its kind, the verdict, and what reproduces and explains it."""
+        rng = damages.generator(self.seed, index)
+        name = subjects.kind_of(index)
+        subject = self.subjects[name]
+        folder = subjects.copied(self.folder / "whole" / name, self.folder / f"case{index}")
+        what, is_free = subject.damage(folder, rng, str(self.outside))
+        readers = subject.readers()
+        reader = rng.choice(sorted(readers))
+        wanted = self.expected(name, reader, subject)
+        # What is not protected by a digest must come as the file has it.
+        plain = None if subject.is_sealed else watch.numbers_changed(self.folder / "whole" / name, folder)
+        told = f"{name} {index}: {what}, read by {reader}"
+        watch.start(folder, self.folder)
+        signal.setitimer(signal.ITIMER_REAL, SECONDS)
+        try:
+            came = readers[reader](folder)
+        except Slow:
+            return name, "slow", told
+        except ALLOWED as error:
+            verdict, why = self._refusal(error, subject)
+            return name, verdict, f"{told}: {why}"
+        except BaseException as error:
+            trace = traceback.extract_tb(error.__traceback__)[-1]
+            return name, "foreign", f"{told}: {type(error).__name__}: {str(error)[:200]} ({trace.filename}:{trace.lineno})"
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            seen = watch.stop()
+            shutil.rmtree(folder, ignore_errors=True)
+            if seen:
+                return name, "outside", f"{told}: {seen}"  # noqa: B012
+        if is_free or came == wanted:
+            return name, "right", told
+        if plain and watch.alike_but_for(wanted, came, plain):
+            return name, "right", told
+        return name, "silent", told
+
+    def _refusal(self, error, subject):
+        """Whether an error is one that names what was wrong."""
+        text = str(error)
+        if isinstance(error, FOREIGN):
+            trace = traceback.extract_tb(error.__traceback__)[-1]
+            return "foreign", f"{type(error).__name__}: {text[:200]} ({trace.filename}:{trace.lineno})"
+        place = str(self.folder)
+        named = "expected" in text and any(text.startswith((f"{a}:", f"stack ")) for a in (*subject.arguments, "model"))
+        if not named or len(text) > 20_000:
+            trace = traceback.extract_tb(error.__traceback__)[-1]
+            return "unnamed", f"{type(error).__name__}: {text[:300]} ({trace.filename}:{trace.lineno})"
+        if place not in text and not text.startswith(("model:", "stack ")):
+            return "unnamed", f"no path: {text[:300]}"
+        return "refused", text[:300]
+
+
+def run(seed, start, count, folder, told):
+    """Judges files in processes of their own, so that a crash is a verdict, too."""
+    judge = Judge(seed, folder)
+    done = start
+    results = []
+    while done < start + count:
+        reading, writing = os.pipe()
+        child = os.fork()
+        if child == 0:
+            os.close(reading)
+            try:
+                _work(judge, done, start + count, writing)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(1)
+        os.close(writing)
+        with os.fdopen(reading) as lines:
+            for line in lines:
+                results.append(tuple(json.loads(line)))
+                done += 1
+        _, status = os.waitpid(child, 0)
+        if done < start + count:  # it died with the next file
+            results.append((subjects.kind_of(done), "crash", f"{done}: status {status}"))
+            done += 1
+        told(results)
+    return results
+
+
+def _work(judge, start, stop, writing):
+    """The child: judges files until it is through, and says each verdict at once."""
+    warnings.simplefilter("ignore")
+    signal.signal(signal.SIGALRM, _late)
+    torch.set_num_threads(1)
+    watch.install()
+    held = watch.address_space()
+    resource.setrlimit(resource.RLIMIT_AS, (held + 2 * BYTES, resource.RLIM_INFINITY))
+    with os.fdopen(writing, "w") as out:
+        for index in range(start, min(stop, start + 2000)):
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            name, verdict, told = judge.case(index)
+            grown = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+            if grown > BYTES:
+                verdict, told = "memory", f"{told}: {grown:,} bytes"
+            out.write(json.dumps((name, verdict, told)) + "\n")
+            out.flush()
+    os._exit(0)
+
+
+def _late(*_):
+    raise Slow
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--count", type=int, default=20_000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--start", type=int, default=0)
+    parser.add_argument("--folder", help="where to work; by default a temporary folder")
+    parser.add_argument("--verbose", action="store_true", help="a line for every file")
+    args = parser.parse_args()
+    began = time.monotonic()
+    folder = tempfile.mkdtemp(dir=args.folder, prefix="hostile")
+    try:
+        results = run(args.seed, args.start, args.count, folder, lambda _: None)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    if args.verbose:
+        for _, verdict, told in results:
+            print(verdict, ascii(told)[1:-1])
+    counts = collections.Counter(verdict for _, verdict, _ in results)
+    bad = [(verdict, told) for _, verdict, told in results if verdict not in ("right", "refused")]
+    for verdict, told in bad[:40]:
+        print(f"{verdict}: {ascii(told)[1:-1]} (--seed {args.seed} --start {told.split(':')[0].split()[-1]} --count 1)")
+    kinds = {
+        kind: dict(collections.Counter(v for k, v, _ in results if k == kind))
+        for kind in subjects.SHARES
+    }
+    faults = {name: n for name, n in counts.items() if name not in ("right", "refused", "silent", "crash")}
+    told = {
+        "kind": "hostile files",
+        "tried": len(results),
+        "right": counts["right"],
+        "refused": counts["refused"],
+        "crashes": counts["crash"] + sum(faults.values()),
+        "silent": counts["silent"],
+        "faults": faults,
+        "by kind": kinds,
+        "seconds": round(time.monotonic() - began),
+    }
+    print(f"RESULT {json.dumps(told)}")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
