@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +20,12 @@ from ..files.parsing import Source
 HEADER, TENSORS = "header_sha256", "tensors_sha256"
 
 _ADVICE = "the file is damaged, or was written by hand"
+
+
+def digest_of_json(value: Any) -> str:
+    """SHA-256 of a value of JSON, whatever the order of its keys; sets are sorted."""
+    text = json.dumps(value, sort_keys=True, default=sorted)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def digest_of(tensors: Mapping[str, Tensor]) -> str:
@@ -36,8 +43,7 @@ def digest_of(tensors: Mapping[str, Tensor]) -> str:
 def sealed(metadata: Mapping[str, str]) -> dict[str, str]:
     """The metadata of a file with the digest over all of them."""
     own = {name: text for name, text in metadata.items() if name != HEADER}
-    text = json.dumps(own, sort_keys=True)
-    return {**own, HEADER: hashlib.sha256(text.encode()).hexdigest()}
+    return {**own, HEADER: digest_of_json(own)}
 
 
 def check_header(metadata: Mapping[str, str], source: Source, is_sealed: bool) -> None:

@@ -148,7 +148,7 @@ def merge_directory(
                 waiting.remove(edit)
             for name in own & done.keys():
                 tensors[name] = done.pop(name).contiguous()
-            with replacing(place / file.name) as written:
+            with replacing(place / file.name, follows=False) as written:
                 save_file(tensors, written, metadata=shards.metadata(file))
     return left_out
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +10,7 @@ import torch
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
 from ..adapters.record import StackRecord
-from ..adapters.sealing import digest_of
+from ..adapters.sealing import digest_of, digest_of_json
 from ..files.parsing import Fields, Source, parse, read_text, shown
 from ..files.tensor_file import TensorFile
 
@@ -41,8 +39,7 @@ _ADVICE = "without it in the config, the adapter loads all the same"
 
 def digest_of_settings(config: Mapping[str, Any]) -> str:
     """SHA-256 of the entries of a config that the update is made of."""
-    own = {name: config.get(name) for name in _COVERED}
-    return hashlib.sha256(json.dumps(own, sort_keys=True, default=sorted).encode()).hexdigest()
+    return digest_of_json({name: config.get(name) for name in _COVERED})
 
 
 def digest_of_file(path: Path) -> str:
