@@ -141,9 +141,7 @@ def test_reading_refuses_what_loading_refuses(adapter, path, tmp_path):
     rewritten(path, lambda header: header.update(metadata=[1]))
     model = base_model()
     for read in (tcur.read_metadata, lambda path: tcur.load_adapter(model, path)):
-        with pytest.raises(
-            ValueError, match=r"expected metadata that .*\(metadata: expected a dict, got list"
-        ):
+        with pytest.raises(ValueError, match=r"\(metadata: expected a dict, got list\) at"):
             read(path)
     tcur.adapt(model, rank=2)  # it is not adapted yet
 

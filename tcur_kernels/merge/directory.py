@@ -96,7 +96,7 @@ class ModelDirectory:
                 model = transformers.AutoModel.from_config(config) if kind is None else kind(config)
         except Exception as error:  # may be any kind, since this runs the code of any model
             raise ValueError(
-                f"model_dir: expected a model that transformers knows, got {error}"
+                f"model_dir: expected a model that transformers knows in {self.path}, got {error}"
             ) from error
         assert isinstance(model, nn.Module)
         return model
@@ -267,7 +267,13 @@ def _factors_here(directory: ModelDirectory, origins: Origins, stored: StoredSta
     for block in _slices(directory, origins, stored):
         columns.append(block[:, list(stored.record.columns)].clone())
         rows.append(block[list(stored.record.rows)].clone())
-    return CURFactors(torch.stack(columns), torch.stack(rows), stored.basis)
+    try:
+        return CURFactors(torch.stack(columns), torch.stack(rows), stored.basis)
+    except ValueError as error:  # numbers that are not finite
+        raise ValueError(
+            f"model_dir: expected weights to take C and R from in stack {stored.plan.name} of "
+            f"{directory.path}, got others ({error})"
+        ) from error
 
 
 def factors_of(directory: ModelDirectory, origins: Origins, stored: StoredStack) -> CURFactors:

@@ -182,7 +182,7 @@ def lying(data, rng):
                 '{"a":' * depth,
                 "{" + '"a":[' * depth,
                 '{"__metadata__":{"adapter":"' + "[" * depth + '"}}',
-                '"' + "\\\"" * depth,
+                '"' + '\\"' * depth,
                 "{" + ",".join(f'"{i}":0' for i in range(depth)) + "}",
                 "[" + ",".join(["{}"] * depth) + "]",
                 " " * depth,
@@ -215,7 +215,9 @@ def lying(data, rng):
         fresh = rng.choice((Raw(value(rng)), *HUGE, -1, 0, offsets[0] + 4, offsets[1] - 4))
         offsets[rng.randrange(2)] = fresh
     else:
-        fields["dtype"] = rng.choice(("F64", "F16", "I32", "U8", "BOOL", "F4", "X", Raw(value(rng))))
+        fields["dtype"] = rng.choice(
+            ("F64", "F16", "I32", "U8", "BOOL", "F4", "X", Raw(value(rng)))
+        )
     tree[index] = (name, Pairs(fields.items()))
     return f"lie {what}", joined(dumped(tree), numbers)
 

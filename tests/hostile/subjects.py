@@ -8,6 +8,7 @@ import contextlib
 import copy
 import io
 import json
+import os
 import shutil
 import warnings
 from pathlib import Path
@@ -19,11 +20,12 @@ from torch import nn
 import damages
 import tcur_kernels as tcur
 from tcur_kernels import cli
+from tcur_kernels.adapters.file import read_contents
 from tcur_kernels.adapters.gradients import read_gradients
 from tcur_kernels.adapters.sealing import sealed
 from tcur_kernels.decompose import open_stack
 from tcur_kernels.files.shards import Shards
-from tcur_kernels.merge.directory import ModelDirectory
+from tcur_kernels.merge.directory import ModelDirectory, merge_directory
 
 
 class Net(nn.Module):
@@ -48,6 +50,7 @@ def base():
 
 
 BASE = base()
+NAMES = {*(f"layers.{i}" for i in range(3)), "down.0", "down.1"}
 X = torch.linspace(-1, 1, 40).view(5, 8)
 
 
@@ -98,7 +101,8 @@ def listing(folder):
     """Every file below a folder with its bytes."""
     if not folder.is_dir():
         return None
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def seal(fields):
@@ -251,8 +255,9 @@ class Gradients(Subject):
 
     def make(self, folder):
         torch.manual_seed(4)
-        names = [f"layers.{i}" for i in range(3)] + [f"down.{i}" for i in range(2)]
-        weights = {name: torch.randn_like(BASE.get_submodule(name).weight) for name in names}
+        weights = {
+            name: torch.randn_like(BASE.get_submodule(name).weight) for name in sorted(NAMES)
+        }
         save_file(weights, folder / "g.safetensors")
 
     def damage(self, folder, rng, outside):
@@ -272,7 +277,10 @@ class Gradients(Subject):
         return {"read": self.read, "budget": self.budget}
 
     def read(self, folder):
-        return {name: bits(tensor) for name, tensor in read_gradients(self.file).items()}
+        found = {name: bits(tensor) for name, tensor in read_gradients(self.file).items()}
+        if found.keys() != NAMES:  # so says the file; `adapt` looks for the layers by their names
+            raise Refused(f"gradients: expected those of the layers, got others in {self.file}")
+        return found
 
     def budget(self, folder):
         model = fresh()
@@ -298,7 +306,7 @@ class Directory(Subject):
         for number, part in enumerate(parts, 1):
             file = f"model-{number:05}-of-00002.safetensors"
             save_file({name: state[name] for name in part}, base / file, {"format": "pt"})
-            listed |= {name: file for name in part}
+            listed |= dict.fromkeys(part, file)
         text = json.dumps({"metadata": {"total_size": 1}, "weight_map": listed})
         (base / "model.safetensors.index.json").write_text(text)
         (base / "config.json").write_text("{}")
@@ -352,6 +360,12 @@ class Directory(Subject):
 class Index(Directory):
     name = "index"
 
+    def read(self, folder):
+        found = super().read(folder)
+        if found.keys() != BASE.state_dict().keys():  # so says the index
+            raise Refused(f"model_dir: expected all tensors, got some in {folder}")
+        return found
+
     def damage(self, folder, rng, outside):
         file = folder / "base" / "model.safetensors.index.json"
         data = file.read_bytes()
@@ -368,6 +382,138 @@ class Index(Directory):
             return damages.odd_file(file, rng, outside), False
         rewrite(file, data)
         return what, False
+
+
+class Changing(Directory):
+    """Files that change after their names were listed, while they are read."""
+
+    name = "changing"
+
+    def damage(self, folder, rng, outside):
+        way = rng.choice(("cut", "replaced", "gone", "written", "index", "folder"))
+        number, other = rng.randrange(1, 3), rng.randbytes(8)
+
+        def change():
+            file = folder / "base" / f"model-0000{number}-of-00002.safetensors"
+            if way == "cut":
+                os.truncate(file, file.stat().st_size // 2)
+            elif way == "replaced":
+                fresh = file.with_suffix(".new")
+                shutil.copy(file, fresh)
+                fresh.replace(file)
+            elif way == "written":
+                with file.open("r+b") as opened:
+                    opened.seek(-8, os.SEEK_END)
+                    opened.write(other)
+                os.utime(file, ns=(1, 1))
+            elif way == "index":
+                (folder / "base" / "model.safetensors.index.json").write_text("{}")
+            else:
+                file.unlink()
+                if way == "folder":
+                    file.mkdir()
+
+        self.change = change
+        return way, False
+
+    def readers(self):
+        return {"read": self.read, "stack": self.stack, "merge": self.merge_in_parts}
+
+    def changed(self):
+        """Changes the files once; whole ones stay as they are."""
+        change, self.change = getattr(self, "change", None), None
+        if change is not None:
+            change()
+
+    def read(self, folder):
+        shards = Shards(folder / "base", "model_dir")
+        self.changed()
+        return {name: bits(shards.read(name)) for name in shards.files}
+
+    def stack(self, folder):
+        stack = open_stack(folder / "base", [f"layers.{i}.weight" for i in range(3)])
+        self.changed()
+        cur = tcur.tensor_cur(stack, rank=2)
+        return {"lateral": bits(cur.lateral), "rows": [*map(int, cur.rows)]}
+
+    def merge_in_parts(self, folder):
+        directory = ModelDirectory(folder / "base")
+        contents = read_contents(folder / "adapter.safetensors")
+        files = list(directory.shards.names)
+
+        def between(shards):
+            for file in shards:
+                yield file
+                self.changed()
+
+        assert files
+        merge_directory(directory, contents, folder / "merged", between)
+        return listing(folder / "merged")
+
+
+class Waits(Subject):
+    """The file in which the cores of a store wait; it has no name, but its disk may lose it."""
+
+    name, arguments = "store", ("directory",)
+
+    def make(self, folder):
+        trained().save(folder / "a.safetensors")
+        trained(seed=2).save(folder / "b.safetensors")
+
+    def damage(self, folder, rng, outside):
+        self.left = rng.randrange(0, 400)
+        return "cut", False
+
+    def readers(self):
+        return {"serve": self.serve}
+
+    def serve(self, folder):
+        adapter = trained(seed=3)
+        store = adapter.store(slots=1, directory=folder)
+        for name in "ab":
+            store.add(name, folder / f"{name}.safetensors")
+        left = self.__dict__.pop("left", None)
+        if left is not None:
+            os.ftruncate(store._waiting._file, left)
+        found = []
+        for name in "ab":
+            with store.batch([name] * 5), torch.no_grad():
+                found.append(bits(adapter.model(X)))
+        return found
+
+
+class LoraFolder(Subject):
+    """A folder that a LoRA is written to, and that somebody has prepared with links."""
+
+    name, arguments = "lora", ("path", "out")
+
+    def make(self, folder):
+        (folder / "lora").mkdir()
+        (folder / "lora" / "README.md").write_text("mine")
+
+    def damage(self, folder, rng, outside):
+        file = folder / "lora" / rng.choice(("adapter_config.json", "adapter_model.safetensors"))
+        what = rng.choice(("link", "dangling", "folder", "link of the folder"))
+        if what == "link":
+            file.symlink_to(Path(outside) / "secret")
+        elif what == "dangling":
+            file.symlink_to(Path(outside) / "new")
+        elif what == "folder":
+            file.mkdir()
+        else:
+            file.symlink_to(outside)
+        return what, what == "folder"  # the system says so
+
+    def readers(self):
+        return {"write": self.write}
+
+    def write(self, folder):
+        adapter = trained()
+        try:
+            adapter.to_lora(folder / "lora", base_model="base")
+        except OSError as error:
+            raise Refused(f"path: expected files, got {error}") from None
+        return listing(folder / "lora")
 
 
 class Config(Subject):
@@ -465,12 +611,26 @@ class Peft(Subject):
 
 SUBJECTS = {
     kind.name: kind
-    for kind in (AdapterFile, Metadata, Gradients, Directory, Index, Config, Peft)
+    for kind in (
+        AdapterFile,
+        Metadata,
+        Gradients,
+        Directory,
+        Index,
+        Config,
+        Peft,
+        Changing,
+        Waits,
+        LoraFolder,
+    )
 }
 
 #: How many of a hundred files are of each kind.
 SHARES = {
-    "adapter": 45,
+    "adapter": 40,
+    "changing": 3,
+    "store": 1,
+    "lora": 1,
     "metadata": 12,
     "gradients": 9,
     "shards": 13,

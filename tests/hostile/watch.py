@@ -39,8 +39,10 @@ def _heard(event, args):
     elif event == "pickle.find_class":
         _state["seen"].append(f"unpickled {args}")
     elif event in ("os.symlink", "os.link", "os.chmod", "os.rename", "os.remove", "os.truncate"):
-        paths = [os.path.abspath(os.fsdecode(a)) for a in args[:2] if isinstance(a, str | bytes | os.PathLike)]
-        for path in paths[-1:]:
+        named = [own for own in args[:2] if isinstance(own, str | bytes | os.PathLike)]
+        paths = [os.path.abspath(os.fsdecode(own)) for own in named]
+        at = args[-1] if isinstance(args[-1], int) else -1
+        for path in paths[-1:] if at < 0 else ():  # others are relative to an open folder
             if not path.startswith(_state["folder"]):
                 _state["seen"].append(f"{event} {path!a}")
 
@@ -69,9 +71,10 @@ def numbers_changed(whole, damaged):
     """
     found = {}
     for path in sorted(Path(damaged).rglob("*.safetensors")):
-        before = (Path(whole) / path.relative_to(damaged)).read_bytes()
-        if not path.is_file() or path.is_symlink():
+        own = Path(whole) / path.relative_to(damaged)
+        if not path.is_file() or path.is_symlink() or not own.is_file():
             return None
+        before = own.read_bytes()
         now = path.read_bytes()
         try:
             (header, numbers), (same, fresh) = split(before), split(now)
@@ -99,6 +102,7 @@ def alike_but_for(wanted, came, numbers):
         new = came[name][2]
         size = len(old) // max(1, len(was) // 4) if was else 4
         for at in range(0, len(old), size):
-            if old[at : at + size] != new[at : at + size] and was[at : at + size] == now[at : at + size]:
+            part = slice(at, at + size)
+            if old[part] != new[part] and was[part] == now[part]:
                 return False
     return True
