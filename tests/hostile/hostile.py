@@ -32,8 +32,11 @@ import damages  # noqa: E402
 import subjects  # noqa: E402
 import watch  # noqa: E402
 
-#: Seconds for one file, and bytes of memory that reading it may take beyond what there was.
-SECONDS, BYTES = 10, 512 * 2**20
+#: Seconds of the processor for one file, and of the clock: a busy machine is no fault of a file.
+SECONDS, CLOCK = 10, 300
+
+#: Bytes of memory that reading a file may take beyond what there was.
+BYTES = 512 * 2**20
 
 #: How a child ends in which the judge itself failed.
 FAILED = 77
@@ -93,7 +96,8 @@ class Judge:
             plain = watch.numbers_changed(self.folder / "whole" / name, folder)
         told = f"{name} {index}: {what}, read by {reader}"
         watch.start(folder, self.folder)
-        signal.setitimer(signal.ITIMER_REAL, SECONDS)
+        signal.setitimer(signal.ITIMER_PROF, SECONDS)
+        signal.setitimer(signal.ITIMER_REAL, CLOCK)
         try:
             came = readers[reader](folder)
         except Slow:
@@ -104,6 +108,7 @@ class Judge:
         except BaseException as error:
             return name, "foreign", f"{told}: {located(error)}"
         finally:
+            signal.setitimer(signal.ITIMER_PROF, 0)
             signal.setitimer(signal.ITIMER_REAL, 0)
             seen = watch.stop() or self._changed_outside()
             shutil.rmtree(folder, ignore_errors=True)
@@ -180,6 +185,7 @@ def _work(judge, start, stop, writing):
     """The child: judges files until it is through, and says each verdict at once."""
     warnings.simplefilter("ignore")
     signal.signal(signal.SIGALRM, _late)
+    signal.signal(signal.SIGPROF, _late)
     torch.set_num_threads(1)
     watch.install()
     held = watch.address_space()
