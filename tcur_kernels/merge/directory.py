@@ -96,7 +96,8 @@ class ModelDirectory:
                 model = transformers.AutoModel.from_config(config) if kind is None else kind(config)
         except Exception as error:  # may be any kind, since this runs the code of any model
             raise ValueError(
-                f"model_dir: expected a model that transformers knows in {self.path}, got {error}"
+                f"model_dir: expected a model that transformers knows in {self.path}, got "
+                f"{str(error)[:2000]}"
             ) from error
         assert isinstance(model, nn.Module)
         return model
@@ -283,8 +284,8 @@ def factors_of(directory: ModelDirectory, origins: Origins, stored: StoredStack)
         return found
     kind = found.slices[0].dtype
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-        cast = CURFactors(found.slices[0].to(dtype), found.slices[1].to(dtype))
-        if Fingerprint.of(cast) == wanted:
+        lateral, horizontal = (side.to(dtype) for side in found.slices)  # perhaps not finite
+        if Fingerprint.of_slices(lateral, horizontal) == wanted:
             raise ValueError(
                 f"model_dir: expected the base in {dtype}, in which the adapter was made, got its "
                 f"weights in {kind}: save the base in {dtype} first, or adapt it in the dtype of "
