@@ -354,7 +354,7 @@ def test_bad_files_and_budgets(base, gradients, tmp_path):
         tcur.adapt(base, rank=tcur.Budget(300), gradients=path)
     save_file(gradients, path)
     path.write_bytes(path.read_bytes()[:-9])
-    with pytest.raises(ValueError, match="gradients: expected a whole safetensors file at"):
+    with pytest.raises(ValueError, match=r"gradients: expected a whole safetensors file, .* at"):
         tcur.adapt(base, rank=tcur.Budget(300), gradients=str(path))
     for bad, error in ((0, ValueError), (-3, ValueError), (2.5, TypeError), (True, TypeError)):
         with pytest.raises(error, match="parameters: expected"):

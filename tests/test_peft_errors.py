@@ -162,25 +162,70 @@ def test_another_architecture(base, saved):
         PeftModel.from_pretrained(other, saved)
 
 
+def forget_digest(folder):
+    """Makes the config one of before there were digests."""
+    path = folder / "adapter_config.json"
+    settings = json.loads(path.read_text())
+    del settings["settings_sha256"], settings["tensors_sha256"]
+    path.write_text(json.dumps(settings))
+
+
+def test_digests_are_of_what_was_saved_together(base, saved, tmp_path):
+    """A config that is saved alone says nothing about tensors, which may be those of another."""
+    config = TCURConfig.from_pretrained(saved)
+    held = json.loads((saved / "adapter_config.json").read_text())
+    config.save_pretrained(saved)
+    alone = json.loads((saved / "adapter_config.json").read_text())
+    assert held.pop("tensors_sha256")
+    assert "tensors_sha256" not in alone
+    assert alone["settings_sha256"] == held["settings_sha256"]
+    assert "settings_sha256" not in config.to_dict()
+    for name, value, is_free in (("mode", "factored", True), ("alpha", 3.0, False)):
+        (saved / "adapter_config.json").write_text(json.dumps({**alone, name: value}))
+        if is_free:
+            assert getattr(TCURConfig.from_pretrained(saved), name) == value
+        else:
+            with pytest.raises(ValueError, match="path: expected the plan and settings of sett"):
+                TCURConfig.from_pretrained(saved)
+
+
 def test_a_damaged_plan(base, saved):
     path = saved / "adapter_config.json"
     settings = json.loads(path.read_text())
-    del settings["plan"][0]["members"]
+    members = settings["plan"][0].pop("members")
     path.write_text(json.dumps(settings))
-    with pytest.raises(ValueError, match="plan: expected that of a saved adapter, got KeyError"):
+    with pytest.raises(ValueError, match=r"path: .* settings of settings_sha256 .* got others"):
         PeftModel.from_pretrained(base, saved)
+    del settings["settings_sha256"]
+    path.write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match="path: expected a value as members of stack 0, got none"):
+        PeftModel.from_pretrained(base, saved)
+    settings["plan"][0]["members"] = members[:1] * 2
+    path.write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match="path: expected layers, each once as members of stack 0"):
+        PeftModel.from_pretrained(base, saved)
+    plain = TCURConfig(rank=2, plan=[{"rows": [0]}])
+    with pytest.raises(ValueError, match="plan: expected a value as name of stack 0, got none"):
+        get_peft_model(base, plain)
 
 
 def test_a_file_without_one_core_is_not_silent(base, saved):
     path = saved / "adapter_model.safetensors"
     tensors = load_file(path)
-    del tensors["base_model.tcur_8x8.core"]
+    core = tensors.pop("base_model.tcur_8x8.core")
     save_file(tensors, path)
+    with pytest.raises(ValueError, match=r"path: expected the tensors of tensors_sha256 .* others"):
+        PeftModel.from_pretrained(copy.deepcopy(base), saved)
+    forget_digest(saved)
     with pytest.warns(UserWarning, match=r"Found missing adapter keys.*tcur_8x8"):
         PeftModel.from_pretrained(copy.deepcopy(base), saved)
     tensors["base_model.tcur_8x8.core"] = torch.zeros(1, 2, 2)
     save_file(tensors, path)
-    with pytest.raises(RuntimeError, match=r"size mismatch for base_model\.tcur_8x8"):
+    with pytest.raises(ValueError, match=r"path: expected base_model\.tcur_8x8\.core of shape"):
+        PeftModel.from_pretrained(copy.deepcopy(base), saved)
+    tensors["base_model.tcur_8x8.core"] = torch.full_like(core, torch.nan)
+    save_file(tensors, path)
+    with pytest.raises(ValueError, match=r"path: expected finite numbers in .*tcur_8x8\.core"):
         PeftModel.from_pretrained(copy.deepcopy(base), saved)
 
 

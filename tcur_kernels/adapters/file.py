@@ -4,7 +4,8 @@ Tensors are ``core.<stack>``, ``trained.<parameter>`` and ``buffer.<buffer>``. I
 too, they are ``lateral.<stack>`` and ``horizontal.<stack>``. If not, the file only has 2 r indices
 per stack, which say which slices of the base weights C and R are; it then fits exactly one base.
 The header holds the record of every stack (`record.StackRecord`), its settings, the base's
-fingerprint, and what the user wants to keep with the adapter.
+fingerprint, and what the user wants to keep with the adapter. Digests over the header and over the
+tensors (`sealing`) are verified whenever a file is read.
 """
 
 from __future__ import annotations
@@ -17,22 +18,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..files.parsing import Fields, Source, check_name, parse, shown
+from ..files.tensor_file import TensorFile
 from ..files.whole import replacing
 from ..layers.stack import TProductStack
 from ..matrices import Layout, layout_in_file, layout_of_file
-from ..operators.basis import Basis, check_basis, scale_of
-from ..operators.factors import CURFactors
+from ..operators.basis import BASES, Basis, check_basis, scale_of
+from ..operators.cost import MODES
+from ..operators.factors import PRECISIONS, CURFactors
 from ..values import HoldsTensors
 from .metadata import checked_metadata
 from .plan import Plan, StackPlan
 from .record import StackRecord
+from .sealing import TENSORS, check_header, check_tensors, digest_of, sealed
 
 FORMAT = "tcur_kernels.adapter"
-FORMAT_VERSION = 2
+
+#: Version 2 is the same without digests; such files are read, too.
+FORMAT_VERSION, UNSEALED_VERSION = 3, 2
+
+_FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 #: The settings of a stack in the header.
 _SETTINGS = ("rank", "alpha", "mode", "precision", "basis")
@@ -86,28 +94,59 @@ class StoredStack(HoldsTensors):
         return named
 
     @classmethod
-    def of_json(cls, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> StoredStack:
-        """Builds the record of a stack from its header entry and the tensors of the file."""
-        rank = entry["rank"]
-        record = StackRecord.of_json(entry, rank)
-        name, shape = record.plan.name, (record.plan.n3, rank, rank)
-        core = tensors[f"core.{name}"]
-        if core.shape != shape:
-            raise ValueError(
-                f"path: expected core.{name} of shape {list(shape)}, got {list(core.shape)}"
-            )
-        if not torch.isfinite(core).all():
-            raise ValueError(f"path: expected finite numbers in core.{name}, got NaN or Inf")
+    def of_json(
+        cls, entry: Any, tensors: Mapping[str, Tensor], source: Source, index: int
+    ) -> StoredStack:
+        """Builds the record of a stack from its header entry and the tensors of the file.
+
+        Raises:
+            ValueError: something is missing or wrong, or does not fit; the message names it.
+        """
+        fields = Fields(entry, source, f"stacks[{index}]")
+        rank = fields.whole("rank", 1, 2**40)
+        record = StackRecord.of_json(fields, rank)
+        plan, name = record.plan, record.plan.name
+        core = _tensor(tensors, f"core.{name}", (plan.n3, rank, rank), source)
         factors = None
-        if f"lateral.{name}" in tensors:
-            factors = CURFactors(tensors[f"lateral.{name}"], tensors[f"horizontal.{name}"])
-        stored = tuple(
-            (parameter, layout_of_file(how), int(row)) for parameter, how, row in entry["stored"]
-        )
+        if f"lateral.{name}" in tensors or f"horizontal.{name}" in tensors:
+            sides = (plan.n3, plan.n1, rank), (plan.n3, rank, plan.n2)
+            lateral = _tensor(tensors, f"lateral.{name}", sides[0], source)
+            factors = CURFactors(lateral, _tensor(tensors, f"horizontal.{name}", sides[1], source))
+        stored = []
+        for own in fields.list("stored"):
+            if not isinstance(own, list) or len(own) != 3:
+                raise fields.error("stored", "lists of parameter, layout and row", shown(own))
+            try:
+                layout = layout_of_file(own[1])
+            except ValueError:
+                raise fields.error("stored", "a layout that there is", shown(own[1])) from None
+            parameter = check_name(own[0], source, "that of a parameter")
+            stored.append((parameter, layout, fields.is_whole("stored", own[2], 0, 2**40)))
+        if len(stored) != len(plan.members):
+            raise fields.error("stored", f"{len(plan.members)} places of weights", len(stored))
         # Files from before there was another basis do not name it.
-        basis = check_basis(entry.get("basis", "slices"))
-        settings = (rank, entry["alpha"], entry["mode"], entry["precision"], basis)
-        return cls(record, stored, *settings, core, factors)
+        basis: Basis = "slices"
+        if "basis" in fields:
+            basis = fields.one_of("basis", BASES, check_basis)
+        mode, precision = fields.one_of("mode", MODES), fields.one_of("precision", PRECISIONS)
+        settings = (rank, fields.number("alpha"), mode, precision, basis)
+        return cls(record, tuple(stored), *settings, core, factors)
+
+
+def _tensor(
+    tensors: Mapping[str, Tensor], name: str, shape: tuple[int, ...], source: Source
+) -> Tensor:
+    """A tensor of the file; refuses one of another shape, or with numbers that are not finite."""
+    found = tensors.get(name)
+    if found is None:
+        raise source.error(f"a tensor {name}", "none")
+    if found.shape != shape:
+        raise source.error(f"{name} of shape {list(shape)}", list(found.shape))
+    if found.dtype not in _FLOATING:
+        raise source.error(f"floating numbers in {name}", found.dtype)
+    if not torch.isfinite(found).all():
+        raise source.error(f"finite numbers in {name}", "NaN or Inf")
+    return found
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -148,7 +187,8 @@ class Contents(HoldsTensors):
             tensors: the result of `tensors`, gathered if they were sharded.
 
         Raises:
-            ValueError: a tensor has no elements (a shard that was not gathered).
+            ValueError: a tensor has no elements (a shard that was not gathered), or the metadata
+                are more than a reader accepts.
         """
         empty = [name for name, tensor in tensors.items() if tensor.numel() == 0]
         if empty:
@@ -159,12 +199,17 @@ class Contents(HoldsTensors):
             "frozen_sha256": self.frozen_sha256,
             "metadata": self.metadata,
         }
-        metadata = {
-            "format": FORMAT,
-            "format_version": str(FORMAT_VERSION),
-            "adapter": json.dumps(header),
-        }
         contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        text = json.dumps(header)
+        parse(text, Source("save", path), "the header")  # else nobody could read it
+        metadata = sealed(
+            {
+                "format": FORMAT,
+                "format_version": str(FORMAT_VERSION),
+                "adapter": text,
+                TENSORS: digest_of(contiguous),
+            }
+        )
         with replacing(path) as temporary:
             save_file(contiguous, temporary, metadata=metadata)
 
@@ -219,24 +264,30 @@ def read_contents(path: Path) -> Contents:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is truncated or not an adapter, has another format version, or has
-            parts that do not fit.
+        ValueError: the file is truncated, damaged or not an adapter, has another format version, or
+            has parts that do not fit.
     """
     with _opened(path) as (header, file):
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        stacks = tuple(StoredStack.of_json(entry, tensors) for entry in header["stacks"])
-        learned = {}
-        for key, tensor in tensors.items():
-            kind, _, name = key.partition(".")
-            if kind in ("trained", "buffer"):
-                learned[(kind, name)] = tensor
-        return Contents(
-            stacks,
-            tuple(header["train_also"]),
-            header["frozen_sha256"],
-            learned,
-            _metadata_of(header),
-        )
+        source = header.source
+        tensors = {name: file.read(name) for name in file.entries}
+        check_tensors(file.metadata, tensors, source)
+        entries = enumerate(header.list("stacks"))
+        stacks = tuple(StoredStack.of_json(own, tensors, source, i) for i, own in entries)
+        members = [member.module for stored in stacks for member in stored.plan.members]
+        if len({s.plan.name for s in stacks}) != len(stacks) or len({*members}) != len(members):
+            raise source.error("stacks and layers of different names", "some twice")
+        train_also = [check_name(p, source, "a pattern") for p in header.list("train_also")]
+        frozen, metadata = header.sha256("frozen_sha256"), _metadata_of(header)
+    learned = {}
+    for name, tensor in tensors.items():
+        kind, _, own = name.partition(".")
+        if kind in ("trained", "buffer"):
+            learned[(kind, own)] = tensor
+    contents = Contents(stacks, tuple(train_also), frozen, learned, metadata)
+    others = sorted(tensors.keys() - contents.tensors().keys())
+    if others:
+        raise source.error("the tensors of an adapter alone", shown(others[0]))
+    return contents
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
@@ -250,52 +301,51 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is truncated or not an adapter, or has another format version.
+        ValueError: the file is truncated, or its header is damaged; it is not an adapter, or has
+            another format version.
     """
     with _opened(Path(path)) as (header, _):
         return _metadata_of(header)
 
 
-def _metadata_of(header: Mapping[str, Any]) -> dict[str, Any]:
+def _metadata_of(header: Fields) -> dict[str, Any]:
     """The metadata in a header; files from before there was any have none."""
-    return checked_metadata(header.get("metadata", {}))
+    found = header.any("metadata") if "metadata" in header else {}
+    try:
+        return checked_metadata(found)
+    except TypeError as error:
+        raise header.source.error(
+            "metadata that `Adapter.save` wrote", f"others ({error})"
+        ) from error
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[tuple[dict[str, Any], Any]]:
+def _opened(path: Path) -> Iterator[tuple[Fields, TensorFile]]:
     """Context with the header of a file, and the file to read its tensors from.
 
-    It refuses a truncated or foreign file, one of another version, and one in which the block
-    misses something.
+    It refuses a truncated, damaged or foreign file, one of another version, and one that changes.
     """
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"path: expected an adapter file, got none at {path}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield _header_of(file.metadata() or {}, path), file
-    except SafetensorError as error:
-        raise ValueError(
-            f"path: expected a whole safetensors file, got a truncated or foreign one at {path} "
-            f"({error})"
-        ) from error
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"path: expected a whole adapter file, got one with parts missing at {path} ({error!r})"
-        ) from error
+    with TensorFile(path, "path") as file:
+        yield _header_of(file.metadata, Source("path", path)), file
+        file.check_unchanged()
 
 
-def _header_of(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
-    """The header that `Contents.write` wrote; refuses another format or version."""
+def _header_of(metadata: Mapping[str, str], source: Source) -> Fields:
+    """The header that `Contents.write` wrote; refuses another format or version, and damage."""
     if metadata.get("format") != FORMAT:
         raise ValueError(
             f"path: expected an adapter of tcur_kernels, got a safetensors file of format "
-            f"{metadata.get('format')!r} at {path}"
+            f"{shown(metadata.get('format'))} at {source.path}"
         )
     version = metadata.get("format_version")
-    if version != str(FORMAT_VERSION):
+    if version not in (str(FORMAT_VERSION), str(UNSEALED_VERSION)):
         raise ValueError(
-            f"path: expected format version {FORMAT_VERSION}, got {version!r} at {path}; another "
-            "version of tcur_kernels wrote it"
+            f"path: expected format version {FORMAT_VERSION} or {UNSEALED_VERSION}, got "
+            f"{shown(version)} at {source.path}; another version of tcur_kernels wrote it"
         )
-    header: dict[str, Any] = json.loads(metadata["adapter"])
-    return header
+    check_header(metadata, source, is_sealed=version != str(UNSEALED_VERSION))
+    if "adapter" not in metadata:
+        raise source.error("a whole adapter file", "one with parts missing (no header)")
+    return Fields(parse(metadata["adapter"], source, "the header"), source, "the header")

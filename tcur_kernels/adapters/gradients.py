@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..decompose import HeldSlices
+from ..files.tensor_file import TensorFile
 from ..matrices import matrix_of
 from .install import is_adapted
 from .linear_maps import find_weights, reasons_to_leave_out
@@ -160,15 +159,10 @@ def read_gradients(gradients: Gradients) -> Mapping[str, Tensor]:
         TypeError, ValueError: these are not gradients.
     """
     if isinstance(gradients, str | Path):
-        if not Path(gradients).is_file():
-            raise FileNotFoundError(f"gradients: expected a file, got none at {gradients}")
-        try:
-            return load_file(gradients)
-        except SafetensorError as error:
-            raise ValueError(
-                f"gradients: expected a whole safetensors file at {gradients}, got one that is not "
-                f"({error})"
-            ) from error
+        with TensorFile(Path(gradients), "gradients") as file:
+            found = {name: file.read(name) for name in file.entries}
+            file.check_unchanged()
+        return found
     if not isinstance(gradients, Mapping):
         raise TypeError(
             f"gradients: expected those of collect_gradients, or their file, got "

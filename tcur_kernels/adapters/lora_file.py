@@ -205,9 +205,9 @@ def _write(path: Path, tensors: Mapping[str, Tensor], config: str) -> None:
     made = [parent for parent in (path, *path.parents) if not parent.exists()]
     try:
         path.mkdir(parents=True, exist_ok=True)
-        with replacing(path / CONFIG) as config_file:
+        with replacing(path / CONFIG, follows=False) as config_file:
             config_file.write_text(config, encoding="utf-8")
-            with replacing(path / TENSORS) as tensors_file:
+            with replacing(path / TENSORS, follows=False) as tensors_file:
                 save_file(dict(tensors), tensors_file, metadata={"format": "pt"})
     except BaseException:
         for folder in made:  # the innermost first

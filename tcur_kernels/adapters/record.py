@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..files.parsing import Fields, check_name
 from ..layers.stack import TProductStack
 from .fingerprint import Fingerprint
+from .holding import is_reserved
 from .plan import Member, StackPlan
+
+#: The largest size of a matrix, and the most slices, that a record may name.
+_LARGEST = 2**40
+
+#: The dtypes of bases, as torch prints them.
+_DTYPES = ("torch.float32", "torch.bfloat16", "torch.float16", "torch.float64")
 
 
 @dataclass(frozen=True)
@@ -50,13 +57,25 @@ class StackRecord:
         }
 
     @classmethod
-    def of_json(cls, entry: Mapping[str, Any], rank: int) -> StackRecord:
+    def of_json(cls, fields: Fields, rank: int) -> StackRecord:
         """Reads a record back from JSON; the rank is among the settings, which are stored apart.
 
         Raises:
-            KeyError, TypeError, ValueError: the entry does not have the form that `as_json` gives.
+            ValueError: the entry does not have the form that `as_json` gives.
         """
-        members = tuple(Member(str(module), int(slices)) for module, slices in entry["members"])
-        plan = StackPlan(str(entry["name"]), int(entry["n1"]), int(entry["n2"]), members, rank)
-        rows, columns = (tuple(map(int, entry[side])) for side in ("rows", "columns"))
-        return cls(plan, rows, columns, Fingerprint(entry["dtype"], entry["sha256"]))
+        name = fields.text("name")
+        if "." in name or is_reserved(name):
+            raise fields.error("name", "one that a stack can have", repr(name))
+        n1, n2 = (fields.whole(side, 1, _LARGEST) for side in ("n1", "n2"))
+        if not 1 <= rank <= min(n1, n2):
+            raise fields.error("rank", f"1 to {min(n1, n2)}, for slices of {n1} x {n2}", rank)
+        members = []
+        for module, slices in fields.list("members", (str, int)):
+            check_name(module, fields.source, "that of a layer")
+            members.append(Member(module, fields.is_whole("members", slices, 1, _LARGEST)))
+        if not members or len({member.module for member in members}) != len(members):
+            raise fields.error("members", "layers, each once", f"{len(members)} entries")
+        plan = StackPlan(name, n1, n2, tuple(members), rank)
+        rows, columns = fields.indices("rows", rank, n1), fields.indices("columns", rank, n2)
+        base = Fingerprint(fields.one_of("dtype", _DTYPES), fields.sha256("sha256"))
+        return cls(plan, rows, columns, base)

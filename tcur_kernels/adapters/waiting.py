@@ -78,6 +78,7 @@ class InFile:
     def __init__(self, directory: str | Path, like: Mapping[str, Tensor]) -> None:
         if not Path(directory).is_dir():
             raise FileNotFoundError(f"directory: expected a directory, got none at {directory}")
+        self._directory = Path(directory)
         self._file, path = tempfile.mkstemp(dir=directory)
         weakref.finalize(self, os.close, self._file)
         os.unlink(path)
@@ -117,7 +118,10 @@ class InFile:
         """
         read = os.pread(self._file, self._length, number * self._length)
         if len(read) != self._length:
-            raise OSError(f"directory: expected {self._length} bytes of cores, got {len(read)}")
+            raise OSError(
+                f"directory: expected {self._length} bytes of cores, got {len(read)} of the file "
+                f"without a name in {self._directory}"
+            )
         cores, begin = {}, 0
         for name, (shape, dtype, nbytes) in self._like.items():
             part = bytearray(read[begin : begin + nbytes])

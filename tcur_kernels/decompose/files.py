@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from io import FileIO
 from pathlib import Path
 
 import torch
@@ -102,24 +101,24 @@ class FileSlices(Slices):
 
     def _read(self, start: int, stop: int) -> Tensor:
         block = torch.empty(self.n3, stop - start, self.n2, dtype=self.dtype)
-        # Read the files instead of mapping them: mapped pages would count as memory of this
-        # process, in the end for the whole stack.
+        # The files are not mapped: mapped pages would count as memory of this process, in the end
+        # for the whole stack.
         with ExitStack() as opened:
             files = {
-                file: opened.enter_context(open(file, "rb", buffering=0))
+                file: opened.enter_context(self._shards.open(file))
                 for file in {self._shards.files[part.name] for part, _ in self._origins}
             }
             for rows, (part, first) in zip(block, self._origins, strict=True):
                 file = files[self._shards.files[part.name]]
                 begin = self._shards.offset(part.name)
                 if part.layout != "transposed":
-                    _fill(rows, file, begin + (first + start) * self.n2 * self.dtype.itemsize)
+                    file.fill(rows, begin + (first + start) * self.n2 * self.dtype.itemsize)
                     continue
                 stored = torch.empty(self.n2, stop - start, dtype=self.dtype)
                 width = self._shards.shapes[part.name][1]
                 for index, line in enumerate(stored):
                     place = index * width + first + start
-                    _fill(line, file, begin + place * self.dtype.itemsize)
+                    file.fill(line, begin + place * self.dtype.itemsize)
                 rows.copy_(stored.T)
         return block
 
@@ -155,11 +154,3 @@ def _shape(shards: Shards, part: FileMatrix) -> tuple[int, int]:
             f"names: expected rows within the {rows} of {part.name}, got {wanted} from {part.first}"
         )
     return wanted, columns
-
-
-def _fill(numbers: Tensor, file: FileIO, place: int) -> None:
-    """Reads contiguous numbers at an offset of a file, without an intermediate buffer."""
-    buffer = numbers.view(torch.uint8).numpy().data
-    file.seek(place)
-    if file.readinto(buffer) != buffer.nbytes:
-        raise ValueError(f"weights: expected {file.name} as it was, got a shorter file")

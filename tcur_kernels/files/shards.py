@@ -6,23 +6,24 @@ other code in the package reads weight files.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
+from .parsing import Fields, Source, parse, read_text, shown
+from .tensor_file import DTYPES, TensorFile
+
+#: The dtypes of weights that can be adapted.
+_FLOATING = ("F64", "F32", "F16", "BF16")
 
 #: Endings of weight files in other formats, which are not supported.
 _OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf")
+
+#: The longest name of a file in an index; file systems take no longer one.
+_MAX_FILE_NAME = 255
 
 
 class Shards:
@@ -41,7 +42,8 @@ class Shards:
 
     Raises:
         FileNotFoundError: there is no such file, or none in the directory.
-        ValueError: a file is truncated, a name is in two files, or a name of the index is in none.
+        ValueError: a file is truncated or damaged, a name is in two files, or a name of the index
+            is in none. Reading refuses a file that changed since then.
     """
 
     def __init__(self, path: str | Path, argument: str = "weights") -> None:
@@ -54,8 +56,7 @@ class Shards:
         self.files: dict[str, Path] = {}
         self.shapes: dict[str, list[int]] = {}
         self.names: dict[Path, list[str]] = {}
-        self._dtypes: dict[str, str] = {}
-        self._offsets: dict[tuple[Path, str], int] = {}
+        self._opened: dict[Path, TensorFile] = {}
         for file in files:
             self._list(file, indexed)
         lost = [name for name in indexed or () if name not in self.files]
@@ -67,25 +68,23 @@ class Shards:
 
     def _list(self, file: Path, indexed: Mapping[str, str] | None) -> None:
         """Lists the tensors of one file; with an index, only those that it places there."""
-        with self._open(file) as opened:
-            self.names[file] = list(opened.keys())
-            for name in self.names[file]:
-                if indexed is not None and indexed.get(name) != file.name:
-                    continue
-                if name in self.files:
-                    raise ValueError(
-                        f"{self._argument}: expected each tensor once, got {name} in "
-                        f"{self.files[name].name} and {file.name}"
-                    )
-                piece = opened.get_slice(name)
-                self.files[name] = file
-                self.shapes[name] = list(piece.get_shape())
-                self._dtypes[name] = piece.get_dtype()
-        self._offsets |= _offsets(file)
+        with TensorFile(file, self._argument) as opened:
+            self._opened[file] = opened
+        self.names[file] = list(opened.entries)
+        for name, entry in opened.entries.items():
+            if indexed is not None and indexed.get(name) != file.name:
+                continue
+            if name in self.files:
+                raise ValueError(
+                    f"{self._argument}: expected each tensor once, got {name} in "
+                    f"{self.files[name].name} and {file.name}"
+                )
+            self.files[name] = file
+            self.shapes[name] = list(entry.shape)
 
     def offset(self, name: str) -> int:
         """The offset in bytes at which the numbers of a tensor begin in its file."""
-        return self._offsets[self.files[name], name]
+        return self._opened[self.files[name]].entries[name].begin
 
     def dtype(self, name: str) -> torch.dtype:
         """The dtype of a tensor.
@@ -93,40 +92,32 @@ class Shards:
         Raises:
             TypeError: it is none of the supported floating dtypes.
         """
-        if self._dtypes[name] not in _DTYPES:
-            raise TypeError(
-                f"{self._argument}: expected a floating dtype, got {self._dtypes[name]} in {name}"
-            )
-        return _DTYPES[self._dtypes[name]]
+        found = self._opened[self.files[name]].entries[name].dtype
+        if found not in _FLOATING:
+            raise TypeError(f"{self._argument}: expected a floating dtype, got {found} in {name}")
+        return DTYPES[found]
 
     def read(self, name: str) -> Tensor:
         """Reads a whole tensor."""
-        with self._open(self.files[name]) as opened:
-            tensor: Tensor = opened.get_tensor(name)
-        return tensor
+        with self.open(self.files[name]) as opened:
+            return opened.read(name)
 
     def read_all(self, file: Path) -> dict[str, Tensor]:
         """Reads all tensors of one file."""
-        with self._open(file) as opened:
-            return {name: opened.get_tensor(name) for name in self.names[file]}
+        with self.open(file) as opened:
+            return {name: opened.read(name) for name in self.names[file]}
 
     def metadata(self, file: Path) -> dict[str, str] | None:
         """The metadata in the header of a file, if any."""
-        with self._open(file) as opened:
-            found: dict[str, str] | None = opened.metadata()
-        return found
+        return self._opened[file].metadata or None
 
-    def _open(self, file: Path) -> safe_open:
-        try:
-            return safe_open(file, framework="pt")
-        except FileNotFoundError as error:
-            raise FileNotFoundError(
-                f"{self._argument}: expected the file {file}, got none"
-            ) from error
-        except (SafetensorError, OSError) as error:
-            raise ValueError(
-                f"{self._argument}: expected a whole safetensors file, got {file}: {error}"
-            ) from error
+    def open(self, file: Path) -> AbstractContextManager[TensorFile]:
+        """Opens one of the files once more.
+
+        Raises:
+            FileNotFoundError, ValueError: it is gone, or changed since its names were listed.
+        """
+        return self._opened[file].again()
 
 
 def model_files(argument: str, path: Path) -> tuple[list[Path], dict[str, str] | None]:
@@ -135,9 +126,12 @@ def model_files(argument: str, path: Path) -> tuple[list[Path], dict[str, str] |
     The choice is that of transformers: ``model.safetensors``, or else the shards that an index
     lists (``model.safetensors.index.json`` or another). If neither exists, all safetensors files.
 
+    Names in an index never leave the directory. Files in it may be links, as in Hugging Face's
+    cache.
+
     Raises:
         FileNotFoundError: there are no such files, or a shard of the index is missing.
-        ValueError: the index is invalid, or there are several.
+        ValueError: the index is damaged, or there are several.
     """
     whole = path / "model.safetensors"
     if whole.is_file():
@@ -159,13 +153,8 @@ def model_files(argument: str, path: Path) -> tuple[list[Path], dict[str, str] |
                 + (hint if found else "")
             )
         return files, None
-    listed = read_index(indices[0])
-    if listed is None:
-        raise ValueError(f"{argument}: expected an index with a weight_map, got {indices[0]}")
+    listed = _index(Source(argument, indices[0]))
     names = sorted(set(listed.values()))
-    for name in names:
-        if Path(name).name != name:
-            raise ValueError(f"{argument}: expected names of files in {indices[0]}, got {name}")
     lost = [name for name in names if not (path / name).is_file()]
     if lost:
         tensors = [tensor for tensor, name in listed.items() if name in lost]
@@ -179,22 +168,23 @@ def model_files(argument: str, path: Path) -> tuple[list[Path], dict[str, str] |
 def read_index(path: Path) -> dict[str, str] | None:
     """What an index says: name of a tensor -> name of its file. None if it says nothing."""
     try:
-        listed = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        return {str(name): str(file) for name, file in listed.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return _index(Source("index", path))
+    except (OSError, ValueError):
         return None
 
 
-def _offsets(file: Path) -> dict[tuple[Path, str], int]:
-    """Offsets of all tensors of a file, which the safetensors library has checked before.
+def _index(source: Source) -> dict[str, str]:
+    """What an index says; names of files that would lead out of its folder are refused.
 
-    The format is: the length of the header in 8 bytes, the header as JSON, and then the numbers.
+    Raises:
+        FileNotFoundError, ValueError: it is no index, or damaged; the message says what.
     """
-    with open(file, "rb") as opened:
-        length = int.from_bytes(opened.read(8), "little")
-        header = json.loads(opened.read(length))
-    return {
-        (file, name): 8 + length + entry["data_offsets"][0]
-        for name, entry in header.items()
-        if name != "__metadata__"
-    }
+    found = Fields(parse(read_text(source), source, "the index"), source, "the index")
+    listed = found.any("weight_map") if "weight_map" in found else None
+    if not isinstance(listed, dict):
+        raise source.error("an index with a weight_map", shown(listed))
+    for name, file in listed.items():
+        is_name = isinstance(file, str) and Path(file).name == file and file not in ("", "..")
+        if not is_name or not file.isprintable() or len(file.encode()) > _MAX_FILE_NAME:
+            raise source.error("names of files in the folder", f"{shown(file)} for {shown(name)}")
+    return listed

@@ -11,12 +11,18 @@ from pathlib import Path
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, follows: bool = True) -> Iterator[Path]:
     """Yields a temporary file beside ``path``, which replaces it if the block ends without error.
 
-    Links are followed. The permissions are those that a plain ``open`` would give or keep.
+    The permissions are those that a plain ``open`` would give or keep.
+
+    Args:
+        path: the file.
+        follows: True writes to where a link leads, as one expects of a path that a user gave. False
+            replaces the link itself, so that nothing outside of a folder is written.
     """
-    path = Path(os.path.realpath(path))
+    if follows:
+        path = Path(os.path.realpath(path))
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     mode = path.stat().st_mode if path.is_file() else None
     try:

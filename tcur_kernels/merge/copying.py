@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
 import shutil
@@ -11,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from ..files.parsing import Source, parse, read_text
 from ..files.shards import read_index
 
 #: Endings of weight files in formats that are not merged.
@@ -104,7 +104,8 @@ def copy_rest(source: Path, shards: Iterable[Path], place: Path, out: Path) -> l
 def _folders_of_modules(path: Path) -> set[str]:
     """Folders of the further layers of a sentence-transformers model; none without such a list."""
     try:
-        return {entry["path"] for entry in json.loads(path.read_text(encoding="utf-8"))}
+        source = Source("model_dir", path)
+        return {entry["path"] for entry in parse(read_text(source), source, "the list")}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return set()
 

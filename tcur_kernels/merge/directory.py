@@ -99,7 +99,8 @@ class ModelDirectory:
                 model = transformers.AutoModel.from_config(config) if kind is None else kind(config)
         except Exception as error:  # may be any kind, since this runs the code of any model
             raise ValueError(
-                f"model_dir: expected a model that transformers knows, got {error}"
+                f"model_dir: expected a model that transformers knows in {self.path}, got "
+                f"{str(error)[:2000]}"
             ) from error
         assert isinstance(model, nn.Module)
         return model
@@ -163,7 +164,7 @@ def merge_directory(
                 waiting.remove(edit)
             for name in own & done.keys():
                 tensors[name] = done.pop(name).contiguous()
-            with replacing(place / file.name) as written:
+            with replacing(place / file.name, follows=False) as written:
                 save_file(tensors, written, metadata=shards.metadata(file))
     return left_out
 
@@ -282,7 +283,13 @@ def _factors_here(directory: ModelDirectory, origins: Origins, stored: StoredSta
     for block in _slices(directory, origins, stored):
         columns.append(block[:, list(stored.record.columns)].clone())
         rows.append(block[list(stored.record.rows)].clone())
-    return CURFactors(torch.stack(columns), torch.stack(rows), stored.basis)
+    try:
+        return CURFactors(torch.stack(columns), torch.stack(rows), stored.basis)
+    except ValueError as error:  # numbers that are not finite
+        raise ValueError(
+            f"model_dir: expected weights to take C and R from in stack {stored.plan.name} of "
+            f"{directory.path}, got others ({error})"
+        ) from error
 
 
 def factors_of(directory: ModelDirectory, origins: Origins, stored: StoredStack) -> CURFactors:
@@ -292,8 +299,8 @@ def factors_of(directory: ModelDirectory, origins: Origins, stored: StoredStack)
         return found
     kind = found.slices[0].dtype
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-        cast = CURFactors(found.slices[0].to(dtype), found.slices[1].to(dtype))
-        if Fingerprint.of(cast) == wanted:
+        lateral, horizontal = (side.to(dtype) for side in found.slices)  # perhaps not finite
+        if Fingerprint.of_slices(lateral, horizontal) == wanted:
             raise ValueError(
                 f"model_dir: expected the base in {dtype}, in which the adapter was made, got its "
                 f"weights in {kind}: save the base in {dtype} first, or adapt it in the dtype of "
@@ -301,7 +308,7 @@ def factors_of(directory: ModelDirectory, origins: Origins, stored: StoredStack)
             )
     raise ValueError(
         f"model_dir: expected the base that the adapter was made for, got other weights in "
-        f"stack {stored.plan.name} ({kind})"
+        f"stack {stored.plan.name} ({kind}) in {directory.path}"
     )
 
 

@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Iterable
 from dataclasses import InitVar, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from peft.config import PeftConfig
-from peft.utils import PeftType
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, PeftType
 
 from ..adapters.plan import STACKS_BY, StacksBy
+from ..files.parsing import Source
 from ..operators.basis import DEFAULT_BASIS, Basis, check_basis
 from ..operators.cost import MODES, Mode
 from ..operators.factors import PRECISIONS, Precision
+from .digests import (
+    SETTINGS,
+    TENSORS,
+    check_settings,
+    digest_of_file,
+    digest_of_settings,
+    read_config,
+)
 from .patterns import PATTERNS, check_alpha, check_rank, checked_pattern
 from .words import refuse_other_words
 
@@ -177,6 +188,38 @@ class TCURConfig(PeftConfig):  # type: ignore[misc]
             if isinstance(getattr(self, name), list):
                 setattr(self, name, set(getattr(self, name)))
 
+    def to_dict(self) -> dict[str, Any]:
+        """The config as a dict; while it is saved, with the digests of what is saved."""
+        return {**super().to_dict(), **getattr(self, "_digests", {})}
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        """Writes ``adapter_config.json``, with digests by which loading verifies the files.
+
+        Args:
+            save_directory, kwargs: as peft has them.
+        """
+        self._digests = {SETTINGS: digest_of_settings(super().to_dict())}
+        tensors = Path(save_directory) / SAFETENSORS_WEIGHTS_NAME
+        # Only `PeftModel.save_pretrained` gives this argument. It has just written the tensors; in
+        # another call they may be those of another adapter, which the caller has yet to replace.
+        if "auto_mapping_dict" in kwargs and tensors.is_file():
+            self._digests[TENSORS] = digest_of_file(tensors)
+        try:
+            super().save_pretrained(save_directory, **kwargs)
+        finally:
+            del self._digests
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str | os.PathLike[str], **kwargs: Any) -> Any:
+        """Reads ``adapter_config.json``, and verifies it and the tensors that lie beside it.
+
+        Raises:
+            FileNotFoundError, ValueError: something is damaged; the message says what and where.
+        """
+        found = read_config(Path(path_json_file))
+        found.pop("runtime_config", None)  # peft ignores it, too
+        return found
+
 
 def _rank(config: TCURConfig) -> int:
     return _Rank(config.rank)
@@ -196,6 +239,9 @@ _take_fields = TCURConfig.__init__
 @functools.wraps(_take_fields)
 def _init(config: TCURConfig, *args: Any, **kwargs: Any) -> None:
     refuse_other_words(kwargs)
+    if SETTINGS in kwargs or TENSORS in kwargs:  # of a file that peft itself has read
+        check_settings(kwargs, Source("path", Path(CONFIG_NAME)))
+        kwargs = {name: own for name, own in kwargs.items() if name not in (SETTINGS, TENSORS)}
     _take_fields(config, *args, **kwargs)
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import CONFIG_NAME
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from torch.nn.utils import parametrize
@@ -23,11 +25,13 @@ from ..adapters.linear_maps import (
 )
 from ..adapters.plan import LeftOut, Plan, StackPlan, groups_of, plan_groups
 from ..adapters.record import StackRecord
+from ..files.parsing import Source
 from ..layers.quantised import Numbers, form_of
 from ..layers.quantisers import quantiser_of, why_packed
 from ..layers.weights import is_attention
 from ..operators.functional import slice_update
 from .config import Recorded, TCURConfig
+from .digests import records_in
 from .experts import TargetParameter
 from .hosted import AdapterStack, has_other_forward, is_supported, place_of
 from .patterns import PATTERNS, alpha_of, check_matches, rank_of
@@ -132,11 +136,7 @@ def read_records(model: nn.Module, layers: Layers, config: TCURConfig) -> tuple[
     Raises:
         ValueError: the plan is damaged, or was made for another architecture.
     """
-    assert config.plan is not None
-    try:
-        records = tuple(StackRecord.of_json(entry, len(entry["rows"])) for entry in config.plan)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"plan: expected that of a saved adapter, got {error!r}") from error
+    records = records_in(config.plan, Source("plan", Path(CONFIG_NAME)))
     _check_unchanged(config, records)
     names = [member.module for record in records for member in record.plan.members]
     if config.check_base and not any(name in layers for name in names):
