@@ -22,7 +22,8 @@ export GOMP_SPINCOUNT ?= 1000
 # Python compiles what it imports, so pip need not compile all that it installs.
 export PIP_NO_COMPILE ?= 1
 
-.PHONY: demo build quick test test-families families-table test-cpus test-versions test-matrix test-peft lint format clean FORCE
+.PHONY: demo build quick test test-families families-table test-cpus test-versions test-matrix \
+	test-mutants test-peft lint format clean FORCE
 
 demo: $(VENV)/.built_demo
 	@echo "The demo starts."
@@ -65,6 +66,11 @@ test-versions: $(VENV)/.torch
 test-matrix: $(VENV)/.built_tests $(VENV)/.oldest_triton
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m matrix tests/conformance
 	$(BIN)/python -m pytest -m matrix tests/test_triton_compile.py tests/test_triton_oldest.py
+
+# Triton's kernels and the Python around the operators, broken on purpose: does a test notice?
+test-mutants: $(VENV)/.built_tests $(VENV)/.mutation
+	$(BIN)/python tests/pymutants/pymutants.py --language triton
+	$(BIN)/python tests/pymutants/pymutants.py --language python
 
 # peft's own tests with tCUR, from the checkout that PEFT names; the table of docs/peft.md.
 test-peft: $(VENV)/.peft_own
@@ -131,6 +137,12 @@ $(VENV)/.oldest_%: tests/oldest_%.txt $(VENV)/.torch
 $(VENV)/.quantised: tests/quantised.txt $(VENV)/.torch
 	rm -rf $(VENV)/quantised
 	$(PIP) install -q --no-deps --target $(VENV)/quantised -r $<
+	touch $@
+
+# Beside the others, for tests/pymutants: of a mutation tool its operators alone.
+$(VENV)/.mutation: tests/pymutants/requirements.txt $(VENV)/.torch
+	rm -rf $(VENV)/mutation
+	$(PIP) install -q --no-deps --target $(VENV)/mutation -r $<
 	touch $@
 
 # An environment of its own, which sees the packages of the tests.

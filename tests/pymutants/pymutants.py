@@ -26,8 +26,8 @@ sys.path[:0] = [str(HERE), str(TESTS), str(TESTS.parent)]
 #: What notices a broken kernel: interpreted, and quick enough to be run hundreds of times.
 OF_TRITON = ["conformance/test_values.py", "conformance/test_inputs.py"]
 OF_TRITON += ["conformance/test_buffers.py", "conformance/test_contract.py"]
-OF_TRITON += ["interpreted/test_mutations.py", "-k"]
-OF_TRITON += ["not opcheck and not autocast and not graph and not a_broken_kernel"]
+OF_TRITON += ["interpreted", "test_triton.py", "-k"]
+OF_TRITON += ["not opcheck and not autocast and not graph and not a_broken and not interpreter"]
 
 
 def arguments():
