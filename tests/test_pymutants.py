@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 import equivalent
+import pymutants
+import python_mutants
 import triton_mutants
 from mutant import PACKAGE, functions
 from swapping import NotSwappable, broken, changed, is_swappable
@@ -50,6 +52,15 @@ def test_equivalent_mutants_still_stand_in_the_sources():
     path = Path(equivalent.__file__).with_suffix(".csv")
     with path.open(encoding="utf-8", newline="") as file:
         assert tuple(next(csv.reader(file))) == equivalent.COLUMNS
+
+
+def test_what_is_broken_and_what_looks_are_there():
+    """Files are named in lists, and pytest would stop at one that was renamed."""
+    for path in (*python_mutants.files(), *triton_mutants.files()):
+        assert path.is_file(), path
+    tests = Path(__file__).parent
+    names = [*python_mutants.TESTS[: python_mutants.TESTS.index("-k")], *pymutants.OF_TRITON[:6]]
+    assert not [name for name in names if not (tests / name).exists()]
 
 
 def test_functions_are_exchanged_and_come_back(tmp_path):

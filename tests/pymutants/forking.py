@@ -2,7 +2,7 @@
 
 The parent has imported and collected everything and runs no test. A child breaks one module, runs
 the tests that reach the broken line, the fastest first, and stops at the first that fails. A child
-that does not come to an end is ended by an alarm, and counts as noticed.
+that does not come to an end is ended by a limit, and counts as noticed.
 """
 
 import ast
@@ -10,6 +10,7 @@ import builtins
 import contextlib
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -21,8 +22,8 @@ import pytest
 
 from swapping import broken, is_swappable
 
-#: Seconds after which a child is ended.
-ALARM = 120
+#: Seconds of a processor after which a child is ended; and how many times more if it only waits.
+LIMIT, PATIENCE = 120, 8
 CAUGHT, SURVIVED, HUNG, UNREACHED = "caught", "survived", "hung", "unreached"
 #: The compiler refuses it, or makes the same code of it: no mutant.
 NONE = "none"
@@ -101,7 +102,7 @@ def _pairs(items):
 
 
 def forked(function, seconds, log):
-    """What ``function`` returned in a child: a small int, or None if the alarm ended it."""
+    """What ``function`` returned in a child: a small int, or None if a limit ended it."""
     sys.stdout.flush()
     sys.stderr.flush()
     child = os.fork()
@@ -109,7 +110,8 @@ def forked(function, seconds, log):
         code = 70
         try:
             signal.signal(signal.SIGALRM, signal.SIG_DFL)
-            signal.alarm(seconds)
+            signal.alarm(PATIENCE * seconds)
+            resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 5))
             file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(file, 1)
             os.dup2(file, 2)
@@ -120,7 +122,7 @@ def forked(function, seconds, log):
             os._exit(code)
     _, status = os.waitpid(child, 0)
     if os.WIFSIGNALED(status):  # a crash is noticed, as a hang is
-        return None if os.WTERMSIG(status) == signal.SIGALRM else 1
+        return None if os.WTERMSIG(status) in (signal.SIGALRM, signal.SIGXCPU) else 1
     return os.WEXITSTATUS(status)
 
 
@@ -205,8 +207,8 @@ class Forks:
         environment = {**os.environ, "PYTHONPATH": str(root)}
         try:
             done = subprocess.run(
-                command, cwd=root, env=environment, capture_output=True, text=True, timeout=ALARM,
-                check=False,
+                command, cwd=root, env=environment, capture_output=True, text=True,
+                timeout=PATIENCE * LIMIT, check=False,
             )  # fmt: skip
         except subprocess.TimeoutExpired:
             return HUNG, ""
@@ -236,7 +238,7 @@ class Forks:
                         return 1
             return 0
 
-        code = forked(run, ALARM, log)
+        code = forked(run, LIMIT, log)
         words = {0: SURVIVED, 1: CAUGHT, None: HUNG}
         assert code in words, f"{mutant}: {log.read_text()[-2000:]}"
         return words[code], failed.read_text() if failed.exists() else ""

@@ -28,7 +28,7 @@ TESTS = [f"test_{name}.py" for name in (
     "named_adapters", "switching", "in_place", "outputs_in_place", "transforms", "reentrant",
     "checkpoint", "autocast", "graph", "flops", "no_tokens", "token_cores", "kernels_issue",
     "bf16_products", "meta_and_nested", "caches", "training", "merged_state", "device",
-    "together", "tenants", "offload", "cuda", "selection", "adapt", "pymutants_survivors",
+    "together", "tenants", "offload", "cuda", "selection", "adapt",
 )]  # fmt: skip
 TESTS += ["conformance", "-k", "not cudahost and not capabilities"]
 
