@@ -108,6 +108,7 @@ def main():
         "caught": caught,
         "equivalent": total["equivalent"],
         "survived": survived,
+        "unreached": total[UNREACHED],
         "hung": total[HUNG],
         "seed": given.seed,
         "modules": {module: dict(counts) for module, counts in sorted(verdicts.items())},
