@@ -22,7 +22,8 @@ export GOMP_SPINCOUNT ?= 1000
 # Python compiles what it imports, so pip need not compile all that it installs.
 export PIP_NO_COMPILE ?= 1
 
-.PHONY: demo build quick test test-families families-table test-cpus test-versions test-builds test-matrix nightly test-peft release-check lint format clean FORCE
+.PHONY: demo build quick test test-families families-table test-cpus test-versions test-builds \
+	test-matrix nightly test-peft release-check lint format clean FORCE
 
 demo: $(VENV)/.built_demo
 	@echo "The demo starts."
@@ -76,7 +77,8 @@ test-matrix: $(VENV)/.built_tests $(VENV)/.oldest_triton
 
 # Far more of everything that could go wrong, one program after another: hours. ONLY="calls files"
 # chooses. The table of docs/trust.md.
-nightly: $(VENV)/.built_tests $(VENV)/.oldest_peft $(VENV)/.oldest_triton $(VENV)/.quantised
+nightly: $(VENV)/.built_tests $(VENV)/.oldest_peft $(VENV)/.oldest_triton $(VENV)/.quantised \
+		$(VENV)/.mutation
 	$(BIN)/python tests/nightly.py $(if $(ONLY),--only $(ONLY))
 
 # peft's own tests with tCUR, from the checkout that PEFT names; the table of docs/peft.md.
@@ -148,6 +150,12 @@ $(VENV)/.oldest_%: tests/oldest_%.txt $(VENV)/.torch
 $(VENV)/.quantised: tests/quantised.txt $(VENV)/.torch
 	rm -rf $(VENV)/quantised
 	$(PIP) install -q --no-deps --target $(VENV)/quantised -r $<
+	touch $@
+
+# Beside the others, for tests/pymutants: of a mutation tool its operators alone.
+$(VENV)/.mutation: tests/pymutants/requirements.txt $(VENV)/.torch
+	rm -rf $(VENV)/mutation
+	$(PIP) install -q --no-deps --target $(VENV)/mutation -r $<
 	touch $@
 
 # An environment of its own, which sees the packages of the tests.

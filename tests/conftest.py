@@ -9,6 +9,8 @@ import torch
 
 # The tests of what a GPU would issue share the recorder of launches with the benchmarks.
 sys.path.append(str(Path(__file__).parent.parent))
+# What interpreted kernels may touch, and what breaks modules on purpose.
+sys.path += [str(Path(__file__).parent / folder) for folder in ("interpreted", "pymutants")]
 
 #: Tests that place their tensors themselves, whatever the default device is.
 PLACED = (Path(__file__).parent / "conformance", Path(__file__).parent / "test_device.py")
@@ -61,6 +63,18 @@ def _reproducible(request):
     torch.use_deterministic_algorithms(True, warn_only=not on_cpu)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def _within_tensors():
+    """In Triton's interpreter, no kernel touches what it was not given."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        yield
+        return
+    from memory import watched
+
+    with watched():
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ from cases import make_case, side_by_side, slices_of
 from plain import product
 from tcur_kernels.operators import dispatch, functional, native, reference
 from tcur_kernels.operators.core_gradient import _sum_over_tokens
-from tolerance import assert_close, assert_composition_close
+from tolerance import assert_close, assert_composition_close, same_mathematics
 
 BACKENDS = pytest.mark.parametrize("backend", ["auto", "reference", "cpu"])
 
@@ -435,3 +435,17 @@ def test_a_buffer_may_be_the_weight_itself(backend):
     how = {"out": case.weight, "backend": backend}
     tcur.materialize(case.weight, case.factors, case.core, 0.5, **how)
     assert torch.equal(case.weight, wanted)
+
+
+@pytest.mark.parametrize("leading", [(), (2,), (2, 3)])
+def test_tokens_of_any_leading_shape(case, leading):
+    """Features are the last axis, wherever that is."""
+    n1, n2 = case.weight.shape[1:]
+    x = torch.randn(*leading, n2)
+    given = (case.weight[0], None, case.factors, case.core, 0)
+    y, z = tcur.cur_linear(x, *given), functional.project(x, case.factors)
+    assert y.shape == (*leading, n1)
+    assert z.shape == (*leading, case.factors.n3 * case.factors.rank)
+    assert same_mathematics(y.reshape(-1, n1), tcur.cur_linear(x.reshape(-1, n2), *given))
+    with pytest.raises(ValueError, match="x: expected"):
+        tcur.cur_linear(torch.randn(*leading, n2 + 1), *given)

@@ -126,6 +126,31 @@ def test_tables_of_addresses_are_kept_and_not_made_in_a_capture(monkeypatch):
         places._table((0, 1), torch.device("cuda", 0))
 
 
+def test_where_layers_lie():
+    """Alignments are promises to the compiler: a thread loads that many numbers at once."""
+    from tcur_kernels.operators.triton.places import base_of
+
+    def weights(start, dtype=torch.float32, columns=8):
+        numbers = torch.zeros(400, dtype=dtype)
+        return [numbers[at : at + 2 * columns].view(2, columns) for at in (start, 100 + start)]
+
+    unused = torch.empty(0)
+    even = base_of(weights(0), [1, 1], 2, 8, unused)
+    assert (even.kind, even.aligned, even.places.tolist()) == ("layers", 4, [0, 100])
+    assert base_of(weights(0, torch.bfloat16), [1, 1], 2, 8, unused).aligned == 1
+    assert base_of(weights(1), [1, 1], 2, 8, unused).aligned == 1
+    assert base_of([weights(0)[0], weights(1)[1]], [1, 1], 2, 8, unused).aligned == 1
+    beside = base_of(weights(0, columns=12), [2, 2], 2, 6, unused)
+    assert (beside.kind, beside.aligned) == ("beside", 2)
+    assert beside.places.tolist() == [0, 6, 100, 106, 0, 1, 4, 5, 2, 2, 2, 2]
+    # One of them is strided: then all are copied.
+    first, second = weights(0)
+    second = torch.arange(32.0).view(2, 16)[:, ::2]
+    copied = base_of([first, second], [1, 1], 2, 8, unused)
+    assert copied.kind == "stack"
+    assert torch.equal(copied.tensor, torch.stack([first, second]))
+
+
 def test_factors_too_large_for_offsets_of_32_bits():
     from tcur_kernels.operators.contract import MaterializeOut
     from tcur_kernels.operators.triton import materialize

@@ -174,6 +174,9 @@ def linear_cases():
             transposed=turned,
             weight=False,
         )
+    yield case(
+        name, 3, (6, 9, 2), elements=(BF16,), meant_for=ALL_SLOW, tokens=(4,), first=1, weight=False
+    )
     for leading, turned in itertools.product(((), (0,), (2, 0), (1,)), (False, True)):
         yield case(
             name, 4, (6, 9, 2), meant_for=ALL_SLOW, tokens=leading, first=1, transposed=turned
