@@ -172,3 +172,17 @@ def test_rows_of_no_core_count_for_none(backend):
 
     assert_close(actual, wanted(given), wanted(exact))
     assert not actual[1].any()
+
+
+PROJECTED = [case("cur_linear", 5, (6, 20, 3), meant_for=EMULATOR, tokens=(40,), first=3, z=True)]
+
+
+@pytest.mark.cases(PROJECTED)
+def test_projected_tokens_take_the_place_of_tokens(case, backend):
+    """Whatever the tokens are, which are there for the base alone."""
+    if backend.checks == "torch":
+        pytest.skip("plain torch projects tokens itself")
+    given = {**arguments(case)[0], "weight": None, "bias": None}
+    y = backend.run(case.operator, **given)
+    other = backend.run(case.operator, **{**given, "x": torch.zeros_like(given["x"])})
+    assert torch.equal(other, y)
