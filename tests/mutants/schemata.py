@@ -8,7 +8,7 @@ variable of the library, so that thousands of lines are compiled once and not on
 """
 
 import ctypes
-import shutil
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -98,19 +98,29 @@ def mutated(text, mutants):
 
 def copy_sources(kernels, folder):
     """Copies `csrc` into a folder, with all mutants of a table in it."""
-    shutil.copytree(SOURCES, folder, dirs_exist_ok=True)
     by_file = {}
     for number, mutant in numbered(kernels).items():
         by_file.setdefault(mutant.file, {})[number] = mutant
-    for file, mutants in by_file.items():
-        text = mutated((SOURCES / file).read_text(), mutants)
-        include = '#include "' + "../" * file.count("/") + 'common/mutant.h"\n'
-        write(folder / file, include + text)
+    for path in sorted(path for path in SOURCES.rglob("*") if path.is_file()):
+        file, text = path.relative_to(SOURCES).as_posix(), path.read_text()
+        if file in by_file:
+            include = '#include "' + "../" * file.count("/") + 'common/mutant.h"\n'
+            text = include + mutated(text, by_file[file])
+        write(folder / file, text)
     write(folder / "common" / "mutant.h", HEADER)
+
+
+def digest(folder):
+    """What tells whether the sources in a folder are those of an earlier build."""
+    made = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        made.update(str(path.relative_to(folder)).encode() + path.read_bytes())
+    return made.hexdigest()
 
 
 def write(path, text):
     """Writes a file unless it has that text: what did not change is not compiled again."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists() or path.read_text() != text:
         path.write_text(text)
 
