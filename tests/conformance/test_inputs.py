@@ -18,6 +18,7 @@ LAID_OUT = [
     case("materialize_out", 17, (9, 36, 3), weights="beside"),
     case("core_grad_dense", *SIZES, meant_for=EVERYWHERE),
     case("core_grad_tokens", *SIZES, meant_for=EVERYWHERE, tokens=(7,), first=1),
+    case("core_grad_tokens", *SIZES, tokens=(7,), first=1, way="dense"),
     case("core_of_packed", *SIZES, meant_for=EVERYWHERE, count=2),
     *[
         case("core_of_packed", n3, (rank, rank, rank), meant_for=EMULATOR, count=48)
@@ -186,3 +187,40 @@ def test_projected_tokens_take_the_place_of_tokens(case, backend):
     y = backend.run(case.operator, **given)
     other = backend.run(case.operator, **{**given, "x": torch.zeros_like(given["x"])})
     assert torch.equal(other, y)
+
+
+ROWS = [
+    case(name, 5, (6, 7, 2), meant_for=EMULATOR, tokens=(6, 3), first=1, ids="mixed")
+    for name in ("cur_linear", "core_grad_tokens")
+]
+
+
+@pytest.mark.cases(ROWS)
+def test_strided_ids_make_no_difference(case, backend):
+    given = arguments(case)[0]
+    strided = {**given, "adapter_ids": every_second(given["adapter_ids"])}
+    run = backend.run_case(case)
+    assert torch.equal(compute(case, run, strided), compute(case, run, given))
+
+
+ROUNDED = [
+    case(name, 4, (37, 40, 3), precision="bf16", bf16_operands=True, tokens=(11,), first=2, **how)
+    for name, how in (
+        ("cur_linear", {"weight": False}),
+        ("cur_linear", {"weight": False, "transposed": True}),
+        ("core_grad_tokens", {}),
+        ("core_grad_tokens", {"way": "z"}),
+    )
+]
+
+
+@pytest.mark.cases(ROUNDED)
+def test_operands_in_fp32_are_rounded_to_bf16(case, backend):
+    """So tokens that are rounded already give the same bits."""
+    given = arguments(case)[0]
+    tokens = [name for name in ("x", "grad_y") if name in given and case.get("way") != "z"]
+    tokens = tokens or ["grad_y"]
+    rounded = {**given, **{name: given[name].bfloat16().float() for name in tokens}}
+    run = backend.run_case(case)
+    assert not torch.equal(rounded[tokens[0]], given[tokens[0]])
+    assert torch.equal(compute(case, run, rounded), compute(case, run, given))

@@ -43,6 +43,7 @@ FIRST = ("test_values.py", "test_isa.py", "test_cuda_host_tokens.py", "test_inpu
 FIRST += ("test_buffers.py", "test_bits.py", "test_token_kernels.py", "test_derivatives.py")
 SECONDS = 60  # a test that takes longer hangs
 MOST_LEFT_OUT = 0.005
+FEW = 40  # mutants
 BYTES = 16 << 30  # of memory that a child may have
 
 
@@ -121,7 +122,9 @@ class Runner:
 
         self.switch = schemata.Switch(self.library)
         torch.use_deterministic_algorithms(False)  # imports what every child would import
-        used = {item for number in self.chosen for item in self.ordered(session.items, number)}
+        # For few mutants each child computes what it needs itself.
+        few = self.chosen if len(self.chosen) > FEW else []
+        used = {item for number in few for item in self.ordered(session.items, number)}
         for item in used:
             case = getattr(item, "callspec", None) and item.callspec.params.get("case")
             if case is not None:
@@ -265,6 +268,7 @@ def main():
     parser.add_argument(
         "--quick", action="store_true", help="only the tests that are named after the kernels"
     )
+    parser.add_argument("--tests", default="", help="only tests of this expression (pytest -k)")
     asked = parser.parse_args()
     language = LANGUAGES[asked.language]
     begin = time.monotonic()
@@ -291,7 +295,8 @@ def main():
         "--tb=native",
     ]
     tests = [str(ROOT / "tests" / name) for name in language.TESTS]
-    options += ["--rootdir", str(ROOT), "-c", str(ROOT / "pyproject.toml"), "-k", language.SELECTED]
+    chosen = f"({language.SELECTED}) and ({asked.tests})" if asked.tests else language.SELECTED
+    options += ["--rootdir", str(ROOT), "-c", str(ROOT / "pyproject.toml"), "-k", chosen]
     code = pytest.main([*options, *tests], plugins=[runner])
     line, is_well = result(asked.language, language, runner)
     print("RESULT " + json.dumps(line))
