@@ -7,7 +7,7 @@ import torch
 
 from cases import make_case, side_by_side
 
-from .backends import BESIDE, EMULATED, INTERPRETER
+from .backends import BESIDE, INTERPRETER
 from .cases import EVERYWHERE, case
 from .data import arguments, compute, slices
 from .table import CASES
@@ -39,7 +39,7 @@ def test_the_bits_of_a_tensor_of_its_own(case, backend):
 
 
 AMONG_OTHERS = [
-    case("materialize_out", n3, (7, n2, 1), meant_for=(EMULATED, BESIDE), weights="beside")
+    case("materialize_out", n3, (7, n2, 1), meant_for=(BESIDE,), weights="beside")
     for n3 in (5, 17, 12)
     for n2 in (1, 31, 36, 39)
 ]

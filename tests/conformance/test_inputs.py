@@ -18,7 +18,7 @@ LAID_OUT = [
     case("materialize_out", 17, (9, 36, 3), weights="beside"),
     case("core_grad_dense", *SIZES, meant_for=EVERYWHERE),
     case("core_grad_tokens", *SIZES, meant_for=EVERYWHERE, tokens=(7,), first=1),
-    case("core_grad_tokens", *SIZES, tokens=(7,), first=1, way="dense"),
+    case("core_grad_tokens", *SIZES, meant_for=(), tokens=(7,), first=1, way="dense"),
     case("core_of_packed", *SIZES, meant_for=EVERYWHERE, count=2),
     *[
         case("core_of_packed", n3, (rank, rank, rank), meant_for=EMULATOR, count=48)
