@@ -93,6 +93,7 @@ def w_eff_in_place_cases():
     # Rows that are written past the caches, aligned for that and not; all slices in one matrix.
     yield case(name, 6, (130, 1408, 1), meant_for=FAST, weights="beside", counts=(3, 1, 2))
     yield case(name, 6, (130, 1400, 1), meant_for=FAST, weights="beside", counts=(2, 3, 1))
+    yield case(name, 6, (130, 1402, 1), meant_for=FAST, weights="beside", counts=(1, 1, 4))
     yield case(name, 12, (5, 70, 1), meant_for=FAST, weights="beside", counts=(12,))
     for dtype, out in itertools.product(ALL, ALL):
         for n3, n2 in ((12, 70), (12, 37), (12, 40), (17, 37), (17, 40)):
@@ -138,6 +139,7 @@ def dense_gradient_cases():
     for n3, dtype in itertools.product((12, 17), SINGLE):
         yield case(name, n3, (6, 70, 3), elements=(dtype,))
     yield case(name, 12, (6, 70, 3), factors=F64, elements=(F64,), meant_for=FAST)
+    yield case(name, 2, (802, 20, 2), meant_for=FAST)  # several tiles for each task, and a rest
     for dtype in (*HALVES, F64):
         yield case(name, 5, (6, 20, 3), elements=(dtype,), meant_for=ALL_SLOW)
     for n3 in (3, 12):

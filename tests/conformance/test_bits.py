@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+from tolerance import assert_close
+
 from .cases import EVERYWHERE, case
-from .data import arguments, compute
+from .data import arguments, compute, expected
 
 SUMS = [
     case("materialize", 12, (75, 300, 4), meant_for=("beside",)),
@@ -47,6 +49,21 @@ def test_sums_over_tokens_by_any_number_of_threads(backend, rows):
         "adapters": 40,
     }
     by_threads(lambda: backend.run("core_grad_tokens", **given))
+
+
+UPDATED = [case("cur_linear", 3, (300, 20, 2), meant_for=("beside",), tokens=(300,), first=1)]
+
+
+@pytest.mark.cases(UPDATED)
+def test_an_update_that_several_threads_add(case, backend):
+    """More numbers than one thread takes."""
+    threads, (same, exact) = torch.get_num_threads(), expected(case)
+    try:
+        torch.set_num_threads(3)
+        actual = compute(case, backend.run_case(case), arguments(case)[0])
+    finally:
+        torch.set_num_threads(threads)
+    assert_close(actual.cpu(), same, exact)
 
 
 def by_threads(run):

@@ -7,9 +7,9 @@ import torch
 
 from cases import make_case, side_by_side
 
-from .backends import INTERPRETER
+from .backends import BESIDE, INTERPRETER
 from .cases import EVERYWHERE, case
-from .data import arguments, compute
+from .data import arguments, compute, slices
 from .table import CASES
 
 #: The interpreter is too slow to compute more than two of them twice.
@@ -36,6 +36,29 @@ def test_the_bits_of_a_tensor_of_its_own(case, backend):
     own = {name: value for name, value in given.items() if name not in ("out", "weights")}
     w_eff = run("materialize", weights=weights, out_dtype=in_place.dtype, **own)
     assert torch.equal(in_place, w_eff.cpu())
+
+
+AMONG_OTHERS = [
+    case("materialize_out", n3, (7, n2, 1), meant_for=(BESIDE,), weights="beside")
+    for n3 in (5, 17, 12)
+    for n2 in (1, 31, 36, 39)
+]
+AMONG_OTHERS.append(case("materialize_out", 6, (130, 1408, 1), meant_for=(BESIDE,)))
+
+
+@pytest.mark.cases(AMONG_OTHERS)
+@pytest.mark.parametrize("before", [64, 1])
+def test_numbers_around_the_buffer_stay(case, backend, before):
+    """The buffer is a part of a larger one, and begins at a cache line or just behind one."""
+    given = {**arguments(case)[0]}
+    out = given.pop("out")
+    wide = backend.place(torch.full((before + out.numel() + 64,), 7.0, dtype=out.dtype))
+    inner = wide[before:-64].view(out.shape)
+    backend.run(case.operator, case.precision, **given, out=inner)
+    own = compute(case, backend.run_case(case), arguments(case)[0])
+    assert torch.equal(slices(case, inner.cpu()), own)
+    assert (wide[:before] == 7).all()
+    assert (wide[-64:] == 7).all()
 
 
 def test_nothing_else_is_written(backend):

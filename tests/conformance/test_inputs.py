@@ -173,3 +173,54 @@ def test_rows_of_no_core_count_for_none(backend):
 
     assert_close(actual, wanted(given), wanted(exact))
     assert not actual[1].any()
+
+
+PROJECTED = [case("cur_linear", 5, (6, 20, 3), meant_for=EMULATOR, tokens=(40,), first=3, z=True)]
+
+
+@pytest.mark.cases(PROJECTED)
+def test_projected_tokens_take_the_place_of_tokens(case, backend):
+    """Whatever the tokens are, which are there for the base alone."""
+    if backend.checks == "torch":
+        pytest.skip("plain torch projects tokens itself")
+    given = {**arguments(case)[0], "weight": None, "bias": None}
+    y = backend.run(case.operator, **given)
+    other = backend.run(case.operator, **{**given, "x": torch.zeros_like(given["x"])})
+    assert torch.equal(other, y)
+
+
+ROWS = [
+    case(name, 5, (6, 7, 2), meant_for=EMULATOR, tokens=(6, 3), first=1, ids="mixed")
+    for name in ("cur_linear", "core_grad_tokens")
+]
+
+
+@pytest.mark.cases(ROWS)
+def test_strided_ids_make_no_difference(case, backend):
+    given = arguments(case)[0]
+    strided = {**given, "adapter_ids": every_second(given["adapter_ids"])}
+    run = backend.run_case(case)
+    assert torch.equal(compute(case, run, strided), compute(case, run, given))
+
+
+ROUNDED = [
+    case(name, 4, (37, 40, 3), precision="bf16", bf16_operands=True, tokens=(11,), first=2, **how)
+    for name, how in (
+        ("cur_linear", {"weight": False}),
+        ("cur_linear", {"weight": False, "transposed": True}),
+        ("core_grad_tokens", {}),
+        ("core_grad_tokens", {"way": "z"}),
+    )
+]
+
+
+@pytest.mark.cases(ROUNDED)
+def test_operands_in_fp32_are_rounded_to_bf16(case, backend):
+    """So tokens that are rounded already give the same bits."""
+    given = arguments(case)[0]
+    tokens = [name for name in ("x", "grad_y") if name in given and case.get("way") != "z"]
+    tokens = tokens or ["grad_y"]
+    rounded = {**given, **{name: given[name].bfloat16().float() for name in tokens}}
+    run = backend.run_case(case)
+    assert not torch.equal(rounded[tokens[0]], given[tokens[0]])
+    assert torch.equal(compute(case, run, rounded), compute(case, run, given))

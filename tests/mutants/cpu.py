@@ -1,0 +1,777 @@
+"""Mutants of the kernels for CPUs and of what they share with those for GPUs.
+
+Left out is what no test can see. Beyond the last row and column of a tile kernels compute numbers
+that nobody reads. Sizes of tiles, prefetches and writes past the caches change no number. What
+waits for AVX-512 alone is not compiled here.
+"""
+
+from .schemata import rows
+
+#: Tests that `make test` runs on these kernels, and which of their items are on them.
+TESTS = (
+    "conformance",
+    "test_isa.py",
+    "test_caches.py",
+    "test_token_kernels.py",
+    "test_token_cores.py",
+    "test_w_eff.py",
+    "test_functional.py",
+)
+SELECTED = "not reference and not cudahost"
+
+#: Files below csrc/cpu and csrc/common without a kernel, and why.
+NO_KERNEL = {
+    "common/arguments.h": "lists of arguments",
+    "common/check.h": "what is refused; calls with wrong arguments are fuzzed",
+    "common/dtypes.h": "names of dtypes",
+    "common/elements.h": "names of dtypes",
+    "common/host_device.h": "words of the languages",
+    "common/integers.h": "four lines, which every kernel uses",
+    "common/token_rows.h": "a struct",
+    "cpu/caches.cpp": "the size of a cache, which changes no number",
+    "cpu/caches.h": "declarations",
+    "cpu/compiled_kernels.h": "declarations",
+    "cpu/isa.cpp": "the choice of an instruction set",
+    "cpu/isa.h": "declarations",
+    "cpu/kernel_table.h": "a table of functions",
+    "cpu/kernels.h": "declarations",
+    "cpu/plans.h": "declarations",
+    "cpu/simd.h": "words of the languages",
+}
+
+W_EFF_TILES = rows(
+    "cpu/w_eff_tiles_kernel.h",
+    ("all rows of P are the first", "+ (i < rows ? «row + i» : row) * m.f.q();", "row"),
+    ("P: sign of im x im", "«re[i] -= c_im * u_im;»", "re[i] += c_im * u_im;"),
+    ("P: conjugate C", "«im[i] += c_im * u_re;»", "im[i] -= c_im * u_re;"),
+    ("P: real plane of C twice", "const T c_im = pair ? c[i][(plane + «1») * r + a] : T(0);", "0"),
+    ("P: real plane of U twice", "u_im = pair ? load(u + «size») : Vec<T>{};", "0 * size"),
+    ("P: last rank lost", "for (int64_t a = 0; «a < r»; ++a, u += m.core_stride) {", "a < r - 1"),
+    (
+        "P: last number of a vector lost",
+        "const int64_t last = «r - first < lanes ? r - first : lanes»;",
+        "(r - first < lanes ? r - first : lanes) - 1",
+    ),
+    ("P: one vector of ranks", "for (int64_t first = 0; «first < r»; first += lanes) {", "!first"),
+    ("P: planes swapped", "products + ((plane + «part») * r", "bin.planes() - 1 - part"),
+    ("P: ranks in reverse", "lines[(part * kRowBlock + i) * lanes + «b»];", "last - 1 - b"),
+    ("S, real: first row of P", "acc[i][v] += «p[b * kRowBlock + i]» * x;", "p[b * kRowBlock]"),
+    ("S: sign of im x im", "«re[i][v] -= pi * y;»", "re[i][v] += pi * y;"),
+    ("S: conjugate R", "«im[i][v] += pr * y;»", "im[i][v] -= pr * y;"),
+    ("S: conjugate P", "«im[i][v] += pi * x;»", "im[i][v] -= pi * x;"),
+    (
+        "S: planes too close together",
+        "store(s + «kPlaneStride<T>» + i * kStrip<T> + v * lanes, im[i][v]);",
+        "kStripSize<T>",
+    ),
+    ("S: panel of the first strip", "m.f.panel(col + «strip» * kStrip<T>);", "0"),
+    ("S: wrong stride of R", "const T* x = panel + plane * rank * «kStrip<T>»;", "(kStrip<T> - 1)"),
+    (
+        "S: half a strip",
+        "for (int c = 0; «c < kStrip<T>»; c += kRegisterColumns",
+        "c < kStrip<T> / 2",
+    ),
+    ("S: first pair as a real bin", "if («bin.is_pair») {\n        complex_bin", "plane > 1"),
+    ("base of the first column", "load_widened<T>(base + i * row_stride + «j»);", "0"),
+    ("rows of a block too close", "sink.put_whole(at + i * «row_stride» + j, v);", "kColumnBlock"),
+    ("last number of a row lost", "for (; «j < n»; ++j) {", "j < n - 1"),
+    (
+        "a vector beyond the end of a row",
+        "for (; «j + lanes <= n»; j += lanes) {",
+        "j + lanes <= n + 1",
+    ),
+    (
+        "no update at the end of a row",
+        "BASE ? «widen<T>(base[j]) + update» : u",
+        "widen<T>(base[j])",
+    ),
+    ("bases in reverse", "const BaseSlice own = m.base[«slice»];", "n3 - 1 - slice"),
+    (
+        "first column of a tile",
+        "const int64_t here = (tile.row + down) * stride + «tile.col»;",
+        "0",
+    ),
+    (
+        "last slice dropped",
+        "* m.tile.row_size(n3) + «slice» * m.tile.stride();",
+        "(slice == n3 - 1 ? 0 : slice)",
+    ),
+    (
+        "ragged rows written whole",
+        "const int64_t rows = «tile.rows - down < kRowBlock ? tile.rows - down : kRowBlock»;",
+        "kRowBlock",
+    ),
+    (
+        "one tile of a chunk",
+        "const int64_t last = «tiles * (chunk + 1) / m.column_chunks»;",
+        "first + 1",
+    ),
+    (
+        "last strip lost where it has one column",
+        "const int64_t columns = «n - at < kColumnBlock ? n - at : kColumnBlock»;",
+        "n - at < kColumnBlock ? n - at - 1 : kColumnBlock",
+    ),
+)
+
+MATERIALIZE = rows(
+    "cpu/materialize_kernel.h",
+    ("vectors to the begin of a row", "put<false, O, T>(«to + at», v);", "to"),
+    ("sign at the end of a row", "to[at] = Narrow<O, T>::from(«value»);", "-value"),
+    ("streams where nothing is aligned", "return «is_aligned || !STREAM»;", "true"),
+    ("blocks one number further", "put<STREAM, O, T>(«to + at», v);", "to + at + 1"),
+    ("rows at the begin of a block", "return {«to + at»};", "to"),
+    ("all slices in the first", "static_cast<O*>(out[«slice»]) + first;", "0"),
+    ("all tiles in the first", "static_cast<O*>(out[slice]) + «first»;", "0"),
+    ("trusts the first address", "return {to, «is_aligned(to, 64)» && stride", "true"),
+    ("trusts the distance of rows", "«stride * sizeof(O) % 64 == 0»};", "true"),
+    ("dtype of the base", "with_any_element(«m.out_element», [&m]", "m.w_eff.base_element"),
+)
+MATERIALIZE += rows(
+    "cpu/materialize.cpp",
+    (
+        "all slices of a matrix in its first",
+        "slices.push_back(matrix + «place.index * bytes»);",
+        "0",
+    ),
+    ("next matrix too early", "if (place.index == «place.count - 1») {", "0"),
+    ("matrices too close", "matrix += «place.count * s.n1 * bytes»;", "s.n1 * bytes"),
+    ("bytes of fp32", "= s.n2 * «static_cast<int64_t>(out.element_size())»;", "4"),
+    ("last task dropped", "for_each_task<T>(«w_eff.tasks()», k.mat", "w_eff.tasks() - 1"),
+    ("every task is the first", "k.materialize(args, «task», scratch);", "0"),
+    ("strided C", "const Tensor l = «torch::stable::contiguous(a.lateral_hat)»;", "a.lateral_hat"),
+    (
+        "strided R",
+        "const Tensor h = «torch::stable::contiguous(a.horizontal_hat)»;",
+        "a.horizontal_hat",
+    ),
+    ("strided U", "const Tensor c = «torch::stable::contiguous(a.core)»;", "a.core"),
+    ("no scale", "l, h, a.panels, c, «a.scale», a.out);", "1.0"),
+)
+MATERIALIZE += rows(
+    "cpu/w_eff.h",
+    (
+        "stride of a base of its own",
+        "base_.push_back({place.base, «place.count * sizes.n2»});",
+        "sizes.n2",
+    ),
+    ("scale squared", "core.const_data_ptr<T>(), sizes.rank, «scale», stride);", "scale * scale"),
+    (
+        "last rows lost",
+        "const int64_t tile_rows = «ceil_div(sizes.n1, tile.rows * tile.row_block)»;",
+        "sizes.n1 / (tile.rows * tile.row_block)",
+    ),
+    (
+        "last columns lost",
+        "const int64_t tiles = «ceil_div(sizes.n2, tile.columns * kColumnBlock)»;",
+        "sizes.n2 / (tile.columns * kColumnBlock)",
+    ),
+    ("first chunks alone", "tasks_ = «tile_rows * chunks»;", "tile_rows"),
+    ("base read as fp32", "base_.data(), «places.element», tile, chunks};", "Element::f32"),
+    ("strided weights", "contiguous.push_back(«torch::stable::contiguous(weight)»);", "weight"),
+)
+
+TRANSFORMS = rows(
+    "cpu/transforms_kernel.h",
+    ("A_0 elsewhere", "return k == 0 ? «first» : a + k * a_step;", "a"),
+    ("B one row further", "return b + «k» * b_step;", "(k + 1)"),
+    (
+        "bin n3/2 one plane further",
+        "data + (INVERSE || l == 0 ? l : «2 * l - 1») * stride;",
+        "2 * l",
+    ),
+    ("values in reverse", "return data + (INVERSE ? «l» : 2 * l - 1) * stride;", "n3 - l"),
+    ("imaginary over real", "return data + (INVERSE ? n3 - l : «2 * l») * stride;", "2 * l - 1"),
+    (
+        "fold: middle lost",
+        "for (int64_t k = 0; «k < (level.half + 1) / 2»; ++k) {",
+        "k < level.half / 2",
+    ),
+    ("fold: wrong row of B", "T* high = rows.row_b(«level.half - k»);", "level.half - k - 1"),
+    ("fold: first row of B lost", "for (int64_t k = «1»; k < (level.half + 1) / 2; ++k) {", "2"),
+    ("no quarter of a sine", "half % 2 == 0 ? «rows.row_b(half / 2)» : nullptr,", "nullptr"),
+    ("first row of A twice", "rows.row_a(«half - 1»),", "half"),
+    ("A in the other direction", "      «-rows.a_step»,\n", "rows.a_step"),
+    ("sign of the quarter", "odd[i][v] = «(first + i) % 2 == 0» ? turned", "true"),
+    ("cosines of the first lines", "level.cos.data() + «first» * level.size;", "0"),
+    (
+        "cosine for sine",
+        "odd[i][v] += «sin[i * level.size + k]» * bv;",
+        "cos[i * level.size + k]",
+    ),
+    (
+        "last term lost",
+        "for (int64_t k = 0; «k < level.size»; ++k, a += rows.a_step",
+        "k < level.size - 1",
+    ),
+    (
+        "sign of the sines",
+        "store(low + v * lanes, INVERSE ? «Vec<T>(e - o)» : e);",
+        "Vec<T>(e + o)",
+    ),
+    ("conjugate spectrum", "INVERSE ? Vec<T>(e + o) : «Vec<T>(-o)»);", "o"),
+    ("step of a level", "const int64_t l = «level.step» * level.frequency(first + i);", "1"),
+    ("single: last term lost", "for (int64_t k = 1; «k <= level.size»; ++k) {", "k < level.size"),
+    ("single: no signs", "total += «level.is_even() && k % 2 != 0» ? Vec<T>(-a) : a;", "false"),
+    ("last line lost", "for (; «i < level.outputs»; ++i) {", "i < level.outputs - 1"),
+    ("single of the level", "out.single(«dft.n3 / 2»)", "level.half"),
+    ("last strip lost", "for (; «c < width»; c += lanes) {\n    dft_strip<T, INVERSE, 1>", "false"),
+    (
+        "planes one further",
+        "{planes, planes - «plane_stride», planes, step, step};",
+        "0 * plane_stride",
+    ),
+    (
+        "last pair not folded",
+        "for (int64_t l = 1; «l <= pairs(dft.n3)»; ++l) {",
+        "l < pairs(dft.n3)",
+    ),
+    ("sign of the differences", "store(high + c, «Vec<T>(a - b)»);", "Vec<T>(b - a)"),
+    (
+        "B one row less",
+        "tubes + «dft.n3» * tube_stride, tube_stride, -tube_stride};",
+        "(dft.n3 - 1)",
+    ),
+)
+TRANSFORMS += rows(
+    "cpu/plans.cpp",
+    ("nothing counted", "«++made();»", ""),
+    ("kept under another length", "plans_.emplace_front(«n3», plan);", "n3 + 1"),
+    ("another length is found", "return «entry.first == n3»; });", "entry.first >= n3"),
+    ("none is kept", "if («plans_.size() > kKept») {", "true"),
+    ("the newest is dropped", "«plans_.pop_back();»", "plans_.pop_front();"),
+    (
+        "the first made is dropped, used or not",
+        "«plans_.splice(plans_.begin(), plans_, found);»",
+        "",
+    ),
+)
+
+DENSE = rows(
+    "cpu/core_grad_dense_kernel.h",
+    ("first row of a block", "(l * m.f.n1 + strip.row + «i») * m.f.n2", "0"),
+    ("first columns of G", "* m.f.n2 + «strip.col», values, valid);", "0"),
+    ("slices in reverse", "load_row(grad + («l» * m.f.n1", "(m.f.n3 - 1 - l)"),
+    ("sign of re x re", "re[i] += load(g_re + i * kStrip<T>) * «x»;", "-x"),
+    ("sign of im x im", "«re[i] += gi * y;»", "re[i] -= gi * y;"),
+    ("conjugate G", "«im[i] += gi * x;»", "im[i] -= gi * x;"),
+    (
+        "R not conjugate",
+        "«im[i] -= load(g_re + i * kStrip<T>) * y;»",
+        "im[i] += load(g_re + i * kStrip<T>) * y;",
+    ),
+    (
+        "last tile alone",
+        "«products[b * kRowBlock + i] += sum<T>(re[i]);»",
+        "products[b * kRowBlock + i] = sum<T>(re[i]);",
+    ),
+    ("planes of Q over each other", "products[(«rank + b») * kRowBlock + i] +=", "b"),
+    (
+        "last strip lost",
+        "for (int64_t strip = 0; «strip < strips»; ++strip) {",
+        "strip < strips - 1",
+    ),
+    ("wrong stride of panels", "load(r_im + strip * «panel_size» + b", "(panel_size - 1)"),
+    (
+        "wrong stride of planes",
+        "* m.tile.row_size(f.n3) + bin.plane * «stride»;",
+        "(stride - kPad)",
+    ),
+    (
+        "sign of the products with C",
+        "«u_re[a * r + b] += c[a] * qr + c[r + a] * qi;»",
+        "u_re[a * r + b] += c[a] * qr - c[r + a] * qi;",
+    ),
+    (
+        "C not conjugate",
+        "«u_im[a * r + b] += c[a] * qi - c[r + a] * qr;»",
+        "u_im[a * r + b] += c[a] * qi + c[r + a] * qr;",
+    ),
+    (
+        "real bins transposed",
+        "«u_re[a * r + b] += c[a] * qr;»",
+        "u_re[b * r + a] += c[a] * qr;",
+    ),
+    ("first row of C", "f.lateral_hat + (row + «i») * f.q() + plane * r;", "0"),
+    ("last row lost", "for (int64_t i = 0; «i < rows»; ++i) {", "i < rows - 1"),
+    ("one tile of a task", "«step < m.tile_rows_per_task»; ++step", "step < 1"),
+    ("sums not cleared", "«products[k] = T(0);»", ""),
+    (
+        "last column lost",
+        "const int64_t columns = «n - at < kStrip<T> ? n - at : kStrip<T>»;",
+        "n - at < kStrip<T> ? n - at - 1 : kStrip<T>",
+    ),
+    ("panels of the first tile", "adjoint_planes(m, planes, row_blocks, «col», ceil_div", "0"),
+    ("half a strip transformed", "part, m.tile.stride(), «kStripSize<T>»);", "kStripSize<T> / 2"),
+    ("products of the first block", "valid, products + «down * f.q()», core_hat);", "0"),
+    ("products over each other", "T* p = products + («block» * f.n3 + bin.plane)", "0"),
+)
+DENSE += rows(
+    "cpu/core_grad_dense.cpp",
+    ("every task is the first", "k.core_grad_dense(args, «task», scratch,", "0"),
+    ("tasks share a sum", "partial.data() + «task * size»);", "0"),
+    ("second task lost", "for (int64_t task = «1»; task < tasks; ++task) {", "2"),
+    ("last task lost", "for (int64_t task = 1; «task < tasks»; ++task) {", "task < tasks - 1"),
+    ("second task again", "partial[i] += partial[«task» * size + i];", "1"),
+    (
+        "rest of the tiles lost",
+        "const int64_t tasks = «ceil_div(tile_rows, per_task)»;",
+        "tile_rows / per_task",
+    ),
+    ("strided G", "const Tensor g = «torch::stable::contiguous(a.grad)»;", "a.grad"),
+    ("strided C", "const Tensor l = «torch::stable::contiguous(a.lateral_hat)»;", "a.lateral_hat"),
+    (
+        "strided R",
+        "const Tensor h = «torch::stable::contiguous(a.horizontal_hat)»;",
+        "a.horizontal_hat",
+    ),
+    (
+        "nothing where no task ran",
+        "«partial.resize(std::max<size_t>(partial.size(), size), T(0));»",
+        "",
+    ),
+)
+
+TOKENS = rows(
+    "cpu/tokens_kernel.h",
+    ("last vector of a full plane", "return «(rank - 1) / lanes * lanes»;", "rank / lanes * lanes"),
+    ("turn: sign", "«re -= turn[1] * y;»", "re += turn[1] * y;"),
+    ("turn: conjugate", "«im += turn[1] * x;»", "im -= turn[1] * x;"),
+    ("turn of the first slice", "const T* turn = turns + «s * n3» + bin.plane;", "0"),
+    ("turned: first slice for all", "const Vec<T> x = load(rows + «s * row» + at);", "0"),
+    (
+        "turned: first vector lost",
+        "for (int64_t column = last_column<T>(rank); «column >= 0»; column -= lanes) {",
+        "column > 0",
+    ),
+    ("products: imaginary plane", "rr[i] += «a * re»;", "a * im"),
+    (
+        "products: sign",
+        "store(target, PAIR ? «Vec<T>(rr[i] - ii[i])» : rr[i]);",
+        "Vec<T>(rr[i] + ii[i])",
+    ),
+    (
+        "products: not conjugate",
+        "store(target + rank, «Vec<T>(-(ri[i] + ir[i]))»);",
+        "Vec<T>(ri[i] + ir[i])",
+    ),
+    ("products: planes of U swapped", "ir[i] += b * «re»;", "im"),
+    ("products: real plane of tokens", "const T b = x[i * row + «rank» + k];", "0"),
+    ("products: last token lost", "for (; «t < n»; ++t) {", "false"),
+    (
+        "products: core of the bin before",
+        "const T* core = planes + «bin.plane» * basis.plane();",
+        "(bin.plane > 0 ? bin.plane - 1 : 0)",
+    ),
+    ("transpose: tail lost", "for (; «a < rank»; ++a, column += rank) {", "a < rank - 1"),
+    ("transpose: row twice", "column[rank], «column[2 * rank]», column[3", "column[rank]"),
+    ("core: transposed the other way", "if («transposed») {\n      load_row(core", "!transposed"),
+    ("core: first slice for all", "transpose(core + «l * square», rank, tubes", "0"),
+    ("first tokens again", "«begin + t») * tokens.stride, out + t * basis.row()", "t"),
+    ("first slice of a token", "* tokens.stride + «s * q», slices + s * row, q);", "0"),
+    ("one slice of several", "sum_turned(basis, basis.turns, slices, «basis.slices», out", "1"),
+    ("results of first tokens", "load_row(y + t * row, out + («begin + t») * q, q);", "t"),
+    ("results turned once", "basis.turns + «s * basis.n3», y + t * row, 1, rows);", "0"),
+    ("results too close", "load_row(rows, out + ((begin + t) * «slices» + s) * q, q);", "1"),
+    ("update: last number lost", "for (; «j < end»; ++j) {", "j < end - 1"),
+    ("update: no base", "Vec<T>(load(delta + j) + «load_widened<T>(target + j)»));", "Vec<T>{}"),
+    ("update: none in the tail", "from(widen<T>(target[j]) + «delta[j]»);", "T(0)"),
+    ("update: from the begin in every thread", "int64_t j = «begin»;", "0"),
+)
+LINEAR = rows(
+    "cpu/cur_linear.cpp",
+    ("slice 0", "slice_turns<T>(n3, «a.slice_index», a.slices, !tr", "0"),
+    ("turned the other way", "a.slices, «!transposed», [&](int64_t plane)", "transposed"),
+    ("no scale", "return «a.scale» * inverse_weight(plane, n3);", "1.0"),
+    ("all weights of bin 0", "a.scale * inverse_weight(«plane», n3);", "0"),
+    ("stride of one slice", "token_rows(in, 0, «transposed ? a.slices * q : q»);", "q"),
+    ("core of the first row", "if («index != ready») {", "ready < 0"),
+    ("core 0", "core_values + «index» * q * rank;", "0"),
+    ("core not transposed", "k.transform_core(basis, core, «transposed», tubes", "false"),
+    ("last token of a row lost", "rows, out, first, «last», scratch.data());", "last - 1"),
+    ("last number of y lost", "k.add_update(target, element, values, begin, «end»);", "end - 1"),
+    ("last token lost", "torch::stable::parallel_for(0, «tokens», 64", "tokens - 1"),
+    ("strided U", "given.core = «torch::stable::contiguous(a.core)»;", "a.core"),
+    ("no ids", "TokenCores(sizes.tokens, «a.adapter_ids», a.core", "std::optional<Tensor>()"),
+)
+
+GRADIENTS = rows(
+    "cpu/tokens_kernel.h",
+    ("real sums not kept", "re[i] = «accumulate» ? load(real", "false"),
+    ("imaginary sums not kept", "im[i] = PAIR && «accumulate» ? load", "false"),
+    ("sign of im x im", "«re[i] -= b * y;»", "re[i] += b * y;"),
+    ("conjugate z", "«im[i] -= a * y;»", "im[i] += a * y;"),
+    ("conjugate p", "«im[i] -= b * x;»", "im[i] += b * x;"),
+    ("first row of p", "const T a = p[t * row + «i»];", "0"),
+    ("real plane of p", "const T b = p[t * row + «rank» + i];", "0"),
+    ("planes over each other", "T* imaginary = real + «rank * stride»;", "0"),
+    (
+        "one vector of ranks",
+        "for (int64_t column = 0; «column < rank»; column += Simd<T>::lanes) {",
+        "column < 1",
+    ),
+    ("last row lost", "for (; «a < rank»; ++a) {", "a < rank - 1"),
+    (
+        "rows over each other",
+        "bin_gradients<T, 1, PAIR>(basis, p + a, z, n, accumulate, out + «a * stride», column);",
+        "0",
+    ),
+    ("last group alone", "begin += kTokenGroup, «accumulate = true») {", "accumulate"),
+    ("bins too close", "accumulate, products + «at» * stride);", "bin.plane"),
+)
+GRADIENTS += rows(
+    "cpu/core_grad_tokens.cpp",
+    ("slice 0", "slice_turns<T>(n3, «a.slice_index», a.slices, false", "0"),
+    ("turned the other way", "a.slices, «false», [](int64_t)", "true"),
+    ("stride of one slice", "token_rows(p, 0, «a.slices * q»)", "q"),
+    (
+        "all chunks of one core",
+        "chunk == 0 || «chunks[chunk].core != chunks[chunk - 1].core»",
+        "false",
+    ),
+    ("no zeros", "if («used * core_size < out.numel()») {", "false"),
+    ("cores by their order", "grads + «chunks[starts[i]].core» * core_size;", "i"),
+    ("other chunks over each other", "others.data() + «other++» * core_size;", "0 * other++"),
+    ("last row of a chunk alone", "«accumulate = true;»", ""),
+    ("stride of the products", "products.data() + row * «stride», rank", "rank"),
+    ("last row lost", "for (int64_t row = 0; «row < q»; ++row) {", "row < q - 1"),
+    ("other chunks lost", "total[j] += «sums[chunk][j]»;", "T(0)"),
+    ("packed transformed back", "if («!a.packed») {", "true"),
+    (
+        "second chunk lost",
+        "chunk = «starts[i] + 1»; chunk < starts[i + 1]; ++chunk) {\n        for",
+        "starts[i] + 2",
+    ),
+    ("last core lost", "torch::stable::parallel_for(0, «used», 1", "used - 1"),
+    (
+        "strided z",
+        "const Tensor z = «torch::stable::contiguous(project_tokens(a, sizes))»;",
+        "project_tokens(a, sizes)",
+    ),
+)
+CORES_OF_TOKENS = rows(
+    "cpu/token_cores.h",
+    ("first row for all", "const int64_t row = order_[«begin / row_length_»]", "0"),
+    ("from the begin of a row", "offset = «begin % row_length_»;", "0"),
+    (
+        "beyond the end of a row",
+        "count = «std::min(row_length_ - offset, end - begin)»;",
+        "end - begin",
+    ),
+    ("core 0", "run(«ids_[row]», first, first + count);", "0"),
+    (
+        "last token of a core lost",
+        "const int64_t last = «next * row_length_»;",
+        "next * row_length_ - 1",
+    ),
+    (
+        "chunk beyond its core",
+        "all.push_back({core, begin, «std::min(begin + longest, last)»});",
+        "begin + longest",
+    ),
+    ("one core too many", "id >= 0 && «id < cores.cores()»)", "id <= cores.cores()"),
+    ("negative ids", "(«id >= 0» && id < cores.cores())", "true"),
+    ("one core for all", "if («ids_[order_[next]] != core») {", "false"),
+)
+CORES_OF_TOKENS += rows(
+    "common/token_cores.h",
+    ("one core too many", "cores_(adapter_ids.has_value() ? «adapters» : 1)", "adapters + 1"),
+    ("rows that do not divide", "rows_ == 0 ? tokens == 0 : «tokens % rows_ == 0»,", "true"),
+    ("one row", "row_length_ = rows_ == 0 ? 0 : «tokens / rows_»;", "tokens"),
+    ("strided ids", "ids_ = «torch::stable::contiguous(*adapter_ids)»;", "*adapter_ids"),
+    ("ids of any dtype", "dim() == 1 && «adapter_ids->scalar_type() == ScalarType::Long»,", "true"),
+)
+
+FACTORS = rows(
+    "cpu/factors_kernel.h",
+    ("middle bin not conjugate", "return «2 * k2 >= INNER»;", "2 * k2 > INNER"),
+    ("last pair elsewhere", "(2 * (n3 - outer * (INNER - 1)) - «3») * all.step),", "1"),
+    ("conjugate bins in reverse", "? last + («INNER - 1 - k2») * apart", "k2 - INNER / 2"),
+    ("first pair for all", ": first + «k2 * apart», planes};", "0"),
+    ("conjugate bins forward", "«last -= 2 * planes;»", "last += 2 * planes;"),
+    ("pairs too close", "apart(«2 * outer * all.step»),", "outer * all.step"),
+    ("inverse: not conjugate", "? «Vec<T>(-bin.get(1))» : bin.get(1);", "bin.get(1)"),
+    (
+        "inverse: sign of a rotation",
+        "re[0] : «Vec<T>(cos * re[l0] - sin * im[l0])»",
+        "Vec<T>(cos * re[l0] + sin * im[l0])",
+    ),
+    (
+        "inverse: conjugate rotation",
+        "im[0] : «Vec<T>(cos * im[l0] + sin * re[l0])»",
+        "Vec<T>(cos * im[l0] - sin * re[l0])",
+    ),
+    (
+        "forward: sign of a rotation",
+        "x : «Vec<T>(cos * x + sin * y)»;",
+        "Vec<T>(cos * x - sin * y)",
+    ),
+    (
+        "forward: conjugate rotation",
+        "y : «Vec<T>(cos * y - sin * x)»;",
+        "Vec<T>(cos * y + sin * x)",
+    ),
+    ("forward: not conjugate", "pair.is_conjugate(k2) ? «Vec<T>(-im[k2])» : im[k2]);", "im[k2]"),
+    ("last k1 lost", "for (int64_t k1 = 1; «k1 <= pairs(outer)»; ++k1", "k1 < pairs(outer)"),
+    ("k1 = outer/2 lost", "if («outer % 2 == 0») {", "false"),
+    ("k1 = outer/2 elsewhere", "last{between + («outer - 1») * lanes", "outer - 2"),
+    ("first rotations for all", "rotation += «2 * INNER», pair.next()", "0"),
+    ("inverse: values too close", "out{tubes + c, «inner * tube_stride»};", "tube_stride"),
+    ("forward: values too close", "in{tubes + c, «inner * tube_stride»};", "tube_stride"),
+    ("convolution: sign", "values.set(k < negative ? q : q + half, «re + im»);", "re - im"),
+    ("convolution: value 0", "(INVERSE ? «T(0.5)» : T(1)) * sum", "T(1)"),
+    (
+        "convolution: conjugate kernel",
+        "bins.set(plane + 1, «Vec<T>(kernel_re * im + kernel_im * re)»);",
+        "Vec<T>(kernel_re * im - kernel_im * re)",
+    ),
+    (
+        "convolution: last bin lost",
+        "plane = 1; «plane < length - 1»; plane += 2",
+        "plane < length - 3",
+    ),
+    ("convolution: correlation", "dft.order[«m == 0 ? 0 : length - m»]", "m"),
+    ("convolution: negatives", "out.set(negative, «zero + there»);", "zero - there"),
+    (
+        "convolution: conjugate spectrum",
+        "k < negative ? «Vec<T>(here - there)» : Vec<T>(there - here)",
+        "Vec<T>(there - here)",
+    ),
+)
+
+CONVERT = rows(
+    "cpu/convert_kernel.h",
+    ("a bit too few", "bits_to_float(static_cast<uint32_t>(x.x) << «16»)", "15"),
+    ("rounds up", "const uint32_t rounded = (bits + «0x7FFFu» + ((bits", "0x8000u"),
+    ("ties down", "const uint32_t rounded = (bits + 0x7FFFu + «((bits >> 16) & 1u)»)", "0u"),
+    ("NaN rounded", "const bool nan = «(bits & 0x7FFFFFFFu) > 0x7F800000u»;", "false"),
+    ("NaN cut to infinity", "const uint32_t quiet = (bits >> 16) | «0x40u»;", "0u"),
+    ("vectors: rounds down", "const Bits rounded = (bits + «0x7FFFu» + ((bits", "0x7FFEu"),
+    (
+        "vectors: ties down",
+        "const Bits rounded = (bits + 0x7FFFu + «((bits >> 16) & 1u)»)",
+        "bits & 0u",
+    ),
+    (
+        "vectors: NaN rounded",
+        "const Bits kept = «(bits & 0x7FFFFFFFu) > 0x7F800000u» ?",
+        "(bits & 0u) > 0u",
+    ),
+    ("vectors: NaN cut to infinity", "const Bits quiet = (bits >> 16) | «0x40u»;", "0u"),
+    ("vectors: a bit too few", "typename LanesOf<uint32_t, T>::Vec) << «16»;", "15"),
+    ("fp16: first number for all", "v[i] = widen<T>(p[«i»]);", "0"),
+    ("to fp16: first number for all", "bits[i] = Narrow<Half, T>::from(v[«i»]).x;", "0"),
+    ("row: first number for all", "values[j] = widen<T>(source[«j»]);", "0"),
+    ("row: last number lost", "for (int64_t j = 0; j < «n»; ++j) {", "n - 1"),
+)
+
+PACKED = rows(
+    "cpu/core_of_packed.cpp",
+    ("first layer for all", "parts[«part» * size + i];", "0"),
+    ("first layer lost", "for (int64_t part = «0»; part", "1"),
+    ("last layer lost", "«part < sizes.count»; ++part", "part < sizes.count - 1"),
+    ("numbers in reverse", "parts[part * size + «i»];", "size - 1 - i"),
+    ("last number lost", "«i < size»; ++i) {\n      sums", "i < size - 1"),
+    ("no scale", "static_cast<T>(«scale * sums[i]»);", "sums[i]"),
+    ("sign", "static_cast<T>(«scale * sums[i]»);", "-scale * sums[i]"),
+    (
+        "last layer alone",
+        "«sums[i] += parts[part * size + i];»",
+        "sums[i] = parts[part * size + i];",
+    ),
+    (
+        "sums in fp32",
+        "«sums[i] += parts[part * size + i];»",
+        "sums[i] = static_cast<float>(sums[i] + parts[part * size + i]);",
+    ),
+    (
+        "strided gradients",
+        "const Tensor parts = «torch::stable::contiguous(a.packed)»;",
+        "a.packed",
+    ),
+    ("any dtype", "STD_TORCH_CHECK(«is_compute_dtype(dtype)»", "true"),
+    ("planes in reverse", "core_hat[«i»] =", "size - 1 - i"),
+)
+
+HOST = rows(
+    "cpu/host.h",
+    ("last task lost", "for (int64_t task = next++; «task < tasks»; task", "task < tasks - 1"),
+    ("first panel for all columns", "horizontal_hat + row * n2 + «col», valid, target);", "0"),
+    ("panels over each other", "T* target = all + («index» * q + row) * strip;", "0"),
+    ("last row of panels lost", "for (int64_t row = 0; «row < q»; ++row) {", "row < q - 1"),
+    ("last number of U lost", "std::copy_n(core + l * square, «square», tubes", "square - 1"),
+    ("no scale", "static_cast<T>(«scale» * inverse_weight(plane, n3));", "1.0"),
+    ("all weights of bin 0", "static_cast<T>(scale * inverse_weight(«plane», n3));", "0"),
+    ("rows of U", "core_hat[(plane * rank + «i / rank») * row_stride + i % rank]", "i % rank"),
+    ("pairs counted once", "static_cast<T>(«inverse_weight(plane, n3)»);", "1.0 / n3"),
+    ("planes in reverse", "weight * core_hat[«plane» * square + i];", "(n3 - 1 - plane)"),
+    ("slices in reverse", "std::copy_n(tubes.data() + «l» * width, square, core", "(n3 - 1 - l)"),
+    ("turns of one slice", "bin_of(bin.plane) * (first + «s»);", "0"),
+    ("never conjugate", "(conjugate ? «-sine» : sine)", "sine"),
+    ("sine for cosine", "(factor(bin.plane) * «roots->cos(angle)»);", "roots->sin(angle)"),
+    ("turns over each other", "turns.data() + «s * n3» + bin.plane;", "0"),
+)
+
+CODELETS = rows(
+    "common/codelets.h",
+    ("1 is -1", "value = c > 0 ? «V(value + x)» : V(value - x);", "V(value - x)"),
+    ("-1 is 1", "value = c > 0 ? V(value + x) : «V(value - x)»;", "V(value + x)"),
+    ("a coefficient lost", "value = value + T(c) * «x»;", "V{}"),
+    ("cosines: no fold", "sums[k] = a[k] + «a[half - k]»;", "a[k]"),
+    ("cosines: sign", "differences[k] = «a[k] - a[half - k]»;", "a[half - k] - a[k]"),
+    ("sines: sign of sums", "sums[k] = «b[k] + b[half - k]»;", "b[k] - b[half - k]"),
+    ("sines: sign of differences", "differences[k] = «b[k] - b[half - k]»;", "b[k] + b[half - k]"),
+    ("cosine for sine", "sum{V(T(«unit_sin(l, N)») * b[1])};", "unit_cos(l, N)"),
+    ("real inverse: sign", "x[l + 1] = «e[l + 1] - o[l + 1]»;", "e[l + 1] + o[l + 1]"),
+    ("real inverse: sign above", "x[N - 1 - l] = «e[l + 1] + o[l + 1]»;", "e[l + 1] - o[l + 1]"),
+    ("real inverse: planes", "b[k + 1] = «x[2 * k + 2]»;", "x[2 * k + 1]"),
+    ("forward: not folded", "a[k + 1] = «x[k + 1] + x[N - 1 - k]»;", "x[k + 1]"),
+    ("forward: sign", "b[k + 1] = «x[k + 1] - x[N - 1 - k]»;", "x[k + 1] + x[N - 1 - k]"),
+    ("forward: conjugate", "x[2 * k + 2] = «-o[k + 1]»;", "o[k + 1]"),
+    ("complex: sign", "re[l + 1] = «e_re[l + 1] - o_im[l + 1]»;", "e_re[l + 1] + o_im[l + 1]"),
+    (
+        "complex: sign above",
+        "im[N - 1 - l] = «e_im[l + 1] - o_re[l + 1]»;",
+        "e_im[l + 1] + o_re[l + 1]",
+    ),
+    ("complex: planes of the middle", "im[half] = «e_im[half]»;", "e_re[half]"),
+    ("shifted inverse: sign", "y[l] = «even.value - odd.value»;", "even.value + odd.value"),
+    (
+        "shifted inverse: sign above",
+        "y[N - l] = «-even.value - odd.value»;",
+        "even.value - odd.value",
+    ),
+    ("shifted forward: conjugate", "y[2 * k + 1] = «-odd.value»;", "odd.value"),
+    ("cosines: wrong middle", "sums[half / 2] = a[«half / 2»];", "0"),
+    (
+        "shifted forward: sign",
+        "differences[l + 1] = «x[l + 1] - x[N - 1 - l]»;",
+        "x[l + 1] + x[N - 1 - l]",
+    ),
+)
+
+TUBES = rows(
+    "common/tubes.h",
+    ("one pair too many", "return «(n3 - 1) / 2»;", "n3 / 2"),
+    ("plane of a bin", "return bin == 0 ? 0 : 2 * bin - «1»;", "0"),
+    ("bin of a plane", "return («plane + 1») / 2;", "plane"),
+    ("no bin n3/2", "(n3 % 2 == 0 && «plane == n3 - 1»);", "false"),
+    ("last pair is real", "is_pair = plane <= «2 * pairs(n3)»;", "2 * pairs(n3) - 2"),
+    ("pairs counted once", "(is_real_plane(plane, n3) ? 1.0 : «2.0»)", "1.0"),
+    ("turns the other way", "const double step = «2.0» * kPi", "-2.0"),
+    ("next sine", "return sin_[«m» % n3_];", "(m + 1)"),
+    ("frequencies", "return is_even() ? 2 * i + «1» : i + 1;", "3"),
+    ("frequency 0", "return is_even() ? 2 * i + 1 : «i + 1»;", "i"),
+    ("an output lost", "step, «half / 2», (half + 1) / 2 - 1};", "half / 2 - 1"),
+    ("a row lost", "step, half / 2, (half + 1) / 2 - «1»};", "2"),
+    ("first planes", "(i + 1) / 2 * (2 * outer) - «i % 2»;", "0"),
+    ("last planes", "return («i / 2 * 2 + 1») * outer - 1 + i % 2;", "i + 1"),
+    ("next rotation", "static_cast<T>(roots.sin(«k * l»))", "k * l + 1"),
+    (
+        "kernel: sign",
+        "const double value = «roots.cos(power) - roots.sin(power)»;",
+        "roots.cos(power) + roots.sin(power)",
+    ),
+    ("kernel: conjugate", "«im -= value * bins.sin(at);»", "im += value * bins.sin(at);"),
+    ("kernel: weight", "inverse_weight(plane, length) / «2»;", "1"),
+    ("sines of the first line", "roots.sin(k * made.frequency(«i»))", "0"),
+    ("every length is prime", "if («n % d == 0») {", "false"),
+)
+
+PLACES = rows(
+    "common/slice_places.h",
+    ("first slice of a stack", "data + «l» * s.n1 * s.n2 * weights[0]", "0"),
+    ("stack of fp32", "s.n1 * s.n2 * «weights[0].element_size()», 1, 0});", "4"),
+    ("first slice of a matrix", "data + «index» * s.n2 * weight.element_size()", "0"),
+    ("slices by their rows", "data + index * «s.n2» * weight.element_size()", "s.n1"),
+    ("matrices of fp32", "data + index * s.n2 * «weight.element_size()», count", "4"),
+    ("slices alone", "weight.element_size(), «count», index});", "1"),
+    ("slices over each other", "weight.element_size(), count, «index»});", "0"),
+    ("none beside another", "places.any_beside || «count > 1»;", "false"),
+    ("base of fp32", "places.element = «element_of(weights[0])»;", "Element::f32"),
+    ("slices missing", "«static_cast<int64_t>(places.all.size()) == s.n3»,", "true"),
+    ("dtypes mixed", '«check_dtype("weights", weight, weights[0].scalar_type());»', ""),
+    ("matrices of other shapes", '«check_shape("weights", weight, {s.n1, count * s.n2});»', ""),
+    ("strided out", "STD_TORCH_CHECK(«out.is_contiguous()»", "true"),
+    ("out of another shape", '«check_shape("out", out, {s.n3, s.n1, s.n2});»', ""),
+    ("flat out of another size", '«check_shape("out", out, {s.n3 * s.n1 * s.n2});»', ""),
+)
+
+TOKEN_PRODUCTS = rows(
+    "common/token_products.h",
+    ("no bias", "linear(a.x, *a.weight, «a.bias»);", "std::optional<Tensor>()"),
+    ("base not transposed back", "return «a.transposed» ? torch::stable::matmul", "!a.transposed"),
+    (
+        "operands not rounded",
+        "a.bf16_operands ? «cast(rows, ScalarType::BFloat16)» : rows;",
+        "rows",
+    ),
+    ("operands always rounded", "= «a.bf16_operands» ? cast(rows", "true"),
+    ("z not taken", "if («a.z.has_value()») {", "false"),
+    ("update in its own dtype", "cast(update, «a.x.scalar_type()»)", "update.scalar_type()"),
+    ("width of one slice", "shape.back() = «sizes.out_features»;", "sizes.n1"),
+    ("strided C without dy", "return «torch::stable::contiguous(a.lateral_hat)»;", "a.lateral_hat"),
+    (
+        "strided p",
+        "return «torch::stable::contiguous("
+        "torch::stable::matmul(operand(a, rows), a.lateral_hat))»;",
+        "torch::stable::transpose(torch::stable::contiguous(torch::stable::transpose("
+        "torch::stable::matmul(operand(a, rows), a.lateral_hat), 0, 1)), 0, 1)",
+    ),
+    (
+        "gradient of bf16",
+        "= «compute_dtype(a.lateral_hat.scalar_type())»;",
+        "a.lateral_hat.scalar_type()",
+    ),
+    ("gradient of one core", "shape.insert(shape.begin(), «a.adapters»);", "1"),
+    ("forward as transposed", "if («a.transposed») {\n    const Tensor rows", "!a.transposed"),
+)
+
+KERNELS = {
+    "tiles of W_eff": W_EFF_TILES,
+    "materialize": MATERIALIZE,
+    "transforms": TRANSFORMS,
+    "core_grad_dense": DENSE,
+    "cores on tokens": TOKENS,
+    "cur_linear": LINEAR,
+    "core_grad_tokens": GRADIENTS,
+    "cores of tokens": CORES_OF_TOKENS,
+    "two factors": FACTORS,
+    "conversions": CONVERT,
+    "core_of_packed": PACKED,
+    "host": HOST,
+    "codelets": CODELETS,
+    "tubes": TUBES,
+    "slice places": PLACES,
+    "token products": TOKEN_PRODUCTS,
+}
+
+#: The functions that are compiled for every instruction set, and whose mutants break them.
+FUNCTIONS = {
+    "inverse_dft": "transforms",
+    "forward_dft": "transforms",
+    "materialize": "materialize",
+    "core_grad_dense": "core_grad_dense",
+    "transform_core": "cores on tokens",
+    "apply_core": "cores on tokens",
+    "core_products": "core_grad_tokens",
+    "add_update": "cores on tokens",
+}
+
+#: Which tests come first: those that use the kernel.
+CHECKS = {
+    "tiles of W_eff": "materialize",
+    "materialize": "materialize",
+    "transforms": r"test_isa|tables|(materialize|core_grad_dense)-(17|47|94)\b",
+    "core_grad_dense": "core_grad_dense",
+    "cores on tokens": "cur_linear",
+    "cur_linear": "cur_linear",
+    "core_grad_tokens": "core_grad_tokens",
+    "cores of tokens": "ids|test_token_cores",
+    "two factors": "test_isa|materialize-(12|48)|core_grad_dense-(12|48)",
+    "conversions": "test_isa|materialize",
+    "core_of_packed": "core_of_packed",
+    "codelets": "test_isa|materialize|core_grad_dense",
+    "tubes": "test_isa|materialize|core_grad_dense|core_grad_tokens",
+    "slice places": "materialize",
+    "token products": "cur_linear|core_grad_tokens",
+}
