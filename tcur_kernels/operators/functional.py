@@ -12,6 +12,7 @@ from ..autocast import outside_autocast
 from . import contract, dispatch, eager
 from .checks import (
     check_core,
+    check_factors,
     check_layer,
     check_linear,
     check_nested,
@@ -359,6 +360,7 @@ def project(x: Tensor, factors: CURFactors, precision: Precision = "ieee") -> Te
     fp32 for "tf32" too, unless torch's own switch allows TF32.
     """
     check_floating("x", x)
+    check_factors(factors)
     check_x(x, factors)
     _, horizontal_hat = factors.packed(precision)
     with outside_autocast(x.device):
