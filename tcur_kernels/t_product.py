@@ -70,7 +70,9 @@ def t_identity(
     for name, value in (("n", n), ("n3", n3)):
         if isinstance(value, bool) or not isinstance(value, int):
             raise TypeError(f"{name}: expected a positive integer, got {type(value).__name__}")
-        if not 1 <= value < 2**63:
+        if value < 1:
+            raise ValueError(f"{name}: expected a positive integer, got {value}")
+        if value >= 2**63:
             raise ValueError(f"{name}: expected a positive integer below 2**63, got {value}")
     if device is not None and not isinstance(device, torch.device):
         try:

@@ -170,8 +170,8 @@ class Adapter(Serving):
 
         Raises:
             TypeError: a weight is no number.
-            ValueError: a name in ``weights`` is unknown; a weight is not finite; ``name`` exists already; or the adapters
-                train more than cores, which cannot be added like this.
+            ValueError: a name in ``weights`` is unknown; a weight is not finite; ``name`` exists
+                already; or the adapters train more than cores, which cannot be added like this.
         """
         self._check_new("name", name)
         for other in weights:

@@ -182,8 +182,8 @@ class Uniform:
         self, stack: Slices, rank: int, generator: _Generator = None
     ) -> tuple[Tensor, Tensor]:
         """Chooses rows and columns."""
-        columns = torch.randperm(stack.n2, generator=generator)[:rank]
-        return torch.randperm(stack.n1, generator=generator)[:rank], columns
+        columns = torch.randperm(stack.n2, generator=generator, device="cpu")[:rank]
+        return torch.randperm(stack.n1, generator=generator, device="cpu")[:rank], columns
 
 
 RULES: dict[str, Rule] = {

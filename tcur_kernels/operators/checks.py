@@ -78,6 +78,7 @@ def check_x(x: Tensor, factors: CURFactors, width: int | None = None) -> None:
 
 def check_effective(effective: Tensor, weight: Tensor, x: Tensor) -> None:
     """Refuses a W_eff that is not frozen, or not of the shape of the weight."""
+    check_floating("effective", effective)
     check_frozen("effective", effective)
     check_dtype("effective", effective, x.dtype)
     check_device("effective", effective, x.device)
@@ -190,6 +191,7 @@ def check_layer(weight: Tensor, bias: Tensor | None, factors: CURFactors, slice_
     _check_width("weight", weight, factors)
     check_device("weight", weight, factors.device)
     if bias is not None:
+        check_floating("bias", bias)
         check_frozen("bias", bias)
         check_dtype("bias", bias, weight.dtype)
         check_device("bias", bias, factors.device)
@@ -254,6 +256,7 @@ def check_update(
     else:
         check_cores(core, factors, adapter_ids)
         check_rows(adapter_ids, x)
+    check_slices(slices, factors.n3)
     check_slice(slice_index, slices, factors.n3)
     check_scale(scale)
     check_x(x, factors, slices * factors.n1 if transposed else factors.n2)
@@ -280,6 +283,14 @@ def check_finite(name: str, number: float) -> float:
     if not math.isfinite(found):
         raise ValueError(f"{name}: expected a finite number, got {str(number)[:30]}")
     return found
+
+
+def check_slices(slices: int, n3: int) -> None:
+    """Refuses a number of slices that is not 1 … n3."""
+    if isinstance(slices, bool) or not isinstance(slices, int):
+        raise TypeError(f"slices: expected an int, got {type(slices).__name__}")
+    if not 1 <= slices <= n3:
+        raise ValueError(f"slices: expected 1 to {n3}, got {slices}")
 
 
 def check_slice(slice_index: int, slices: int, n3: int) -> None:

@@ -421,8 +421,13 @@ def _of_arguments(entry: Operator[Any], function: Callable[[Any], Any]) -> Calla
 
 def checked(entry: Operator[Any], function: Callable[[Any], Any]) -> Callable[[Any], Any]:
     """A function of the record that refuses what does not fit together first."""
+    hints = get_type_hints(entry.arguments, include_extras=True)
+    required = [name for name, hint in hints.items() if hint in (Tensor, Written)]
 
     def run(arguments: Any) -> Any:
+        for name in required:  # torch takes None for any tensor
+            if getattr(arguments, name) is None:
+                raise TypeError(f"{name}: expected a torch.Tensor, got None")
         entry.check(arguments)
         return function(arguments)
 

@@ -19,6 +19,7 @@ from .checks import (
     check_out,
     check_scale,
     check_slice,
+    check_slices,
     check_update,
     check_weights,
     check_x,
@@ -329,10 +330,7 @@ def slice_update(
         ``[slices * n1, n2]``, in the dtype of the core.
     """
     check_core(core, factors)
-    if isinstance(slices, bool) or not isinstance(slices, int):
-        raise TypeError(f"slices: expected an int, got {type(slices).__name__}")
-    if not 1 <= slices <= factors.n3:
-        raise ValueError(f"slices: expected 1 to {factors.n3}, got {slices}")
+    check_slices(slices, factors.n3)
     check_slice(slice_index, slices, factors.n3)
     check_scale(scale)
     lateral_hat, horizontal_hat = factors.packed()

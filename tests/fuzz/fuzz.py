@@ -24,6 +24,8 @@ TESTS = Path(__file__).resolve().parent.parent
 LIMIT = 120
 #: Bytes that a process may have, address space that torch reserves included.
 MEMORY = 12 << 30
+#: The backend that needs a process of its own, and which part of the calls it gets besides.
+INTERPRETED, INTERPRETED_PART = "triton_interpreted", 500
 #: Out of so many calls, how many go to which backend; the rest are public functions.
 SHARES = {"reference": 20, "cpu_best": 30, "cpu_other": 14, "cudahost": 3}
 FUNCTIONS = 33
@@ -38,9 +40,10 @@ def paths():
 
 def make(seed, index, without=(), only_backend=None):
     """Call number ``index``."""
+    import torch
+
     import fuzz_functions
     import fuzz_operators
-    import torch
     from fuzz_draw import Draw
 
     draw = Draw(seed, index)
@@ -65,8 +68,9 @@ def make(seed, index, without=(), only_backend=None):
 
 def work(seed, indices, without=(), only_backend=None):
     """Runs calls one after the other; yields before each and after each."""
-    import fuzz_judge
     import torch
+
+    import fuzz_judge
 
     torch.use_deterministic_algorithms(True)  # which fills empty tensors with NaN
     torch.set_num_threads(1)
@@ -104,14 +108,21 @@ class Worker:
         self.args, self.next = args, first
         self.start()
 
+    #: What a worker runs; the tests plant another.
+    program = __file__
+
     def start(self):
         """Goes on with the call after the last one."""
         args = self.args
-        command = [sys.executable, __file__, "--worker", "--seed", str(args.seed)]
+        command = [sys.executable, self.program, "--worker", "--seed", str(args.seed)]
         command += ["--first", str(self.next), "--last", str(args.last), "--step", str(args.step)]
         command += [f"--without={name}" for name in args.without]
         command += ["--backend", args.backend] if args.backend else []
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        environment = {"OMP_NUM_THREADS": "1", **os.environ, "TRITON_INTERPRET": "0"}
+        if args.backend == INTERPRETED:
+            environment["TRITON_INTERPRET"] = "1"
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(command, stdout=pipe, stderr=pipe, env=environment)
         os.set_blocking(self.process.stdout.fileno(), False)
         self.running, self.rest, self.since = None, b"", None
         self.errors = b""
@@ -254,6 +265,12 @@ def main():
         print(json.dumps(told, indent=2))
         return int(told["verdict"] == "wrong")
     found = drive(args, lambda line: print(line, flush=True))
+    if args.backend is None and INTERPRETED not in args.without:
+        of_triton = argparse.Namespace(**vars(args))
+        of_triton.backend = INTERPRETED
+        of_triton.last = args.first + args.count // INTERPRETED_PART
+        more = drive(of_triton, lambda line: print(line, flush=True))
+        found = [a + b for a, b in zip(found, more, strict=True)]
     print("RESULT " + json.dumps(result(*found)))
     return int(bool(found[3]))
 

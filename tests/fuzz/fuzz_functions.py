@@ -6,14 +6,14 @@ the mathematics, never by the function itself.
 
 import functools
 
-import fuzz_models
 import torch
-from fuzz_draw import CONTEXTS, LAYOUTS, WITHOUT_GRADIENTS, contiguous, wrong_value
-from fuzz_judge import Call, Wrong, expect_close, expect_like, tensors_in
 
+import fuzz_models
 import oracle
 import plain
 import tcur_kernels as tcur
+from fuzz_draw import CONTEXTS, LAYOUTS, WITHOUT_GRADIENTS, contiguous, wrong_value
+from fuzz_judge import Call, Wrong, expect_close, expect_like, tensors_in
 from tcur_kernels import decompose
 from tcur_kernels.operators import functional
 from tolerance import relative_error

@@ -2,13 +2,13 @@
 
 import copy
 
-import fuzz_functions
 import torch
-from fuzz_judge import Wrong, expect_close, expect_like
 from torch import nn
 
+import fuzz_functions
 import plain
 import tcur_kernels as tcur
+from fuzz_judge import Wrong, expect_close, expect_like
 from tcur_kernels.decompose import RULES
 from tolerance import relative_error
 
@@ -167,8 +167,7 @@ def adapt(draw):
         torch.manual_seed(0)
         if not isinstance(model, nn.Module):
             return tcur.adapt(model, **how)
-        with torch.no_grad():
-            before, state = model(x), {k: v.clone() for k, v in model.state_dict().items()}
+        state = {name: value.clone() for name, value in model.state_dict().items()}
         own = copy.deepcopy(model)
         try:
             adapter = tcur.adapt(own, **how)
@@ -177,8 +176,12 @@ def adapt(draw):
             if set(after) != set(state) or any(not torch.equal(after[k], state[k]) for k in state):
                 raise Wrong("a refusal changed the model") from None
             raise
+        # As frozen as the adapted one: torch's attention computes otherwise where weights are not.
+        twin, flags = copy.deepcopy(model), dict(own.named_parameters())
+        for name, parameter in twin.named_parameters():
+            parameter.requires_grad = flags[name].requires_grad
         with torch.no_grad():
-            same = own(x)
+            before, same = twin(x), own(x)
             for stack in adapter.stacks.values():
                 _random_core(stack)
             changed = own(x)

@@ -3,15 +3,15 @@
 import functools
 from dataclasses import replace
 
+import torch
+
 import fuzz_draw
 import fuzz_judge
-import torch
-from fuzz_draw import CONTEXTS, LAYOUTS, WITHOUT_GRADIENTS, wrong_value
-from fuzz_judge import Call, Wrong, expect_close, expect_like
-
 from conformance import backends as table
 from conformance import calls, data
 from conformance.cases import IDS, Case
+from fuzz_draw import CONTEXTS, LAYOUTS, WITHOUT_GRADIENTS, wrong_value
+from fuzz_judge import Call, Wrong, expect_close, expect_like
 from tcur_kernels import _cpu
 from tcur_kernels.operators import contract, layout, native
 from tolerance import PROMISE, relative_error
@@ -314,7 +314,8 @@ class Attempt:
         expect_untouched(out, memory)
         if self.is_wrong:
             return found
-        return data.slices(self.case, found)
+        with torch.autocast("cpu", enabled=False):  # a copy, in which it would mix dtypes
+            return data.slices(self.case, found)
 
     def results(self, given, function):
         """What ``function`` returns, and gradients of what is wanted."""
@@ -397,10 +398,8 @@ class Attempt:
         given.pop("panels", None)
         if given.get("z") is not None:
             given["z"] = given["x"] @ given["horizontal_hat"].T
-        self.given, self.exact = (
-            given,
-            {name: data._in_float64(value) for name, value in given.items()},
-        )
+        self.given = given
+        self.exact = {name: data._in_float64(value) for name, value in given.items()}
         try:
             return self.run()[index], self.same()[index], self.in_float64()[index]
         finally:
