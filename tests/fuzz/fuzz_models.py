@@ -190,7 +190,11 @@ def adapt(draw):
 
     def judge(found, given):
         before, same, changed, merged = found
-        if not torch.equal(before, same):
+        # torch's attention rounds otherwise where its weights require grad, even under no_grad, and
+        # W_eff does where the stored weights do not. So of attention the last digit is not asked.
+        has_attention = any(isinstance(part, _Attention) for part in given["model"].parts)
+        is_close = relative_error(same, before) <= 8 * torch.finfo(F32).eps
+        if not torch.equal(before, same) and not (has_attention and is_close):
             raise Wrong("cores of zeros changed the model")
         if not bool(changed.isfinite().all()):
             raise Wrong("the adapted model is not finite")
