@@ -72,6 +72,13 @@ def t_identity(
             raise TypeError(f"{name}: expected a positive integer, got {type(value).__name__}")
         if value < 1:
             raise ValueError(f"{name}: expected a positive integer, got {value}")
+        if value >= 2**63:
+            raise ValueError(f"{name}: expected a positive integer below 2**63, got {value}")
+    if device is not None and not isinstance(device, torch.device):
+        try:
+            device = torch.device(device)
+        except (RuntimeError, TypeError) as error:
+            raise ValueError(f"device: expected a device of torch, got {device!r}") from error
     identity = torch.zeros(n3, n, n, dtype=dtype, device=device)
     identity[0] = torch.eye(n, dtype=dtype, device=device)
     return identity
@@ -87,6 +94,7 @@ def t_pinv(a: Tensor, rtol: float | None = None) -> Tensor:
             or more, ``rtol`` must be given.
     """
     check_tensor("a", a)
+    _check_rtol(rtol)
     x = _computable(a)
     if rtol is None:
         rtol = _default_rtol(a)
@@ -95,8 +103,22 @@ def t_pinv(a: Tensor, rtol: float | None = None) -> Tensor:
     spectrum = _spectrum(x)
     largest = torch.linalg.matrix_norm(spectrum.detach(), ord=2).max()
     zero = torch.zeros_like(largest)  # tensors, because a Python number would wait for the device
-    inverse = torch.linalg.pinv(spectrum, atol=rtol * largest, rtol=zero)
+    inverse = pseudo_inverse(spectrum, atol=rtol * largest, rtol=zero)
     return _from_spectrum(inverse, a.shape[0]).to(a.dtype)
+
+
+def pseudo_inverse(a: Tensor, atol: Tensor, rtol: Tensor) -> Tensor:
+    """Moore-Penrose inverse of complex matrices ``[..., n1, n2]`` -> ``[..., n2, n1]``.
+
+    It is that of the real matrices [[X, -Y], [Y, X]] for X + iY, which have the same singular
+    values, each twice. ``torch.linalg.pinv`` of complex matrices forgets to conjugate within a
+    `TorchDispatchMode`, such as ``FlopCounterMode`` (torch 2.10 to 2.13).
+    """
+    n1, n2 = a.shape[-2:]
+    top, bottom = torch.cat([a.real, -a.imag], -1), torch.cat([a.imag, a.real], -1)
+    with outside_autocast(a.device):  # which reaches products of real matrices
+        real = torch.linalg.pinv(torch.cat([top, bottom], -2), atol=atol, rtol=rtol)[..., :n1]
+    return torch.complex(real[..., :n2, :].contiguous(), real[..., n2:, :].contiguous())
 
 
 def t_svd(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -134,6 +156,7 @@ def multirank(a: Tensor, rtol: float | None = None) -> Tensor:
             must be given.
     """
     check_tensor("a", a)
+    _check_rtol(rtol)
     values = torch.linalg.svdvals(_spectrum(_computable(a)))
     if rtol is None:
         rtol = _default_rtol(a)
@@ -177,6 +200,16 @@ def _default_rtol(a: Tensor) -> float:
     return rtol
 
 
+def _check_rtol(rtol: float | None) -> None:
+    """Checks that it is a number of 0 or more, and finite; or None."""
+    if rtol is None:
+        return
+    if isinstance(rtol, bool) or not isinstance(rtol, int | float):
+        raise TypeError(f"rtol: expected a number or None, got {type(rtol).__name__}")
+    if not 0 <= rtol <= torch.finfo(torch.float32).max:
+        raise ValueError(f"rtol: expected a finite number of 0 or more, got {rtol}")
+
+
 def check_tensor(name: str, a: Tensor) -> None:
     """Checks that ``a`` is a floating tensor [n3, n1, n2] of 16 bits or more."""
     if not isinstance(a, Tensor):
@@ -185,5 +218,7 @@ def check_tensor(name: str, a: Tensor) -> None:
         raise TypeError(f"{name}: expected a floating dtype, got {a.dtype}")
     if a.dtype.itemsize < 2:
         raise TypeError(f"{name}: expected a floating dtype of 16 bits or more, got {a.dtype}")
+    if a.layout != torch.strided:
+        raise ValueError(f"{name}: expected a dense tensor, got layout {a.layout}")
     if a.ndim != 3 or 0 in a.shape:
         raise ValueError(f"{name}: expected [n3, n1, n2] with no empty axis, got {list(a.shape)}")

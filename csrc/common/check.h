@@ -1,7 +1,8 @@
 // Checks the arguments of the operators, and reads the sizes from them.
 //
-// The Python layer has already rejected bad input with an error that names it. The checks here only
-// make sure that no kernel reads or writes outside its tensors when an operator is called directly.
+// The Python layer has already rejected bad input with an error that names it. The checks here make
+// sure that no kernel reads or writes outside its tensors when an operator is called directly. They
+// refuse the same as tcur_kernels/operators/definitions/given.py does for the other languages.
 #pragma once
 
 #include "arguments.h"
@@ -44,15 +45,30 @@ inline Sizes check_packed(
   STD_TORCH_CHECK(n3 >= 1, "tcur: n3 must be positive");
   STD_TORCH_CHECK(lateral_hat.dim() == 2, "tcur: lateral_hat must be [n1, n3*rank]");
   const int64_t q = lateral_hat.size(1);
-  STD_TORCH_CHECK(q > 0 && q % n3 == 0, "tcur: lateral_hat must be [n1, n3*rank]");
+  STD_TORCH_CHECK(
+      lateral_hat.size(0) > 0 && q > 0 && q % n3 == 0,
+      "tcur: lateral_hat must be [n1, n3*rank] with no empty axis");
   if (!horizontal_hat.has_value()) {
     return {lateral_hat.size(0), q, n3, q / n3};
   }
   STD_TORCH_CHECK(
-      horizontal_hat->dim() == 2 && horizontal_hat->size(0) == q,
-      "tcur: horizontal_hat must be [n3*rank, n2]");
+      horizontal_hat->dim() == 2 && horizontal_hat->size(0) == q && horizontal_hat->size(1) > 0,
+      "tcur: horizontal_hat must be [n3*rank, n2] with no empty axis");
   check_dtype("horizontal_hat", *horizontal_hat, lateral_hat.scalar_type());
   return {lateral_hat.size(0), horizontal_hat->size(1), n3, q / n3};
+}
+
+// Consecutive slices of 0 … n3 - 1. No sum of what is given is formed, because it might overflow.
+inline void check_slices_of_layer(int64_t slice_index, int64_t slices, int64_t n3) {
+  STD_TORCH_CHECK(
+      slices >= 1 && slices <= n3 && slice_index >= 0 && slice_index <= n3 - slices,
+      "tcur: slice_index out of range");
+}
+
+// A tensor whose numbers the arithmetic reads or writes.
+inline void check_is_floating(const char* name, const Tensor& tensor) {
+  STD_TORCH_CHECK(
+      element_of(tensor) != Element::none, "tcur: ", name, " must be fp32, fp64, bf16 or fp16");
 }
 
 // Operators on tokens also take factors in bf16, and then project in that precision. With
@@ -87,14 +103,14 @@ struct TokenSizes : Sizes {
 inline TokenSizes check_core_grad_tokens(const CoreGradTokensArguments& a) {
   check_token_factors(a.lateral_hat, a.bf16_operands);
   const Sizes sizes = check_packed(a.lateral_hat, a.horizontal_hat, a.n3);
-  STD_TORCH_CHECK(
-      a.slice_index >= 0 && a.slices >= 1 && a.slice_index + a.slices <= a.n3,
-      "tcur: slice_index out of range");
+  check_slices_of_layer(a.slice_index, a.slices, a.n3);
+  check_is_floating("x", a.x);
   STD_TORCH_CHECK(
       a.x.dim() >= 1 && a.x.size(a.x.dim() - 1) == sizes.n2,
       "tcur: x must be [..., n2], or [..., q]");
-  const int64_t tokens = sizes.n2 == 0 ? 0 : a.x.numel() / sizes.n2;
+  const int64_t tokens = a.x.numel() / sizes.n2;
   if (a.grad_y.has_value()) {
+    check_is_floating("grad_y", *a.grad_y);
     STD_TORCH_CHECK(
         a.grad_y->dim() >= 1 && a.grad_y->size(a.grad_y->dim() - 1) == a.slices * sizes.n1,
         "tcur: grad_y must be [..., slices*n1]");
@@ -143,9 +159,8 @@ inline LinearSizes check_cur_linear(const CurLinearArguments& a) {
       a.core.size(a.core.dim() - 2) == sizes.rank && a.core.size(a.core.dim() - 1) == sizes.rank,
       "tcur: core has an unexpected shape");
   check_dtype("core", a.core, compute_dtype(a.lateral_hat.scalar_type()));
-  STD_TORCH_CHECK(
-      a.slice_index >= 0 && a.slices >= 1 && a.slice_index + a.slices <= n3,
-      "tcur: slice_index out of range");
+  check_slices_of_layer(a.slice_index, a.slices, n3);
+  check_is_floating("x", a.x);
   const int64_t rows = a.slices * sizes.n1;
   const int64_t in_features = a.transposed ? rows : sizes.n2;
   STD_TORCH_CHECK(
@@ -157,8 +172,19 @@ inline LinearSizes check_cur_linear(const CurLinearArguments& a) {
   if (a.weight.has_value()) {
     check_shape("weight", *a.weight, {rows, sizes.n2});
   }
-  STD_TORCH_CHECK(!a.z.has_value() || !a.transposed, "tcur: z goes with a forward map");
-  const int64_t tokens = in_features == 0 ? 0 : a.x.numel() / in_features;
+  if (a.bias.has_value()) {  // torch would repeat a shorter one
+    check_shape("bias", *a.bias, {rows});
+  }
+  if (a.z.has_value()) {
+    STD_TORCH_CHECK(!a.transposed, "tcur: z goes with a forward map");
+    check_is_floating("z", *a.z);
+    bool has_tokens_of_x = a.z->dim() == a.x.dim() && a.z->size(a.z->dim() - 1) == sizes.q();
+    for (int64_t d = 0; has_tokens_of_x && d + 1 < a.x.dim(); ++d) {
+      has_tokens_of_x = a.z->size(d) == a.x.size(d);
+    }
+    STD_TORCH_CHECK(has_tokens_of_x, "tcur: z must be [..., n3*rank] for the tokens of x");
+  }
+  const int64_t tokens = a.x.numel() / in_features;
   return {{sizes, tokens}, in_features, a.transposed ? sizes.n2 : rows};
 }
 

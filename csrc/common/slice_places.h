@@ -36,7 +36,8 @@ inline SlicePlaces place_base(const std::vector<Tensor>& weights, const Sizes& s
   } else {
     for (const Tensor& weight : weights) {
       STD_TORCH_CHECK(weight.dim() == 2, "tcur: weights must be [n1, n2], or [n1, slices*n2]");
-      const int64_t count = s.n2 == 0 ? 1 : weight.size(1) / s.n2;
+      const int64_t count = weight.size(1) / s.n2;
+      STD_TORCH_CHECK(count >= 1, "tcur: weights must be [n1, n2], or [n1, slices*n2]");
       check_shape("weights", weight, {s.n1, count * s.n2});
       check_dtype("weights", weight, weights[0].scalar_type());
       const char* data = static_cast<const char*>(weight.const_data_ptr());

@@ -99,6 +99,87 @@ TCUR_TARGET inline LevelRows<T> rows_of(const DftLevel<T>& level, const FoldedRo
       -rows.b_step};
 }
 
+// Levels of more terms are long. Added up one after another, terms of one sign would lose more
+// digits than a fast transform does. So their sums are those of few terms, with the errors of
+// adding these.
+constexpr int64_t kLongLevel = 128, kTermsOfSum = 16;
+
+// A sum that keeps what its additions round off.
+template <class T>
+struct ExactSum {
+  Vec<T> total{}, rest{};
+
+  TCUR_TARGET inline void add(const Vec<T>& part) {
+    const Vec<T> sum = total + part, added = sum - total;
+    rest += (total - (sum - added)) + (part - added);
+    total = sum;
+  }
+  TCUR_TARGET inline Vec<T> value() const {
+    return total + rest;
+  }
+};
+
+// Stores the outputs of some lines: their cosine sums minus and plus their sine sums.
+template <class T, bool INVERSE, int LINES, int COLUMNS>
+TCUR_TARGET inline void store_lines(
+    const DftLevel<T>& level,
+    int64_t first,
+    const DftOutput<T, INVERSE>& out,
+    const Vec<T> (&even)[LINES][COLUMNS],
+    const Vec<T> (&odd)[LINES][COLUMNS]) {
+  constexpr int lanes = Simd<T>::lanes;
+  for (int i = 0; i < LINES; ++i) {
+    const int64_t l = level.step * level.frequency(first + i);
+    T* low = out.low(l);
+    T* high = out.high(l);
+    for (int v = 0; v < COLUMNS; ++v) {
+      const Vec<T> e = even[i][v], o = odd[i][v];
+      store(low + v * lanes, INVERSE ? Vec<T>(e - o) : e);
+      store(high + v * lanes, INVERSE ? Vec<T>(e + o) : Vec<T>(-o));
+    }
+  }
+}
+
+// As dft_lines, for levels of more terms than are added up one after another. It is no part of that
+// function, whose accumulators stay in registers.
+template <class T, bool INVERSE, int LINES, int COLUMNS>
+__attribute__((noinline)) TCUR_TARGET void long_dft_lines(
+    const DftLevel<T>& level,
+    const LevelRows<T>& rows,
+    int64_t first,
+    const DftOutput<T, INVERSE>& out) {
+  constexpr int lanes = Simd<T>::lanes;
+  Vec<T> even[LINES][COLUMNS], odd[LINES][COLUMNS];
+  for (int v = 0; v < COLUMNS; ++v) {
+    const Vec<T> start = load(rows.cosine + v * lanes);
+    const Vec<T> turned = rows.sine == nullptr ? Vec<T>{} : load(rows.sine + v * lanes);
+    for (int i = 0; i < LINES; ++i) {
+      even[i][v] = start;
+      odd[i][v] = (first + i) % 2 == 0 ? turned : Vec<T>(-turned);
+    }
+  }
+  for (int i = 0; i < LINES; ++i) {
+    const T* cos = level.cos.data() + (first + i) * level.size;
+    const T* sin = level.sin.data() + (first + i) * level.size;
+    for (int v = 0; v < COLUMNS; ++v) {
+      ExactSum<T> cosines, sines;
+      for (int64_t begin = 0; begin < level.size; begin += kTermsOfSum) {
+        const int64_t end = begin + kTermsOfSum < level.size ? begin + kTermsOfSum : level.size;
+        Vec<T> some_cosines{}, some_sines{};
+        for (int64_t k = begin; k < end; ++k) {
+          some_cosines += cos[k] * load(rows.a + k * rows.a_step + v * lanes);
+          some_sines += sin[k] * load(rows.b + k * rows.b_step + v * lanes);
+        }
+        cosines.add(some_cosines);
+        sines.add(some_sines);
+      }
+      even[i][v] += cosines.value();
+      odd[i][v] += sines.value();
+    }
+  }
+  store_lines<T, INVERSE, LINES, COLUMNS>(level, first, out, even, odd);
+}
+
 // Computes LINES outputs of a level from `first` on. The accumulators stay in registers.
 template <class T, bool INVERSE, int LINES, int COLUMNS>
 TCUR_TARGET inline void dft_lines(
@@ -106,6 +187,10 @@ TCUR_TARGET inline void dft_lines(
     const LevelRows<T>& rows,
     int64_t first,
     const DftOutput<T, INVERSE>& out) {
+  if (level.size > kLongLevel) {
+    long_dft_lines<T, INVERSE, LINES, COLUMNS>(level, rows, first, out);
+    return;
+  }
   constexpr int lanes = Simd<T>::lanes;
   Vec<T> even[LINES][COLUMNS], odd[LINES][COLUMNS];
   for (int v = 0; v < COLUMNS; ++v) {
@@ -129,16 +214,7 @@ TCUR_TARGET inline void dft_lines(
       }
     }
   }
-  for (int i = 0; i < LINES; ++i) {
-    const int64_t l = level.step * level.frequency(first + i);
-    T* low = out.low(l);
-    T* high = out.high(l);
-    for (int v = 0; v < COLUMNS; ++v) {
-      const Vec<T> e = even[i][v], o = odd[i][v];
-      store(low + v * lanes, INVERSE ? Vec<T>(e - o) : e);
-      store(high + v * lanes, INVERSE ? Vec<T>(e + o) : Vec<T>(-o));
-    }
-  }
+  store_lines<T, INVERSE, LINES, COLUMNS>(level, first, out, even, odd);
 }
 
 // The one output of a level that needs no sine: l = 0 of an odd length, l = half (of n3: n3/2) of
@@ -147,12 +223,18 @@ template <class T, int COLUMNS>
 TCUR_TARGET inline void dft_single(const DftLevel<T>& level, const LevelRows<T>& rows, T* out) {
   constexpr int lanes = Simd<T>::lanes;
   for (int v = 0; v < COLUMNS; ++v) {
-    Vec<T> total = load(rows.cosine + v * lanes);
+    ExactSum<T> total;
+    Vec<T> part = load(rows.cosine + v * lanes);
     for (int64_t k = 1; k <= level.size; ++k) {
       const Vec<T> a = load(rows.a + (k - 1) * rows.a_step + v * lanes);
-      total += level.is_even() && k % 2 != 0 ? Vec<T>(-a) : a;
+      part += level.is_even() && k % 2 != 0 ? Vec<T>(-a) : a;
+      if (k % kTermsOfSum == 0 && level.size > kLongLevel) {
+        total.add(part);
+        part = Vec<T>{};
+      }
     }
-    store(out + v * lanes, total);
+    total.add(part);
+    store(out + v * lanes, total.value());
   }
 }
 

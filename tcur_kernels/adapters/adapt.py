@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from math import ceil
 from pathlib import Path
@@ -111,6 +111,8 @@ def adapt(
     """
     _check_arguments(model, rank, mode, gradients)
     check_basis(basis)
+    if not isinstance(train_also, Iterable):
+        raise TypeError(f"train_also: expected names, got {type(train_also).__name__}")
     patterns = (train_also,) if isinstance(train_also, str) else tuple(train_also)
     trained = trained_names(model, patterns)
     files = None if weights is None else BaseFiles(model, weights, max_workspace, progress)

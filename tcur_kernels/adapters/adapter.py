@@ -16,6 +16,7 @@ from ..layers.quantised import REFUSED
 from ..layers.stack import TProductStack
 from ..layers.switching import warn_of_unused
 from ..operators.basis import Basis, check_basis
+from ..operators.checks import check_finite
 from ..processes import is_first_process, is_sharded, whole
 from .average import average
 from .file import Contents, StoredStack, read_contents
@@ -168,14 +169,17 @@ class Adapter(Serving):
         All adapters share C and R, so adding the cores adds the updates.
 
         Raises:
-            ValueError: a name in ``weights`` is unknown; ``name`` exists already; or the adapters
-                train more than cores, which cannot be added like this.
+            TypeError: a weight is no number.
+            ValueError: a name in ``weights`` is unknown; a weight is not finite; ``name`` exists
+                already; or the adapters train more than cores, which cannot be added like this.
         """
         self._check_new("name", name)
         for other in weights:
             self._check_known("weights", other)
-        if not weights or not all(torch.isfinite(torch.tensor(w)) for w in weights.values()):
-            raise ValueError(f"weights: expected finite numbers by name, got {dict(weights)}")
+        if not weights:
+            raise ValueError("weights: expected finite numbers by name, got none")
+        for number in weights.values():
+            check_finite("weights", number)
         if self.train_also:
             raise ValueError(
                 "combine: expected adapters of cores alone, got train_also = "

@@ -75,7 +75,7 @@ class Mean:
     def __init__(self, name: str, first: Tensor) -> None:
         self._name, self._first, self._is_same = name, first, True
         wide = torch.promote_types(first.dtype, torch.float64)  # complex numbers stay complex
-        self._total = torch.zeros(first.shape, dtype=wide)
+        self._total = torch.zeros(first.shape, dtype=wide, device=first.device)
         self._broken: Path | None = None
 
     def add(self, tensor: Tensor, share: float, path: Path) -> None:

@@ -54,6 +54,8 @@ def collect_gradients(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    if loss_fn is not None and not callable(loss_fn):
+        raise TypeError(f"loss_fn: expected a function, got {type(loss_fn).__name__}")
     if is_adapted(model):
         raise ValueError("model: expected a base model, got one that is adapted already")
     weights = find_weights(model)
@@ -90,7 +92,9 @@ def _summed(
     own = {name: every[name].grad for name in names}
     sums = {
         name: torch.zeros(
-            every[name].shape, dtype=torch.promote_types(every[name].dtype, torch.float32)
+            every[name].shape,
+            dtype=torch.promote_types(every[name].dtype, torch.float32),
+            device="cpu",
         )
         for name in names
     }

@@ -176,7 +176,7 @@ class Caretaker:
         for stack in self.stacks.values():
             indices = holder._buffers[stack.indices_key]
             if indices is not None and not indices.is_meta:
-                indices.copy_(torch.tensor([stack.rows, stack.columns]))
+                indices.copy_(torch.tensor([stack.rows, stack.columns], device="cpu"))
 
     def loading(
         self, model: nn.Module, state_dict: Mapping[str, Any], prefix: str, *others: Any

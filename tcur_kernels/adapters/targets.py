@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -91,6 +91,8 @@ def _match(
             names |= {f"{name}.{part}": name for part in (*PROJECTIONS, "out_proj")}
     chosen: set[str] = set()
     considered: set[str] = set()
+    if not isinstance(targets, Iterable):
+        raise TypeError(f"{argument}: expected names or patterns, got {type(targets).__name__}")
     for target in [targets] if isinstance(targets, str) else targets:
         if not isinstance(target, str):
             raise TypeError(f"{argument}: expected names or patterns, got {type(target).__name__}")

@@ -28,9 +28,19 @@ def error_curve(
         ranks: each 1 to min(n1, n2).
         selections: names of rules.
 
+    Raises:
+        TypeError, ValueError: an argument is wrong; or as `tensor_cur`.
+
     Returns:
         Name -> errors in the order of ``ranks``; "best" first.
     """
+    if not isinstance(stack, Slices):
+        raise TypeError(f"stack: expected Slices, got {type(stack).__name__}")
+    for name, given in (("ranks", ranks), ("selections", selections)):
+        if not isinstance(given, Sequence) or isinstance(given, str):
+            raise TypeError(f"{name}: expected a list, got {type(given).__name__}")
+    if not ranks:
+        raise ValueError("ranks: expected at least one, got none")
     for rank in ranks:
         check_rank("ranks", rank, stack.n1, stack.n2)
     total = float(squared_norms(stack)[0].sum())

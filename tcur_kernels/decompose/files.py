@@ -100,7 +100,7 @@ class FileSlices(Slices):
         super().__init__("weights", sizes, dtype, torch.device("cpu"), max_workspace, progress)
 
     def _read(self, start: int, stop: int) -> Tensor:
-        block = torch.empty(self.n3, stop - start, self.n2, dtype=self.dtype)
+        block = torch.empty(self.n3, stop - start, self.n2, dtype=self.dtype, device="cpu")
         # The files are not mapped: mapped pages would count as memory of this process, in the end
         # for the whole stack.
         with ExitStack() as opened:
@@ -114,7 +114,7 @@ class FileSlices(Slices):
                 if part.layout != "transposed":
                     file.fill(rows, begin + (first + start) * self.n2 * self.dtype.itemsize)
                     continue
-                stored = torch.empty(self.n2, stop - start, dtype=self.dtype)
+                stored = torch.empty(self.n2, stop - start, dtype=self.dtype, device="cpu")
                 width = self._shards.shapes[part.name][1]
                 for index, line in enumerate(stored):
                     place = index * width + first + start

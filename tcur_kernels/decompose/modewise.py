@@ -76,6 +76,8 @@ def modewise_cur(
     """
     check_tensor("a", a)
     HeldSlices("a", list(a)).check_finite()
+    if not isinstance(ranks, Sequence) or isinstance(ranks, str):
+        raise TypeError(f"ranks: expected three ints, got {type(ranks).__name__}")
     if len(ranks) != 3:
         raise ValueError(f"ranks: expected three, one per axis of a, got {list(ranks)}")
     exact = a.double()

@@ -182,8 +182,8 @@ class Uniform:
         self, stack: Slices, rank: int, generator: _Generator = None
     ) -> tuple[Tensor, Tensor]:
         """Chooses rows and columns."""
-        columns = torch.randperm(stack.n2, generator=generator)[:rank]
-        return torch.randperm(stack.n1, generator=generator)[:rank], columns
+        columns = torch.randperm(stack.n2, generator=generator, device="cpu")[:rank]
+        return torch.randperm(stack.n1, generator=generator, device="cpu")[:rank], columns
 
 
 RULES: dict[str, Rule] = {
@@ -279,7 +279,7 @@ def shared_pivots(vectors: Tensor, rank: int) -> Tensor:
         norms = direction.norm(dim=1, keepdim=True)
         direction = torch.where(norms > tiny**0.5, direction / norms.clamp_min(tiny), 0)
         residual = residual - direction @ (direction.mH @ residual)
-    return torch.tensor(pivots)
+    return torch.tensor(pivots, device="cpu")
 
 
 def _energy(spectrum: Tensor, dim: int) -> Tensor:
@@ -289,7 +289,7 @@ def _energy(spectrum: Tensor, dim: int) -> Tensor:
 
 
 def _indices(name: str, given: Sequence[int] | Tensor, rank: int, size: int, axis: str) -> Tensor:
-    indices = torch.as_tensor(given).cpu()
+    indices = torch.as_tensor(given, device="cpu")
     if indices.dtype.is_floating_point or indices.dtype in (torch.bool, torch.complex64):
         raise TypeError(f"{name}: expected integers, got {indices.dtype}")
     if indices.shape != (rank,):

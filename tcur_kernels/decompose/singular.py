@@ -109,8 +109,9 @@ def _exact(stack: Slices, rank: int) -> tuple[Tensor, Tensor, Tensor]:
 def _randomized(stack: Slices, width: int, power_iterations: int) -> tuple[Tensor, Tensor, Tensor]:
     held = (stack.n3 + 3 * stack.bins * 2) * (stack.n1 + stack.n2) * width * 8
     stack.require(held, f"a range finder of width {width}")
-    generator = torch.Generator().manual_seed(0)
-    test = torch.randn(stack.n2, width, dtype=torch.float64, generator=generator).to(stack.device)
+    generator = torch.Generator("cpu").manual_seed(0)
+    test = torch.randn(stack.n2, width, dtype=torch.float64, generator=generator, device="cpu")
+    test = test.to(stack.device)
     # All frequencies use the same real test matrix. Multiplying by it from the right commutes with
     # the DFT along the slices, so the stack need not be transformed for the sketch.
     sketch = torch.zeros(stack.n3, stack.n1, width, dtype=torch.float64, device=stack.device)

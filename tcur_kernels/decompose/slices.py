@@ -212,6 +212,8 @@ def check_matrices(name: str, matrices: Sequence[Tensor], n1: int | None) -> int
 
     Returns n1, the rows of a slice: as given, or those of the smallest matrix.
     """
+    if not isinstance(matrices, Sequence):
+        raise TypeError(f"{name}: expected a list of matrices, got {type(matrices).__name__}")
     if len(matrices) == 0:
         raise ValueError(f"{name}: expected at least one slice, got none")
     for matrix in matrices:
@@ -219,6 +221,8 @@ def check_matrices(name: str, matrices: Sequence[Tensor], n1: int | None) -> int
             raise TypeError(f"{name}: expected torch.Tensors, got {type(matrix).__name__}")
         if not matrix.dtype.is_floating_point:
             raise TypeError(f"{name}: expected a floating dtype, got {matrix.dtype}")
+        if matrix.layout != torch.strided:
+            raise ValueError(f"{name}: expected dense matrices, got layout {matrix.layout}")
         if matrix.ndim != 2 or 0 in matrix.shape:
             raise ValueError(
                 f"{name}: expected matrices with no empty axis, got {list(matrix.shape)}"

@@ -282,6 +282,8 @@ def check_weights(places: Sequence[Place]) -> None:
 
 def as_places(weights: Sequence[nn.Linear] | Sequence[Place], n1: int | None) -> list[Place]:
     """Places of weights: as they are given, or those of layers; see `twins_of`."""
+    if not isinstance(weights, Sequence):
+        raise TypeError(f"linears: expected a list of nn.Linear, got {type(weights).__name__}")
     places = [each for each in weights if isinstance(each, Place)]
     if len(places) < len(weights):
         places = twins_of(weights, n1)  # type: ignore[arg-type]

@@ -15,7 +15,7 @@ from ..decompose.slices import MAX_WORKSPACE, check_rank
 from ..decompose.tensor import select_slices
 from ..operators import cost
 from ..operators.basis import DEFAULT_BASIS, Basis, check_basis, converted, scale_of
-from ..operators.checks import check_cores
+from ..operators.checks import check_cores, check_finite
 from ..operators.dispatch import check_precision
 from ..operators.factors import CURFactors, Precision
 from .base import Base, is_here
@@ -97,8 +97,7 @@ class TProductStack(QuantisedRoute):
     ) -> None:
         super().__init__()
         self.mode = cost.check_mode(mode)
-        if not torch.isfinite(torch.tensor(float(alpha))):
-            raise ValueError(f"alpha: expected a finite number, got {alpha}")
+        self.alpha = check_finite("alpha", alpha)
         places = as_places(linears, n1)
         check_weights(places)
         self.name, self.places = name, places
@@ -110,7 +109,7 @@ class TProductStack(QuantisedRoute):
             )
         self.n1, self.n2 = places[0].out_features // places[0].slices, places[0].in_features
         self.n3 = sum(place.slices for place in places)
-        self.rank, self.alpha = rank, float(alpha)
+        self.rank = rank
         check_rank("rank", rank, self.n1, self.n2)
 
         if source is None:

@@ -14,6 +14,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from ..t_product import pseudo_inverse
+
 #: "slices": C and R are the chosen slices, as published. "orthonormal": they are the isometric
 #: factors of these slices.
 Basis = Literal["orthonormal", "slices"]
@@ -153,7 +155,9 @@ def _inverse(triangle: Tensor) -> Tensor:
     """X with T X = the projection onto the range of T, for T of `_triangle`."""
     sizes = torch.linalg.vector_norm(triangle, dim=1, keepdim=True)
     sizes = torch.where(sizes > 0, sizes, 1)
-    return torch.linalg.pinv(triangle / sizes, rtol=1e-12) / sizes.mT
+    scaled = triangle / sizes
+    largest = torch.linalg.matrix_norm(scaled, ord=2)
+    return pseudo_inverse(scaled, 1e-12 * largest, torch.zeros_like(largest)) / sizes.mT
 
 
 def orthonormal(lateral: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -22,10 +23,15 @@ def _check_width(name: str, weight: Tensor, factors: CURFactors) -> None:
         )
 
 
-def check_core(core: Tensor, factors: CURFactors) -> None:
-    """Refuses a core that is not ``[n3, r, r]`` for these factors."""
+def check_factors(factors: CURFactors) -> None:
+    """Refuses anything but `CURFactors`."""
     if not isinstance(factors, CURFactors):
         raise TypeError(f"factors: expected CURFactors, got {type(factors).__name__}")
+
+
+def check_core(core: Tensor, factors: CURFactors) -> None:
+    """Refuses a core that is not ``[n3, r, r]`` for these factors."""
+    check_factors(factors)
     check_floating("core", core)
     shape = (factors.n3, factors.rank, factors.rank)
     if core.shape != shape:
@@ -39,8 +45,7 @@ def check_cores(cores: Tensor, factors: CURFactors, adapter_ids: Tensor) -> None
 
     Ids must be int64 ``[B]`` on the device of the factors, each from 0 to A - 1.
     """
-    if not isinstance(factors, CURFactors):
-        raise TypeError(f"factors: expected CURFactors, got {type(factors).__name__}")
+    check_factors(factors)
     check_floating("core", cores)
     shape = [factors.n3, factors.rank, factors.rank]
     if cores.ndim != 4 or list(cores.shape[1:]) != shape:
@@ -73,6 +78,7 @@ def check_x(x: Tensor, factors: CURFactors, width: int | None = None) -> None:
 
 def check_effective(effective: Tensor, weight: Tensor, x: Tensor) -> None:
     """Refuses a W_eff that is not frozen, or not of the shape of the weight."""
+    check_floating("effective", effective)
     check_frozen("effective", effective)
     check_dtype("effective", effective, x.dtype)
     check_device("effective", effective, x.device)
@@ -132,6 +138,9 @@ def check_weights(
     if isinstance(weight, Tensor):
         weights, shape = [weight], [n3, n1, n2]
     else:
+        if not isinstance(weight, Sequence):
+            got = type(weight).__name__
+            raise TypeError(f"weight: expected a tensor or a list of tensors, got {got}")
         weights, shape = list(weight), [n1, n2]
         if not weights or (len(weights) != n3 and not beside):
             raise ValueError(f"weight: expected {n3} tensors [{n1}, {n2}], got {len(weights)}")
@@ -182,6 +191,7 @@ def check_layer(weight: Tensor, bias: Tensor | None, factors: CURFactors, slice_
     _check_width("weight", weight, factors)
     check_device("weight", weight, factors.device)
     if bias is not None:
+        check_floating("bias", bias)
         check_frozen("bias", bias)
         check_dtype("bias", bias, weight.dtype)
         check_device("bias", bias, factors.device)
@@ -246,6 +256,7 @@ def check_update(
     else:
         check_cores(core, factors, adapter_ids)
         check_rows(adapter_ids, x)
+    check_slices(slices, factors.n3)
     check_slice(slice_index, slices, factors.n3)
     check_scale(scale)
     check_x(x, factors, slices * factors.n1 if transposed else factors.n2)
@@ -257,8 +268,29 @@ def check_scale(scale: float) -> None:
     """Refuses a tensor, and a number that is not finite."""
     if isinstance(scale, Tensor):  # no gradient would reach it
         raise TypeError("scale: expected a number, got a torch.Tensor")
-    if not torch.compiler.is_compiling() and not math.isfinite(scale):
-        raise ValueError(f"scale: expected a finite number, got {scale}")
+    if not torch.compiler.is_compiling():
+        check_finite("scale", scale)
+
+
+def check_finite(name: str, number: float) -> float:
+    """Returns a number as a float; refuses what is none, and what is not finite."""
+    if not isinstance(number, Real | torch.SymFloat | torch.SymInt):
+        raise TypeError(f"{name}: expected a number, got {type(number).__name__}")
+    try:
+        found = float(number)
+    except OverflowError:
+        found = math.inf
+    if not math.isfinite(found):
+        raise ValueError(f"{name}: expected a finite number, got {str(number)[:30]}")
+    return found
+
+
+def check_slices(slices: int, n3: int) -> None:
+    """Refuses a number of slices that is not 1 … n3."""
+    if isinstance(slices, bool) or not isinstance(slices, int):
+        raise TypeError(f"slices: expected an int, got {type(slices).__name__}")
+    if not 1 <= slices <= n3:
+        raise ValueError(f"slices: expected 1 to {n3}, got {slices}")
 
 
 def check_slice(slice_index: int, slices: int, n3: int) -> None:

@@ -293,6 +293,8 @@ class Operator(Generic[A]):
     Attributes:
         name: ``tcur::name``.
         arguments: the record.
+        check: refuses arguments that do not fit together. Every language but the compiled ones, and
+            every fake, runs it first; the compiled ones have ``csrc/common/check.h``.
         fake: the result without its numbers: shape, dtype, device.
         plain: the kernel in plain torch, for any device, which functorch and forward mode can
             transform. It is the reference.
@@ -309,6 +311,7 @@ class Operator(Generic[A]):
     plain: Callable[[A], Tensor | None]
     flops: Callable[[Any], int]
     derivative: Derivative[A] | None = None
+    check: Callable[[A], None] = lambda arguments: None
     is_fresh: bool = False
     serves_all: bool = False
     schema: str = field(init=False)
@@ -416,17 +419,33 @@ def _of_arguments(entry: Operator[Any], function: Callable[[Any], Any]) -> Calla
     return call
 
 
+def checked(entry: Operator[Any], function: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """A function of the record that refuses what does not fit together first."""
+    hints = get_type_hints(entry.arguments, include_extras=True)
+    required = [name for name, hint in hints.items() if hint in (Tensor, Written)]
+
+    def run(arguments: Any) -> Any:
+        for name in required:  # torch takes None for any tensor
+            if getattr(arguments, name) is None:
+                raise TypeError(f"{name}: expected a torch.Tensor, got None")
+        entry.check(arguments)
+        return function(arguments)
+
+    return run
+
+
 def _define(entry: Operator[Any], language: str) -> None:
     torch.library.define(qualified(entry.name, language), entry.schema, lib=_library)
     if entry.serves_all or language == "reference":
-        kernel = _of_arguments(entry, entry.plain)
+        kernel = _of_arguments(entry, checked(entry, entry.plain))
         _library.impl(_full_name(entry.name, language), kernel, "CompositeExplicitAutograd")
 
 
 def _complete(entry: Operator[Any], language: str) -> None:
     """Gives a defined operator what it has in every language."""
     name = qualified(entry.name, language)
-    torch.library.register_fake(name, _of_arguments(entry, entry.fake), lib=_library)
+    fake = _of_arguments(entry, checked(entry, entry.fake))
+    torch.library.register_fake(name, fake, lib=_library)
     _register_autocast(entry.name, language)
     if entry.is_fresh:
         _register_fresh_results(entry.name, language)

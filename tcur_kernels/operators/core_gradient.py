@@ -60,6 +60,8 @@ def _by_dense_gradient(
 ) -> Tensor:
     count = math.prod(a.x.shape[:-1])
     tokens, grads = (t.reshape(count, t.shape[-1]) for t in (a.x, grad_y))
+    if a.lateral_hat.dtype == torch.float64:  # as the products of tokens with factors are
+        tokens, grads = tokens.double(), grads.double()
     total = _sum_over_tokens(grads, tokens)
     each = total.view(a.slices, total.shape[0] // a.slices, total.shape[1])
     parts = [

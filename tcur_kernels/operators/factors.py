@@ -210,14 +210,18 @@ class CURFactors:
 
 
 def check_floating(name: str, tensor: Tensor) -> None:
-    """Refuses anything but a tensor of one of `DTYPES`."""
+    """Refuses anything but a dense tensor, or a nested one, of one of `DTYPES`."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
+    if tensor.layout != torch.strided and not tensor.is_nested:
+        raise ValueError(f"{name}: expected a dense tensor, got layout {tensor.layout}")
     check_floating_dtype(name, tensor.dtype)
 
 
 def check_floating_dtype(name: str, dtype: torch.dtype) -> None:
     """Refuses any dtype but `DTYPES`: integers, complex numbers, and numbers of 8 bits."""
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"{name}: expected a torch.dtype, got {type(dtype).__name__}")
     if not dtype.is_floating_point:
         raise TypeError(f"{name}: expected a floating dtype, got {dtype}")
     if dtype not in DTYPES:

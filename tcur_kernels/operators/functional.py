@@ -12,12 +12,14 @@ from ..autocast import outside_autocast
 from . import contract, dispatch, eager
 from .checks import (
     check_core,
+    check_factors,
     check_layer,
     check_linear,
     check_nested,
     check_out,
     check_scale,
     check_slice,
+    check_slices,
     check_update,
     check_weights,
     check_x,
@@ -328,10 +330,7 @@ def slice_update(
         ``[slices * n1, n2]``, in the dtype of the core.
     """
     check_core(core, factors)
-    if isinstance(slices, bool) or not isinstance(slices, int):
-        raise TypeError(f"slices: expected an int, got {type(slices).__name__}")
-    if not 1 <= slices <= factors.n3:
-        raise ValueError(f"slices: expected 1 to {factors.n3}, got {slices}")
+    check_slices(slices, factors.n3)
     check_slice(slice_index, slices, factors.n3)
     check_scale(scale)
     lateral_hat, horizontal_hat = factors.packed()
@@ -359,6 +358,7 @@ def project(x: Tensor, factors: CURFactors, precision: Precision = "ieee") -> Te
     fp32 for "tf32" too, unless torch's own switch allows TF32.
     """
     check_floating("x", x)
+    check_factors(factors)
     check_x(x, factors)
     _, horizontal_hat = factors.packed(precision)
     with outside_autocast(x.device):

@@ -137,7 +137,7 @@ class TCURLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             return y
         parts, order = [], []
         for name in dict.fromkeys(names):
-            own = torch.tensor([each == name for each in names])
+            own = torch.tensor([each == name for each in names], device="cpu")
             order.append(own.nonzero().flatten().to(x.device))
             part = x[order[-1]]
             if name in self.tcur_places:

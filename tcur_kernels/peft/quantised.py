@@ -73,7 +73,7 @@ class TCURQuantisedLinear(TCURLinear):
                 return self._with(product, x, rows.lead)
         parts, order = [], []
         for name in dict.fromkeys(names):
-            own = torch.tensor([each == name for each in names])
+            own = torch.tensor([each == name for each in names], device="cpu")
             order.append(own.nonzero().flatten().to(x.device))
             parts.append(self._with(product[order[-1]], x[order[-1]], name))
         return torch.cat(parts)[torch.cat(order).argsort()]

@@ -12,6 +12,7 @@ from torch import Tensor
 from .. import contract, reference
 from ..contract import CoreGradDense, Derivative, Materialize, Operator, gradients
 from ..flops import per_bin
+from .given import check_core_grad_dense
 from .spectra import compute_dtype, unpacked
 
 
@@ -23,7 +24,7 @@ def _fake(a: CoreGradDense) -> Tensor:
 
 def _plain(a: CoreGradDense) -> Tensor:
     spectra = unpacked(a.lateral_hat, a.horizontal_hat, a.grad.shape[0])
-    return reference.core_grad_dense(a.grad.to(a.lateral_hat.dtype), *spectra)
+    return reference.core_grad_dense(a.grad.to(compute_dtype(a.lateral_hat)), *spectra)
 
 
 def _save(ctx: Any, a: CoreGradDense) -> None:
@@ -56,6 +57,7 @@ contract.add(
     Operator(
         "core_grad_dense",
         CoreGradDense,
+        check=check_core_grad_dense,
         fake=_fake,
         plain=_plain,
         flops=_flops,

@@ -15,6 +15,7 @@ from .. import bf16_products, contract, reference
 from ..contract import CoreGradTokens, CurLinear, Derivative, Operator, gradients
 from ..flops import per_bin
 from .core_of_packed import no_derivative
+from .given import check_core_grad_tokens
 from .spectra import compute_dtype, identity, unpacked
 
 
@@ -27,10 +28,6 @@ def _fake(a: CoreGradTokens) -> Tensor:
 
 
 def _plain(a: CoreGradTokens) -> Tensor:
-    if a.packed and a.adapter_ids is not None:
-        raise RuntimeError("tcur: adapter_ids goes without packed gradients")
-    if a.grad_y is None and a.adapter_ids is not None:
-        raise RuntimeError("tcur: adapter_ids goes by the factors, without a dense gradient")
     # Without grad_y, the tokens are the rows of G. As G is Iᵀ G, dy is then the identity.
     grad_y = identity(a.lateral_hat.shape[0], a.x) if a.grad_y is None else a.grad_y
     x = a.x
@@ -107,6 +104,7 @@ contract.add(
     Operator(
         "core_grad_tokens",
         CoreGradTokens,
+        check=check_core_grad_tokens,
         fake=_fake,
         plain=_plain,
         flops=_flops,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import contract, reference
 from ..contract import CoreOfPacked, Derivative, Operator
+from .given import check_core_of_packed
 
 
 def no_derivative() -> RuntimeError:
@@ -41,6 +42,7 @@ contract.add(
     Operator(
         "core_of_packed",
         CoreOfPacked,
+        check=check_core_of_packed,
         fake=_fake,
         plain=_plain,
         flops=_flops,

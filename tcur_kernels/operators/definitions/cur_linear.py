@@ -16,6 +16,7 @@ from .. import bf16_products, contract, reference
 from ..contract import CurLinear, Derivative, Operator, WEffLinear, gradients
 from ..core_gradient import core_gradient
 from ..flops import per_bin
+from .given import check_cur_linear
 from .spectra import unpacked
 
 
@@ -26,8 +27,6 @@ def fake(a: CurLinear | WEffLinear) -> Tensor:
 
 
 def _plain(a: CurLinear) -> Tensor:
-    if a.adapter_ids is not None and a.dense_grad:
-        raise RuntimeError("tcur: adapter_ids goes by the factors, without a dense gradient")
     base: Tensor | None = None
     if a.weight is not None:
         base = a.x @ a.weight if a.transposed else F.linear(a.x, a.weight, a.bias)
@@ -118,6 +117,7 @@ contract.add(
     Operator(
         "cur_linear",
         CurLinear,
+        check=check_cur_linear,
         fake=fake,
         plain=_plain,
         flops=_flops,

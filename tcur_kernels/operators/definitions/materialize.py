@@ -11,6 +11,7 @@ from torch import Tensor
 from .. import contract, reference
 from ..contract import CoreGradDense, Derivative, Materialize, Operator, gradients
 from ..flops import per_bin
+from .given import check_materialize
 from .spectra import unpacked
 
 
@@ -22,7 +23,8 @@ def _fake(a: Materialize) -> Tensor:
 def plain(a: Materialize) -> Tensor:
     """Computes W_eff, [n3, n1, n2] in ``a.out_dtype``, in plain torch."""
     spectra = unpacked(a.lateral_hat, a.horizontal_hat, a.core.shape[0])
-    return reference.materialize(_stacked(a.weights), *spectra, a.core, a.scale).to(a.out_dtype)
+    w_eff = reference.materialize(_stacked(a.weights), *spectra, a.core, a.scale)
+    return w_eff.to(a.out_dtype).contiguous()  # a sum takes the strides of the weights
 
 
 def _stacked(weights: Sequence[Tensor]) -> Tensor | None:
@@ -54,6 +56,7 @@ contract.add(
     Operator(
         "materialize",
         Materialize,
+        check=check_materialize,
         fake=_fake,
         plain=plain,
         flops=flops,

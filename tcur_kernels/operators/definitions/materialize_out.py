@@ -7,6 +7,7 @@ import torch
 from .. import contract
 from ..contract import Materialize, MaterializeOut, Operator
 from . import materialize
+from .given import check_materialize_out
 
 
 def _fake(a: MaterializeOut) -> None:
@@ -29,5 +30,12 @@ def _plain(a: MaterializeOut) -> None:
 
 
 contract.add(
-    Operator("materialize_out", MaterializeOut, fake=_fake, plain=_plain, flops=materialize.flops)
+    Operator(
+        "materialize_out",
+        MaterializeOut,
+        check=check_materialize_out,
+        fake=_fake,
+        plain=_plain,
+        flops=materialize.flops,
+    )
 )

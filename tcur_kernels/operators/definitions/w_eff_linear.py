@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from .. import contract
 from ..contract import Derivative, Operator, WEffLinear, gradients
 from .cur_linear import core_grad, fake, save
+from .given import check_w_eff_linear
 
 
 def _plain(a: WEffLinear) -> Tensor:
@@ -47,6 +48,7 @@ contract.add(
     Operator(
         "w_eff_linear",
         WEffLinear,
+        check=check_w_eff_linear,
         fake=fake,
         plain=_plain,
         flops=_flops,

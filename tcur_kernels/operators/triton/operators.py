@@ -40,11 +40,12 @@ def _device_of(tensor: Tensor) -> AbstractContextManager[object]:
 def _add(name: str, language: str, run: Callable[[Any], Tensor | None], opaque: bool) -> None:
     """Defines an operator of the contract in a language, with ``run`` as its kernel."""
     entry = contract.OPERATORS[name]
+    checked = contract.checked(entry, run)
 
     def kernel(*args: Any) -> Tensor | None:
         arguments = entry.arguments(*args)
         with _device_of(next(each for each in arguments if isinstance(each, Tensor))):
-            return run(arguments)
+            return checked(arguments)
 
     # `triton_op` infers a schema from the signature, and ignores the one it is given (torch 2.13).
     kernel.__signature__ = contract.signature_of(entry.arguments)  # type: ignore[attr-defined]
