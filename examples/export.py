@@ -15,8 +15,6 @@ segment and write volumes as examples/predict.py does, by MONAI alone::
 from __future__ import annotations
 
 import argparse
-import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,6 +24,7 @@ from segmentation.adapted import Adapted, load_adapted
 from segmentation.bundle import write_bundle
 from segmentation.files import fail, plain_ends, whole_file
 from segmentation.options import add_trained
+from tcur_kernels.files.whole import new_directory
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -51,11 +50,8 @@ def run(args: argparse.Namespace) -> None:
         print(f"  model = monai.networks.nets.UNETR({arguments})")
         print(f"  model.load_state_dict(torch.load({str(args.checkpoint)!r}, weights_only=True))")
     if args.bundle is not None:
-        args.bundle.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=args.bundle.parent, prefix=".writing_") as folder:
-            fresh = Path(folder, args.bundle.name)
+        with new_directory(args.bundle) as fresh:
             write_bundle(adapted.recipe, model.state_dict(), fresh)
-            shutil.move(fresh, args.bundle)
         print(f"{args.bundle}: a MONAI bundle; docs/README.md in it says how to run it")
 
 

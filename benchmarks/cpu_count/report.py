@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 
-from benchmarks import documents
+from benchmarks import appending, documents
 
 from . import cases
 
@@ -34,19 +33,12 @@ def append(key: Row, commit: str, counted: Mapping[str, float], path: Path = PAT
     """
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     numbers = {name: f"{value:.6g}" for name, value in counted.items()}
-    is_new = not path.exists()
-    path.parent.mkdir(exist_ok=True)
-    with open(path, "a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
-        if is_new:
-            writer.writeheader()
-        writer.writerow({"time": now, "commit": commit, **key, **numbers})
+    appending.append(path, FIELDS, [{"time": now, "commit": commit, **key, **numbers}])
 
 
 def read(path: Path = PATH) -> list[Row]:
     """The newest row of everything that was counted, in the order of `cases`."""
-    with open(path, newline="", encoding="utf-8") as file:
-        newest = {tuple(row[name] for name in KEY): row for row in csv.DictReader(file)}
+    newest = {tuple(row[name] for name in KEY): row for row in appending.read(path)}
     keys = [key_of(shape, *one) for shape in cases.SHAPES for one in cases.SETTINGS]
     wanted = [tuple(key.values()) for key in keys]
     return [newest[key] for key in wanted if key in newest]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 import datetime
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
+from .. import appending
 from . import launches, model
 from .cases import Case
 from .count import KINDS, Counted, main_of
@@ -49,15 +49,9 @@ def of_case(case: Case, found: list[Counted], commit: str) -> list[Row]:
 
 def append(rows: list[Row], path: Path = PATH, columns: Sequence[str] = FIELDS) -> None:
     """Adds rows to a file, with the names of its columns if it is new."""
-    is_new = not path.exists()
-    with open(path, "a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
-        if is_new:
-            writer.writeheader()
-        writer.writerows(rows)
+    appending.append(path, columns, rows)
 
 
 def read(path: Path = PATH) -> list[Row]:
     """All rows, oldest first."""
-    with open(path, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+    return appending.read(path)

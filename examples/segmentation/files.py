@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
+
+from tcur_kernels.files.whole import replacing
 
 
 def fail(argument: str, expected: str, came: object) -> NoReturn:
@@ -27,10 +27,8 @@ def refuse_all(argument: str, where: object, problems: Sequence[str]) -> None:
 def whole_file(path: Path) -> Iterator[Path]:
     """A temporary path of the same ending, which takes the name ``path`` once the block is done."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".writing_") as folder:
-        fresh = Path(folder, path.name)
+    with replacing(path) as fresh:
         yield fresh
-        os.replace(fresh, path)
 
 
 @contextmanager
