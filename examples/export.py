@@ -22,7 +22,7 @@ import torch
 
 from segmentation.adapted import Adapted, load_adapted
 from segmentation.bundle import write_bundle
-from segmentation.files import fail, plain_ends, whole_file
+from segmentation.files import fail, plain_ends, save_state, whole_file
 from segmentation.options import add_trained
 from tcur_kernels.files.whole import new_directory
 
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> None:
     arguments = ", ".join(f"{k}={v!r}" for k, v in adapted.recipe.architecture.arguments().items())
     if args.checkpoint is not None:
         with whole_file(args.checkpoint) as fresh:
-            torch.save(model.state_dict(), fresh)
+            save_state(model.state_dict(), fresh)
         print(f"{args.checkpoint}: the state dict of a plain UNETR, for")
         print(f"  model = monai.networks.nets.UNETR({arguments})")
         print(f"  model.load_state_dict(torch.load({str(args.checkpoint)!r}, weights_only=True))")

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
+
 from tcur_kernels.files.whole import replacing
 
 
@@ -40,6 +42,12 @@ def plain_ends(interrupted: str) -> Iterator[None]:
         raise SystemExit(interrupted) from None
     except OSError as error:
         raise SystemExit(f"files: expected to be read and written, got {error}") from error
+
+
+def save_state(state: Mapping[str, Any], file: Path) -> None:
+    """As ``torch.save``, but a file that cannot be written is an OSError."""
+    with open(file, "wb") as opened:
+        torch.save(state, opened)
 
 
 def write_json(path: Path, facts: Mapping[str, Any]) -> None:

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..files.whole import exchanging, new_directory, replacing
+from ..files.whole import clear, exchanging, new_directory, replacing
 from ..layers.stack import TProductStack
 from ..matrices import Layout
 from ..operators.factors import check_floating_dtype
@@ -205,6 +205,8 @@ def _targets(names: list[str], modules: Iterable[str]) -> list[str] | str:
 def _write(path: Path, tensors: Mapping[str, Tensor], config: str) -> None:
     """Writes both files so that they are never of two adapters, whenever the process is killed."""
     path = Path(os.path.realpath(path))
+    for written in (path, path / CONFIG, path / TENSORS):  # an earlier call may have come otherwise
+        clear(written)
 
     def save(file: Path) -> None:
         save_file(dict(tensors), file, metadata={"format": "pt"})
@@ -214,8 +216,8 @@ def _write(path: Path, tensors: Mapping[str, Tensor], config: str) -> None:
             (place / CONFIG).write_text(config, encoding="utf-8")
             save(place / TENSORS)
     elif not (path / CONFIG).exists():  # without it, the directory holds no adapter
-        with replacing(path / CONFIG) as written:
-            written.write_text(config, encoding="utf-8")
+        with replacing(path / CONFIG) as config_file:
+            config_file.write_text(config, encoding="utf-8")
             with replacing(path / TENSORS) as file:
                 save(file)
     elif (path / CONFIG).read_bytes() == config.encode():

@@ -52,6 +52,12 @@ def is_temporary(name: str) -> bool:
     return _TEMPORARY.fullmatch(name) is not None
 
 
+def clear(path: Path) -> None:
+    """Removes what killed writers of a path left; for those who may find that it is written."""
+    path = Path(os.path.realpath(path))
+    _remove_dead(path.parent, _stem(path.name))
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yields a temporary path, whose file takes the place of ``path`` if the block succeeds.
@@ -99,7 +105,8 @@ def new_directory(out: Path) -> Iterator[Path]:
     out = Path(os.path.realpath(out))
     above = [parent for parent in out.parents if not parent.exists()]
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
+        if above:
+            out.parent.mkdir(parents=True, exist_ok=True)
         with _own_folder(out) as (folder, mode):
             place = folder / out.name
             place.mkdir()
@@ -283,8 +290,11 @@ def _file_at(path: Path) -> os.stat_result | None:
         kind = "a directory" if stat.S_ISDIR(found.st_mode) else "a device, a pipe or a socket"
         number = errno.EISDIR if stat.S_ISDIR(found.st_mode) else errno.EINVAL
         raise OSError(number, f"path: expected a file or a free name, got {kind}", str(path))
-    with open(path, "r+b"):  # refused where a plain open would be
-        return found
+    try:
+        with open(path, "r+b"):  # refused where a plain open would be
+            return found
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _rename(fresh: Path, path: Path) -> None:

@@ -18,7 +18,7 @@ from ..adapters.file import Contents, StoredStack
 from ..adapters.fingerprint import Fingerprint
 from ..files.origins import Origin, Origins, Read
 from ..files.shards import Shards
-from ..files.whole import new_directory
+from ..files.whole import clear, new_directory
 from ..matrices import Layout, matrix_of, shape_of
 from ..operators.factors import CURFactors
 from ..operators.functional import slice_update
@@ -129,6 +129,7 @@ def merge_directory(
         ValueError: the base is not the one that the adapter was made for.
     """
     out = Path(out)
+    clear(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"out: expected a directory that is new or empty, got {out}")
     waiting = _edits(directory, contents)

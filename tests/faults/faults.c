@@ -29,6 +29,7 @@ typedef struct {
     char path[PATH];
     char other[PATH]; /* of a renaming, or of a link */
     long bytes;
+    unsigned long inode; /* of an open file; 0 where there is none */
 } Call;
 
 typedef struct {
@@ -105,8 +106,12 @@ static void die(void)
 }
 
 /* Notes a call, and says what is to happen at it; kills before it if that is it. */
-static int what(const char *name, const char *path, const char *other, long bytes, int takes_space)
+static int what(const char *name, const char *path, const char *other, long bytes, int takes_space,
+                int file)
 {
+    struct stat about = {0};
+    if (file >= 0)
+        syscall(SYS_fstat, file, &about);
     int number = __sync_fetch_and_add(&state->count, 1);
     if (number < MOST) {
         Call *call = &state->calls[number];
@@ -114,6 +119,7 @@ static int what(const char *name, const char *path, const char *other, long byte
         snprintf(call->path, PATH, "%s", path);
         snprintf(call->other, PATH, "%s", other);
         call->bytes = bytes;
+        call->inode = about.st_ino;
     }
     int is_it = number == state->at || (state->onwards && number > state->at && takes_space);
     if (!is_it)
@@ -147,10 +153,13 @@ static void *real(const char *name)
 
 /* A call without bytes: `call` is made unless it is to fail. */
 #define PLAIN(name, is_watched, path, other, takes_space, call)                                    \
+    PLAIN_OF(-1, name, is_watched, path, other, takes_space, call)
+
+#define PLAIN_OF(file, name, is_watched, path, other, takes_space, call)                           \
     do {                                                                                           \
         if (!(is_watched))                                                                         \
             return call;                                                                           \
-        int how = what(name, path, other, 0, takes_space);                                         \
+        int how = what(name, path, other, 0, takes_space, file);                                         \
         if (how == FAIL) {                                                                         \
             errno = state->error;                                                                  \
             return -1;                                                                             \
@@ -222,7 +231,7 @@ static FILE *fopens(const char *symbol, const char *path, const char *mode)
     int is_written = strpbrk(mode, "wa+") != NULL && of_name(AT_FDCWD, path, found);
     if (!is_written)
         return call(path, mode);
-    int how = what("fopen", found, "", 0, 1);
+    int how = what("fopen", found, "", 0, 1, -1);
     if (how == FAIL) {
         errno = state->error;
         return NULL;
@@ -250,7 +259,7 @@ int close(int file)
     int is_written = flags >= 0 && (flags & O_ACCMODE) != O_RDONLY && of_file(file, found);
     if (!is_written)
         return (int)syscall(SYS_close, file);
-    int how = what("close", found, "", 0, 0);
+    int how = what("close", found, "", 0, 0, file);
     int result = (int)syscall(SYS_close, file);
     AFTER(how);
     if (how == FAIL && state->error != EINTR) {
@@ -268,7 +277,7 @@ int close(int file)
         size_t now = bytes;                                                                        \
         if (!of_file(file, found))                                                                 \
             return call;                                                                           \
-        int how = what(name, found, "", (long)(bytes), 1);                                         \
+        int how = what(name, found, "", (long)(bytes), 1, file);                                         \
         if (how == FAIL) {                                                                         \
             errno = state->error;                                                                  \
             return -1;                                                                             \
@@ -303,7 +312,7 @@ ssize_t writev(int file, const struct iovec *parts, int count)
     size_t bytes = 0;
     for (int i = 0; i < count; i++)
         bytes += parts[i].iov_len;
-    int how = what("writev", found, "", (long)bytes, 1);
+    int how = what("writev", found, "", (long)bytes, 1, file);
     if (how == FAIL) {
         errno = state->error;
         return -1;
@@ -340,7 +349,7 @@ ssize_t splice(int in, off64_t *from, int out, off64_t *to, size_t bytes, unsign
 int ftruncate(int file, off_t length)
 {
     char found[PATH];
-    PLAIN("ftruncate", of_file(file, found), found, "", 1, (int)syscall(SYS_ftruncate, file, length));
+    PLAIN_OF(file, "ftruncate", of_file(file, found), found, "", 1, (int)syscall(SYS_ftruncate, file, length));
 }
 
 int ftruncate64(int file, off64_t length)
@@ -363,7 +372,7 @@ int truncate64(const char *path, off64_t length)
 int fallocate(int file, int mode, off_t offset, off_t length)
 {
     char found[PATH];
-    PLAIN("fallocate", of_file(file, found), found, "", 1,
+    PLAIN_OF(file, "fallocate", of_file(file, found), found, "", 1,
           (int)syscall(SYS_fallocate, file, mode, offset, length));
 }
 
@@ -381,13 +390,13 @@ int posix_fallocate64(int file, off64_t offset, off64_t length)
 int fsync(int file)
 {
     char found[PATH];
-    PLAIN("fsync", of_file(file, found), found, "", 0, (int)syscall(SYS_fsync, file));
+    PLAIN_OF(file, "fsync", of_file(file, found), found, "", 0, (int)syscall(SYS_fsync, file));
 }
 
 int fdatasync(int file)
 {
     char found[PATH];
-    PLAIN("fdatasync", of_file(file, found), found, "", 0, (int)syscall(SYS_fdatasync, file));
+    PLAIN_OF(file, "fdatasync", of_file(file, found), found, "", 0, (int)syscall(SYS_fdatasync, file));
 }
 
 /* Only its making is seen: what is then written to memory is no call. No writer may use it. */
@@ -396,7 +405,7 @@ void *mmap(void *address, size_t length, int protection, int flags, int file, of
     char found[PATH];
     int is_written = (flags & (MAP_SHARED | MAP_SHARED_VALIDATE)) && (protection & PROT_WRITE);
     if (is_written && file >= 0 && of_file(file, found))
-        what("mmap", found, "", 0, 0);
+        what("mmap", found, "", 0, 0, file);
     return (void *)syscall(SYS_mmap, address, length, protection, flags, file, offset);
 }
 
@@ -512,7 +521,7 @@ int chmod(const char *path, mode_t mode)
 int fchmod(int file, mode_t mode)
 {
     char found[PATH];
-    PLAIN("fchmod", of_file(file, found), found, "", 0, (int)syscall(SYS_fchmod, file, mode));
+    PLAIN_OF(file, "fchmod", of_file(file, found), found, "", 0, (int)syscall(SYS_fchmod, file, mode));
 }
 
 int fchownat(int directory, const char *path, uid_t owner, gid_t group, int flags)

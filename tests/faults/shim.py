@@ -20,12 +20,13 @@ NOTHING, KILL_BEFORE, KILL_HALF, KILL_AFTER, FAIL, SHORT = range(6)
 
 
 class Call(NamedTuple):
-    """A call that changes files: the function, its path, another path, and bytes."""
+    """A call that changes files: the function, its path, another, bytes, and the open file."""
 
     name: str
     path: str
     other: str
     bytes: int
+    inode: int
 
 
 class _Call(ctypes.Structure):
@@ -34,6 +35,7 @@ class _Call(ctypes.Structure):
         ("path", ctypes.c_char * PATH),
         ("other", ctypes.c_char * PATH),
         ("bytes", ctypes.c_long),
+        ("inode", ctypes.c_ulong),
     )
 
 
@@ -108,6 +110,6 @@ class Shim:
         count = self._state.count
         assert count <= MOST, count
         return [
-            Call(os.fsdecode(c.name), os.fsdecode(c.path), os.fsdecode(c.other), c.bytes)
+            Call(*map(os.fsdecode, (c.name, c.path, c.other)), c.bytes, c.inode)
             for c in self._state.calls[:count]
         ]
