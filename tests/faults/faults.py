@@ -361,61 +361,85 @@ class Trials:
         return wrong
 
 
-def strace(name: str) -> list[str]:
-    """Compares the calls of a writer with those that strace sees; returns what differs."""
-    pattern = "file,write,pwrite64,writev,pwritev,pwritev2,sendfile,copy_file_range,splice,mmap"
-    pattern += ",ftruncate,fallocate,fsync,fdatasync,fchmod,fchown,msync,ioctl,sync_file_range"
+#: What strace is to look for: calls that change files, and the marks between them.
+TRACED = "access,open,openat,openat2,creat,write,pwrite64,writev,pwritev,pwritev2,sendfile,splice"
+TRACED += ",copy_file_range,truncate,ftruncate,fallocate,fsync,fdatasync,msync,mmap,rename,renameat"
+TRACED += (
+    ",renameat2,link,linkat,symlink,symlinkat,unlink,unlinkat,rmdir,mkdir,mkdirat,chmod,fchmod"
+)
+TRACED += ",fchmod,fchmodat,fchmodat2,chown,fchown,lchown,fchownat,utimensat,utime,utimes,futimesat"
+TRACED += ",setxattr,fsetxattr,lsetxattr"
+
+
+def strace(args: argparse.Namespace) -> tuple[int, list[tuple[str, str, str]]]:
+    """Compares what the shim sees with what strace sees, and fails what the shim cannot see.
+
+    That is a renaming by safetensors: it makes the call itself, without the C library.
+
+    Returns:
+        The number of writers, and what is wrong: writer, kind, words.
+    """
+    wrong = []
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder, "log")
-        command = ["strace", "-f", "-y", "-s", "0", "-o", str(log), "-e", f"trace={pattern}"]
-        command += ["-E", f"LD_PRELOAD={shims.compiled()}", sys.executable, __file__]
-        done = subprocess.run([*command, "--trace", name], capture_output=True, text=True)
-        if done.returncode != 0:
-            return [done.stderr[-2000:]]
-        told = json.loads(done.stdout.splitlines()[-1])
-        seen: collections.Counter[str] = collections.Counter()
-        lines = log.read_text().split("TRACE_BEGINS")[-1].split("TRACE_ENDS")[0].splitlines()[1:-1]
-        for line in lines:
-            kind = call_in(line, told["folder"])
-            if kind is not None:
-                seen[kind] += 1
-    ours = collections.Counter(kind_of(each) for each in told["calls"] if each != "close")
-    return [
-        f"{name}: {kind}, strace has {seen[kind]}, the shim {ours[kind]}"
-        for kind in {*seen, *ours}
-        if seen[kind] != ours[kind]
-    ]
+        told = _straced(args, ["-o", str(log)])
+        for text in log.read_text().split("TRACE_BEGINS ")[1:]:
+            name = text.split('"')[0]
+            seen: collections.Counter[str] = collections.Counter()
+            for line in text.split("TRACE_ENDS")[0].splitlines()[1:-1]:
+                kind = call_in(line, told[name]["folder"])
+                if kind is not None:
+                    seen[kind] += 1
+            calls = [each for each in told[name]["calls"] if each != "close"]
+            ours = collections.Counter(map(kind_of, calls))
+            wrong += [
+                (name, "unseen", f"{kind}: strace has {seen[kind]}, the shim {ours[kind]}")
+                for kind in {*seen, *ours} - {"renameat"}
+                if seen[kind] != ours[kind]
+            ]
+        failed = _straced(args, ["-o", "/dev/null", "-e", "inject=renameat:error=EIO"])
+        for name, one in failed.items():
+            if told[name]["error"] is not None or (one["error"] is None and not one["is_new"]):
+                wrong.append((name, "renameat", str(one)))
+            elif one["error"] is not None:
+                text = one["error"][2]
+                is_told = one["error"][1] == errno.EIO and one["folder"] in text
+                if not is_told or ".tcur-" in text or not one["is_old"]:
+                    wrong.append((name, "renameat", str(one)))
+    return len(told), wrong
+
+
+def _straced(args: argparse.Namespace, options: list[str]) -> dict[str, Any]:
+    command = ["strace", "-f", "--seccomp-bpf", "-y", "-s", "0", "-e", f"trace={TRACED}", *options]
+    command += ["-E", f"LD_PRELOAD={shims.compiled()}", sys.executable, __file__, "--trace"]
+    command += ["--only", args.only] if args.only else []
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+#: Names of calls that do the same.
+SAME = {"openat": "open", "openat2": "open", "fopen": "open", "creat": "open", "pwrite64": "pwrite"}
+SAME |= {"renameat2": "rename", "linkat": "link", "symlinkat": "symlink", "unlinkat": "unlink"}
+SAME |= {"mkdirat": "mkdir", "fchmodat": "chmod", "fchmodat2": "chmod", "fchownat": "chown"}
+SAME |= {"lchown": "chown", "utimensat": "utimens"}
 
 
 def kind_of(call: str) -> str:
     """One name for calls that do the same."""
-    for ending in ("at2", "at", "64"):
-        call = call.removesuffix(ending)
-    return {"fopen": "open", "creat": "open", "utimens": "utimens"}.get(call, call)
+    return SAME.get(call, call)
 
 
 def call_in(line: str, folder: str) -> str | None:
     """The kind of a call in a line of strace, if it changes something below the folder."""
-    text = line.split(maxsplit=1)[1]
-    call, _, rest = text.partition("(")
-    if folder not in rest or call in ("access", "stat", "lstat", "readlink", "execve", "chdir"):
-        return None
-    if call in ("newfstatat", "faccessat", "faccessat2", "readlinkat", "statx", "statfs", "getcwd"):
-        return None
-    if "getxattr" in call or "listxattr" in call or call == "inotify_add_watch":
+    call, _, rest = line.split(maxsplit=1)[1].partition("(")
+    if folder not in rest or call == "access":
         return None
     if call in ("open", "openat") and not any(w in rest for w in ("O_WRONLY", "O_RDWR", "O_CREAT")):
         return None
-    if call == "ioctl":
-        return None if "FICLONE" not in rest else "ioctl"
     if call == "mmap" and not ("MAP_SHARED" in rest and "PROT_WRITE" in rest):
         return None
-    of_file = ("write", "writev", "pwrite64", "fsync", "ftruncate", "fchmod")
-    if call in of_file and not rest.split(",")[0].split("<", 1)[-1].startswith(folder):
-        return None
-    if call == "unlinkat" and "AT_REMOVEDIR" in rest:
-        return "rmdir"
-    return kind_of(call)
+    return "rmdir" if call == "unlinkat" and "AT_REMOVEDIR" in rest else kind_of(call)
 
 
 def chosen(faults: list[Fault], is_slow: bool, args: argparse.Namespace) -> list[Fault]:
@@ -436,7 +460,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the choice in a quick run")
     parser.add_argument("--count", type=int, help="at most so many trials of each writer")
     parser.add_argument("--folder", type=Path, help="where to write; default: memory, or /tmp")
-    parser.add_argument("--trace", help="run a writer once, and print its calls")
+    parser.add_argument("--trace", action="store_true", help="run each writer once; print calls")
     args = parser.parse_args()
     reason = shims.missing()
     if reason is not None:
@@ -460,26 +484,39 @@ def main() -> int:
         (root / "kept").mkdir()
         made = writers.every(root / "kept", not args.quick)
         made = [writer for writer in made if (args.only or "") in writer.name]
-        if args.trace is not None:
-            [writer] = [writer for writer in made if writer.name == args.trace]
-            return trace(writer, shim, root)
+        if args.trace:
+            return trace(made, shim, root)
         return run(args, made, shim, root)
 
 
-def trace(writer: Any, shim: shims.Shim, root: Path) -> int:
-    """Runs a writer once between two marks; prints what the shim saw."""
-    folder = root / "traced"
-    folder.mkdir()
-    writer.before(folder)
-    writer.write(root / "kept")  # what it imports and compiles
-    shim.prepare(folder, shims.NOTHING, -1)
-    os.access("TRACE_BEGINS", os.F_OK)
-    shim.arm()
-    writer.write(folder)
-    shim.arm(False)
-    os.access("TRACE_ENDS", os.F_OK)
-    names = [call.name for call in shim.calls()]
-    print(json.dumps({"folder": str(folder), "calls": names}))
+def trace(made: list[Any], shim: shims.Shim, root: Path) -> int:
+    """Runs every writer once between two marks; prints what the shim saw, and how it ended."""
+    told = {}
+    for number, writer in enumerate(made):
+        old, folder = root / f"old{number}", root / f"traced{number}"
+        for each in (old, folder):
+            each.mkdir()
+            writer.before(each)
+        before, error = tree_of(folder), None
+        with contextlib.suppress(OSError):
+            writer.write(old)  # what it imports
+        shim.prepare(folder, shims.NOTHING, -1)
+        os.access(f"TRACE_BEGINS {writer.name}", os.F_OK)
+        shim.arm()
+        try:
+            writer.write(folder)
+        except OSError as failed:
+            error = type(failed).__name__, failed.errno, str(failed)
+        shim.arm(False)
+        os.access("TRACE_ENDS", os.F_OK)
+        told[writer.name] = {
+            "folder": str(folder),
+            "calls": [call.name for call in shim.calls()],
+            "error": error,
+            "is_old": tree_of(folder) == before,
+            "is_new": tree_of(folder) == tree_of(old),
+        }
+    print(json.dumps(told))
     return 0
 
 
@@ -518,10 +555,9 @@ def run(args: argparse.Namespace, made: list[Any], shim: shims.Shim, root: Path)
         )
     traced = 0
     if not args.quick and shutil.which("strace") is not None:
-        for writer in made:
-            for text in strace(writer.name):
-                told(writer.name, "strace", "unseen", text)
-            traced += 1
+        traced, wrong = strace(args)
+        for name, kind, text in wrong:
+            told(name, "strace", kind, text)
     every = sum((sum(tried.values()) for tried in counts.values()), 0)
     result = {
         "kind": "kills",
