@@ -145,11 +145,19 @@ def exchanging(path: Path, names: Collection[str]) -> Iterator[Path]:
         return {n for n in found if is_temporary(n) or (Path(folder) == path and n in names)}
 
     with _own_folder(path) as (folder, mode):
-        place = folder / path.name
+        place, failed = folder / path.name, []
+
+        def link(source: str, target: str) -> None:
+            try:
+                os.link(source, target, follow_symlinks=False)
+            except OSError as error:
+                failed.append(error.errno or errno.EIO)
+                raise
+
         try:
-            shutil.copytree(path, place, True, left_out, os.link)
-        except shutil.Error as error:  # a list of what could not be linked
-            raise _not_at_once(path, errno.EPERM) from error
+            shutil.copytree(path, place, True, left_out, link)
+        except shutil.Error as error:  # a list of words
+            raise _not_at_once(path, failed[0] if failed else errno.EIO) from error
         yield place
         for name in names:
             os.chmod(place / name, mode)
@@ -325,8 +333,12 @@ def _exchange(fresh: Path, path: Path) -> None:
 
 
 def _not_at_once(path: Path, number: int) -> OSError:
-    text = f"{os.strerror(number)} (expected a file system where several files can be replaced at "
-    text += "once: choose a new directory, or delete the old one first)"
+    text = os.strerror(number)
+    if number in (*_NOT_OVER, errno.EMLINK):
+        text += (
+            " (expected a file system where several files can be replaced at once: choose a new "
+        )
+        text += "directory, or delete the old one first)"
     return OSError(number, text, str(path))
 
 

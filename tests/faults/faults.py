@@ -531,6 +531,7 @@ def run(args: argparse.Namespace, made: list[Any], shim: shims.Shim, root: Path)
     counts: dict[str, collections.Counter[str]] = {}
     shown: collections.Counter[str] = collections.Counter()
     (root / "trials").mkdir()
+    right = 0
 
     def told(writer: str, what: str, kind: str, text: str) -> None:
         kinds[kind] += 1
@@ -550,7 +551,9 @@ def run(args: argparse.Namespace, made: list[Any], shim: shims.Shim, root: Path)
             tried[fault.kind] += 1
             call = trials.calls[fault.at]
             what = f"{fault.kind} at call {fault.at} ({call.name} {Path(call.path).name})"
-            for kind, text in trials.tried(fault):
+            wrong = trials.tried(fault)
+            right += not wrong
+            for kind, text in wrong:
                 told(writer.name, what, kind, text)
         print(
             f"{writer.name}: {len(trials.calls)} calls, {sum(tried.values())} trials, "
@@ -559,14 +562,14 @@ def run(args: argparse.Namespace, made: list[Any], shim: shims.Shim, root: Path)
         )
     traced = 0
     if not (args.quick or args.no_strace) and shutil.which("strace") is not None:
-        traced, wrong = strace(args)
-        for name, kind, text in wrong:
+        traced, unseen = strace(args)
+        for name, kind, text in unseen:
             told(name, "strace", kind, text)
-    every = sum((sum(tried.values()) for tried in counts.values()), 0)
+    every = sum(sum(tried.values()) for tried in counts.values())
     result = {
         "kind": "kills",
         "tried": every,
-        "right": every - sum(shown.values()),
+        "right": right,
         "refused": 0,
         "crashes": 0,
         "silent": kinds["silent"],
