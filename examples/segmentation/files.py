@@ -47,7 +47,12 @@ def plain_ends(interrupted: str) -> Iterator[None]:
 def save_state(state: Mapping[str, Any], file: Path) -> None:
     """As ``torch.save``, but a file that cannot be written is an OSError."""
     with open(file, "wb") as opened:
-        torch.save(state, opened)
+        try:
+            torch.save(state, opened)
+        except RuntimeError as error:  # of the end of the archive, which hides why it is short
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from error
+            raise
 
 
 def write_json(path: Path, facts: Mapping[str, Any]) -> None:
