@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from textwrap import fill as wrap
 
+from tcur_kernels.files.whole import replacing
+
 BEGIN, END = "<!-- begin {name} -->\n", "<!-- end {name} -->\n"
 
 
@@ -33,7 +35,8 @@ def fill(tables: Mapping[str, str], documents: Sequence[Path]) -> list[Path]:
             head, rest = texts[path].split(begin)
             texts[path] = head + begin + table + end + rest.split(end)[1]
     for path, text in texts.items():
-        path.write_text(text, encoding="utf-8")
+        with replacing(path) as fresh:
+            fresh.write_text(text, encoding="utf-8")
     return list(texts)
 
 

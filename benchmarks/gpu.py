@@ -27,6 +27,8 @@ from pathlib import Path
 
 import torch
 
+from tcur_kernels.files.whole import replacing
+
 from .commit import ROOT, commit
 from .gpu_bench import Bench, DeviceLost
 from .gpu_build import last_line
@@ -195,7 +197,8 @@ def main() -> None:
             print(f"-- {name}: {time.time() - begun:.0f} s\n", flush=True)
     rows = read(path, before)
     lines = table(rows)
-    (args.out / "table.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    with replacing(args.out / "table.txt") as fresh:
+        fresh.write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("ms (% of copy)\n" + "\n".join(shortened(lines, 50, 130)))
     failed = [show(row) for row in rows if row.is_bad]
     print(f"\n{time.time() - started:.0f} s, {len(rows)} rows, {len(failed)} failed")

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from .appending import append_lines
+
 
 class Progress:
     """Pieces of work by name, including those of earlier processes of the same section.
@@ -21,7 +23,8 @@ class Progress:
         self._open: Counter[str] = Counter()
         self._ended: set[str] = set()
         if path is not None and path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines():
+            text = path.read_text(encoding="utf-8")
+            for line in text[: text.rfind("\n") + 1].splitlines():  # of a cut line nothing is known
                 what, _, name = line.partition(" ")
                 if what == "begin":
                     self._order.append(name)
@@ -60,5 +63,4 @@ class Progress:
 
     def _write(self, line: str) -> None:
         if self._path is not None:
-            with open(self._path, "a", encoding="utf-8") as file:
-                file.write(line + "\n")
+            append_lines(self._path, line + "\n")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 from matplotlib import pyplot
 from matplotlib.figure import Figure
 
-from . import documents
+from . import appending, documents
 
 RESULTS = Path(__file__).parent / "results" / "gpu"
 PLAIN = " plain torch"
@@ -25,8 +24,7 @@ def read() -> list[Row]:
     """All rows of all devices, oldest first."""
     found: list[Row] = []
     for path in sorted(RESULTS.glob("*.csv")):
-        with open(path, newline="", encoding="utf-8") as file:
-            found += csv.DictReader(file)
+        found += appending.read(path)
     return sorted(found, key=lambda row: row["time"])
 
 

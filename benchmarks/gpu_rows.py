@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import subprocess
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime, timezone
@@ -10,6 +9,8 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
+
+from . import appending
 
 #: The note of a row begins with one of these if something went wrong.
 BAD = ("FAILED", "WRONG")
@@ -74,16 +75,14 @@ class Rows:
     def __init__(self, path: Path, common: dict[str, str | int]) -> None:
         self._path, self._common = path, common
         self._names = ["time", *common, *(field.name for field in fields(Row))]
-        if not path.exists():
-            with open(path, "w", newline="", encoding="utf-8") as file:
-                csv.DictWriter(file, self._names).writeheader()
+        appending.append(path, self._names, [], end="\r\n")
 
     def add(self, row: Row) -> None:
         """Writes and shows a row."""
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
         values = {k: f"{v:.5g}" if isinstance(v, float) else v for k, v in asdict(row).items()}
-        with open(self._path, "a", newline="", encoding="utf-8") as file:
-            csv.DictWriter(file, self._names).writerow({"time": now, **self._common, **values})
+        row_of_file = {"time": now, **self._common, **values}
+        appending.append(self._path, self._names, [row_of_file], end="\r\n")
         print(show(row), flush=True)
 
 
@@ -91,15 +90,14 @@ def read(path: Path, start: int = 0) -> list[Row]:
     """The rows of a file, beginning with number ``start``."""
     texts = {"section", "case", "contender", "backend", "note"}
     rows = []
-    with open(path, newline="", encoding="utf-8") as file:
-        for line in list(csv.DictReader(file))[start:]:
-            values = {
-                field.name: line[field.name]
-                if field.name in texts
-                else (float(line[field.name]) if line[field.name] else None)
-                for field in fields(Row)
-            }
-            rows.append(Row(**values))  # type: ignore[arg-type]
+    for line in appending.read(path)[start:]:
+        values = {
+            field.name: line[field.name]
+            if field.name in texts
+            else (float(line[field.name]) if line[field.name] else None)
+            for field in fields(Row)
+        }
+        rows.append(Row(**values))  # type: ignore[arg-type]
     return rows
 
 

@@ -10,6 +10,8 @@ import matplotlib
 from matplotlib import pyplot
 from matplotlib.figure import Figure
 
+from tcur_kernels.files.whole import replacing
+
 from . import gpu_report, gpu_sentences, rows, sentences, tried
 from .cpu_count import report as counted
 from .documents import fill
@@ -233,6 +235,7 @@ def _over(
 
 def _save(figure: Figure, name: str) -> Path:
     path = PLOTS / name
-    figure.savefig(path, dpi=100, metadata={"Software": None})  # no version: reproducible bytes
+    with replacing(path) as fresh:
+        figure.savefig(fresh, dpi=100, metadata={"Software": None})  # no version: same bytes
     pyplot.close(figure)
     return path

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -13,6 +12,8 @@ import torch
 
 import tcur_kernels as tcur
 
+from .appending import append as append_rows
+from .appending import read as read_rows
 from .commit import commit
 from .memory import Peak
 from .timing import Timing
@@ -58,18 +59,13 @@ def append(
         "case": case,
         "shape": "x".join(map(str, shape)),
     }
-    RESULTS.mkdir(exist_ok=True)
     (kind,) = {type(numbers) for numbers in measured.values()}
     path = RESULTS / f"{device_name(is_forced)}{MEMORY if kind is Peak else ''}.csv"
-    new = not path.exists()
-    with open(path, "a", newline="", encoding="utf-8") as file:
-        fields = [*common, "contender", *kind.__dataclass_fields__]
-        writer = csv.DictWriter(file, fields)
-        if new:
-            writer.writeheader()
-        for contender, result in measured.items():
-            numbers = {name: f"{value:.4g}" for name, value in asdict(result).items()}
-            writer.writerow({**common, "contender": contender, **numbers})
+    rows = []
+    for contender, result in measured.items():
+        numbers = {name: f"{value:.4g}" for name, value in asdict(result).items()}
+        rows.append({**common, "contender": contender, **numbers})
+    append_rows(path, [*common, "contender", *kind.__dataclass_fields__], rows, end="\r\n")
     return path
 
 
@@ -80,12 +76,9 @@ def read() -> list[dict[str, str]]:
     """
     found = []
     for path in sorted(RESULTS.glob("*.csv")):
-        with open(path, newline="", encoding="utf-8") as file:
-            device = path.stem.removesuffix(MEMORY)
-            reader = csv.DictReader(file)
-            if "contender" not in (reader.fieldnames or ()):
-                continue  # rows of what was counted
-            for row in reader:
+        device = path.stem.removesuffix(MEMORY)
+        for row in read_rows(path):
+            if "contender" in row:  # else of what was counted
                 value = row["peak_mb" if path.stem.endswith(MEMORY) else "median_ms"]
                 found.append({"device": device, "value": value, **row})
     return sorted(found, key=lambda row: row["time"])

@@ -23,6 +23,7 @@ from unittest import mock
 import torch
 
 import tcur_kernels as tcur
+from tcur_kernels.files.whole import replacing
 from tcur_kernels.operators.triton import launch
 
 from .gpu_clock import ROUNDS, Clock, Contender, Ready, captured, first_line
@@ -160,15 +161,13 @@ class Tuner:
 
 
 def write(rows: list[launch.Row], path: Path = TABLE) -> None:
-    """Writes a table to a temporary file, which then replaces the old table."""
-    part = path.with_suffix(".part")
-    with open(part, "w", newline="", encoding="utf-8") as file:
+    """Writes a table, which replaces the old one."""
+    with replacing(path) as fresh, open(fresh, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [f.name for f in fields(launch.Row)], lineterminator="\n")
         writer.writeheader()
         for row in rows:
             values = asdict(row)
             writer.writerow({name: "" if value == 0 else value for name, value in values.items()})
-    part.replace(path)
 
 
 def main() -> None:

@@ -12,6 +12,8 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+from tcur_kernels.files.whole import replacing
+
 PAGE = Path(__file__).with_name("api.md")
 PACKAGE = Path(__file__).parent.parent / "tcur_kernels"
 
@@ -123,4 +125,5 @@ def first_paragraph(value: Any) -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page(), encoding="utf-8")
+    with replacing(PAGE) as fresh:
+        fresh.write_text(page(), encoding="utf-8")

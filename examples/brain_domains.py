@@ -37,6 +37,8 @@ from nilearn import datasets
 from torch import Tensor
 from tqdm import tqdm
 
+from tcur_kernels.files.whole import replacing
+
 GRID = (2.0, 2.0, 4.0)  # mm, the grid on which subjects are made
 SLAB = (96, 96, 16)  # voxels that the scanner covers: 192 x 192 x 64 mm
 LOWEST = -20.0  # mm, MNI z of the first slice of the slab
@@ -190,11 +192,13 @@ def write_domain(
             file.parent.mkdir(parents=True, exist_ok=True)
             kept = np.float32 if kind == "image" else np.uint8
             voxels = volume[0].numpy().astype(kept)
-            nib.save(nib.Nifti1Image(voxels, volume.affine.numpy()), file)
+            with replacing(file) as fresh:
+                nib.save(nib.Nifti1Image(voxels, volume.affine.numpy()), fresh)
             entry[kind] = str(file.relative_to(folder))
         entries[section].append(entry)
     path = folder / "dataset.json"
-    path.write_text(json.dumps({**datalist, **entries}, indent=1))
+    with replacing(path) as fresh:
+        fresh.write_text(json.dumps({**datalist, **entries}, indent=1))
     return path
 
 

@@ -15,8 +15,6 @@ segment and write volumes as examples/predict.py does, by MONAI alone::
 from __future__ import annotations
 
 import argparse
-import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,8 +22,9 @@ import torch
 
 from segmentation.adapted import Adapted, load_adapted
 from segmentation.bundle import write_bundle
-from segmentation.files import fail, plain_ends, whole_file
+from segmentation.files import fail, plain_ends, save_state, whole_file
 from segmentation.options import add_trained
+from tcur_kernels.files.whole import new_directory
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -46,16 +45,13 @@ def run(args: argparse.Namespace) -> None:
     arguments = ", ".join(f"{k}={v!r}" for k, v in adapted.recipe.architecture.arguments().items())
     if args.checkpoint is not None:
         with whole_file(args.checkpoint) as fresh:
-            torch.save(model.state_dict(), fresh)
+            save_state(model.state_dict(), fresh)
         print(f"{args.checkpoint}: the state dict of a plain UNETR, for")
         print(f"  model = monai.networks.nets.UNETR({arguments})")
         print(f"  model.load_state_dict(torch.load({str(args.checkpoint)!r}, weights_only=True))")
     if args.bundle is not None:
-        args.bundle.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=args.bundle.parent, prefix=".writing_") as folder:
-            fresh = Path(folder, args.bundle.name)
+        with new_directory(args.bundle) as fresh:
             write_bundle(adapted.recipe, model.state_dict(), fresh)
-            shutil.move(fresh, args.bundle)
         print(f"{args.bundle}: a MONAI bundle; docs/README.md in it says how to run it")
 
 

@@ -17,7 +17,6 @@ their adapters, and in the end `Adapter.average` makes the same mean of the file
 from __future__ import annotations
 
 import argparse
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import tcur_kernels as tcur
+from tcur_kernels.files.whole import replacing
 
 CLIENTS = 2
 DIGITS = ((0, 1, 2, 3, 4), (5, 6, 7, 8, 9))
@@ -139,13 +139,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     mirrored, test = ((mirror(x), y) for x, y in (train, test))
     print(f"mirrored, before the clients learn: {accuracy(base, test):.1%}")
 
-    with tempfile.TemporaryDirectory(dir=args.output) as name:
-        folder = Path(name)
+    with replacing(args.output / "federated.safetensors") as fresh:
+        folder = fresh.parent  # for the files of the clients, too
         arguments = (base, mirrored, test, args.rounds, folder)
         torch.multiprocessing.spawn(client, arguments, nprocs=CLIENTS)
         files = {path: tcur.read_metadata(path)["samples"] for path in folder.glob("client_*")}
         tcur.Adapter.average(files, args.output / "averaged.safetensors")
-        (folder / "federated.safetensors").replace(args.output / "federated.safetensors")
 
     adapter = tcur.load_adapter(base, args.output / "federated.safetensors")
     adapter.load(args.output / "averaged.safetensors", name="averaged")

@@ -39,6 +39,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 from language_model_texts import TEXTS, Text, batches, characters, read_text, windows
 from peft_adapters import adaptable, round_trip, round_trip_note
 from plain_table import lay_out
+from tcur_kernels.files.whole import replacing
 from tcur_kernels.peft import TCURConfig
 
 #: Name -> peft config for a rank; "full" has none and trains every parameter.
@@ -89,7 +90,8 @@ def main() -> None:
         "samples": samples,
         "seconds": time.perf_counter() - started,
     }
-    (args.output / "results.json").write_text(json.dumps(summary, indent=1) + "\n")
+    with replacing(args.output / "results.json") as fresh:
+        fresh.write_text(json.dumps(summary, indent=1) + "\n")
     print(report(summary))
 
 

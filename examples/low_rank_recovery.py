@@ -20,6 +20,7 @@ from torch import Tensor
 
 import tcur_kernels as tcur
 from tcur_kernels.decompose import RULES
+from tcur_kernels.files.whole import replacing
 
 
 def brain(resolution: int) -> Tensor:
@@ -103,7 +104,8 @@ def draw(panels: dict[str, Tensor], path: Path) -> None:
         axes.imshow(tensor[len(tensor) // 2].flip(0).numpy(), cmap=colours, vmin=0, vmax=1)
         axes.set_title(title, fontsize=10)
         axes.axis("off")
-    figure.savefig(path, dpi=110)
+    with replacing(path) as fresh:
+        figure.savefig(fresh, dpi=110)
 
 
 if __name__ == "__main__":

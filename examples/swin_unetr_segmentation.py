@@ -37,7 +37,7 @@ import tcur_kernels as tcur
 from segmentation.checkpoints import SWIN_UNETR, Checkpoint, read_checkpoint
 from segmentation.datalist import read_datalist
 from segmentation.evaluation import evaluate, mean, predict
-from segmentation.files import fail, plain_ends, write_json
+from segmentation.files import fail, plain_ends, save_state, whole_file, write_json
 from segmentation.names import folded
 from segmentation.options import add_device, check_device
 from segmentation.preparation import Entry, Recipe, augmentation, load_volumes
@@ -232,7 +232,8 @@ def pretrain(args: argparse.Namespace) -> Path:
     volumes = load_volumes(recipe, entries)
     train(args, recipe, model, volumes, args.pretrain_steps, "pretraining")
     file = args.output / "pretrained.pt"
-    torch.save({"state_dict": model.cpu().state_dict()}, file)
+    with whole_file(file) as fresh:
+        save_state({"state_dict": model.cpu().state_dict()}, fresh)
     return file
 
 

@@ -40,6 +40,7 @@ from torch import Tensor, nn
 import tcur_kernels as tcur
 from plain_table import lay_out
 from progress import Whole
+from tcur_kernels.files.whole import replacing
 from two_modalities_model import HEADS, TwoEncoders
 from two_modalities_volumes import MODALITIES, SIZE, SOURCE, TARGET, Volumes, take
 
@@ -124,7 +125,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "runs": runs,
         "seconds": time.perf_counter() - started,
     }
-    (args.output / "results.json").write_text(json.dumps(summary, indent=1) + "\n")
+    with replacing(args.output / "results.json") as fresh:
+        fresh.write_text(json.dumps(summary, indent=1) + "\n")
     print(report(summary))
 
 

@@ -37,6 +37,7 @@ from transformers import ViTConfig, ViTForImageClassification
 
 from peft_adapters import adaptable, round_trip, round_trip_note
 from plain_table import lay_out
+from tcur_kernels.files.whole import replacing
 from tcur_kernels.peft import TCURConfig
 
 HEAD = ["classifier"]
@@ -100,7 +101,8 @@ def main() -> None:
         "results": results,
         "seconds": time.perf_counter() - started,
     }
-    (args.output / "results.json").write_text(json.dumps(summary, indent=1) + "\n")
+    with replacing(args.output / "results.json") as fresh:
+        fresh.write_text(json.dumps(summary, indent=1) + "\n")
     print(report(summary))
 
 

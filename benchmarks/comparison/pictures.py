@@ -15,6 +15,8 @@ from matplotlib import pyplot
 from mpl_toolkits.mplot3d.art3d import Poly3DCollection
 from torch import Tensor
 
+from tcur_kernels.files.whole import replacing
+
 from .experiment import Plan
 from .methods import METHODS, method
 from .records import Rows
@@ -44,7 +46,8 @@ def draw(plan: Plan, rows: Rows, folder: Path) -> list[Path]:
         shown = _chosen(_cases(plan, rows, name))
         for what, figure in (("slices", _slices(shown)), ("surfaces", _surfaces(shown))):
             written.append(folder / f"comparison_{name}_{what}.png")
-            figure.savefig(written[-1], dpi=90, metadata={"Software": None})
+            with replacing(written[-1]) as fresh:
+                figure.savefig(fresh, dpi=90, metadata={"Software": None})
             pyplot.close(figure)
     return written
 

@@ -10,6 +10,8 @@ import numpy as np
 from matplotlib import pyplot
 from matplotlib.text import Text
 
+from tcur_kernels.files.whole import replacing
+
 from .methods import FEW, METHODS
 from .records import Rows
 from .summary import Summary, experiments, interval, main_size, sizes, summaries
@@ -30,7 +32,8 @@ def draw(rows: Rows, data: str, folder: Path) -> list[Path]:
     for name, figure in files.items():
         if figure is not None:
             written.append(folder / f"{name}.png")
-            figure.savefig(written[-1], dpi=100, metadata={"Software": None})
+            with replacing(written[-1]) as fresh:
+                figure.savefig(fresh, dpi=100, metadata={"Software": None})
             pyplot.close(figure)
     return written
 

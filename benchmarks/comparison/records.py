@@ -6,7 +6,6 @@ import contextlib
 import csv
 import fcntl
 import io
-import os
 from collections.abc import Iterator, Mapping
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -15,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .. import appending
 from ..commit import commit
 from ..rows import RESULTS, device_name
 
@@ -103,7 +103,7 @@ def read(file: Path = FILE) -> Rows:
 def writing(file: Path) -> Iterator[Rows]:
     """The rows of a file to which this process alone may append; others are refused meanwhile.
 
-    A last line that was cut short, as by a machine that went down, is removed.
+    A last line that was cut short, as by a process that was killed, is removed, and this is said.
 
     Raises:
         RowsError: another process appends to the file, or it is not one of rows.
@@ -114,19 +114,15 @@ def writing(file: Path) -> Iterator[Rows]:
             fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise RowsError(f"{file}: expected no other run to write to it") from error
-        opened.seek(0)
-        content = opened.read()
-        whole = content.rfind(b"\n") + 1
-        if whole < len(content):
-            os.truncate(file, whole)
-        if not whole:
-            opened.write(f"{','.join(FIELDS)}\n".encode())
-            opened.flush()
+        try:
+            appending.append(file, FIELDS, [], is_locked=True)
+        except ValueError as error:
+            raise RowsError(str(error)) from error
         yield read(file)
 
 
 def append(file: Path, row: Mapping[str, Any]) -> dict[str, str]:
-    """Appends one row, in one write. Returns it as `read` would."""
+    """Appends one row, within `writing`. Returns it as `read` would."""
     numbers = {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()}
     made = {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -136,10 +132,5 @@ def append(file: Path, row: Mapping[str, Any]) -> dict[str, str]:
         "device": device_name(),
         **numbers,
     }
-    text = io.StringIO()
-    csv.DictWriter(text, FIELDS, restval="", lineterminator="\n").writerow(made)
-    with open(file, "a", encoding="utf-8", newline="") as opened:
-        opened.write(text.getvalue())
-        opened.flush()
-        os.fsync(opened.fileno())
+    appending.append(file, FIELDS, [made], is_locked=True)
     return {name: str(made.get(name, "")) for name in FIELDS}

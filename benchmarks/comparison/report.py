@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from tcur_kernels.files.whole import replacing
+
 from ..documents import fill, paragraph, table
 from . import plots, records
 from .methods import FEW, METHODS
@@ -56,7 +58,8 @@ def write(file: Path, output: Path | None) -> list[Path]:
             own = [scores(rows, data, task), by_size(rows, data, task), measures(rows, data, task)]
             parts += [f"## {task}\n", *(text for text in own if text)]
         drawn += plots.draw(rows, data, output)
-    page.write_text("\n".join(parts), encoding="utf-8")
+    with replacing(page) as fresh:
+        fresh.write_text("\n".join(parts), encoding="utf-8")
     return [page, *drawn]
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Mapping
 from datetime import datetime, timezone
 from typing import Any
 
 import torch
 
+from .. import appending
 from ..commit import commit
 from ..rows import RESULTS
 
@@ -42,21 +41,13 @@ def read() -> list[dict[str, str]]:
     """All rows, oldest first."""
     if not FILE.exists():
         return []
-    with open(FILE, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+    return appending.read(FILE)
 
 
 def append(row: Mapping[str, Any]) -> dict[str, str]:
-    """Appends one row, in one write: several processes may do so. Returns it as `read` would."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, FIELDS, lineterminator="\n")
-    if not FILE.exists():
-        FILE.parent.mkdir(parents=True, exist_ok=True)
-        writer.writeheader()
+    """Appends one row; several processes may do so. Returns it as `read` would."""
     numbers = {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()}
     when = datetime.now(timezone.utc).isoformat(timespec="seconds")
     made = {"time": when, "commit": commit(), "torch": torch.__version__, **numbers}
-    writer.writerow(made)
-    with open(FILE, "a", encoding="utf-8", newline="") as file:
-        file.write(text.getvalue())
+    appending.append(FILE, FIELDS, [made])
     return {name: str(value) for name, value in made.items()}

@@ -9,6 +9,8 @@ from statistics import mean, stdev
 import matplotlib
 from matplotlib import pyplot
 
+from tcur_kernels.files.whole import replacing
+
 from ..comparison.tasks.base import ROOT
 from ..documents import fill
 from . import records
@@ -149,6 +151,7 @@ def _plot(rows: Rows) -> Path:
         axes[0][column].legend(fontsize=7)
         axes[0][column].set_ylabel("test accuracy")
         axes[1][column].set_ylabel("test accuracy")
-    figure.savefig(PLOT, dpi=100, metadata={"Software": None})
+    with replacing(PLOT) as fresh:
+        figure.savefig(fresh, dpi=100, metadata={"Software": None})
     pyplot.close(figure)
     return PLOT

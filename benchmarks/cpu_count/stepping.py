@@ -12,6 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from tcur_kernels.files.whole import replacing
+
 from . import listing
 
 ROOT = Path(__file__).parents[2]
@@ -73,10 +75,9 @@ def helper() -> ctypes.CDLL:
     target = KEPT / f"step-{digest}.so"
     if not target.exists():
         KEPT.mkdir(parents=True, exist_ok=True)
-        part = target.with_suffix(f".{os.getpid()}")
-        command = [compiler, "-O2", "-std=c++17", "-shared", "-fPIC", str(SOURCE), "-o", str(part)]
-        subprocess.run(command, check=True)
-        part.rename(target)  # whole, or not there
+        with replacing(target) as fresh:
+            command = [compiler, "-O2", "-std=c++17", "-shared", "-fPIC", str(SOURCE)]
+            subprocess.run([*command, "-o", str(fresh)], check=True)
     return ctypes.CDLL(str(target))
 
 

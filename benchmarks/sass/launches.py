@@ -22,6 +22,8 @@ from typing import Any
 
 from torch import Tensor
 
+from tcur_kernels.files.whole import replacing
+
 from . import listing
 
 ROOT = Path(__file__).parents[2]
@@ -196,7 +198,6 @@ def compile_source(source: Path, options: Sequence[str], headers: bytes = b"") -
     target = KEPT / f"{source.stem}-{made.hexdigest()[:16]}.cubin"
     if not target.exists():
         KEPT.mkdir(parents=True, exist_ok=True)
-        part = target.with_suffix(".part")
-        package_build().run([*command, str(source), "-o", str(part)])
-        part.rename(target)  # whole, or not there
+        with replacing(target) as fresh:
+            package_build().run([*command, str(source), "-o", str(fresh)])
     return target

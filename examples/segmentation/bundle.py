@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from segmentation.files import write_json
+from segmentation.files import save_state, write_json
 from segmentation.preparation import Recipe
 
 _README = """\
@@ -30,7 +30,7 @@ def write_bundle(recipe: Recipe, state: dict[str, Tensor], folder: Path) -> None
     """Writes the bundle of a plain UNETR into a new folder."""
     for name in ("configs", "models", "docs"):
         (folder / name).mkdir(parents=True)
-    torch.save(state, folder / "models" / "model.pt")
+    save_state(state, folder / "models" / "model.pt")
     write_json(folder / "configs" / "metadata.json", _metadata(recipe))
     write_json(folder / "configs" / "inference.json", _inference(recipe))
     values = ", ".join(f"{number} ({recipe.name_of(number)})" for number in range(recipe.classes))

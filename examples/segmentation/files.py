@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
+
+import torch
+
+from tcur_kernels.files.whole import replacing
 
 
 def fail(argument: str, expected: str, came: object) -> NoReturn:
@@ -27,10 +29,8 @@ def refuse_all(argument: str, where: object, problems: Sequence[str]) -> None:
 def whole_file(path: Path) -> Iterator[Path]:
     """A temporary path of the same ending, which takes the name ``path`` once the block is done."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".writing_") as folder:
-        fresh = Path(folder, path.name)
+    with replacing(path) as fresh:
         yield fresh
-        os.replace(fresh, path)
 
 
 @contextmanager
@@ -42,6 +42,17 @@ def plain_ends(interrupted: str) -> Iterator[None]:
         raise SystemExit(interrupted) from None
     except OSError as error:
         raise SystemExit(f"files: expected to be read and written, got {error}") from error
+
+
+def save_state(state: Mapping[str, Any], file: Path) -> None:
+    """As ``torch.save``, but a file that cannot be written is an OSError."""
+    with open(file, "wb") as opened:
+        try:
+            torch.save(state, opened)
+        except RuntimeError as error:  # of the end of the archive, which hides why it is short
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from error
+            raise
 
 
 def write_json(path: Path, facts: Mapping[str, Any]) -> None:

@@ -10,7 +10,6 @@ import hashlib
 import importlib.metadata
 import json
 import os
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 
 import torch
 
+from segmentation.files import whole_file
 from segmentation.training import Report
 
 #: The libraries on which data, model and training depend.
@@ -58,7 +58,7 @@ def find(folder: Path, name: str) -> tuple[Path, Report] | None:
 def keep(
     folder: Path, name: str, pretrain: Callable[[Path], tuple[Path, Report]]
 ) -> tuple[Path, Report]:
-    """Pretrains in a temporary folder; the weights get the name that `find` uses once complete.
+    """Pretrains in a temporary folder; both files get the names that `find` uses once complete.
 
     Args:
         folder: where to keep them.
@@ -66,13 +66,10 @@ def keep(
         pretrain: gets the temporary folder; returns the file of the weights there, and the report.
     """
     weights, told = _files(folder, name)
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as temporary:
-        fresh, report = pretrain(Path(temporary))
-        text = Path(temporary, told.name)
+    with whole_file(told) as text, whole_file(weights) as fresh:
+        made, report = pretrain(fresh.parent)
+        os.replace(made, fresh)
         text.write_text(json.dumps(asdict(report)))
-        os.replace(fresh, weights)
-        os.replace(text, told)
     return weights, report
 
 

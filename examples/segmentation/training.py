@@ -22,7 +22,7 @@ from torch.utils.data import RandomSampler
 from progress import Whole
 from segmentation.checkpoints import read_checkpoint
 from segmentation.evaluation import NotFiniteError, evaluate, mean, predict
-from segmentation.files import fail, whole_file, write_json
+from segmentation.files import fail, save_state, whole_file, write_json
 from segmentation.methods import METHODS, PRETRAINING, Settings, Trainee
 from segmentation.preparation import Entry, Recipe, augmentation, load_volumes
 from segmentation.unetr import load_unetr
@@ -301,7 +301,7 @@ class Training:
             "schedule": self.schedule.state_dict(),
         }
         with whole_file(job.state) as fresh:
-            torch.save(state, fresh)
+            save_state(state, fresh)
 
     def _go_on(self) -> None:
         """Takes up a training from its last check."""

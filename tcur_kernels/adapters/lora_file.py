@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..files.whole import replacing
+from ..files.whole import clear, exchanging, new_directory, replacing
 from ..layers.stack import TProductStack
 from ..matrices import Layout
 from ..operators.factors import check_floating_dtype
@@ -147,6 +147,8 @@ def write_lora(
         TypeError, ValueError: ``rank``, ``dtype`` or ``task_type`` is wrong, or the dtype does not
             hold the numbers.
         FileExistsError: ``path`` is a file.
+        OSError: it cannot be written. The directory is as it was, except that where it holds no
+            ``adapter_config.json``, the tensors may be there without one.
     """
     path = Path(path)
     check_floating_dtype("dtype", dtype)
@@ -201,19 +203,33 @@ def _targets(names: list[str], modules: Iterable[str]) -> list[str] | str:
 
 
 def _write(path: Path, tensors: Mapping[str, Tensor], config: str) -> None:
-    """Writes both files beside their places before the first of them takes its place."""
-    made = [parent for parent in (path, *path.parents) if not parent.exists()]
-    try:
-        path.mkdir(parents=True, exist_ok=True)
+    """Writes both files so that they are never of two adapters, whenever the process is killed.
+
+    Links in the directory are replaced, not followed: nothing outside of it is written.
+    """
+    path = Path(os.path.realpath(path))
+    for written in (path, path / CONFIG, path / TENSORS):  # an earlier call may have come otherwise
+        clear(written, follows=False)
+
+    def save(file: Path) -> None:
+        save_file(dict(tensors), file, metadata={"format": "pt"})
+
+    if not path.exists() or not any(path.iterdir()):
+        with new_directory(path) as place:
+            (place / CONFIG).write_text(config, encoding="utf-8")
+            save(place / TENSORS)
+    elif not (path / CONFIG).exists():  # without it, the directory holds no adapter
         with replacing(path / CONFIG, follows=False) as config_file:
             config_file.write_text(config, encoding="utf-8")
-            with replacing(path / TENSORS, follows=False) as tensors_file:
-                save_file(dict(tensors), tensors_file, metadata={"format": "pt"})
-    except BaseException:
-        for folder in made:  # the innermost first
-            with suppress(OSError):
-                folder.rmdir()
-        raise
+            with replacing(path / TENSORS, follows=False) as file:
+                save(file)
+    elif (path / CONFIG).read_bytes() == config.encode():
+        with replacing(path / TENSORS, follows=False) as file:
+            save(file)
+    else:
+        with exchanging(path, (CONFIG, TENSORS)) as place:
+            (place / CONFIG).write_text(config, encoding="utf-8")
+            save(place / TENSORS)
 
 
 def updates_of(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 import threading
 import weakref
 from collections.abc import Mapping
@@ -12,6 +11,8 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from ..files.whole import without_name
 
 
 class Waiting(Protocol):
@@ -79,9 +80,8 @@ class InFile:
         if not Path(directory).is_dir():
             raise FileNotFoundError(f"directory: expected a directory, got none at {directory}")
         self._directory = Path(directory)
-        self._file, path = tempfile.mkstemp(dir=directory)
+        self._file = without_name(self._directory)
         weakref.finalize(self, os.close, self._file)
-        os.unlink(path)
         self._lock = threading.Lock()
         self._like = {name: (core.shape, core.dtype, core.nbytes) for name, core in like.items()}
         self._length = sum(nbytes for _, _, nbytes in self._like.values())
@@ -94,7 +94,11 @@ class InFile:
         return self._count * self._length
 
     def put(self, cores: Mapping[str, Tensor]) -> int:
-        """Writes cores to a free record, or behind the last one."""
+        """Writes cores to a free record, or behind the last one.
+
+        Raises:
+            OSError: the disk is full, or fails. Other cores are as they were.
+        """
         parts = [
             cores[name].to("cpu", dtype).contiguous().view(torch.uint8).numpy().tobytes()
             for name, (_, dtype, _) in self._like.items()
@@ -103,9 +107,11 @@ class InFile:
             number = self._free.pop() if self._free else self._count
             try:
                 _write(self._file, b"".join(parts), number * self._length)
-            except BaseException:
+            except BaseException as error:
                 if number < self._count:
                     self._free.append(number)
+                if isinstance(error, OSError):  # it knows no path
+                    raise OSError(error.errno, error.strerror, self._directory) from error
                 raise
             self._count = max(self._count, number + 1)
         return number
@@ -116,7 +122,7 @@ class InFile:
         Raises:
             OSError: the file cannot be read, or ends within the record.
         """
-        read = os.pread(self._file, self._length, number * self._length)
+        read = _read(self._file, self._length, number * self._length)
         if len(read) != self._length:
             raise OSError(
                 f"directory: expected {self._length} bytes of cores, got {len(read)} of the file "
@@ -136,6 +142,16 @@ class InFile:
 
 
 def _write(file: int, data: bytes, offset: int) -> None:
-    while data:
-        written = os.pwrite(file, data, offset)
-        data, offset = data[written:], offset + written
+    left = memoryview(data)
+    while left:
+        written = os.pwrite(file, left, offset)
+        left, offset = left[written:], offset + written
+
+
+def _read(file: int, length: int, offset: int) -> bytes:
+    """So many bytes, or fewer at the end of the file: one call reads 2 GiB at most."""
+    parts: list[bytes] = []
+    while length > 0 and (part := os.pread(file, length, offset)):
+        parts.append(part)
+        length, offset = length - len(part), offset + len(part)
+    return b"".join(parts)

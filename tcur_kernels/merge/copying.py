@@ -1,17 +1,15 @@
-"""Copies the files around the weights of a model directory into a new one, completely or not."""
+"""Copies the files around the weights of a model directory into a new one."""
 
 from __future__ import annotations
 
 import os
-import secrets
 import shutil
-import stat
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable
 from pathlib import Path
 
 from ..files.parsing import Source, parse, read_text
 from ..files.shards import read_index
+from ..files.whole import is_temporary
 
 #: Endings of weight files in formats that are not merged.
 _WEIGHTS = (
@@ -32,26 +30,6 @@ _WEIGHTS = (
 _NOT_COPIED = (".git", ".cache")
 
 
-@contextmanager
-def new_directory(out: Path) -> Iterator[Path]:
-    """Yields a directory that becomes ``out`` if the block succeeds, and is removed otherwise."""
-    parents = [parent for parent in out.parents if not parent.exists()]
-    place = out.with_name(f".{out.name}.{secrets.token_hex(4)}")
-    try:
-        place.mkdir(parents=True)
-        yield place
-        if out.exists():
-            place.chmod(stat.S_IMODE(out.stat().st_mode))
-            out.rmdir()
-        place.replace(out)
-    except BaseException:
-        shutil.rmtree(place, ignore_errors=True)
-        for parent in parents:  # the innermost first
-            with suppress(OSError):
-                parent.rmdir()
-        raise
-
-
 def copy_rest(source: Path, shards: Iterable[Path], place: Path, out: Path) -> list[str]:
     """Copies everything in a model directory but its shards; follows links.
 
@@ -59,7 +37,8 @@ def copy_rest(source: Path, shards: Iterable[Path], place: Path, out: Path) -> l
         source: the directory.
         shards: its files that hold the model.
         place: the directory to copy to.
-        out: the final path of that directory. If either is below the source, it is not copied.
+        out: the final path of that directory. If it is below the source, it is not copied; nor are
+            the temporary files of any writer.
 
     Returns:
         The relative paths that were left out: other weight files, caches, and version control.
@@ -70,7 +49,7 @@ def copy_rest(source: Path, shards: Iterable[Path], place: Path, out: Path) -> l
     shards = set(shards)
     left_out: list[str] = []
     own = _folders_of_modules(source / "modules.json")
-    apart = {os.path.realpath(path) for path in (place, out)}  # may be below the source
+    below = os.path.realpath(out)  # perhaps below the source
 
     def copy(folder: Path, above: tuple[str, ...]) -> None:
         here = os.path.realpath(source / folder)
@@ -82,7 +61,7 @@ def copy_rest(source: Path, shards: Iterable[Path], place: Path, out: Path) -> l
         (place / folder).mkdir(exist_ok=True)
         for entry in sorted((source / folder).iterdir()):
             relative = folder / entry.name
-            if entry in shards or os.path.realpath(entry) in apart:
+            if entry in shards or os.path.realpath(entry) == below or is_temporary(entry.name):
                 continue
             if entry.name in _NOT_COPIED or (
                 entry.is_file()

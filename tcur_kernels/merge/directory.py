@@ -6,7 +6,6 @@ model is never loaded as a whole. Only one shard and C and R of the stacks are i
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property, partial
 from pathlib import Path
@@ -19,11 +18,11 @@ from ..adapters.file import Contents, StoredStack
 from ..adapters.fingerprint import Fingerprint
 from ..files.origins import Origin, Origins, Read
 from ..files.shards import Shards
-from ..files.whole import replacing
+from ..files.whole import clear, new_directory
 from ..matrices import Layout, matrix_of, shape_of
 from ..operators.factors import CURFactors
 from ..operators.functional import slice_update
-from .copying import copy_rest, new_directory
+from .copying import copy_rest
 
 #: Wraps the files while they are processed, to show progress, like ``tqdm``.
 Progress = Callable[[Iterable[Path]], Iterable[Path]]
@@ -142,13 +141,15 @@ def merge_directory(
 
     Raises:
         FileExistsError: ``out`` exists and is not an empty directory.
+        OSError: it cannot be written; see `files.whole.new_directory`.
         ValueError: the base is not the one that the adapter was made for.
     """
     out = Path(out)
+    clear(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"out: expected a directory that is new or empty, got {out}")
     waiting = _edits(directory, contents)
-    with new_directory(Path(os.path.realpath(out))) as place:
+    with new_directory(out) as place:
         shards = directory.shards
         left_out = copy_rest(directory.path, shards.names, place, out)
         done: dict[str, Tensor] = {}
@@ -164,8 +165,7 @@ def merge_directory(
                 waiting.remove(edit)
             for name in own & done.keys():
                 tensors[name] = done.pop(name).contiguous()
-            with replacing(place / file.name, follows=False) as written:
-                save_file(tensors, written, metadata=shards.metadata(file))
+            save_file(tensors, place / file.name, metadata=shards.metadata(file))
     return left_out
 
 

@@ -8,7 +8,6 @@ afterwards: first alone, then beside the segmentation.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
+
+from tcur_kernels.files.whole import replacing
 
 from . import markers
 from .base import example
@@ -48,9 +49,8 @@ def pretrained_on_markers(recipe: Any, course: Course, folder: Path) -> nn.Modul
         model = recipe.architecture.build()
         _pretrain(model, course)
         folder.mkdir(parents=True, exist_ok=True)
-        fresh = file.with_suffix(f".{os.getpid()}")
-        save_file(model.state_dict(), fresh)
-        fresh.replace(file)
+        with replacing(file) as fresh:
+            save_file(model.state_dict(), fresh)
     model.load_state_dict(load_file(file))
     return model.eval()
 
