@@ -81,7 +81,7 @@ MUTANTS = {
     ),
     "an integer that overflows": (
         "memory", "core_of_packed.cpp", SUMS,
-        SUMS + "  sums[0] = 0 * (2147483647 + static_cast<int>(sizes.n3));\n",
+        SUMS + "  volatile int most = 2147483647;\n  most = most + static_cast<int>(sizes.n3);\n",
         "runtime error: signed integer overflow",
     ),
     "scratch that threads share": (
