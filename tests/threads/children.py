@@ -21,7 +21,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-sys.path.append(str(Path(__file__).parent.parent))
+sys.path += [str(Path(__file__).parent.parent), str(Path(__file__).parent.parent.parent)]
 
 import tcur_kernels as tcur
 from models import Tiny
