@@ -221,19 +221,40 @@ def test_a_base_that_changed_is_noticed_by_all_threads(mode, switching):
         assert all(isinstance(y, torch.Tensor) and torch.equal(y, wanted) for y in found), found
 
 
-def test_cores_that_come_at_the_same_time_stay_apart(switching):
+def test_no_thread_takes_a_base_for_known_while_another_looks(monkeypatch):
+    """C and R are not yet those of the new weights."""
+    model, adapter, x = adapted(nn.Sequential(*[nn.Linear(6, 6) for _ in range(3)]))
+    model(x)
+    (stack,) = adapter.stacks.values()
+    take, known = stack.base._take, []
+
+    def slow():
+        known.extend(stack.base.knows(place) for place in stack.places)
+        take()
+
+    monkeypatch.setattr(stack.base, "_take", slow)
+    with torch.no_grad():
+        for layer in model:
+            layer.base_weight.normal_()
+    model(x)
+    assert known == [False] * 3
+    assert all(stack.base.knows(place) for place in stack.places)
+
+
+def test_cores_that_come_at_the_same_time_stay_apart():
     """Two adapters were once kept under one number, and the first of them was gone."""
-    waiting = InMemory()
+    waiting, numbers = InMemory(), []
 
-    def put(thread):
-        return [
-            (waiting.put({"s": torch.tensor([100 * thread + turn])}), 100 * thread + turn)
-            for turn in range(50)
-        ]
+    class Late:
+        """A core while whose copy is made another thread puts one."""
 
-    kept = [pair for own in results_of(4, put) for pair in own]
-    assert len({number for number, _ in kept}) == len(kept)
-    assert all(waiting.get(number)["s"].item() == value for number, value in kept)
+        def to(self, *args, **kwargs):
+            with ThreadPoolExecutor(1) as pool:
+                numbers.append(pool.submit(waiting.put, {"s": torch.tensor(1)}).result())
+            return torch.tensor(0)
+
+    numbers.append(waiting.put({"s": Late()}))
+    assert [waiting.get(number)["s"].item() for number in numbers] == [1, 0]
 
 
 def test_checkpoints_of_several_threads():
