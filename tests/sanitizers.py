@@ -247,6 +247,8 @@ def drive(kind, library, *arguments):
             "PYTHONDONTWRITEBYTECODE": "1",
             "OMP_WAIT_POLICY": "PASSIVE",  # there may be more threads than cores
         }
+        if "--few" in arguments and kind == "threads":  # one report is enough, others take long
+            environment["TSAN_OPTIONS"] += " halt_on_error=1"
         preload = f"LD_PRELOAD={' '.join(preloaded)}"
         words = ["env", preload, sys.executable, str(DRIVE), kind, folder, *arguments]
         if kind == "threads":
