@@ -1,6 +1,11 @@
-"""Support for several processes: sharded weights, and which process is the first."""
+"""Support for several processes: sharded weights, which is the first, and what a fork changes."""
 
 from __future__ import annotations
+
+import os
+from functools import cache
+from typing import Protocol
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -25,3 +30,39 @@ def is_first_process() -> bool:
     return not (distributed.is_available() and distributed.is_initialized()) or (
         distributed.get_rank() == 0
     )
+
+
+class Forked(Protocol):
+    """What has locks, or something that one process alone may write."""
+
+    def was_forked(self, is_child: bool) -> None:
+        """Called after a fork, in the parent and in the child."""
+
+
+_told: WeakSet[Forked] = WeakSet()
+
+
+def tell_of_forks(owner: Forked) -> None:
+    """Has an object told of every fork of this process, for as long as it lives."""
+    _watch_forks()
+    _told.add(owner)
+
+
+@cache
+def _watch_forks() -> None:
+    if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
+        os.register_at_fork(
+            after_in_parent=lambda: _was_forked(False), after_in_child=lambda: _was_forked(True)
+        )
+
+
+def _was_forked(is_child: bool) -> None:
+    """Tells everyone; a child begins with one thread of torch.
+
+    A child has none of the threads that OpenMP keeps, yet OpenMP would wait for them forever. The
+    workers of a DataLoader begin with one thread for the same reason.
+    """
+    if is_child:
+        torch.set_num_threads(1)
+    for owner in list(_told):
+        owner.was_forked(is_child)

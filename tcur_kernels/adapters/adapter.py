@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..layers.exclusion import Gate
 from ..layers.quantised import REFUSED
 from ..layers.stack import TProductStack
 from ..layers.switching import warn_of_unused
@@ -125,29 +126,35 @@ class Adapter(Serving):
         Raises:
             ValueError: the name exists, is not an identifier, or is reserved, such as "indices".
         """
-        self._check_new("name", name)
-        for stack in self.stacks.values():
-            stack.add_core(name)
-        self._inactive[name] = self._learned()
-        self._metadata[name] = {}
-        self._order.append(name)
+        with self._gate().held():
+            self._check_new("name", name)
+            for stack in self.stacks.values():
+                stack.add_core(name)
+            self._inactive[name] = self._learned()
+            self._metadata[name] = {}
+            self._order.append(name)
 
     def activate(self, name: str) -> None:
         """Makes the model compute, train and save with that adapter. Nothing is recompiled.
 
+        All threads compute with it from their next call on.
+
         Raises:
+            RuntimeError: another thread is inside a call of the model. Nothing has changed then.
             ValueError: there is no such adapter, or the model is merged.
         """
-        self._check_known("name", name)
-        if name == self.active:
-            return
-        if self.is_merged:
-            raise ValueError("activate: expected an unmerged adapter, got one that is merged")
-        for stack in self.stacks.values():
-            stack.activate_core(name, self.active)
-        self._inactive[self.active] = self._learned()
-        self._write(self._inactive.pop(name))
-        self.active = name
+        with self._gate().held():
+            self._check_known("name", name)
+            if name == self.active:
+                return
+            if self.is_merged:
+                raise ValueError("activate: expected an unmerged adapter, got one that is merged")
+            with self._changing("activate"):
+                for stack in self.stacks.values():
+                    stack.activate_core(name, self.active)
+                self._inactive[self.active] = self._learned()
+                self._write(self._inactive.pop(name))
+                self.active = name
 
     def delete(self, name: str) -> None:
         """Drops an adapter that is not active.
@@ -155,13 +162,14 @@ class Adapter(Serving):
         Raises:
             ValueError: there is no such adapter, or it is active.
         """
-        self._check_known("name", name)
-        if name == self.active:
-            raise ValueError(f"name: expected an adapter that is not active, got {name!r}")
-        for stack in self.stacks.values():
-            stack.remove_core(name)
-        del self._inactive[name], self._metadata[name]
-        self._order.remove(name)
+        with self._gate().held():
+            self._check_known("name", name)
+            if name == self.active:
+                raise ValueError(f"name: expected an adapter that is not active, got {name!r}")
+            for stack in self.stacks.values():
+                stack.remove_core(name)
+            del self._inactive[name], self._metadata[name]
+            self._order.remove(name)
 
     def combine(self, weights: Mapping[str, float], name: str) -> None:
         """Adds an adapter whose update is a weighted sum of the updates of other adapters.
@@ -185,12 +193,13 @@ class Adapter(Serving):
                 "combine: expected adapters of cores alone, got train_also = "
                 f"{', '.join(self.train_also)}"
             )
-        self.add(name)
-        with torch.no_grad():
-            for stack in self.stacks.values():
-                total = stack.core_of(name)
-                for other, weight in weights.items():
-                    total.add_(stack.core_of(self._key(other)), alpha=float(weight))
+        with self._gate().held():
+            self.add(name)
+            with torch.no_grad():
+                for stack in self.stacks.values():
+                    total = stack.core_of(name)
+                    for other, weight in weights.items():
+                        total.add_(stack.core_of(self._key(other)), alpha=float(weight))
 
     def load(self, path: str | Path, name: str | None = None) -> None:
         """Loads the cores of a file, whatever else it trained, and its metadata into this model.
@@ -207,6 +216,8 @@ class Adapter(Serving):
             ValueError: the file is truncated or not an adapter, or is for another base or other
                 stacks; or the adapter is active while the model is merged. Nothing has changed
                 then.
+            RuntimeError: the adapter is active, and another thread is inside a call of the model.
+                Nothing has changed then.
         """
         name = self.active if name is None else name
         if name not in self._order:
@@ -216,16 +227,19 @@ class Adapter(Serving):
         contents = self._read(Path(path))
         # A file holds only the buffers that training changed; the others are those of the base.
         learned = {**self._base_buffers, **{k: v for (_, k), v in contents.learned.items()}}
-        if name not in self._order:
-            self.add(name)
-        with torch.no_grad():
-            for stored in contents.stacks:
-                self.stacks[stored.plan.name].core_of(self._key(name)).copy_(stored.core)
-        if name == self.active:
-            self._write(learned)
-        else:
-            self._inactive[name].update(learned)
-        self._metadata[name] = contents.metadata
+        with self._gate().held(), ExitStack() as change:
+            if name == self.active:
+                change.enter_context(self._changing("load"))
+            elif name not in self._order:
+                self.add(name)
+            with torch.no_grad():
+                for stored in contents.stacks:
+                    self.stacks[stored.plan.name].core_of(self._key(name)).copy_(stored.core)
+            if name == self.active:
+                self._write(learned)
+            else:
+                self._inactive[name].update(learned)
+            self._metadata[name] = contents.metadata
 
     def change_basis(self, basis: Basis) -> None:
         """Writes the cores of all adapters in another basis; the model computes the same.
@@ -251,13 +265,14 @@ class Adapter(Serving):
                     f"{name}; convert the adapter on one process"
                 )
         values = {}
-        for name, stack in self.stacks.items():
-            try:
-                values[name] = stack.converted(basis)
-            except ValueError as error:
-                raise ValueError(f"stack {name}: {error}") from error
-        for name, stack in self.stacks.items():
-            stack.adopt(basis, values[name])
+        with self._changing("change_basis"):
+            for name, stack in self.stacks.items():
+                try:
+                    values[name] = stack.converted(basis)
+                except ValueError as error:
+                    raise ValueError(f"stack {name}: {error}") from error
+            for name, stack in self.stacks.items():
+                stack.adopt(basis, values[name])
 
     # -- files
 
@@ -283,7 +298,8 @@ class Adapter(Serving):
         name = self.active if name is None else name
         self._check_known("name", name)
         warn_of_unused("save", self.unused())
-        contents = self._contents(name, factors)
+        with self._gate().held():
+            contents = self._contents(name, factors)
         sharded = any(is_sharded(parameter) for parameter in self.model.parameters())
         tensors = {key: whole(tensor) for key, tensor in contents.tensors().items()}
         if is_first_process() or not sharded:
@@ -328,9 +344,10 @@ class Adapter(Serving):
         self._check_whole("to_lora")
         name = self.active if name is None else name
         self._check_known("name", name)
-        refuse_learned([key for _, key in self._learned_beside(name)])
         warn_of_unused("to_lora", self.unused())
-        updates = updates_of(self.plan.stacks, self.stacks, self._key(name))
+        with self._gate().held():
+            refuse_learned([key for _, key in self._learned_beside(name)])
+            updates = updates_of(self.plan.stacks, self.stacks, self._key(name))
         known = getattr(getattr(self.model, "config", None), "_name_or_path", None)
         return write_lora(
             path,
@@ -431,6 +448,8 @@ class Adapter(Serving):
         Raises:
             ValueError: the model is to be merged in place and is merged already, or some of the
                 adapted layers are quantised.
+            RuntimeError: the model is to be merged in place, and another thread is inside a call of
+                it.
         """
         if inplace and self.is_merged:
             raise ValueError("merge: expected an unmerged adapter, got one that is merged already")
@@ -438,8 +457,9 @@ class Adapter(Serving):
             raise ValueError(REFUSED)
         warn_of_unused("merge", self.unused())
         if inplace:
-            for stack in self.stacks.values():
-                stack.merge()
+            with self._changing("merge"):
+                for stack in self.stacks.values():
+                    stack.merge()
             return self.model
         merged = copy.deepcopy(self.model, bias_copies(self.model))
         twins = stacks_of(merged)
@@ -459,29 +479,37 @@ class Adapter(Serving):
 
         Raises:
             ValueError: the model is not merged.
+            RuntimeError: another thread is inside a call of the model.
         """
         if not self.is_merged:
             raise ValueError("unmerge: expected a merged adapter, got one that is not merged")
-        for stack in self.stacks.values():
-            stack.unmerge()
+        with self._changing("unmerge"):
+            for stack in self.stacks.values():
+                stack.unmerge()
 
     @contextmanager
     def disable(self) -> Iterator[None]:
         """Context in which the model computes with its base weights (trained parts stay trained).
 
+        It does so in all threads.
+
         Raises:
             ValueError: the model is merged, so its weights are not those of the base.
+            RuntimeError: another thread is inside a call of the model, at the beginning of the
+                context or at its end; what that call computes is then part with, part without.
         """
         if self.is_merged:
             raise ValueError("disable: expected an unmerged adapter, got one that is merged")
-        before = {name: stack.enabled for name, stack in self.stacks.items()}
-        for stack in self.stacks.values():
-            stack.enabled = False
+        with self._changing("disable"):
+            before = {name: stack.enabled for name, stack in self.stacks.items()}
+            for stack in self.stacks.values():
+                stack.enabled = False
         try:
             yield
         finally:
-            for name, stack in self.stacks.items():
-                stack.enabled = before[name]
+            with self._changing("disable", is_undone=True):
+                for name, stack in self.stacks.items():
+                    stack.enabled = before[name]
 
     def invalidate(self) -> None:
         """Has all stacks rebuild W_eff before its next use; see `TProductStack.invalidate`."""
@@ -494,6 +522,19 @@ class Adapter(Serving):
         return f"Adapter({self.count_parameters():,} parameters{of}, {self.plan!r})"
 
     # -- inside
+
+    def _gate(self) -> Gate:
+        """What no two changes pass at the same time; all stacks share it."""
+        gate, *others = [stack.gate for stack in self.stacks.values()]
+        if any(other is not gate for other in others):  # at first, and in a copy
+            for stack in self.stacks.values():
+                stack.gate = gate
+        return gate
+
+    def _changing(self, caller: str, is_undone: bool = False) -> AbstractContextManager[None]:
+        """Context of a change to what all threads share; see `Gate.closed`."""
+        places = [place for stack in self.stacks.values() for place in stack.places]
+        return self._gate().closed(caller, self.model, places, is_undone)
 
     def _check_new(self, argument: str, name: Any) -> None:
         if not isinstance(name, str) or not name.isidentifier():
@@ -556,5 +597,6 @@ class Adapter(Serving):
         if isinstance(entry, Path):
             return read_cores(entry, self.stacks, self.plan)
         self._check_known("adapters", entry)
-        key = self._key(entry)
-        return {name: stack.core_of(key) for name, stack in self.stacks.items()}
+        with self._gate().held():
+            key = self._key(entry)
+            return {name: stack.core_of(key) for name, stack in self.stacks.items()}

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..layers.rows import Per, Repeat
 from ..layers.stack import TProductStack
 from ..operators import streams
+from ..processes import tell_of_forks
 from .batch import StackedCores, check_finite, checked_core
 from .ids import Names, distinct, ids_of
 from .waiting import InFile, InMemory, Waiting
@@ -28,8 +29,9 @@ class AdapterStore:
     each stack, so a graph that was compiled for it stays valid. If all slots are taken, the adapter
     that was used least recently leaves. One that a batch uses stays until the batch ends.
 
-    All methods may be called from several threads. A store is for serving: a graph that awaits its
-    backward is refused by torch if other cores were loaded since.
+    All methods may be called from several threads. A forked process may go on with the store as it
+    was, but add nothing to one that waits in a file. A store is for serving: a graph that awaits
+    its backward is refused by torch if other cores were loaded since.
 
     Attributes:
         slots: how many adapters can be on the device at the same time.
@@ -62,6 +64,18 @@ class AdapterStore:
         #: For each stream, the end of the latest batch on it; and the latest load.
         self._ends: dict[int, streams.Mark] = {}
         self._loaded: streams.Mark | None = None
+        tell_of_forks(self)
+
+    def was_forked(self, is_child: bool) -> None:
+        """Another thread of the parent may have held the lock; none of it is in the child."""
+        if is_child:
+            self._lock = threading.RLock()
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "AdapterStore: expected to stay in the process that made it, got a copy or a pickle of "
+            "it; copy or send the adapted model, and make a store there"
+        )
 
     # -- which adapters there are
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..layers.rows import Per, Repeat
 from ..layers.stack import TProductStack
+from ..processes import tell_of_forks
 from .batch import StackedCores, check_finite, checked_core
 from .ids import Names, distinct, ids_of
 
@@ -57,6 +58,18 @@ class Tenants:
         self._parameters: dict[str, dict[str, nn.Parameter]] = {}
         #: Tenant -> how many open batches have rows of it.
         self._users: Counter[str] = Counter()
+        tell_of_forks(self)
+
+    def was_forked(self, is_child: bool) -> None:
+        """Another thread of the parent may have held the lock; none of it is in the child."""
+        if is_child:
+            self._lock = threading.Lock()
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "Tenants: expected to stay in the process that made them, got a copy or a pickle of "
+            "them; save each tenant, or copy the adapted model and let them join there"
+        )
 
     # -- who is there
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 import weakref
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..files.whole import without_name
+from ..processes import tell_of_forks
 
 
 class Waiting(Protocol):
@@ -33,25 +35,26 @@ class Waiting(Protocol):
 
 
 class InMemory:
-    """Cores as tensors in the memory of the host."""
+    """Cores as tensors in the memory of the host; several threads may put some at the same time."""
 
     def __init__(self) -> None:
         self._kept: dict[int, dict[str, Tensor]] = {}
-        self._next = 0
+        self._numbers = itertools.count()
 
     @property
     def nbytes(self) -> int:
         """Bytes of all cores."""
-        return sum(core.nbytes for cores in self._kept.values() for core in cores.values())
+        every = list(self._kept.values())  # others may put some meanwhile
+        return sum(core.nbytes for cores in every for core in cores.values())
 
     def put(self, cores: Mapping[str, Tensor]) -> int:
         """Keeps copies of cores."""
-        self._next += 1
-        self._kept[self._next] = {
+        number = next(self._numbers)
+        self._kept[number] = {
             name: core.to("cpu", copy=True, memory_format=torch.contiguous_format)
             for name, core in cores.items()
         }
-        return self._next
+        return number
 
     def get(self, number: int) -> dict[str, Tensor]:
         """The cores of that number."""
@@ -66,7 +69,8 @@ class InFile:
     """Cores in a temporary file: records of one length, one after another.
 
     The file has no name, so nobody else can change it, and it is gone when the process ends.
-    Records of adapters that were dropped are used again.
+    Records of adapters that were dropped are used again. A forked process shares the file: it reads
+    what was there and writes nothing, and what it may read is never written again.
 
     Args:
         directory: on whose file system the file is.
@@ -87,6 +91,17 @@ class InFile:
         self._length = sum(nbytes for _, _, nbytes in self._like.values())
         self._count = 0
         self._free: list[int] = []
+        #: So many records are those of a forked process, too.
+        self._shared = 0
+        self._is_child = False
+        tell_of_forks(self)
+
+    def was_forked(self, is_child: bool) -> None:
+        """Both processes keep the records as they are."""
+        if is_child:
+            self._lock, self._is_child = threading.Lock(), True
+        self._shared = self._count
+        self._free = []
 
     @property
     def nbytes(self) -> int:
@@ -98,7 +113,13 @@ class InFile:
 
         Raises:
             OSError: the disk is full, or fails. Other cores are as they were.
+            RuntimeError: this process was forked from the one that made the file.
         """
+        if self._is_child:
+            raise RuntimeError(
+                "directory: expected the process that made the store, got one that was forked from "
+                "it, which would write into the same file; make a store in this process"
+            )
         parts = [
             cores[name].to("cpu", dtype).contiguous().view(torch.uint8).numpy().tobytes()
             for name, (_, dtype, _) in self._like.items()
@@ -138,7 +159,8 @@ class InFile:
     def drop(self, number: int) -> None:
         """Frees a record."""
         with self._lock:
-            self._free.append(number)
+            if number >= self._shared:
+                self._free.append(number)
 
 
 def _write(file: int, data: bytes, offset: int) -> None:

@@ -126,6 +126,8 @@ class Base:
     def look(self) -> None:
         """Compares the weights that may have changed; if they did, takes C and R again.
 
+        What `knows` goes by is written at the end, because other threads ask it meanwhile.
+
         Raises:
             RuntimeError: the weights changed, but not all of them are in memory; or W_eff was
                 written to.
@@ -138,7 +140,7 @@ class Base:
         # If some weights are missing, FSDP gathers them again for every layer. On an accelerator
         # each comparison would then wait for the device.
         gathered = len(here) < len(self.places)
-        doubtful = []
+        doubtful, versions = [], {}
         for place in here:
             first, version = place.slice_index, place.version
             is_new = version != self._versions.get(first)
@@ -148,19 +150,19 @@ class Base:
                 is_new and not (gathered and place.base.device.type != "cpu")
             ):
                 doubtful.append(place)
-            self._versions[first] = version
-            self._unsure.discard(first)
-        if not doubtful:
-            return
-        self.generation += 1
-        try:
-            if not self.is_own:
-                self._follow(doubtful[0])
-            elif not self._are_of(doubtful):
-                self._take()
-        except BaseException:  # refused weights must be refused again at the next look
-            self.suspect()
-            raise
+            versions[first] = version
+        if doubtful:
+            self.generation += 1
+            try:
+                if not self.is_own:
+                    self._follow(doubtful[0])
+                elif not self._are_of(doubtful):
+                    self._take()
+            except BaseException:  # refused weights must be refused again at the next look
+                self.suspect()
+                raise
+        self._versions.update(versions)
+        self._unsure.difference_update(versions)
 
     def certify(self) -> None:
         """Checks that C and R are slices of the weights, for code that relies on this.
@@ -195,10 +197,11 @@ class Base:
         that way, any single number reveals it. Only on the CPU, where no device has to be waited
         for.
         """
-        if not self._samples:
+        samples = self._samples  # another thread may replace them
+        if not samples:
             return True
         self._turn += 1
-        place, row, column, value = self._samples[self._turn % len(self._samples)]
+        place, row, column, value = samples[self._turn % len(samples)]
         if place.version != self._versions.get(place.slice_index):  # not in memory
             return True
         if place.weight[row, column].item() == value:
@@ -208,8 +211,10 @@ class Base:
 
     def _sample(self) -> None:
         """Records some numbers of every weight that are also in C."""
-        factors, self._samples = self.factors, []
+        factors = self.factors
+        samples: list[tuple[Place, int, int, float]] = []
         if not self.is_own or factors.device.type != "cpu":
+            self._samples = samples
             return
         columns = factors.slices[0]
         for turn in range(_SAMPLES):
@@ -219,7 +224,8 @@ class Base:
                 row = (turn * _STRIDE + index) % place.out_features
                 j = (turn + index) % factors.rank
                 own = columns[place.slice_index + row // factors.n1, row % factors.n1, j]
-                self._samples.append((place, row, self.columns[j], own.item()))
+                samples.append((place, row, self.columns[j], own.item()))
+        self._samples = samples
 
     def _are_of(self, places: Sequence[Place]) -> bool:
         """Whether the slices of C and R that belong to these places agree with their weights."""

@@ -56,6 +56,8 @@ class _AdaptedConvolution(_AdaptedLinear):
         stack = place.stack
         if place.backup is not None and stack.is_unsettled:
             stack.settle()  # a checkpoint brought another base, or another core
+        if stack.enabled and place.backup is not None:
+            stack.refuse_rows_of_merged()
         if not stack.enabled or place.backup is not None:
             return self._convolved(input, place.stored, *args, **kwargs)
         if place.base.is_meta:  # only shapes matter, and they are the same for all cores

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..processes import tell_of_forks
+from .exclusion import Gate
+from .rows import rows_of
 from .switching import LateGradient
 
 
@@ -19,6 +23,7 @@ class Cores(nn.Module):
 
     Attributes:
         activations: how often another core became the active one.
+        gate: closed while another thread changes what all threads share.
     """
 
     _holder: nn.Module
@@ -28,6 +33,35 @@ class Cores(nn.Module):
         object.__setattr__(self, "_holder", self)
         self._key = "core"
         self.activations = 0
+        self.renew_locks()
+
+    def refuse_rows_of_merged(self) -> None:
+        """Must be called where a layer computes with merged weights, which all rows share.
+
+        Raises:
+            ValueError: the call is in a batch, which was opened before the model was merged.
+        """
+        if rows_of(self) is not None:
+            raise ValueError(
+                "batch: expected an unmerged adapter until its end, got one that was merged "
+                "meanwhile, in this thread or another"
+            )
+
+    def renew_locks(self) -> None:
+        """Starts with locks that nobody holds."""
+        self._lock = threading.RLock()
+        self.gate = Gate()
+        tell_of_forks(self)
+
+    def was_forked(self, is_child: bool) -> None:
+        """Another thread of the parent may have held the lock; none of it is in the child."""
+        if is_child:
+            self._lock = threading.RLock()
+
+    def let_changes_end(self) -> None:
+        """Waits while another thread changes what all threads share; called by every layer."""
+        if not torch.compiler.is_compiling() and self.gate.is_closed:
+            self.gate.wait()
 
     @property
     def core(self) -> nn.Parameter:

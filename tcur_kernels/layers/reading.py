@@ -36,6 +36,10 @@ def read_weight(
     the class of the tensor that is computed late.
     """
     kind = EffectiveWeight if kind is None else kind
+    for place in places:
+        place.stack.let_changes_end()
+        if place.backup is not None and place.stack.enabled:
+            place.stack.refuse_rows_of_merged()
     active = [place for place in places if place.stack.enabled and place.backup is None]
     if not active or is_sharded(stored):  # FSDP2 looks at its shards between passes
         return stored

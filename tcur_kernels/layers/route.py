@@ -7,7 +7,6 @@ calls the operators, which a compiler can see.
 
 from __future__ import annotations
 
-import threading
 from typing import NamedTuple
 
 import torch
@@ -101,7 +100,7 @@ class Routed(Cores):
     def _reset(self) -> None:
         """Starts with empty caches for the present factors."""
         watch()
-        self._lock = threading.RLock()
+        self.renew_locks()
         self._kept = Kept()
         #: Maps (first slice, precision, dtype) of a layer to what its calls have in common.
         self._calls: dict[tuple[int, str, torch.dtype], Call] = {}
@@ -124,6 +123,7 @@ class Routed(Cores):
         return self._forward(x, x, bias, place)
 
     def _forward(self, x: Tensor, source: Tensor, bias: Tensor | None, place: Place) -> Tensor:
+        self.let_changes_end()
         traced, weight = is_traced(), place.weight
         if weight.requires_grad and not traced:
             place.freeze()
@@ -163,6 +163,7 @@ class Routed(Cores):
 
     def _merged_weight(self, place: Place) -> Tensor:
         """W_eff, which is stored in the layer itself while merged."""
+        self.refuse_rows_of_merged()
         if self.is_unsettled:  # a checkpoint brought another base, or another core
             self.settle()
         return matrix_of(place.stored, place.layout)
@@ -232,13 +233,8 @@ class Routed(Cores):
             group: whose C and R to use; by default those of the stack.
         """
         assert given.weight is not None
-        x, weight, bias, core, adapter_ids = (
-            given.x,
-            given.weight.to(given.dtype),
-            given.bias,
-            given.core,
-            given.adapter_ids,
-        )
+        x, weight, bias = given.x, given.weight.to(given.dtype), given.bias
+        core, adapter_ids = given.core, given.adapter_ids
         factors = self.base.factors if group is None else group.factors
         if x.is_meta and weight.is_meta:  # only shapes matter; C and R may be on another device
             factors, core = factors.to("meta"), core.to("meta")
@@ -424,6 +420,7 @@ class Routed(Cores):
 
     def kept_value(self, place: Place, tokens: int) -> Tensor | None:
         """The numbers of W_eff of one place if so many tokens should use it; else None."""
+        self.let_changes_end()
         weight, core = place.weight, self.core
         with self._lock, torch.no_grad():
             self._look()
@@ -434,6 +431,7 @@ class Routed(Cores):
 
     def update(self, place: Place) -> Tensor:
         """The update of one place, ``[out, in]``, in at least fp32; differentiable."""
+        self.let_changes_end()
         factors = self.factors
         if self.core.requires_grad and not is_traced():
             refuse_lost_gradients()
@@ -452,6 +450,7 @@ class Routed(Cores):
 
         It goes through the factors, in the dtype of ``x``, and is differentiable.
         """
+        self.let_changes_end()
         factors, dtype = self.factors, x.dtype
         if self.core.requires_grad:
             refuse_lost_gradients()

@@ -26,6 +26,9 @@ from .quantised_route import QuantisedRoute
 from .rows import Per, Repeat, Rows, check_per, check_repeat, using_rows
 from .weights import Place
 
+#: What a copy of a stack has anew.
+_REBUILT = {"_lock", "gate", "_kept", "_projected", "_gradient_sum", "_calls", "_forward_core"}
+
 
 class TProductStack(QuantisedRoute):
     """All slices of one shape; owns the trained core, the frozen factors and W_eff.
@@ -303,8 +306,7 @@ class TProductStack(QuantisedRoute):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy or pickle of the stack omits W_eff and other caches; they are rebuilt on demand.
-        kept = ("_lock", "_kept", "_projected", "_gradient_sum", "_calls", "_forward_core")
-        return {key: value for key, value in self.__dict__.items() if key not in kept}
+        return {key: value for key, value in self.__dict__.items() if key not in _REBUILT}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

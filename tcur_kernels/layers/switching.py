@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 import weakref
 from collections.abc import Sequence
@@ -47,10 +48,14 @@ class ForwardCore:
 
     Activation checkpointing runs a layer a second time, within the backward. It compares shapes and
     not values, so it would not notice another adapter. The gradient would mix the two adapters.
+
+    Threads may train in batches of their own, so each has a forward of its own to compare with. A
+    backward in a thread without a forward, as autograd has them for a GPU, goes by the latest one.
     """
 
     def __init__(self) -> None:
         self._latest: tuple[int, int] | None = None
+        self._own = threading.local()
 
     def check(self, core: tuple[int, int], sums: LatestSum) -> None:
         """Must be called in every forward of a trained stack; ``core`` identifies its core.
@@ -62,11 +67,11 @@ class ForwardCore:
             RuntimeError: this is a second forward, possibly with another core than the first.
         """
         if torch._C._current_graph_task_id() == -1:
-            self._latest = core
-        elif torch.is_grad_enabled() and (
-            self._latest not in (None, core) or sums.is_former_pending()
-        ):
-            refuse_other_core()
+            self._latest = self._own.latest = core
+        elif torch.is_grad_enabled():
+            latest = getattr(self._own, "latest", self._latest)
+            if latest not in (None, core) or sums.is_former_pending():
+                refuse_other_core()
 
 
 def refuse_other_core() -> NoReturn:

@@ -1,0 +1,138 @@
+"""Changes to what all threads share: never while another thread is inside the model.
+
+A model computes layer by layer. If another adapter became active meanwhile, some layers would have
+used the one and some the other. So a change is refused while another thread is inside a call of the
+model, and a call that begins meanwhile waits at its first adapted layer until the change is done.
+
+Calls leave no trace of their own: whether a thread is inside one is read off its stack of Python
+frames, when somebody wants to change something. So a call costs nothing more.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+
+from torch import nn
+
+from ..processes import tell_of_forks
+from .weights import Place
+
+#: What runs a module, and has it as ``self``.
+_CALLS = (nn.Module._call_impl.__code__, nn.Module._wrapped_call_impl.__code__)
+
+
+class Gate:
+    """Lets one thread change what all threads share; those stacks that change together share it.
+
+    Attributes:
+        is_closed: whether a change is under way.
+    """
+
+    def __init__(self) -> None:
+        self.is_closed = False
+        self._lock = threading.RLock()
+        self._owner = 0
+        self._is_broken = False
+        tell_of_forks(self)
+
+    def was_forked(self, is_child: bool) -> None:
+        """In a child nobody ends a change that another thread had begun."""
+        if is_child:
+            self._is_broken = self.is_closed and self._owner != threading.get_ident()
+            self._lock = threading.RLock()
+
+    def wait(self) -> None:
+        """Waits until a change is done, unless it is this thread's own.
+
+        Raises:
+            RuntimeError: the process was forked meanwhile, so that nobody will.
+        """
+        with self._lock:
+            self._check_whole()
+
+    def _check_whole(self) -> None:
+        if self._is_broken:
+            raise RuntimeError(
+                "fork: expected a model that no other thread changes, got one in the middle of a "
+                "change of its adapter, of which this process has a part; fork before, or spawn"
+            )
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Context in which no other thread changes anything; layers go on."""
+        with self._lock:
+            yield
+
+    @contextmanager
+    def closed(
+        self, caller: str, model: nn.Module, places: Sequence[Place], is_undone: bool = False
+    ) -> Iterator[None]:
+        """Context of a change, during which layers of other threads wait.
+
+        Args:
+            caller: what messages call the change.
+            model: whose calls are looked for.
+            places: the weights that are adapted.
+            is_undone: whether this is the end of a change. It is then made in any case, and the
+                error comes after that.
+
+        Raises:
+            RuntimeError: another thread is inside a call of a module that has adapted layers.
+                Nothing has changed then.
+        """
+        with self._lock:
+            self._check_whole()
+            before, self._owner = self.is_closed, threading.get_ident()
+            self.is_closed = True
+            refused = None
+            try:
+                try:
+                    refuse_others_inside(caller, model, places)
+                except RuntimeError as error:
+                    if not is_undone:
+                        raise
+                    refused = error
+                yield
+            finally:
+                self.is_closed = before
+        if refused is not None:
+            raise refused
+
+
+def refuse_others_inside(caller: str, model: nn.Module, places: Sequence[Place]) -> None:
+    """Refuses to go on while another thread is inside a call of a module with adapted layers.
+
+    Raises:
+        RuntimeError: one is; the message names the thread and the module.
+    """
+    here = threading.get_ident()
+    others = {ident: frame for ident, frame in sys._current_frames().items() if ident != here}
+    if not others:
+        return
+    adapted = {id(place.module) for place in places}
+    around: dict[int, str] = {}
+    names = dict(model.named_modules())
+    for name, module in names.items():
+        if id(module) in adapted:
+            parts = name.split(".") if name else []
+            for end in range(len(parts) + 1):
+                part = ".".join(parts[:end])
+                around[id(names[part])] = part
+    threads = {thread.ident: thread.name for thread in threading.enumerate()}
+    for ident, top in others.items():
+        frame: FrameType | None = top
+        while frame is not None:
+            if frame.f_code in _CALLS:
+                module = frame.f_locals.get("self")
+                name = around.get(id(getattr(module, "_orig_mod", module)))
+                if name is not None:
+                    raise RuntimeError(
+                        f"{caller}: expected no other thread inside the model, got thread "
+                        f"{threads.get(ident, ident)!r} in {name or 'it'}; wait until its call has "
+                        "ended, or give rows adapters by batch, which belongs to a thread"
+                    )
+            frame = frame.f_back

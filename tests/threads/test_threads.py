@@ -1,0 +1,281 @@
+"""Several threads on one adapted model: right, or refused, and never half of the one and half of
+the other.
+"""
+
+import asyncio
+import contextvars
+import gc
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from torch import nn
+
+import tcur_kernels as tcur
+import threads as program
+from models import Checkpointed, Tiny
+from tcur_kernels.adapters.waiting import InMemory
+from tolerance import same_mathematics
+
+
+@pytest.fixture
+def switching():
+    """Python switches threads every microsecond."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+def adapted(model=None, **kwargs):
+    model = Tiny(blocks=2).eval() if model is None else model
+    adapter = tcur.adapt(model, rank=2, **kwargs)
+    adapter.add("b")
+    with torch.no_grad():
+        for name in adapter.names:
+            for core in adapter._cores(name).values():
+                core.normal_(std=0.5)
+    return model, adapter, torch.randn(2, 7, 6)
+
+
+def results_of(number, run):
+    """What ``run`` returns, or raises, in so many threads that begin together."""
+    start = threading.Barrier(number)
+
+    def one(index):
+        start.wait()
+        try:
+            return run(index)
+        except Exception as error:
+            return error
+
+    with ThreadPoolExecutor(number) as pool:
+        return list(pool.map(one, range(number)))
+
+
+@pytest.mark.filterwarnings("ignore:state_dict. the model is merged")
+@pytest.mark.parametrize("seed", [0, 1, 2, 14])
+def test_scripts_of_operations(seed):
+    """Served, trained, stored, switched, loaded, saved and merged at the same time."""
+    counts, wrong = program.one_round(seed, operations=12)
+    assert not wrong, wrong[0]
+    assert counts["right"] + counts["refused"] == counts["tried"]
+    assert counts["right"] > counts["tried"] / 2
+
+
+class Meeting(nn.Module):
+    """Two adapted layers, between which a call waits for another thread."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.inside, self.go_on = threading.Event(), threading.Event()
+
+    def forward(self, x):
+        x = self.first(x)
+        self.inside.set()
+        assert self.go_on.wait(60)
+        return self.second(x)
+
+
+CHANGES = {
+    "activate": lambda adapter, path: adapter.activate("b"),
+    "load": lambda adapter, path: adapter.load(path),
+    "merge": lambda adapter, path: adapter.merge(),
+    "change_basis": lambda adapter, path: adapter.change_basis("slices"),
+    "disable": lambda adapter, path: adapter.disable().__enter__(),
+}
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("change", CHANGES)
+def test_no_change_while_another_thread_is_inside(change, compiled, tmp_path):
+    model, adapter, x = adapted(Meeting())
+    model.go_on.set()
+    with torch.no_grad():
+        wanted = model(x)
+    adapter.save(tmp_path / "b", "b")
+    model.inside.clear()
+    model.go_on.clear()
+    called = model
+    if compiled:
+        if change != "activate":
+            pytest.skip("the same look at the frames")
+        torch._dynamo.reset()
+        called = torch.compile(model, backend="eager")
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(torch.no_grad()(called), x)
+        assert model.inside.wait(60)
+        try:
+            with pytest.raises(RuntimeError, match=f"{change}: expected no other thread inside"):
+                CHANGES[change](adapter, tmp_path / "b")
+        finally:
+            model.go_on.set()
+        y = other.result()
+    assert same_mathematics(y, wanted)
+    with torch.no_grad():
+        assert torch.equal(model(x), wanted)  # nothing has changed
+    CHANGES[change](adapter, tmp_path / "b")  # and now it may
+    torch._dynamo.reset()
+
+
+def test_a_call_that_begins_during_a_change_waits_for_it(monkeypatch):
+    model, adapter, x = adapted()
+    with torch.no_grad():
+        adapter.activate("b")
+        wanted = model(x)
+        adapter.activate("default")
+    half, write = threading.Event(), adapter._write
+    others = []
+
+    def slow(learned):
+        """The cores of all stacks are exchanged; what else is trained is not yet."""
+        others.append(pool.submit(torch.no_grad()(model), x))
+        assert not half.wait(0.2)
+        assert not others[0].done()
+        write(learned)
+
+    monkeypatch.setattr(adapter, "_write", slow)
+    with ThreadPoolExecutor(1) as pool:
+        adapter.activate("b")
+        assert torch.equal(others[0].result(60), wanted)
+
+
+def test_a_batch_that_ends_up_in_a_merged_model_is_refused():
+    model, adapter, x = adapted()
+    cores = adapter.stack_cores(["default", "b"])
+    with adapter.batch(cores, torch.tensor([0, 1])):
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(adapter.merge).result()
+        with pytest.raises(ValueError, match="batch: expected an unmerged adapter until its end"):
+            model(x)
+    adapter.unmerge()
+
+
+def test_contexts_that_are_carried_to_another_thread():
+    """asyncio.to_thread carries a batch, which eager code sees and a compiler does not."""
+    torch._dynamo.reset()
+    model, adapter, x = adapted()
+    cores, ids = adapter.stack_cores(["default", "b"]), torch.tensor([1, 0])
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        own = compiled(x)
+        with adapter.batch(cores, ids):
+            wanted = model(x)
+
+    async def main():
+        with adapter.batch(cores, ids):
+            return [await asyncio.to_thread(torch.no_grad()(m), x) for m in (model, compiled)]
+
+    for y in asyncio.run(main()):
+        assert same_mathematics(y, wanted)
+        assert not same_mathematics(y, own)
+    with torch.no_grad():
+        assert same_mathematics(compiled(x), own)
+    torch._dynamo.reset()
+
+
+def test_what_was_started_in_a_batch_does_not_outlive_it():
+    model, adapter, x = adapted()
+    cores, ids = adapter.stack_cores(["default", "b"]), torch.tensor([1, 0])
+    with adapter.batch(cores, ids):
+        context = contextvars.copy_context()
+        assert context.run(model, x).shape == (2, 5)
+    with pytest.raises(RuntimeError, match="batch: expected one that is open, got one that ended"):
+        context.run(model, x)
+    assert model(x).shape == (2, 5)
+
+
+def test_a_batch_that_another_thread_closes_is_closed_for_eager_code():
+    model, adapter, x = adapted()
+    with torch.no_grad():
+        own = model(x)
+    batch = adapter.batch(adapter.stack_cores(["b"]), torch.tensor([0, 0]))
+
+    def inside():
+        batch.__enter__()
+        with ThreadPoolExecutor(1) as pool, pytest.raises(ValueError, match="different Context"):
+            pool.submit(batch.__exit__, None, None, None).result()
+        with torch.no_grad():
+            return model(x)
+
+    assert torch.equal(contextvars.copy_context().run(inside), own)
+
+
+@pytest.mark.parametrize("mode", ["materialized", "factored"])
+def test_a_base_that_changed_is_noticed_by_all_threads(mode, switching):
+    """The first that sees it takes C and R again; the others wait for that."""
+    for seed in range(3):
+        torch.manual_seed(seed)
+        model, _, x = adapted(nn.Sequential(*[nn.Linear(6, 6) for _ in range(6)]), mode=mode)
+        model(x)
+        other = [torch.randn(6, 6) for _ in model]
+        with torch.no_grad():
+            for layer, weight in zip(model, other, strict=True):
+                layer.base_weight.copy_(weight)
+        found = results_of(4, lambda _, m=model, x=x: torch.no_grad()(m)(x))
+        with torch.no_grad():
+            wanted = model(x)
+        assert all(isinstance(y, torch.Tensor) and torch.equal(y, wanted) for y in found), found
+
+
+def test_no_thread_takes_a_base_for_known_while_another_looks(monkeypatch):
+    """C and R are not yet those of the new weights. (The first layer compares a number, too.)"""
+    model, adapter, x = adapted(nn.Sequential(*[nn.Linear(6, 6) for _ in range(3)]))
+    model(x)
+    (stack,) = adapter.stacks.values()
+    take, known = stack.base._take, []
+
+    def slow():
+        known.extend(stack.base.knows(place) for place in stack.places[1:])
+        take()
+
+    monkeypatch.setattr(stack.base, "_take", slow)
+    with torch.no_grad():
+        for layer in model:
+            layer.base_weight.normal_()
+    model(x)
+    assert known == [False] * 2
+    assert all(stack.base.knows(place) for place in stack.places)
+
+
+def test_cores_that_come_at_the_same_time_stay_apart():
+    """Two adapters were once kept under one number, and the first of them was gone."""
+    waiting, numbers = InMemory(), []
+
+    class Late:
+        """A core while whose copy is made another thread puts one."""
+
+        def to(self, *args, **kwargs):
+            with ThreadPoolExecutor(1) as pool:
+                numbers.append(pool.submit(waiting.put, {"s": torch.tensor(1)}).result())
+            return torch.tensor(0)
+
+    numbers.append(waiting.put({"s": Late()}))
+    assert [waiting.get(number)["s"].item() for number in numbers] == [1, 0]
+
+
+def test_checkpoints_of_several_threads():
+    """Each thread trains in a batch of its own; the other's must not be taken for its forward."""
+    model, adapter, x = adapted()
+    model = Checkpointed(model, use_reentrant=False)
+    values = adapter.stack_cores(["default", "b"])
+
+    def gradients(first):
+        own = {name: core.clone().requires_grad_() for name, core in values.items()}
+        with adapter.batch(tcur.StackedCores(own), torch.tensor([first, 1 - first])):
+            y = model(x)
+            if meeting is not None:
+                meeting.wait(60)  # both have run forward
+            y.sum().backward()
+        return {name: core.grad for name, core in own.items()}
+
+    meeting = None
+    wanted = [gradients(0), gradients(1)]
+    meeting = threading.Barrier(2)
+    for found, own in zip(results_of(2, gradients), wanted, strict=True):
+        assert not isinstance(found, Exception), found
+        assert all(torch.equal(found[name], own[name]) for name in own)
+    gc.collect()
