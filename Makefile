@@ -89,7 +89,7 @@ clean:
 $(VENV)/.torch: constraints.txt
 	@echo "Set-up, 1 of 2: torch."
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) install -q -c constraints.txt torch numpy setuptools pybind11 ninja safetensors
+	$(PIP) install -q -c constraints.txt torch numpy setuptools ninja safetensors
 	touch $@
 
 $(VENV)/.demo: $(VENV)/.torch pyproject.toml setup.py constraints.txt

@@ -2,6 +2,8 @@
 
 import functools
 import os
+import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -9,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # one binary for torch 2.10 and later
 CPU, CUDA = "tcur_kernels._cpu", "tcur_kernels._cuda"
@@ -22,10 +25,9 @@ def cpu_extension():
     # Imported here: the sdist and the metadata do not need torch.
     from torch.utils.cpp_extension import CppExtension
 
-    compiler = os.environ.get("CXX", "c++").split()[0]
-    if shutil.which(compiler) is None:
+    if shutil.which(compiler()) is None:
         raise SystemExit(
-            f"tcur_kernels: no C++ compiler: '{compiler}' is not on the PATH; "
+            f"tcur_kernels: no C++ compiler: '{compiler()}' is not on the PATH; "
             "install g++ or clang (C++17), or name one by CXX."
         )
     folders = ["csrc/cpu", *(f"csrc/cpu/{name}" for name in instruction_sets())]
@@ -46,9 +48,31 @@ def cpu_extension():
     )
 
 
+def compiler():
+    """The C++ compiler: that of CXX, or the system's."""
+    return os.environ.get("CXX", "c++").split()[0]
+
+
+def target_machine():
+    """The architecture that is compiled for, as "x86_64": by a cross compiler, not this one."""
+    if shutil.which(compiler()) is None:
+        return platform.machine()
+    command = [compiler(), "-dumpmachine"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    return result.stdout.split("-")[0].strip() or platform.machine()
+
+
 def instruction_sets():
-    """Names of those that the CPU kernels are compiled for: all, or what TCUR_ISA asks for."""
-    every = sorted(path.parent.name for path in Path("csrc/cpu").glob("*/isa.h"))
+    """Names of those that the CPU kernels are compiled for: all, or what TCUR_ISA asks for.
+
+    All are those of the architecture that is compiled for. An isa.h that is for one asks for it.
+    """
+    machine = target_machine()
+    every = []
+    for path in sorted(Path("csrc/cpu").glob("*/isa.h")):
+        machines = re.findall(r"defined\(__(\w+)__\)", path.read_text(encoding="utf-8"))
+        if not machines or machine in machines:
+            every.append(path.parent.name)
     wanted = os.environ.get("TCUR_ISA", "").split() or every
     if not set(wanted) <= set(every):
         raise SystemExit(f"tcur_kernels: TCUR_ISA: expected some of {every}, got {wanted}.")
@@ -195,6 +219,14 @@ def build_ext(has_all=False):
     return Build.with_options(use_ninja=True)
 
 
+class Wheel(bdist_wheel):
+    """A wheel for one system and every Python: neither library has any of Python in it."""
+
+    def get_tag(self):
+        _, _, system = super().get_tag()
+        return "py3", "none", system
+
+
 def cpu_folder():
     """Where the objects of the CPU library for this Python and this torch are kept."""
     import torch
@@ -259,4 +291,6 @@ def extensions():
 
 if __name__ == "__main__":
     found, has_all = extensions()
-    setup(ext_modules=found, cmdclass={"build_ext": build_ext(has_all=has_all)})
+    setup(
+        ext_modules=found, cmdclass={"build_ext": build_ext(has_all=has_all), "bdist_wheel": Wheel}
+    )
