@@ -22,7 +22,7 @@ export GOMP_SPINCOUNT ?= 1000
 # Python compiles what it imports, so pip need not compile all that it installs.
 export PIP_NO_COMPILE ?= 1
 
-.PHONY: demo build quick test test-families families-table test-cpus test-versions test-matrix test-peft lint format clean FORCE
+.PHONY: demo build quick test test-families families-table test-cpus test-versions test-matrix test-peft wheel wheel-aarch64 lint format clean FORCE
 
 demo: $(VENV)/.built_demo
 	@echo "The demo starts."
@@ -69,6 +69,17 @@ test-matrix: $(VENV)/.built_tests $(VENV)/.oldest_triton
 # peft's own tests with tCUR, from the checkout that PEFT names; the table of docs/peft.md.
 test-peft: $(VENV)/.peft_own
 	$(VENV)/peft_own/bin/python tests/peft_own.py $(PEFT)
+
+# The wheel and the sdist of a release, in dist: built, audited, and tried in bare environments of each
+# of PYTHONS. With nvcc it takes minutes for the kernels for GPUs, which CUDA=0 leaves out.
+CUDA ?= 1
+PYTHONS ?= $(BIN)/python
+wheel: $(VENV)/.wheel_tools
+	$(BIN)/python tests/make_wheel.py --tools $(VENV)/wheel_tools --cuda $(CUDA) --pythons $(PYTHONS)
+
+# The same for aarch64, by a cross compiler and an emulator.
+wheel-aarch64: $(VENV)/.wheel_tools
+	$(BIN)/python tests/wheel_aarch64.py $(VENV)/wheel_tools
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
@@ -139,6 +150,11 @@ $(VENV)/.peft_own: tests/peft_own.txt $(VENV)/.tests
 	$(BIN)/python -c "import site; print(*site.getsitepackages())" > \
 		$$($(VENV)/peft_own/bin/python -c "import site; print(site.getsitepackages()[0])")/tests.pth
 	$(VENV)/peft_own/bin/python -m pip --disable-pip-version-check install -q -r $<
+	touch $@
+
+$(VENV)/.wheel_tools: tests/make_wheel.txt $(VENV)/.torch
+	rm -rf $(VENV)/wheel_tools
+	$(PIP) install -q --no-deps --target $(VENV)/wheel_tools -r $<
 	touch $@
 
 $(VENV)/.lint: $(VENV)/.torch

@@ -231,7 +231,9 @@ def cpu_folder():
     """Where the objects of the CPU library for this Python and this torch are kept."""
     import torch
 
-    return Path("build", "cpu", f"{sys.implementation.cache_tag}-torch-{torch.__version__}")
+    name = f"{sys.implementation.cache_tag}-torch-{torch.__version__}"
+    machine = target_machine()
+    return Path("build", "cpu", name if machine == platform.machine() else f"{name}-{machine}")
 
 
 def cuda_object(source):

@@ -1,7 +1,8 @@
 """What an installed package must do, without pytest, a checkout or a compiler: `make wheel`.
 
-``python smoke.py`` runs wherever `tcur_kernels` is installed, with ``tolerance.py`` beside it. It
-checks every operator by every instruction set that runs here against float64, then adapts, trains,
+``python smoke.py`` runs wherever `tcur_kernels` is installed, with ``tolerance.py`` beside it.
+``python smoke.py PYTHON…`` says how to start another Python, where its own path does not. It checks
+every operator by every instruction set that runs here against float64. Then it adapts, trains,
 saves, loads and merges a small model, and uses the command line. The last line is what was checked,
 as JSON; a check that fails ends it with a traceback.
 """
@@ -103,7 +104,14 @@ def model():
 
 def command(*arguments, status=0):
     """What ``python -m tcur_kernels`` says; it must end so, without a traceback or a warning."""
-    line = [sys.executable, "-W", "error", "-m", "tcur_kernels", *map(str, arguments)]
+    line = [
+        *(sys.argv[1:] or [sys.executable]),
+        "-W",
+        "error",
+        "-m",
+        "tcur_kernels",
+        *map(str, arguments),
+    ]
     done = subprocess.run(line, capture_output=True, text=True, check=False)
     assert done.returncode == status, done.stdout + done.stderr
     assert "Traceback" not in done.stderr, done.stderr

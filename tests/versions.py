@@ -31,7 +31,7 @@ DOCUMENT = ROOT / "docs" / "design.md"
 BEGIN, END = "<!-- begin versions -->\n", "<!-- end versions -->\n"
 #: What torch 2.15 says of itself in `opcheck`.
 IGNORED = "ignore:The .grad attribute of a Tensor:UserWarning:torch._subclasses.meta_utils"
-PACKAGES = ("pybind11", "ninja", "safetensors", "tqdm", "filelock", "hypothesis", "matplotlib")
+PACKAGES = ("ninja", "safetensors", "tqdm", "filelock", "hypothesis", "matplotlib")
 PACKAGES += ("peft", "pytest", "pytest-xdist", "setuptools>=77")
 #: Tests of a binary under a release, and those of a release.
 OPERATORS = ("functional", "isa", "token_cores", "device", "cuda", "reference")
