@@ -109,7 +109,7 @@ def make_wheel(sdist, folder, has_cuda):
 def names_of(wheel):
     """Names of the files in a wheel."""
     with zipfile.ZipFile(wheel) as archive:
-        return set(archive.namelist())
+        return {name for name in archive.namelist() if not name.endswith("/")}
 
 
 def audit(wheel, folder, tools):
