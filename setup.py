@@ -16,6 +16,8 @@ from setuptools.command.bdist_wheel import bdist_wheel
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # one binary for torch 2.10 and later
 CPU, CUDA = "tcur_kernels._cpu", "tcur_kernels._cuda"
 CUDA_FOLDER = Path("build", "cuda")
+#: Keeps both libraries loadable with an older glibc.
+GLIBC = "csrc/common/glibc.cpp"
 #: What every release holds; PTX is compiled by the driver of later GPUs.
 ALL_ARCHITECTURES = "8.0;9.0;10.0+PTX"
 
@@ -33,7 +35,8 @@ def cpu_extension():
     folders = ["csrc/cpu", *(f"csrc/cpu/{name}" for name in instruction_sets())]
     return CppExtension(
         CPU,
-        sources=[str(path) for folder in folders for path in sorted(Path(folder).glob("*.cpp"))],
+        sources=[GLIBC]
+        + [str(path) for folder in folders for path in sorted(Path(folder).glob("*.cpp"))],
         depends=headers("common", "cpu"),
         extra_compile_args=[
             "-O3",
@@ -214,9 +217,51 @@ def build_ext(has_all=False):
             # "as needed": libtorch.so brings the CUDA part of torch where there is one.
             link = [nvcc, "-shared", "-cudart=static", "-Xlinker=-z,lazy,--no-as-needed"]
             link += [f"-L{path}" for path in library_paths()]
-            run([*link, *map(str, objects), "-ltorch", "-ltorch_cpu", "-lc10", "-o", str(library)])
+            kept = CUDA_FOLDER / "glibc.o"
+            run([nvcc, "-Xcompiler=-fPIC", "-c", GLIBC, "-o", str(kept)])
+            link += [*map(str, objects), str(kept)]
+            torch_libraries = ["-ltorch", "-ltorch_cpu", "-lc10", "-o", str(library)]
+            run([*link, *torch_libraries])
+            stubs = older_glibc(library)
+            if stubs:
+                run([*link, f"-Xlinker={','.join(stubs)}", *torch_libraries])
 
     return Build.with_options(use_ninja=True)
+
+
+def older_glibc(library):
+    """Libraries to link with before glibc, so that the library loads with glibc before 2.34, too.
+
+    That version took the functions of libpthread, libdl and librt into libc under new versions of
+    their symbols, and the static runtime of CUDA calls them. The old versions are in every glibc.
+    These are empty libraries with the old names and versions; nothing of them is in the result.
+    """
+    if shutil.which("objdump") is None or target_machine() != "x86_64":
+        return []
+    listed = run(["objdump", "-T", str(library)])
+    functions = sorted(set(re.findall(r"\(GLIBC_2\.34\) +(\S+)", listed)))
+    homes = {"libdl.so.2": "dl", "librt.so.1": "shm_", "libpthread.so.0": ""}
+    # Apart, because nvcc's own programs look for libraries in the folder that they run in.
+    folder, found = CUDA_FOLDER / "glibc", []
+    folder.mkdir(exist_ok=True)
+    for home, start in homes.items():
+        own = [name for name in functions if name.startswith(start)]
+        functions = [name for name in functions if name not in own]
+        if not own:
+            continue
+        old = [f"{name};" for name in own if name != "dlmopen"]
+        versions = f"GLIBC_2.2.5 {{ global: {' '.join(old)} local: *; }};\n"
+        if "dlmopen" in own:
+            versions += "GLIBC_2.3.4 { global: dlmopen; } GLIBC_2.2.5;\n"
+        source, script, target = folder / f"{home}.cpp", folder / f"{home}.map", folder / home
+        bodies = [f'extern "C" void {name}() {{}}\n' for name in own]
+        source.write_text("".join(bodies))
+        script.write_text(versions)
+        options = ["-shared", "-fPIC", "-nostdlib", "-fno-builtin", f"-Wl,-soname,{home}"]
+        options += [f"-Wl,--version-script={script}", str(source), "-o", str(target)]
+        run([compiler(), *options])
+        found.append(str(target))
+    return found
 
 
 class Wheel(bdist_wheel):
