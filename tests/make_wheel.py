@@ -112,13 +112,15 @@ def names_of(wheel):
         return {name for name in archive.namelist() if not name.endswith("/")}
 
 
-def audit(wheel, folder, tools):
-    """The wheel with the tag that auditwheel grants; the program ends if it grants another."""
-    system = f"{TAG}_{wheel.stem.split('-')[-1].removeprefix('linux_')}"
+def audit(wheel, folder, tools, system=f"{TAG}_x86_64"):
+    """The wheel with the tag that auditwheel grants; the program ends if it does not grant it.
+
+    ``system`` is "auto" for another architecture than this: the oldest that auditwheel grants.
+    """
     excluded = [part for name in EXCLUDED for part in ("--exclude", name)]
     command = [sys.executable, "-m", "auditwheel", "repair", "--plat", system, "--only-plat"]
     run([*command, *excluded, "--wheel-dir", folder, wheel], env=with_tools(tools))
-    (found,) = folder.glob(f"*-py3-none-{system}.whl")
+    (found,) = folder.glob(f"*-py3-none-{'manylinux*' if system == 'auto' else system}.whl")
     added = names_of(found) - names_of(wheel)
     if any(".dist-info/" not in name for name in added):  # it may add a list of components there
         raise SystemExit(f"{found.name}: auditwheel has packed into it {sorted(added)}")

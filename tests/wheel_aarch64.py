@@ -111,7 +111,7 @@ def main():
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         (folder / "audited").mkdir()
-        wheel = audit(make_wheel(site, folder), folder / "audited", tools)
+        wheel = audit(make_wheel(site, folder), folder / "audited", tools, "auto")
         say(f"{wheel.name}: compiled, and granted by auditwheel")
         (ROOT / "dist").mkdir(exist_ok=True)
         kept = Path(shutil.copy(wheel, ROOT / "dist"))
