@@ -23,7 +23,7 @@ export GOMP_SPINCOUNT ?= 1000
 export PIP_NO_COMPILE ?= 1
 
 .PHONY: demo build quick test test-families families-table test-cpus test-versions test-builds \
-	test-matrix nightly test-peft release-check lint format clean FORCE
+	test-matrix nightly test-peft wheel wheel-aarch64 release-check lint format clean FORCE
 
 demo: $(VENV)/.built_demo
 	@echo "The demo starts."
@@ -85,6 +85,17 @@ nightly: $(VENV)/.built_tests $(VENV)/.oldest_peft $(VENV)/.oldest_triton $(VENV
 test-peft: $(VENV)/.peft_own
 	$(VENV)/peft_own/bin/python tests/peft_own.py $(PEFT)
 
+# The wheel and the sdist of a release, in dist: built, audited, and tried in bare environments of each
+# of PYTHONS. With nvcc it takes minutes for the kernels for GPUs, which CUDA=0 leaves out.
+CUDA ?= 1
+PYTHONS ?= $(BIN)/python
+wheel: $(VENV)/.wheel_tools
+	$(BIN)/python tests/make_wheel.py --tools $(VENV)/wheel_tools --cuda $(CUDA) --pythons $(PYTHONS)
+
+# The same for aarch64, by a cross compiler and an emulator.
+wheel-aarch64: $(VENV)/.wheel_tools
+	$(BIN)/python tests/wheel_aarch64.py $(VENV)/wheel_tools
+
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -104,7 +115,7 @@ clean:
 $(VENV)/.torch: constraints.txt
 	@echo "Set-up, 1 of 2: torch."
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) install -q -c constraints.txt torch numpy setuptools pybind11 ninja safetensors
+	$(PIP) install -q -c constraints.txt torch numpy setuptools ninja safetensors
 	touch $@
 
 $(VENV)/.demo: $(VENV)/.torch pyproject.toml setup.py constraints.txt
@@ -164,6 +175,11 @@ $(VENV)/.peft_own: tests/peft_own.txt $(VENV)/.tests
 	$(BIN)/python -c "import site; print(*site.getsitepackages())" > \
 		$$($(VENV)/peft_own/bin/python -c "import site; print(site.getsitepackages()[0])")/tests.pth
 	$(VENV)/peft_own/bin/python -m pip --disable-pip-version-check install -q -r $<
+	touch $@
+
+$(VENV)/.wheel_tools: tests/make_wheel.txt $(VENV)/.torch
+	rm -rf $(VENV)/wheel_tools
+	$(PIP) install -q --no-deps --target $(VENV)/wheel_tools -r $<
 	touch $@
 
 $(VENV)/.lint: $(VENV)/.torch

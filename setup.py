@@ -2,6 +2,8 @@
 
 import functools
 import os
+import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -9,10 +11,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # one binary for torch 2.10 and later
 CPU, CUDA = "tcur_kernels._cpu", "tcur_kernels._cuda"
 CUDA_FOLDER = Path("build", "cuda")
+#: Keeps both libraries loadable with an older glibc.
+GLIBC = "csrc/common/glibc.cpp"
 #: What every release holds; PTX is compiled by the driver of later GPUs.
 ALL_ARCHITECTURES = "8.0;9.0;10.0+PTX"
 
@@ -22,16 +27,16 @@ def cpu_extension():
     # Imported here: the sdist and the metadata do not need torch.
     from torch.utils.cpp_extension import CppExtension
 
-    compiler = os.environ.get("CXX", "c++").split()[0]
-    if shutil.which(compiler) is None:
+    if shutil.which(compiler()) is None:
         raise SystemExit(
-            f"tcur_kernels: no C++ compiler: '{compiler}' is not on the PATH; "
+            f"tcur_kernels: no C++ compiler: '{compiler()}' is not on the PATH; "
             "install g++ or clang (C++17), or name one by CXX."
         )
     folders = ["csrc/cpu", *(f"csrc/cpu/{name}" for name in instruction_sets())]
     return CppExtension(
         CPU,
-        sources=[str(path) for folder in folders for path in sorted(Path(folder).glob("*.cpp"))],
+        sources=[GLIBC]
+        + [str(path) for folder in folders for path in sorted(Path(folder).glob("*.cpp"))],
         depends=headers("common", "cpu"),
         extra_compile_args=[
             "-O3",
@@ -46,9 +51,31 @@ def cpu_extension():
     )
 
 
+def compiler():
+    """The C++ compiler: that of CXX, or the system's."""
+    return os.environ.get("CXX", "c++").split()[0]
+
+
+def target_machine():
+    """The architecture that is compiled for, as "x86_64": by a cross compiler, not this one."""
+    if shutil.which(compiler()) is None:
+        return platform.machine()
+    command = [compiler(), "-dumpmachine"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    return result.stdout.split("-")[0].strip() or platform.machine()
+
+
 def instruction_sets():
-    """Names of those that the CPU kernels are compiled for: all, or what TCUR_ISA asks for."""
-    every = sorted(path.parent.name for path in Path("csrc/cpu").glob("*/isa.h"))
+    """Names of those that the CPU kernels are compiled for: all, or what TCUR_ISA asks for.
+
+    All are those of the architecture that is compiled for. An isa.h that is for one asks for it.
+    """
+    machine = target_machine()
+    every = []
+    for path in sorted(Path("csrc/cpu").glob("*/isa.h")):
+        machines = re.findall(r"defined\(__(\w+)__\)", path.read_text(encoding="utf-8"))
+        if not machines or machine in machines:
+            every.append(path.parent.name)
     wanted = os.environ.get("TCUR_ISA", "").split() or every
     if not set(wanted) <= set(every):
         raise SystemExit(f"tcur_kernels: TCUR_ISA: expected some of {every}, got {wanted}.")
@@ -190,16 +217,68 @@ def build_ext(has_all=False):
             # "as needed": libtorch.so brings the CUDA part of torch where there is one.
             link = [nvcc, "-shared", "-cudart=static", "-Xlinker=-z,lazy,--no-as-needed"]
             link += [f"-L{path}" for path in library_paths()]
-            run([*link, *map(str, objects), "-ltorch", "-ltorch_cpu", "-lc10", "-o", str(library)])
+            kept = CUDA_FOLDER / "glibc.o"
+            run([nvcc, "-Xcompiler=-fPIC", "-c", GLIBC, "-o", str(kept)])
+            link += [*map(str, objects), str(kept)]
+            torch_libraries = ["-ltorch", "-ltorch_cpu", "-lc10", "-o", str(library)]
+            run([*link, *torch_libraries])
+            stubs = older_glibc(library)
+            if stubs:
+                run([*link, f"-Xlinker={','.join(stubs)}", *torch_libraries])
 
     return Build.with_options(use_ninja=True)
+
+
+def older_glibc(library):
+    """Libraries to link with before glibc, so that the library loads with glibc before 2.34, too.
+
+    That version took the functions of libpthread, libdl and librt into libc under new versions of
+    their symbols, and the static runtime of CUDA calls them. The old versions are in every glibc.
+    These are empty libraries with the old names and versions; nothing of them is in the result.
+    """
+    if shutil.which("objdump") is None or target_machine() != "x86_64":
+        return []
+    listed = run(["objdump", "-T", str(library)])
+    functions = sorted(set(re.findall(r"\(GLIBC_2\.34\) +(\S+)", listed)))
+    homes = {"libdl.so.2": "dl", "librt.so.1": "shm_", "libpthread.so.0": ""}
+    # Apart, because nvcc's own programs look for libraries in the folder that they run in.
+    folder, found = CUDA_FOLDER / "glibc", []
+    folder.mkdir(exist_ok=True)
+    for home, start in homes.items():
+        own = [name for name in functions if name.startswith(start)]
+        functions = [name for name in functions if name not in own]
+        if not own:
+            continue
+        old = [f"{name};" for name in own if name != "dlmopen"]
+        versions = f"GLIBC_2.2.5 {{ global: {' '.join(old)} local: *; }};\n"
+        if "dlmopen" in own:
+            versions += "GLIBC_2.3.4 { global: dlmopen; } GLIBC_2.2.5;\n"
+        source, script, target = folder / f"{home}.cpp", folder / f"{home}.map", folder / home
+        bodies = [f'extern "C" void {name}() {{}}\n' for name in own]
+        source.write_text("".join(bodies))
+        script.write_text(versions)
+        options = ["-shared", "-fPIC", "-nostdlib", "-fno-builtin", f"-Wl,-soname,{home}"]
+        options += [f"-Wl,--version-script={script}", str(source), "-o", str(target)]
+        run([compiler(), *options])
+        found.append(str(target))
+    return found
+
+
+class Wheel(bdist_wheel):
+    """A wheel for one system and every Python: neither library has any of Python in it."""
+
+    def get_tag(self):
+        _, _, system = super().get_tag()
+        return "py3", "none", system
 
 
 def cpu_folder():
     """Where the objects of the CPU library for this Python and this torch are kept."""
     import torch
 
-    return Path("build", "cpu", f"{sys.implementation.cache_tag}-torch-{torch.__version__}")
+    name = f"{sys.implementation.cache_tag}-torch-{torch.__version__}"
+    machine = target_machine()
+    return Path("build", "cpu", name if machine == platform.machine() else f"{name}-{machine}")
 
 
 def cuda_object(source):
@@ -259,4 +338,6 @@ def extensions():
 
 if __name__ == "__main__":
     found, has_all = extensions()
-    setup(ext_modules=found, cmdclass={"build_ext": build_ext(has_all=has_all)})
+    setup(
+        ext_modules=found, cmdclass={"build_ext": build_ext(has_all=has_all), "bdist_wheel": Wheel}
+    )

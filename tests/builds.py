@@ -30,7 +30,7 @@ TRITON = {"2.10.0": "3.6.0", "2.11.0": "3.6.0", "2.13.0": "3.9.0", "2.15.0": "3.
 #: numpy whose scalars the interpreter of a Triton knows.
 NUMPY = {"3.6.0": "numpy<2.4"}
 DOCUMENT = ROOT / "docs" / "design.md"
-PACKAGES = ("pybind11", "ninja", "safetensors", "tqdm", "filelock", "hypothesis", "matplotlib")
+PACKAGES = ("ninja", "safetensors", "tqdm", "filelock", "hypothesis", "matplotlib")
 PACKAGES += ("peft", "pytest", "pytest-xdist", "setuptools>=77")
 #: Tests of a binary under a release, and those of a release.
 OPERATORS = ("functional", "isa", "token_cores", "device", "cuda", "reference")

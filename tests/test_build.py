@@ -91,6 +91,19 @@ def test_instruction_sets_are_all_or_those_that_are_asked_for(setup, monkeypatch
         setup.instruction_sets()
 
 
+def test_instruction_sets_are_those_of_the_target(setup, monkeypatch, tmp_path):
+    """Of a cross compiler that is not this machine."""
+    monkeypatch.delenv("TCUR_ISA", raising=False)
+    program(tmp_path / "bin" / "cross", "echo aarch64-linux-gnu")
+    monkeypatch.setenv("CXX", "cross -pipe")
+    assert setup.target_machine() == "aarch64"
+    assert setup.instruction_sets() == ["baseline"]
+    assert setup.cpu_folder().name.endswith("-aarch64") == (platform.machine() != "aarch64")
+    monkeypatch.setenv("TCUR_ISA", "avx2")
+    with pytest.raises(SystemExit, match=r"TCUR_ISA: expected some of \['baseline'\], got .*avx2"):
+        setup.instruction_sets()
+
+
 def test_a_library_that_is_asked_for_is_built_alone(setup, monkeypatch):
     made = {"cpu_extension": "cpu", "cuda_extension": None}
     for name, extension in made.items():
@@ -162,6 +175,10 @@ def test_a_library_of_an_earlier_build_does_not_stay(monkeypatch, tmp_path, has_
     library = tmp_path / "tcur_kernels" / "_cuda.torch.so"
     library.parent.mkdir()
     library.write_text("of other sources")
+    # From before the libraries had their names, when they belonged to one Python.
+    earlier = [library.with_name(name) for name in ("_cpu.cpython-311-any.so", "_cuda.so")]
+    for path in earlier:
+        path.write_text("which nothing loads")
     (tmp_path / "other.cpp").write_text("#include <Python.h>\nPyMODINIT_FUNC PyInit_other();")
     setuptools.setup(
         packages=[],
@@ -170,6 +187,7 @@ def test_a_library_of_an_earlier_build_does_not_stay(monkeypatch, tmp_path, has_
         script_args=["-q", "build_ext", "--build-lib", str(tmp_path / "out")],
     )
     assert library.exists() != has_all
+    assert not any(path.exists() for path in earlier)
 
 
 def test_other_processors_get_plain_cpp(tmp_path):

@@ -5,5 +5,7 @@
 // refuse to load with an earlier one. This definition stays within the library. It says that there
 // may be several threads, so counts are always atomic; torch has threads anyway.
 #if defined(__linux__)
-extern "C" __attribute__((visibility("hidden"))) char __libc_single_threaded = 0;
+extern "C" {
+__attribute__((visibility("hidden"))) char __libc_single_threaded = 0;
+}
 #endif
