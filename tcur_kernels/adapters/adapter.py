@@ -32,7 +32,7 @@ from .quantised import bias_copies, forget_quantiser, put_plain_layers
 from .record import StackRecord
 from .serving import Serving
 from .streaming import on_meta
-from .train_also import trained_names
+from .train_also import check_learned, trained_names
 from .within import read_cores
 
 
@@ -575,19 +575,8 @@ class Adapter(Serving):
                     f"path: expected an adapter of this base, got one of other weights in stack "
                     f"{stored.plan.name} at {path}"
                 )
-        state = self._state()
-        trained = set(trained_names(self.model, self.train_also))
-        came = {name for kind, name in contents.learned if kind == "trained"}
-        if came != trained:
-            raise ValueError(
-                f"path: expected {', '.join(sorted(trained)) or 'nothing'} beside the cores, got "
-                f"{', '.join(sorted(came)) or 'nothing'} at {path}"
-            )
-        for (_, name), tensor in contents.learned.items():
-            if name not in state or state[name].shape != tensor.shape:
-                got = list(tensor.shape)
-                own = list(state[name].shape) if name in state else "none"
-                raise ValueError(f"path: expected {name} of shape {own}, got {got} at {path}")
+        trained = trained_names(self.model, self.train_also)
+        check_learned(self._state(), trained, contents.learned, path)
         return contents
 
     def _cores(self, entry: str | Path | Mapping[str, Tensor]) -> Mapping[str, Tensor]:

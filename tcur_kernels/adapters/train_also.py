@@ -1,11 +1,12 @@
-"""Finds the parameters that are trained beside the cores, by whole names."""
+"""The parameters that are trained beside the cores, found by whole names."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
+from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
 from .holding import PREFIXES
 
@@ -42,6 +43,36 @@ def matches_any(model: nn.Module, pattern: str) -> bool:
         return bool(trained_names(model, [pattern]))
     except ValueError:
         return False
+
+
+def check_learned(
+    state: Mapping[str, Tensor],
+    trained: Sequence[str],
+    learned: Mapping[tuple[str, str], Tensor],
+    path: Path,
+) -> None:
+    """Checks that what a file has beside the cores is what the model trains beside them.
+
+    Args:
+        state: the model's parameters that are trained beside the cores, and its buffers.
+        trained: the names of those parameters.
+        learned: what the file has, see `file.Contents`.
+        path: of the file.
+
+    Raises:
+        ValueError: names or shapes differ.
+    """
+    came = {name for kind, name in learned if kind == "trained"}
+    if came != set(trained):
+        raise ValueError(
+            f"path: expected {', '.join(sorted(trained)) or 'nothing'} beside the cores, got "
+            f"{', '.join(sorted(came)) or 'nothing'} at {path}"
+        )
+    for (_, name), tensor in learned.items():
+        if name not in state or state[name].shape != tensor.shape:
+            got = list(tensor.shape)
+            own = list(state[name].shape) if name in state else "none"
+            raise ValueError(f"path: expected {name} of shape {own}, got {got} at {path}")
 
 
 def _matches_whole(parameter: str, pattern: str) -> bool:
