@@ -28,7 +28,7 @@ HOMES = {
     "the header of safetensors": (r"__metadata__", "files/tensor_file.py"),
     "JSON of others": (r"json\.loads\(", "files/parsing.py"),
     "renamings of transformers": (r"conversion_mapping", "files/origins.py"),
-    "files that replace others": (r"os\.replace\(", "files/whole.py"),
+    "files that replace others": (r"os\.(replace|rename)\(", "files/whole.py"),
     "rows of a batch": (r"class Rows\b", "layers/rows.py"),
     "cores of many adapters": (r"class StackedCores\b", "adapters/batch.py"),
     "what ids may be": (r"def check_ids\(", "adapters/ids.py"),

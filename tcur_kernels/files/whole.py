@@ -90,7 +90,7 @@ def replacing(path: Path, follows: bool = True) -> Iterator[Path]:
             is refused, because to delete the old one first would leave a moment without either.
     """
     path = _resolved(path, follows)
-    standing = None if path.is_symlink() else _file_at(path)
+    standing = None if path.is_symlink() and not follows else _file_at(path)
     with _own_folder(path) as (folder, mode):
         fresh = folder / path.name
         yield fresh
