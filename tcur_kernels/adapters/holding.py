@@ -186,6 +186,7 @@ class Caretaker:
         Raises:
             ValueError: it has such cores; nothing of this model is loaded then.
         """
+        self._let_changes_end()
         start = prefix if self.is_direct else f"{prefix}{CHILD}."
         for name, stack in self.stacks.items():
             for basis in BASES:
@@ -206,8 +207,14 @@ class Caretaker:
                 stack.base.suspect()
             stack.settle()
 
+    def _let_changes_end(self) -> None:
+        """Waits while another thread changes the adapter, so that no checkpoint has half of it."""
+        for stack in self.stacks.values():
+            stack.let_changes_end()
+
     def saving(self, model: nn.Module, prefix: str, keep_vars: bool) -> None:
         """Before a state dict is made: warns, once for each merge, that it is that of the base."""
+        self._let_changes_end()
         merges = sum(stack.merges for stack in self.stacks.values())
         if merges > self._merges_told and any(stack.is_merged for stack in self.stacks.values()):
             self._merges_told = merges

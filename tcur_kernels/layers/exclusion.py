@@ -21,8 +21,16 @@ from torch import nn
 from ..processes import tell_of_forks
 from .weights import Place
 
-#: What runs a module, and has it as ``self``.
-_CALLS = (nn.Module._call_impl.__code__, nn.Module._wrapped_call_impl.__code__)
+#: What runs a module, or goes through its parts for a checkpoint, and has it as ``self``.
+_CALLS = tuple(
+    function.__code__
+    for function in (
+        nn.Module._call_impl,
+        nn.Module._wrapped_call_impl,
+        nn.Module.state_dict,
+        nn.Module.load_state_dict,
+    )
+)
 
 
 class Gate:

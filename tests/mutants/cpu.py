@@ -195,7 +195,7 @@ TRANSFORMS = rows(
     ("A in the other direction", "      «-rows.a_step»,\n", "rows.a_step"),
     (
         "sign of the quarter",
-        "odd[i][v] = «(first + i) % 2 == 0» ? turned : Vec<T>(-turned);\n    }\n  }\n  const T* cos",
+        "[v] = «(first + i) % 2 == 0» ? turned : Vec<T>(-turned);\n    }\n  }\n  const T* cos",
         "true",
     ),
     ("cosines of the first lines", "level.cos.data() + «first» * level.size;", "0"),
@@ -220,7 +220,7 @@ TRANSFORMS = rows(
     ("single: no signs", "part += «level.is_even() && k % 2 != 0» ? Vec<T>(-a) : a;", "false"),
     (
         "long: sign of the quarter",
-        "odd[i][v] = «(first + i) % 2 == 0» ? turned : Vec<T>(-turned);\n    }\n  }\n  for (int i",
+        "[v] = «(first + i) % 2 == 0» ? turned : Vec<T>(-turned);\n    }\n  }\n  for (int i",
         "true",
     ),
     (

@@ -7,7 +7,7 @@ import contextvars
 import gc
 import sys
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import pytest
 import torch
@@ -87,6 +87,47 @@ CHANGES = {
     "change_basis": lambda adapter, path: adapter.change_basis("slices"),
     "disable": lambda adapter, path: adapter.disable().__enter__(),
 }
+
+
+@pytest.mark.parametrize("way", ["saved", "loaded"])
+def test_no_change_while_another_thread_goes_through_the_state(way):
+    model, adapter, _ = adapted(Meeting())
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    def meet(*args):
+        model.inside.set()
+        assert model.go_on.wait(60)
+
+    if way == "saved":
+        model.second.register_state_dict_pre_hook(meet)
+    else:
+        model.second.register_load_state_dict_post_hook(meet)
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(
+            *((model.state_dict,) if way == "saved" else (model.load_state_dict, state))
+        )
+        assert model.inside.wait(60)
+        with pytest.raises(RuntimeError, match="activate: expected no other thread inside"):
+            adapter.activate("b")
+        assert adapter.active == "default"
+        model.go_on.set()
+        found = other.result()
+    found = found if way == "saved" else model.state_dict()
+    assert all(torch.equal(found[name], state[name]) for name in state)
+
+
+@pytest.mark.parametrize("way", ["saved", "loaded"])
+def test_state_waits_for_a_change(way):
+    """A checkpoint that begins in the middle of a change has all of it."""
+    model, adapter, _ = adapted()
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with ThreadPoolExecutor(1) as pool:
+        with adapter._changing("activate"):
+            other = pool.submit(
+                *((model.state_dict,) if way == "saved" else (model.load_state_dict, state))
+            )
+            assert not wait([other], timeout=0.2).done
+        other.result(timeout=60)
 
 
 @pytest.mark.parametrize("compiled", [False, True])
