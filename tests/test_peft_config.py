@@ -85,6 +85,26 @@ def test_r_is_the_rank():
     assert TCURConfig(**settings.to_dict()) == settings
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "got"),
+    [
+        ("target_modules", ["q", 3], "a list of int and str"),
+        ("target_modules", 3, "a int"),
+        ("target_parameters", "experts", "a str"),
+        ("exclude_modules", {None}, "a set of NoneType"),
+        ("modules_to_save", "classifier", "a str"),
+        ("modules_to_save", ["classifier", ["x"]], "a list of list and str"),
+        ("layers_pattern", 1.0, "a float"),
+        ("layers_to_transform", ["0"], "a list of str"),
+        ("layers_to_transform", True, "a bool"),
+    ],
+)
+def test_names_of_another_type_are_refused(name, value, got):
+    given = {"layers_to_transform": 1, name: value} if name == "layers_pattern" else {name: value}
+    with pytest.raises(TypeError, match=rf"{name}: expected .* or None, got {got}$"):
+        TCURConfig(**given)
+
+
 def test_cores_may_be_drawn():
     base, x = Tiny().eval(), torch.randn(2, 7, 6)
     model = get_peft_model(copy.deepcopy(base), TCURConfig(rank=2, init_weights=False))

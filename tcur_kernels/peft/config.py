@@ -69,6 +69,10 @@ class Recorded(list[dict[str, Any]]):
         self.made_by = made_by
 
 
+#: Fields that are lists of names, and never one name.
+_NAMES_ALONE = ("target_parameters", "modules_to_save")
+
+
 class AllLinear(set[str]):
     """The names that "all-linear" gave in one model; another model searches for its own."""
 
@@ -176,8 +180,7 @@ class TCURConfig(PeftConfig):  # type: ignore[misc]
             raise TypeError(
                 f"init_weights: expected a bool, got {type(self.init_weights).__name__}"
             )
-        if isinstance(self.target_parameters, str):
-            raise TypeError("target_parameters: expected a list of names or None, got a str")
+        self._check_names()
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError(
                 "When `layers_pattern` is specified, `layers_to_transform` must also be specified."
@@ -187,6 +190,26 @@ class TCURConfig(PeftConfig):  # type: ignore[misc]
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), list):
                 setattr(self, name, set(getattr(self, name)))
+
+    def _check_names(self) -> None:
+        """Checks what says which modules and layers are meant."""
+        for name in ("target_modules", "exclude_modules", "layers_pattern", *_NAMES_ALONE):
+            value = getattr(self, name)
+            is_list = isinstance(value, (list, tuple, set)) and all(
+                isinstance(entry, str) for entry in value
+            )
+            if not (
+                value is None or is_list or (isinstance(value, str) and name not in _NAMES_ALONE)
+            ):
+                wanted = "a list of names" if name in _NAMES_ALONE else "a name, a list of names"
+                raise TypeError(f"{name}: expected {wanted} or None, got {_shown(value)}")
+        value = self.layers_to_transform
+        numbers = value if isinstance(value, (list, tuple)) else [value]
+        if value is not None and any(type(number) is not int for number in numbers):
+            raise TypeError(
+                f"layers_to_transform: expected an index, a list of indices or None, got "
+                f"{_shown(value)}"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """The config as a dict; while it is saved, with the digests of what is saved."""
@@ -219,6 +242,14 @@ class TCURConfig(PeftConfig):  # type: ignore[misc]
         found = read_config(Path(path_json_file))
         found.pop("runtime_config", None)  # peft ignores it, too
         return found
+
+
+def _shown(value: Any) -> str:
+    """What a value is, or what is in it, in the words of an error."""
+    if not isinstance(value, (list, tuple, set)):
+        return f"a {type(value).__name__}"
+    kinds = sorted({type(entry).__name__ for entry in value})
+    return f"a {type(value).__name__} of {' and '.join(kinds)}"
 
 
 def _rank(config: TCURConfig) -> int:
