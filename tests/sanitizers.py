@@ -108,7 +108,7 @@ def runnable(isas):
 
 def sources(isas):
     """What the library is compiled from."""
-    folders = [SOURCES, SOURCES / "cpu", *(SOURCES / "cpu" / isa for isa in isas)]
+    folders = [SOURCES / "cpu", *(SOURCES / "cpu" / isa for isa in isas)]
     return [path for folder in folders for path in sorted(folder.glob("*.cpp"))]
 
 
@@ -116,13 +116,7 @@ def command(flags):
     """The compiler with the flags of the package's own build that matter here."""
     from torch.utils.cpp_extension import include_paths
 
-    folders = list(include_paths())
-    try:
-        import pybind11
-
-        folders.append(pybind11.get_include())
-    except ImportError:
-        pass
+    folders = include_paths()
     return [
         os.environ.get("CXX", "c++"),
         "-std=c++17",

@@ -138,6 +138,7 @@ def test_a_transformers_model_has_its_own_loss():
     ("change", "error", "message"),
     [
         ({"batches": []}, ValueError, "batches: expected at least one, got none"),
+        ({"batches": None}, TypeError, "batches: expected some that .*, got NoneType"),
         ({"loss_fn": lambda m, b: 1.0}, TypeError, "loss_fn: .* return a tensor, got float"),
         ({"loss_fn": lambda m, b: m(b)}, ValueError, r"loss_fn: expected one number, got \[4, 5\]"),
         ({"loss_fn": lambda m, b: b.sum()}, ValueError, "loss_fn: .* depends on the weights"),

@@ -155,6 +155,7 @@ def test_uniform_is_reproducible_by_generator():
         ),
         ({"rank": True}, TypeError, "rank: expected an int, got bool"),
         ({"a": torch.ones(0, 4, 5)}, ValueError, "no empty axis"),
+        ({"a": torch.ones(3, 4, 5, device="meta")}, ValueError, "a: expected numbers, got none"),
         ({"max_workspace": 100}, ValueError, "max_workspace: expected at least 1,200 bytes"),
         ({"max_workspace": 1e9}, TypeError, "max_workspace: expected a number of bytes, got float"),
     ],

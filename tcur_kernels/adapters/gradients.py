@@ -108,6 +108,12 @@ def _summed(
 
         return take
 
+    try:
+        every_batch = iter(batches)
+    except TypeError:
+        raise TypeError(
+            f"batches: expected some that can be iterated over, got {type(batches).__name__}"
+        ) from None
     hooks, count = [], 0
     try:
         for name, parameter in every.items():
@@ -115,7 +121,7 @@ def _summed(
         for name in names:
             every[name].grad = None
             hooks.append(every[name].register_post_accumulate_grad_hook(gather(name)))
-        for batch in batches:
+        for batch in every_batch:
             with torch.enable_grad():
                 _checked(loss_fn(model, batch)).backward()
             count += 1

@@ -179,7 +179,7 @@ class HeldSlices(Slices):
         max_workspace, progress: see `tensor_cur`.
 
     Raises:
-        TypeError, ValueError: matrices disagree in shape, dtype or device.
+        TypeError, ValueError: matrices disagree in shape, dtype or device, or have no numbers.
     """
 
     def __init__(
@@ -191,6 +191,8 @@ class HeldSlices(Slices):
         progress: bool = False,
     ) -> None:
         n1 = check_matrices(name, matrices, n1)
+        if matrices[0].is_meta:
+            raise ValueError(f"{name}: expected numbers, got none, since it is on the meta device")
         self._slices = [piece for matrix in matrices for piece in matrix.detach().split(n1)]
         first = self._slices[0]
         sizes = (len(self._slices), n1, first.shape[1])

@@ -12,7 +12,6 @@ from conformance import calls, data
 from conformance.cases import IDS, Case
 from fuzz_draw import CONTEXTS, LAYOUTS, WITHOUT_GRADIENTS, wrong_value
 from fuzz_judge import Call, Wrong, expect_close, expect_like
-from tcur_kernels import _cpu
 from tcur_kernels.operators import contract, layout, native
 from tolerance import PROMISE, relative_error
 
@@ -234,7 +233,7 @@ def with_panels(draw, backend, given):
     """R̂ once more, as the CPU kernels read it."""
     if backend.isa is None or given["horizontal_hat"].dtype not in (F32, F64):
         return
-    _cpu.use_isa(backend.isa)
+    native.force(isa=backend.isa)
     strip = native.strip_columns(given["horizontal_hat"].dtype)
     given["panels"] = layout.panels(given["horizontal_hat"].contiguous(), strip)
     draw.note("with panels")
@@ -293,7 +292,7 @@ class Attempt:
     def run(self):
         """The result, and gradients behind it."""
         if self.backend.isa is not None:
-            _cpu.use_isa(self.backend.isa)
+            native.force(isa=self.backend.isa)
         return self.results(self.given, lambda **given: self.call(self.language, given))
 
     def call(self, language, given):
