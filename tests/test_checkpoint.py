@@ -175,7 +175,7 @@ def test_wrong_models_are_refused(adapter, path):
         tcur.load_adapter("model", path)
 
 
-@pytest.mark.parametrize("moment", ["write", "replace"])
+@pytest.mark.parametrize("moment", ["write", "rename"])
 def test_a_failed_save_leaves_the_old_file(adapter, path, monkeypatch, moment):
     adapter.save(path)
     old = path.read_bytes()
@@ -186,7 +186,7 @@ def test_a_failed_save_leaves_the_old_file(adapter, path, monkeypatch, moment):
     if moment == "write":
         monkeypatch.setattr(file, "save_file", fail)
     else:
-        monkeypatch.setattr(whole.os, "replace", fail)
+        monkeypatch.setattr(whole.os, "rename", fail)
     with pytest.raises(OSError, match="no space left"):
         adapter.save(path)
     assert path.read_bytes() == old

@@ -256,7 +256,8 @@ def test_a_model_that_needs_a_package(error, base, capsys, monkeypatch):
     transformers.BertConfig(architectures=["BertModel"]).save_pretrained(base)
     monkeypatch.setattr(transformers.BertModel, "__init__", missing)
     assert cli.main(["plan", str(base)]) == 2
-    message = "model_dir: expected a model that transformers knows, got BertModel requires timm"
+    message = f"model_dir: expected a model that transformers knows in {base}, got BertModel "
+    message += "requires timm"
     assert message in capsys.readouterr().err
 
 
@@ -271,5 +272,5 @@ def test_a_config_names_models_and_nothing_else(name, base, tmp_path, capsys, mo
         monkeypatch.setattr(getattr(transformers, name), "__init__", lambda *args: called.append(1))
     transformers.BertConfig(architectures=[name]).save_pretrained(base)
     assert cli.main(["plan", str(base)]) == 2
-    assert f"transformers knows, got {name}, which is no model of it" in capsys.readouterr().err
+    assert f"knows in {base}, got {name}, which is no model of it" in capsys.readouterr().err
     assert not called

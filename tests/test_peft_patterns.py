@@ -17,6 +17,7 @@ from peft.utils import CONFIG_NAME
 from hf_models import PEFT_SAYS, llama
 from models import Tiny
 from tcur_kernels.peft import TCURConfig, TCURLinear
+from tcur_kernels.peft.digests import SETTINGS
 from tcur_kernels.peft.rows import _share_factors
 from tcur_kernels.peft.words import WORDS
 from tolerance import same_mathematics
@@ -44,9 +45,9 @@ def stacks_of(model, adapter="default"):
 
 
 def edited(folder, **changes):
-    """A saved config with other entries; None removes one."""
+    """A saved config with other entries, and so without its digest; None removes one."""
     path = folder / CONFIG_NAME
-    held = {**json.loads(path.read_text()), **changes}
+    held = {**json.loads(path.read_text()), SETTINGS: None, **changes}
     path.write_text(json.dumps({k: v for k, v in held.items() if v is not None}, sort_keys=True))
 
 

@@ -120,7 +120,7 @@ class Backend:
 PLAIN = Backend(
     "reference",
     {"ieee": "reference", "bf16": "reference"},
-    narrow=(*ON_TOKENS, "materialize", "materialize_out"),
+    narrow=(*ON_TOKENS, *ON_SLICES),
     sums_in_blocks=False,
     checks="torch",
 )

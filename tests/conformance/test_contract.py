@@ -182,7 +182,7 @@ REFUSED = [
         "materialize",
         {"weights": lambda t: [t[0][3], t[0][2], t[0][1], t[0][0].half()]},
         None,
-        r"weights: expected torch\.float",
+        r"weights: expected dtype torch\.float",
         None,
     ),
     (
@@ -215,7 +215,7 @@ REFUSED = [
         "core_grad_tokens",
         {"x": lambda _: torch.ones(6, 9), "grad_y": lambda _: None, "adapter_ids": lambda _: IDS},
         r"adapter_ids goes .*without a dense gradient",
-        "adapter_ids: expected None with a dense gradient",
+        "adapter_ids: expected None without grad_y",
         r"adapter_ids goes .*without a dense gradient",
     ),
     (

@@ -268,6 +268,7 @@ def shared():
     _steps(twin, x, 3)
     for name, stack in adapter.stacks.items():
         assert stack.core.is_shared()
+        assert torch.isfinite(stack.core).all()
         assert torch.equal(stack.core, other.stacks[name].core)
     with torch.no_grad():
         y = model(x)
@@ -281,7 +282,7 @@ def _steps(model, x, count):
     optimizer = torch.optim.SGD(trained, lr=0.01)
     for _ in range(count):
         optimizer.zero_grad()
-        model(x).square().sum().backward()
+        model(x).square().mean().backward()
         optimizer.step()
     return count
 
