@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from cases import make_case, side_by_side
+from tolerance import assert_close
 
-from .backends import BESIDE, INTERPRETER
+from .backends import BESIDE, EMULATED, INTERPRETER
 from .cases import EVERYWHERE, case
-from .data import arguments, compute, slices
+from .data import arguments, compute, expected, slices
 from .table import CASES
 
 #: The interpreter is too slow to compute more than two of them twice.
@@ -39,7 +40,7 @@ def test_the_bits_of_a_tensor_of_its_own(case, backend):
 
 
 AMONG_OTHERS = [
-    case("materialize_out", n3, (7, n2, 1), meant_for=(BESIDE,), weights="beside")
+    case("materialize_out", n3, (7, n2, 1), meant_for=(BESIDE, EMULATED), weights="beside")
     for n3 in (5, 17, 12)
     for n2 in (1, 31, 36, 39)
 ]
@@ -49,14 +50,16 @@ AMONG_OTHERS.append(case("materialize_out", 6, (130, 1408, 1), meant_for=(BESIDE
 @pytest.mark.cases(AMONG_OTHERS)
 @pytest.mark.parametrize("before", [64, 1])
 def test_numbers_around_the_buffer_stay(case, backend, before):
-    """The buffer is a part of a larger one, and begins at a cache line or just behind one."""
+    """The buffer is a part of a larger one, and begins at a cache line or just behind one.
+
+    On a GPU other kernels write where an address is no multiple of a vector, so bits may differ.
+    """
     given = {**arguments(case)[0]}
     out = given.pop("out")
     wide = backend.place(torch.full((before + out.numel() + 64,), 7.0, dtype=out.dtype))
     inner = wide[before:-64].view(out.shape)
     backend.run(case.operator, case.precision, **given, out=inner)
-    own = compute(case, backend.run_case(case), arguments(case)[0])
-    assert torch.equal(slices(case, inner.cpu()), own)
+    assert_close(slices(case, inner.cpu()), *expected(case))
     assert (wide[:before] == 7).all()
     assert (wide[-64:] == 7).all()
 
