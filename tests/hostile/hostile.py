@@ -31,6 +31,7 @@ import torch  # noqa: E402
 import damages  # noqa: E402
 import subjects  # noqa: E402
 import watch  # noqa: E402
+from subject import Refused, listing, trained  # noqa: E402
 
 #: Seconds of the processor for one file, and of the clock: a busy machine is no fault of a file.
 SECONDS, CLOCK = 10, 300
@@ -41,7 +42,7 @@ BYTES = 512 * 2**20
 #: How a child ends in which the judge itself failed.
 FAILED = 77
 
-ALLOWED = (ValueError, TypeError, OSError, subjects.Refused)
+ALLOWED = (ValueError, TypeError, OSError, Refused)
 FOREIGN = (KeyError, UnicodeError, json.JSONDecodeError)
 
 
@@ -57,8 +58,8 @@ class Judge:
         self.outside = self.folder / "outside"
         self.outside.mkdir()
         (self.outside / "secret").write_bytes(b"secret")
-        subjects.trained().save(self.outside / "secret.safetensors")
-        self.kept = subjects.listing(self.outside)
+        trained().save(self.outside / "secret.safetensors")
+        self.kept = listing(self.outside)
         self.subjects, self.wanted = {}, {}
         for name, kind in subjects.SUBJECTS.items():
             whole = self.folder / "whole" / name
@@ -122,7 +123,7 @@ class Judge:
 
     def _changed_outside(self):
         """What changed in the folder beside; libraries write without an event of Python's."""
-        now = subjects.listing(self.outside)
+        now = listing(self.outside)
         if now != self.kept:
             return f"wrote {sorted(now.keys() ^ self.kept.keys()) or 'to files outside'}"
         return ""

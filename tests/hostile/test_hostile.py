@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import damages
-import subjects
+import subject
 import tcur_kernels as tcur
 from rewriting import rewritten
 from tcur_kernels.adapters import sealing
@@ -34,7 +34,7 @@ MEMORY = "/dev/shm"
 @pytest.fixture
 def file(tmp_path):
     path = tmp_path / "a.safetensors"
-    subjects.trained(("head",)).save(path, factors=True)
+    subject.trained(("head",)).save(path, factors=True)
     return path
 
 
@@ -68,11 +68,11 @@ def test_damages_follow_from_seed_and_number():
 def test_every_bit_of_an_adapter_file(tmp_path):
     """A flipped bit anywhere is refused, or changes nothing that is read."""
     path = tmp_path / "a.safetensors"
-    adapter = tcur.adapt(subjects.fresh(), rank=1, targets=["down.*"])
+    adapter = tcur.adapt(subject.fresh(), rank=1, targets=["down.*"])
     adapter.metadata = {"k": 1}
     adapter.save(path)
     whole = path.read_bytes()
-    wanted = {n: subjects.bits(t) for n, t in read_contents(path).tensors().items()}
+    wanted = {n: subject.bits(t) for n, t in read_contents(path).tensors().items()}
     for place in range(len(whole)):
         data = bytearray(whole)
         data[place] ^= 1 << place % 8
@@ -83,7 +83,7 @@ def test_every_bit_of_an_adapter_file(tmp_path):
             told = str(error)
             assert str(path) in told
         else:
-            assert {n: subjects.bits(t) for n, t in contents.tensors().items()} == wanted
+            assert {n: subject.bits(t) for n, t in contents.tensors().items()} == wanted
             assert contents.metadata == {"k": 1}
 
 
@@ -95,7 +95,7 @@ def test_files_without_digests(file):
         held = opened.metadata()
     assert not {sealing.HEADER, sealing.TENSORS} & held.keys()
     assert held["format_version"] == "2"
-    tcur.load_adapter(subjects.fresh(), file)
+    tcur.load_adapter(subject.fresh(), file)
     save_file(wanted, file, {**held, "format_version": "3"})
     refused(file, "a file with header_sha256, got none")
     save_file(wanted, file, {**held, sealing.TENSORS: sealing.digest_of(wanted)})
@@ -141,7 +141,7 @@ def test_json_with_too_many_values(tmp_path, monkeypatch):
 
 
 def test_what_could_not_be_read_is_not_written(tmp_path):
-    adapter, deep = subjects.trained(), {}
+    adapter, deep = subject.trained(), {}
     for _ in range(250):
         deep = {"a": deep}
     adapter.metadata = deep
@@ -239,7 +239,7 @@ def test_files_that_change_are_refused(tmp_path):
 def test_an_adapter_that_is_replaced_while_it_is_read_is_wholly_the_old_one(file, monkeypatch):
     before = read_contents(file).tensors()
     fresh = file.with_name("fresh")
-    subjects.trained(("head",), seed=5).save(fresh, factors=True)
+    subject.trained(("head",), seed=5).save(fresh, factors=True)
     read = TensorFile.read
 
     def replaced(self, name):
@@ -288,7 +288,7 @@ def test_links_in_the_folder_of_a_lora_are_replaced(tmp_path):
     folder.mkdir()
     (folder / "adapter_config.json").symlink_to(secret)
     (folder / "adapter_model.safetensors").symlink_to(tmp_path / "new")
-    subjects.trained().to_lora(folder)
+    subject.trained().to_lora(folder)
     assert secret.read_text() == "secret"
     assert not (tmp_path / "new").exists()
     assert not any(path.is_symlink() for path in folder.iterdir())
