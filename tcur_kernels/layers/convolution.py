@@ -54,6 +54,7 @@ class _AdaptedConvolution(_AdaptedLinear):
         """
         place = self.tcur_place
         stack = place.stack
+        stack.let_changes_end()  # before it is asked whether the weight is merged
         if place.backup is not None and stack.is_unsettled:
             stack.settle()  # a checkpoint brought another base, or another core
         if stack.enabled and place.backup is not None:

@@ -130,6 +130,21 @@ def test_state_waits_for_a_change(way):
         other.result(timeout=60)
 
 
+@pytest.mark.parametrize("kind", [nn.Linear, nn.Conv1d, nn.MultiheadAttention])
+def test_a_call_that_begins_in_a_change_waits(kind):
+    """Also where the weight is merged, which may be over when the change is."""
+    model = nn.Sequential(kind(6, 6, 1) if kind is not nn.Linear else kind(6, 6)).eval()
+    adapter = tcur.adapt(model, rank=2, targets="*0*")
+    x = torch.randn(2, 6, 6)
+    given = (x, x, x) if kind is nn.MultiheadAttention else (x,)
+    adapter.merge()
+    with ThreadPoolExecutor(1) as pool:
+        with adapter._changing("unmerge"):
+            other = pool.submit(torch.no_grad()(model[0]), *given)
+            assert not wait([other], timeout=0.2).done
+        other.result(timeout=60)
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("change", CHANGES)
 def test_no_change_while_another_thread_is_inside(change, compiled, tmp_path):

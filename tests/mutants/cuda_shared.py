@@ -1,0 +1,171 @@
+"""Mutants of what several kernels for GPUs share."""
+
+from .schemata import rows
+
+TILE = rows(
+    "cuda/tile.h",
+    ("columns not moved", "return (row << log_columns) + «swizzled(row, column)»;", "column"),
+    ("moved as in the first row", "tile.swizzled(«tile_row», position &", "0"),
+    ("beyond the last column", "row < n1 ? «n2 - column» : 0, row * n2};", "n2"),
+    ("beyond the last row", "«row < n1» ? n2 - column : 0, row * n2};", "true"),
+    ("a column further", "return {row * n2 + «column», row < n1", "column + 1"),
+    ("rows begin at 0", ": 0, «row * n2»};", "0"),
+    ("tiles too close", "return {index / tiles_in_row * «tile.rows», index", "(tile.rows - 1)"),
+    ("first tile of a row", "«index % tiles_in_row» * tile.columns()};", "0"),
+    ("rows of the first bins", "2 * («bin - first»)) * stride;", "bin"),
+    ("planes by bins", "rows + (is_packed ? «packed» : 2", "bin"),
+    ("first row of a tile", "const int tile_row = «position >> tile.log_columns»;", "0"),
+)
+
+LANES = rows(
+    "cuda/lanes.h",
+    ("sum with the first", "return x.v[i] + y.v[«i»];", "0"),
+    ("sign of a difference", "return «x.v[i] - y.v[i]»;", "y.v[i] - x.v[i]"),
+    ("no factor", "return «factor * x.v[i]»;", "x.v[i]"),
+    ("not negated", "return «-v[i]»;", "v[i]"),
+    ("first half twice", "return v[«WHICH» * (W / 2) + i];", "0"),
+    ("halves over each other", "v[«WHICH» * (W / 2) + i] = x.v[i];", "0"),
+    ("first constant twice", "return {x.x, «x.y», x.z, x.w};", "x.x"),
+    ("fp16 read as bf16", "«element == Element::bf16» ? c10::detail::f32_from_bits", "true"),
+    ("fp16 written as bf16", "«element == Element::bf16» ? c10::detail::round_to", "true"),
+    ("first of a pair twice", "static_cast<unsigned>(narrow(«second», element)) << 16;", "first"),
+    ("first word twice", "((«i < 2» ? raw.x : raw.y) >> (i % 2 * 16)), element);", "true"),
+    (
+        "a number of four lost",
+        "return {bits[0] | bits[1] << 16, «bits[2] | bits[3] << 16»};",
+        "bits[2]",
+    ),
+    ("first word for all", "words[«i / 2»] >> (i % 2 * 16)", "0"),
+    ("first of two twice", "narrow_pair(lanes.v[2 * i], lanes.v[«2 * i + 1»], element);", "2 * i"),
+    ("first number for all", "raw.v[i] = from[«i»];", "0"),
+    ("first half number for all", "bits[i] = from[«i»];", "0"),
+    ("first number written to all", "to[i] = raw.v[«i»];", "0"),
+    ("first word written twice", "((«i < 2» ? raw.x : raw.y) >> (i % 2 * 16));", "true"),
+    (
+        "one number too many",
+        "if («i < count») {\n      if constexpr (BYTES == 4) {\n        to[i]",
+        "i <= count",
+    ),
+    ("bytes for numbers", "static_cast<uint64_t>(index) * «BYTES»;", "1"),
+)
+
+GRID = rows(
+    "cuda/token_grid.h",
+    ("first number twice", "return {{raw.x, «raw.y», raw.z, raw.w}};", "raw.x"),
+    (
+        "first of a word twice",
+        "number(raw.x), «number(raw.x >> 16)», number(raw.y)",
+        "number(raw.x)",
+    ),
+    ("second number twice", "return {{bits[0], bits[1], «bits[2]», bits[3]}};", "bits[1]"),
+    ("first number for all", "bits[i] = from[«i»];", "0"),
+    ("one number too many", "if («i < count») {\n        to[i] = bits[i];", "i <= count"),
+    ("real plane twice", "load_packed<E, VECTOR>(data, at + «rank», is_pair", "0"),
+    ("real bins as pairs", "data, at + rank, «is_pair ? count : 0»)};", "count"),
+    ("turn: sign", "«re.v[i] -= root.y * b.v[i];»", "re.v[i] += root.y * b.v[i];"),
+    ("turn: conjugate", "«im.v[i] += root.y * a.v[i];»", "im.v[i] -= root.y * a.v[i];"),
+    ("always slice 0", "at(«bin_ * static_cast<int>(slice)» % n3_)", "0"),
+    ("turns beyond n3", "at = at + bin >= n3 ? «at + bin - n3» : at + bin;", "0"),
+    (
+        "last tokens lost",
+        "static_cast<int>(«ceil_div(grid.row_length, grid.chunk)»);",
+        "grid.row_length / grid.chunk",
+    ),
+    ("first bins for all", "first_bin = («block - tile_block * grid.bin_blocks») *", "0"),
+    ("first tiles for all", "first_tile = («tile_block - part * grid.tile_blocks») *", "0"),
+    ("first row for all", "begin = «row * grid.row_length» + static_cast", "0"),
+    ("to the end of all rows", "const int64_t last = («row + 1») * grid.row_length;", "grid.rows"),
+    ("beyond the row", "begin + grid.chunk : «last»;", "begin + grid.chunk"),
+    ("tiles of the first bin", "tile = share.first_tile + item - «local_bin * grid.tiles»;", "0"),
+    ("beyond the last tile", "&& «tile < grid.tiles_per_bin»;", "true"),
+)
+
+FRAGMENTS = rows(
+    "cuda/fragments.h",
+    ("all operands in bf16", "big[i] = «precision == Precision::bf16» ? to_bf16(x)", "true"),
+    ("no small parts", "precision == Precision::ieee ? «to_tf32(x - big[i])» : 0.0f;", "0.0f"),
+    ("no small x big", "«multiply_tf32(step, a.small, b.big);»", ""),
+    ("no big x small", "«multiply_tf32(step, a.big, b.small);»", ""),
+    ("no big x big", "«multiply_tf32(step, a.big, b.big);»", ""),
+    ("last step alone", "«d[i] += step[i];»", "d[i] = step[i];"),
+    ("never exact", "if («precision != Precision::ieee») {", "true"),
+    ("nothing of rounded operands", "«multiply_tf32(d, a.big, b.big);»", ""),
+    ("fp32 as another precision", "if («precision == Precision::ieee») {", "false"),
+    ("TF32 as bf16", "else if («precision == Precision::tf32») {", "false"),
+    ("bits of TF32", "bits = (bits + «0x1000U») & ~0x1FFFU;", "0x3000U"),
+    ("bits of bf16", "bits = (bits + «0x7FFFU» + ((bits >> 16) & 1U)) & 0xFFFF0000U;", "0x17FFFU"),
+)
+
+DFT = rows(
+    "cuda/dft.h",
+    ("middle row of l0 = 0", "f(0, static_cast<int>(first_plane(outer, «number»)));", "0u"),
+    ("pairs one further", "pair_plane(n3, OUTER * l0 + «1»);", "2"),
+    ("pairs always upward", "if («2 * OUTER * l0 < n3») {", "true"),
+    ("downward: first pair for all", "f(2 * k + 1, pair - «2 * k»);", "0"),
+    ("last row of l0 = 0", "f(OUTER - 1, static_cast<int>(last_plane(outer, «number»)));", "0u"),
+    ("planes of k1 = outer/2", "k1 == 0 ? «first_plane(outer, i)» : last", "last_plane(outer, i)"),
+    ("k1 = outer/2 as a pair", "if (k1 == 0 || «2 * k1 == outer») {", "false"),
+    ("inverse: conjugate rotation", "INVERSE ? «root.y» : -root.y;", "-root.y"),
+    ("forward: conjugate rotation", "INVERSE ? root.y : «-root.y»;", "root.y"),
+    ("rotation: sign", "re[l0] = «root.x * x - sin * y»;", "root.x * x + sin * y"),
+    ("rotation: sign of im", "im[l0] = «root.x * y + sin * x»;", "root.x * y - sin * x"),
+    ("first rotation for all", "tables.root(«k1 * l0»);", "k1"),
+    ("imaginary over real", "set(«at + 1», im[i]);", "at"),
+    ("real for imaginary", "im[i] = get(«at + 1»);", "at"),
+    ("last k1 lost", "i < («OUTER / 2 + 1») * width;", "OUTER / 2"),
+)
+
+DFT_MATRIX = rows(
+    "cuda/dft_matrix.h",
+    ("last line lost", "first + count < all ? first + count : «all»;", "all - 1"),
+    ("last bin lost", "round_up(«n3 / 2 + 1» - first, 8);", "n3 / 2"),
+    ("first lines for all warps", "line_ = «warp % warps» * kWarpLines;", "0"),
+    ("first columns for all warps", "column_ = «warp / warps» * 8 * kWarpFragments;", "0"),
+    ("lines of the first launch", "const int line = «lines.first» + line_ + g;", "0"),
+    ("first eight lines twice", "(line + «8 * (i % 2)») * (first", "0"),
+    ("roots of the first bins", "* («first» + k0 + t + 4 * (i / 2))", "0"),
+    ("A for B", "add_part(odd_, 1, turns, «column + stride», stride, tables);", "column"),
+    ("cosines for sines", "add_part(odd_, «1», turns, column", "0"),
+    ("lines over each other", "rows + 2 * (line_ + g + «8 * h») * stride", "0"),
+    ("no sign", "{«sign * odd_[n][2 * h]», sign", "odd_[n][2 * h]"),
+    ("first four bins twice", "values.set(1, column[«8 * n + 8 * stride»], P", "8 * n"),
+    ("bins too close", "k0 += 8, column += «16 * stride») {", "8 * stride"),
+    ("no sines", "tables.data[«2 * turns[i] + part»]", "2 * turns[i]"),
+    ("roots in TF32", "+ part], «Precision::ieee»);", "Precision::tf32"),
+)
+
+IN_REGISTERS = rows(
+    "cuda/tubes_in_registers.h",
+    ("every warp does k1 = 0", "return static_cast<int>(«threadIdx.x / (32 * kParts)»);", "0u"),
+    ("first place for all", "return «threadIdx.x % (32 * kParts)»;", "0u"),
+    ("first row for all", "static_cast<int>(«group() / (kColumns / 4)»);", "0u"),
+    ("first column for all", "4 * («group() % (kColumns / 4)»)", "0u"),
+    ("last l0 lost", "«l0 < kInner»; l0 += kWarps / kShares", "l0 + 1 < kInner"),
+    ("first lane for all", "share(l0, warp % kShares * 32 + «lane»);", "0u"),
+    (
+        "last share lost",
+        "i = warp; «i < kInner * kShares»; i += kWarps",
+        "i + 1 < kInner * kShares",
+    ),
+    ("first row of shares", "static_cast<int>(«vector / kInRow»),", "0u"),
+    ("first column of shares", "static_cast<int>(kWide * («vector % kInRow»)));", "0u"),
+    ("first quad of R again", "«right += kRight;»", ""),
+    ("R of the first thread", "copy<kRight>(to + own, «right + own»);", "right"),
+    ("first quad of P again", "«left += kLeft;»", ""),
+    ("quads over each other", "«to += kFloats;»", ""),
+    ("rest not copied", "FLOATS > kWhole && «4 * threadIdx.x < FLOATS - kWhole») {", "false"),
+    ("R of the first bins", "return {at + «bin» * (2 * 4 * kColumns)};", "0"),
+    ("first row of a quad", "load_lanes<4>(at + (PLANE * 4 + «i») * kColumns);", "0"),
+)
+IN_REGISTERS += rows(
+    "cuda/divisor.h",
+    ("factor rounded down", "((1ULL << shift) + «value - 1») / value", "0"),
+    ("half of a quotient", "* factor >> «shift»);", "(shift + 1)"),
+)
+IN_REGISTERS += rows(
+    "cuda/spectrum.h",
+    ("next root", "reinterpret_cast<const float2*>(data)[«m»];", "(m + 1) % n3"),
+    ("one core too many", "return id >= 0 && «id < cores»;", "id <= cores"),
+    ("negative ids", "return «id >= 0» && id < cores;", "true"),
+    ("no ids", "return «ids == nullptr» ? i : ids[i];", "true"),
+)
