@@ -119,6 +119,24 @@ struct ExactSum {
   }
 };
 
+// Begins the sums of some lines: what needs no product, of cosines and of sines.
+template <class T, int LINES, int COLUMNS>
+TCUR_TARGET inline void start_lines(
+    const LevelRows<T>& rows,
+    int64_t first,
+    Vec<T> (&even)[LINES][COLUMNS],
+    Vec<T> (&odd)[LINES][COLUMNS]) {
+  constexpr int lanes = Simd<T>::lanes;
+  for (int v = 0; v < COLUMNS; ++v) {
+    const Vec<T> start = load(rows.cosine + v * lanes);
+    const Vec<T> turned = rows.sine == nullptr ? Vec<T>{} : load(rows.sine + v * lanes);
+    for (int i = 0; i < LINES; ++i) {
+      even[i][v] = start;
+      odd[i][v] = (first + i) % 2 == 0 ? turned : Vec<T>(-turned);
+    }
+  }
+}
+
 // Stores the outputs of some lines: their cosine sums minus and plus their sine sums.
 template <class T, bool INVERSE, int LINES, int COLUMNS>
 TCUR_TARGET inline void store_lines(
@@ -150,14 +168,7 @@ __attribute__((noinline)) TCUR_TARGET void long_dft_lines(
     const DftOutput<T, INVERSE>& out) {
   constexpr int lanes = Simd<T>::lanes;
   Vec<T> even[LINES][COLUMNS], odd[LINES][COLUMNS];
-  for (int v = 0; v < COLUMNS; ++v) {
-    const Vec<T> start = load(rows.cosine + v * lanes);
-    const Vec<T> turned = rows.sine == nullptr ? Vec<T>{} : load(rows.sine + v * lanes);
-    for (int i = 0; i < LINES; ++i) {
-      even[i][v] = start;
-      odd[i][v] = (first + i) % 2 == 0 ? turned : Vec<T>(-turned);
-    }
-  }
+  start_lines<T, LINES, COLUMNS>(rows, first, even, odd);
   for (int i = 0; i < LINES; ++i) {
     const T* cos = level.cos.data() + (first + i) * level.size;
     const T* sin = level.sin.data() + (first + i) * level.size;
@@ -193,14 +204,7 @@ TCUR_TARGET inline void dft_lines(
   }
   constexpr int lanes = Simd<T>::lanes;
   Vec<T> even[LINES][COLUMNS], odd[LINES][COLUMNS];
-  for (int v = 0; v < COLUMNS; ++v) {
-    const Vec<T> start = load(rows.cosine + v * lanes);
-    const Vec<T> turned = rows.sine == nullptr ? Vec<T>{} : load(rows.sine + v * lanes);
-    for (int i = 0; i < LINES; ++i) {
-      even[i][v] = start;
-      odd[i][v] = (first + i) % 2 == 0 ? turned : Vec<T>(-turned);
-    }
-  }
+  start_lines<T, LINES, COLUMNS>(rows, first, even, odd);
   const T* cos = level.cos.data() + first * level.size;
   const T* sin = level.sin.data() + first * level.size;
   const T* a = rows.a;

@@ -154,11 +154,7 @@ TRANSFORMS = rows(
     ("no quarter of a sine", "half % 2 == 0 ? «rows.row_b(half / 2)» : nullptr,", "nullptr"),
     ("first row of A twice", "rows.row_a(«half - 1»),", "half"),
     ("A in the other direction", "      «-rows.a_step»,\n", "rows.a_step"),
-    (
-        "sign of the quarter",
-        "[v] = «(first + i) % 2 == 0» ? turned : Vec<T>(-turned);\n    }\n  }\n  const T* cos",
-        "true",
-    ),
+    ("sign of the quarter", "odd[i][v] = «(first + i) % 2 == 0» ? turned", "true"),
     ("cosines of the first lines", "level.cos.data() + «first» * level.size;", "0"),
     (
         "cosine for sine",
@@ -179,11 +175,6 @@ TRANSFORMS = rows(
     ("step of a level", "const int64_t l = «level.step» * level.frequency(first + i);", "1"),
     ("single: last term lost", "for (int64_t k = 1; «k <= level.size»; ++k) {", "k < level.size"),
     ("single: no signs", "part += «level.is_even() && k % 2 != 0» ? Vec<T>(-a) : a;", "false"),
-    (
-        "long: sign of the quarter",
-        "[v] = «(first + i) % 2 == 0» ? turned : Vec<T>(-turned);\n    }\n  }\n  for (int i",
-        "true",
-    ),
     (
         "long: last terms lost",
         "begin + kTermsOfSum < level.size ? begin + kTermsOfSum : «level.size»;",
