@@ -74,6 +74,7 @@ class Adapter(Serving):
         self._inactive: dict[str, dict[str, Tensor]] = {}
         self._metadata: dict[str, dict[str, Any]] = {name: {}}
         self._order = [name]
+        self._disabled = 0  # how many `disable` are open, of all threads
 
     # -- parameters
 
@@ -147,8 +148,7 @@ class Adapter(Serving):
             self._check_known("name", name)
             if name == self.active:
                 return
-            if self.is_merged:
-                raise ValueError("activate: expected an unmerged adapter, got one that is merged")
+            self._check_unmerged("activate")
             with self._changing("activate"):
                 for stack in self.stacks.values():
                     stack.activate_core(name, self.active)
@@ -222,13 +222,12 @@ class Adapter(Serving):
         name = self.active if name is None else name
         if name not in self._order:
             self._check_new("name", name)
-        elif name == self.active and self.is_merged:
-            raise ValueError("load: expected an unmerged adapter, got one that is merged")
         contents = self._read(Path(path))
         # A file holds only the buffers that training changed; the others are those of the base.
         learned = {**self._base_buffers, **{k: v for (_, k), v in contents.learned.items()}}
         with self._gate().held(), ExitStack() as change:
             if name == self.active:
+                self._check_unmerged("load")
                 change.enter_context(self._changing("load"))
             elif name not in self._order:
                 self.add(name)
@@ -256,16 +255,15 @@ class Adapter(Serving):
                 Nothing has changed then.
         """
         check_basis(basis)
-        if self.is_merged:
-            raise ValueError("change_basis: expected an unmerged adapter, got one that is merged")
-        for name, stack in self.stacks.items():
-            if any(is_sharded(core) or core.is_meta for core in stack.every_core()):
-                raise ValueError(
-                    f"change_basis: expected whole cores, got a sharded or offloaded one in stack "
-                    f"{name}; convert the adapter on one process"
-                )
         values = {}
         with self._changing("change_basis"):
+            self._check_unmerged("change_basis")
+            for name, stack in self.stacks.items():
+                if any(is_sharded(core) or core.is_meta for core in stack.every_core()):
+                    raise ValueError(
+                        f"change_basis: expected whole cores, got a sharded or offloaded one in "
+                        f"stack {name}; convert the adapter on one process"
+                    )
             for name, stack in self.stacks.items():
                 try:
                     values[name] = stack.converted(basis)
@@ -451,17 +449,17 @@ class Adapter(Serving):
             RuntimeError: the model is to be merged in place, and another thread is inside a call of
                 it.
         """
-        if inplace and self.is_merged:
-            raise ValueError("merge: expected an unmerged adapter, got one that is merged already")
         if inplace and any(stack.quantised for stack in self.stacks.values()):
             raise ValueError(REFUSED)
         warn_of_unused("merge", self.unused())
         if inplace:
             with self._changing("merge"):
+                self._check_unmerged("merge")
                 for stack in self.stacks.values():
                     stack.merge()
             return self.model
-        merged = copy.deepcopy(self.model, bias_copies(self.model))
+        with self._gate().held():
+            merged = copy.deepcopy(self.model, bias_copies(self.model))
         twins = stacks_of(merged)
         for twin in twins.values():
             if twin.is_merged:
@@ -481,9 +479,9 @@ class Adapter(Serving):
             ValueError: the model is not merged.
             RuntimeError: another thread is inside a call of the model.
         """
-        if not self.is_merged:
-            raise ValueError("unmerge: expected a merged adapter, got one that is not merged")
         with self._changing("unmerge"):
+            if not self.is_merged:
+                raise ValueError("unmerge: expected a merged adapter, got one that is not merged")
             for stack in self.stacks.values():
                 stack.unmerge()
 
@@ -498,18 +496,18 @@ class Adapter(Serving):
             RuntimeError: another thread is inside a call of the model, at the beginning of the
                 context or at its end; what that call computes is then part with, part without.
         """
-        if self.is_merged:
-            raise ValueError("disable: expected an unmerged adapter, got one that is merged")
         with self._changing("disable"):
-            before = {name: stack.enabled for name, stack in self.stacks.items()}
+            self._check_unmerged("disable")
+            self._disabled += 1
             for stack in self.stacks.values():
                 stack.enabled = False
         try:
             yield
         finally:
             with self._changing("disable", is_undone=True):
-                for name, stack in self.stacks.items():
-                    stack.enabled = before[name]
+                self._disabled -= 1
+                for stack in self.stacks.values():
+                    stack.enabled = not self._disabled
 
     def invalidate(self) -> None:
         """Has all stacks rebuild W_eff before its next use; see `TProductStack.invalidate`."""
@@ -528,13 +526,18 @@ class Adapter(Serving):
         gate, *others = [stack.gate for stack in self.stacks.values()]
         if any(other is not gate for other in others):  # at first, and in a copy
             for stack in self.stacks.values():
+                gate.differentiated_in |= stack.gate.differentiated_in
                 stack.gate = gate
         return gate
 
     def _changing(self, caller: str, is_undone: bool = False) -> AbstractContextManager[None]:
         """Context of a change to what all threads share; see `Gate.closed`."""
-        places = [place for stack in self.stacks.values() for place in stack.places]
-        return self._gate().closed(caller, self.model, places, is_undone)
+        adapted = [place.module for stack in self.stacks.values() for place in stack.places]
+        return self._gate().closed(caller, self.model, adapted, is_undone)
+
+    def _check_unmerged(self, caller: str) -> None:
+        if self.is_merged:
+            raise ValueError(f"{caller}: expected an unmerged adapter, got one that is merged")
 
     def _check_new(self, argument: str, name: Any) -> None:
         if not isinstance(name, str) or not name.isidentifier():

@@ -60,8 +60,8 @@ class Cores(nn.Module):
 
     def let_changes_end(self) -> None:
         """Waits while another thread changes what all threads share; called by every layer."""
-        if not torch.compiler.is_compiling() and self.gate.is_closed:
-            self.gate.wait()
+        if not torch.compiler.is_compiling():
+            self.gate.let_through()
 
     @property
     def core(self) -> nn.Parameter:

@@ -4,22 +4,28 @@ A model computes layer by layer. If another adapter became active meanwhile, som
 used the one and some the other. So a change is refused while another thread is inside a call of the
 model, and a call that begins meanwhile waits at its first adapted layer until the change is done.
 
+A backward reads the weights, too. torch checks that nobody wrote to them since the forward, but a
+kernel that runs already would go on with half of each. So a backward of the model counts as a call.
+
 Calls leave no trace of their own: whether a thread is inside one is read off its stack of Python
-frames, when somebody wants to change something. So a call costs nothing more.
+frames, when somebody wants to change something. A backward does not name its model. It is one of
+this model if its thread ever called the model with gradients, or if it reaches a parameter of the
+model.
 """
 
 from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Set
 from contextlib import contextmanager
 from types import FrameType
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.autograd import graph
 
 from ..processes import tell_of_forks
-from .weights import Place
 
 #: What runs a module, or goes through its parts for a checkpoint, and has it as ``self``.
 _CALLS = tuple(
@@ -31,6 +37,8 @@ _CALLS = tuple(
         nn.Module.load_state_dict,
     )
 )
+#: What runs every backward; its ``t_outputs`` are what is differentiated.
+_BACKWARD = graph._engine_run_backward.__code__
 
 
 class Gate:
@@ -38,14 +46,19 @@ class Gate:
 
     Attributes:
         is_closed: whether a change is under way.
+        differentiated_in: numbers of the threads that ever passed with gradients.
     """
 
     def __init__(self) -> None:
         self.is_closed = False
+        self.differentiated_in: set[int] = set()
         self._lock = threading.RLock()
         self._owner = 0
         self._is_broken = False
         tell_of_forks(self)
+
+    def __reduce__(self) -> tuple[type[Gate], tuple[()]]:
+        return Gate, ()  # a copy of a model is another model
 
     def was_forked(self, is_child: bool) -> None:
         """In a child nobody ends a change that another thread had begun."""
@@ -53,14 +66,17 @@ class Gate:
             self._is_broken = self.is_closed and self._owner != threading.get_ident()
             self._lock = threading.RLock()
 
-    def wait(self) -> None:
-        """Waits until a change is done, unless it is this thread's own.
+    def let_through(self) -> None:
+        """Waits until a change is done, unless it is this thread's own; called by every layer.
 
         Raises:
-            RuntimeError: the process was forked meanwhile, so that nobody will.
+            RuntimeError: the process was forked meanwhile, so that nobody will end the change.
         """
-        with self._lock:
-            self._check_whole()
+        if self.is_closed:
+            with self._lock:
+                self._check_whole()
+        if torch.is_grad_enabled():
+            self.differentiated_in.add(threading.get_ident())
 
     def _check_whole(self) -> None:
         if self._is_broken:
@@ -77,20 +93,20 @@ class Gate:
 
     @contextmanager
     def closed(
-        self, caller: str, model: nn.Module, places: Sequence[Place], is_undone: bool = False
+        self, caller: str, model: nn.Module, adapted: Iterable[nn.Module], is_undone: bool = False
     ) -> Iterator[None]:
         """Context of a change, during which layers of other threads wait.
 
         Args:
             caller: what messages call the change.
             model: whose calls are looked for.
-            places: the weights that are adapted.
+            adapted: its modules that are adapted.
             is_undone: whether this is the end of a change. It is then made in any case, and the
                 error comes after that.
 
         Raises:
-            RuntimeError: another thread is inside a call of a module that has adapted layers.
-                Nothing has changed then.
+            RuntimeError: another thread is inside a call of a module that has adapted layers, or
+                inside a backward of one. Nothing has changed then.
         """
         with self._lock:
             self._check_whole()
@@ -99,7 +115,8 @@ class Gate:
             refused = None
             try:
                 try:
-                    refuse_others_inside(caller, model, places)
+                    if not before:  # else this is part of a change, for which others wait
+                        refuse_others_inside(caller, model, adapted, self.differentiated_in)
                 except RuntimeError as error:
                     if not is_undone:
                         raise
@@ -111,8 +128,12 @@ class Gate:
             raise refused
 
 
-def refuse_others_inside(caller: str, model: nn.Module, places: Sequence[Place]) -> None:
+def refuse_others_inside(
+    caller: str, model: nn.Module, adapted: Iterable[nn.Module], differentiated_in: Set[int]
+) -> None:
     """Refuses to go on while another thread is inside a call of a module with adapted layers.
+
+    A backward of the model is one, too; see `Gate.differentiated_in`.
 
     Raises:
         RuntimeError: one is; the message names the thread and the module.
@@ -121,11 +142,11 @@ def refuse_others_inside(caller: str, model: nn.Module, places: Sequence[Place])
     others = {ident: frame for ident, frame in sys._current_frames().items() if ident != here}
     if not others:
         return
-    adapted = {id(place.module) for place in places}
+    numbers = {id(module) for module in adapted}
     around: dict[int, str] = {}
     names = dict(model.named_modules())
     for name, module in names.items():
-        if id(module) in adapted:
+        if id(module) in numbers:
             parts = name.split(".") if name else []
             for end in range(len(parts) + 1):
                 part = ".".join(parts[:end])
@@ -143,4 +164,30 @@ def refuse_others_inside(caller: str, model: nn.Module, places: Sequence[Place])
                         f"{threads.get(ident, ident)!r} in {name or 'it'}; wait until its call has "
                         "ended, or give rows adapters by batch, which belongs to a thread"
                     )
+            elif frame.f_code is _BACKWARD and (
+                ident in differentiated_in
+                or reaches(frame.f_locals.get("t_outputs", ()), model.parameters())
+            ):
+                raise RuntimeError(
+                    f"{caller}: expected no other thread inside the model, got thread "
+                    f"{threads.get(ident, ident)!r} in a backward; wait until that has ended"
+                )
             frame = frame.f_back
+
+
+def reaches(outputs: Iterable[Tensor | graph.GradientEdge], leaves: Iterable[Tensor]) -> bool:
+    """Whether a backward from these outputs has gradients for one of these leaves."""
+    wanted = {id(leaf) for leaf in leaves}
+    if any(id(output) in wanted for output in outputs):
+        return True
+    nodes = [each.grad_fn if isinstance(each, Tensor) else each.node for each in outputs]
+    seen = set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        if id(getattr(node, "variable", None)) in wanted:
+            return True
+        seen.add(node)
+        nodes += [before for before, _ in node.next_functions]
+    return False

@@ -580,9 +580,10 @@ class Routed(Cores):
         For code that writes the core or the base weights past torch's version counters, at another
         time than between a backward and the next forward; see docs/adapters.md.
         """
-        self._kept.invalidate()
-        self._projected.forget()
-        self.base.suspect()
+        with self._lock:  # what another thread builds at present is not valid either
+            self._kept.invalidate()
+            self._projected.forget()
+            self.base.suspect()
 
     def activate_core(self, name: str, former: str) -> None:
         """Like `Cores.activate_core`; graphs of the former core may still await their backward."""

@@ -196,8 +196,9 @@ class Place:
     @property
     def base(self) -> Tensor:
         """The base weight in the layout of the parameter: the copy kept of it while merged."""
-        if self.backup is not None:
-            return self.backup
+        backup = self.backup  # once: another thread may unmerge
+        if backup is not None:
+            return backup
         if self.projection is None:  # fast path for nearly every call
             module, name = self.module, self.own
             tensor = module._parameters.get(name)

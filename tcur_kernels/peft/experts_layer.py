@@ -71,7 +71,7 @@ class TCURExperts(TCURLinear):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The forward of the module, which reads its parameters."""
-        self._check_recomputed()
+        self._begin()
         if self.disable_adapters and self.merged:
             self.unmerge()
         self._check_rows()
@@ -91,7 +91,7 @@ class TCURExperts(TCURLinear):
         """The places of a parameter in the stacks of the adapters that count at present."""
         if self.disable_adapters or self.merged:
             return []
-        self._check_recomputed()
+        self._begin()
         self._check_rows()
         if rows_of(self.tcur_owner) is not None:
             return []

@@ -69,7 +69,7 @@ class TCURLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Maps ``x`` [..., in_features] to [..., out_features] with the active adapters."""
-        self._check_recomputed()
+        self._begin()
         compute = self._compute()
         if compute is not None:
             kwargs["tcur"] = compute
@@ -96,8 +96,12 @@ class TCURLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     def _adapted_by(self, names: list[str]) -> list[str]:
         return [name for name in names if name in self.tcur_places]
 
-    def _check_recomputed(self) -> None:
-        """Refuses to recompute a checkpointed layer with other adapters than in its forward."""
+    def _begin(self) -> None:
+        """Before the layer computes: waits while another thread changes what all threads share.
+
+        Refuses to recompute a checkpointed layer with other adapters than in its forward.
+        """
+        self.tcur_owner.let_changes_end()
         if is_traced() or not is_within_backward() or not torch.is_grad_enabled():
             return
         active = () if self.disable_adapters or self.merged else self.active_adapters
@@ -170,7 +174,7 @@ class TCURLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             RuntimeError: its values are used in a batch where each row has its own adapter; or a
                 checkpointed layer is recomputed with other adapters.
         """
-        self._check_recomputed()
+        self._begin()
         base: Tensor = self.get_base_layer().weight  # type: ignore[assignment]
         if self._compute() is None:
             return base

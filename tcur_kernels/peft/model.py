@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -289,12 +289,50 @@ class TCURModel(BaseTuner):  # type: ignore[misc]
         An earlier graph still delivers its gradient to adapters that are frozen now. With
         activation checkpointing, a backward recomputes layers; it refuses to do so with other
         adapters than in the forward.
+
+        Raises:
+            RuntimeError: another thread is inside a call of the model, or its backward. Nothing has
+                changed then.
         """
-        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        super().set_adapter(adapter_name, inference_mode=inference_mode)
-        for parameter in trained:
-            if not parameter.requires_grad:
-                LateGradient.keep(parameter)
+        with self._changing("set_adapter"):
+            trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+            super().set_adapter(adapter_name, inference_mode=inference_mode)
+            for parameter in trained:
+                if not parameter.requires_grad:
+                    LateGradient.keep(parameter)
+
+    def enable_adapter_layers(self) -> None:
+        """Enables all adapters, in all threads.
+
+        Raises:
+            RuntimeError: another thread is inside a call of the model, or its backward. What that
+                computes is then part with adapters, part without.
+        """
+        with self._changing("enable_adapter_layers", is_undone=True):
+            super().enable_adapter_layers()
+
+    def disable_adapter_layers(self) -> None:
+        """Disables all adapters, in all threads, and unmerges what is merged.
+
+        Raises:
+            RuntimeError: another thread is inside a call of the model, or its backward. Nothing has
+                changed then.
+        """
+        with self._changing("disable_adapter_layers"):
+            for layer in self._layers():
+                if layer.merged:
+                    layer.unmerge()
+            super().disable_adapter_layers()
+
+    def unmerge_adapter(self) -> None:
+        """Restores the base weights bit for bit.
+
+        Raises:
+            RuntimeError: another thread is inside a call of the model, or its backward. Nothing has
+                changed then.
+        """
+        with self._changing("unmerge_adapter"):
+            super().unmerge_adapter()
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Casts cores to the base's dtype if the caller asked for it; else they stay fp32 or wider.
@@ -331,15 +369,26 @@ class TCURModel(BaseTuner):  # type: ignore[misc]
 
         Raises:
             ValueError: there is no such adapter, or it is merged.
+            RuntimeError: another thread is inside a call of the model, or its backward. Nothing is
+                deleted then.
         """
-        for module in self.model.modules():
-            if isinstance(module, TCURLinear) and adapter_name in module.merged_adapters:
+        with self._changing("delete_adapter"):
+            if any(adapter_name in layer.merged_adapters for layer in self._layers()):
                 raise ValueError(
                     f"Cannot delete adapter(s) {[adapter_name]} while they are merged. Please "
                     "unmerge them first."
                 )
-        super().delete_adapter(adapter_name)
-        self._drop_stacks(adapter_name)
+            super().delete_adapter(adapter_name)
+            self._drop_stacks(adapter_name)
+
+    def _layers(self) -> list[TCURLinear]:
+        """The adapted layers."""
+        return [module for module in self.model.modules() if isinstance(module, TCURLinear)]
+
+    def _changing(self, caller: str, is_undone: bool = False) -> AbstractContextManager[None]:
+        """Context of a change to what all threads share; see `Gate.closed`."""
+        # The tuner is the model here: it calls the forward of the model within it as a function.
+        return self.owner.gate.closed(caller, self, self._layers(), is_undone)
 
     def merge_adapter(
         self, adapter_names: list[str] | None = None, safe_merge: bool = False
@@ -355,12 +404,15 @@ class TCURModel(BaseTuner):  # type: ignore[misc]
         Raises:
             ValueError: an adapter is unknown, a merged weight is not finite, or an adapted layer
                 is quantised. Nothing is merged then.
+            RuntimeError: another thread is inside a call of the model, or its backward. Nothing is
+                merged then.
         """
-        self._check_merge(adapter_names, safe_merge)
-        for module in self.model.modules():
-            if isinstance(module, TCURQuantisedLinear):
-                module.merge(adapter_names=adapter_names)  # refuses
-        super().merge_adapter(adapter_names)
+        with self._changing("merge_adapter"):
+            self._check_merge(adapter_names, safe_merge)
+            for module in self.model.modules():
+                if isinstance(module, TCURQuantisedLinear):
+                    module.merge(adapter_names=adapter_names)  # refuses
+            super().merge_adapter(adapter_names)
 
     def _unload_and_optionally_merge(
         self,

@@ -33,7 +33,7 @@ class TCURQuantisedLinear(TCURLinear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Maps ``x`` [..., in_features] to [..., out_features] with the active adapters."""
-        self._check_recomputed()
+        self._begin()
         product: Tensor = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters:
             return product

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..adapters.batch import StackedCores
 from ..adapters.ids import NO_ADAPTER
 from ..adapters.plan import Plan
+from ..layers.exclusion import Gate
 from ..layers.rows import rows_of, using_rows
 from .hosted import AdapterStack
 
@@ -25,10 +26,17 @@ class Owner:
 
     Attributes:
         stacks: adapter name -> its stacks.
+        gate: closed while a thread changes what all threads share.
     """
 
     def __init__(self) -> None:
         self.stacks: dict[str, list[AdapterStack]] = {}
+        self.gate = Gate()
+
+    def let_changes_end(self) -> None:
+        """Waits while another thread changes what all threads share; called by every layer."""
+        if not torch.compiler.is_compiling():
+            self.gate.let_through()
 
     def loaded(self, model: nn.Module, incompatible_keys: Any) -> None:
         """After a checkpoint was loaded: takes C and R from the new base.

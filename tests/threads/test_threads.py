@@ -177,6 +177,109 @@ def test_no_change_while_another_thread_is_inside(change, compiled, tmp_path):
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("ways", ["called here", "called elsewhere", "compiled", "leaf"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_no_change_while_another_thread_is_in_a_backward(change, ways, tmp_path):
+    """Kernels of it read the weights, and torch has looked at their versions before."""
+    if ways != "called here" and change != "merge":
+        pytest.skip("the same look at the frames")
+    model, adapter, x = adapted()
+    adapter.save(tmp_path / "b", "b")
+    inside, go_on = threading.Event(), threading.Event()
+
+    def meet(grad):
+        inside.set()
+        assert go_on.wait(60)
+        return grad
+
+    def forward(core=None):
+        torch._dynamo.reset()
+        called = torch.compile(model, backend="eager") if ways == "compiled" else model
+        y = core if core is not None else called(x).square().sum()
+        y.register_hook(meet)
+        return y
+
+    def backward(y):
+        return torch.autograd.grad(y, list(adapter.parameters()), torch.ones_like(y))
+
+    if ways == "leaf":  # nothing but a core, which is an output and an input
+
+        def backward(core):
+            return torch.autograd.grad(core, core, torch.ones_like(core))
+
+        y = forward(next(iter(adapter.parameters())))
+    else:
+        y = forward() if ways == "called elsewhere" else None
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(lambda: backward(forward() if y is None else y))
+        assert inside.wait(60)
+        try:
+            with pytest.raises(RuntimeError, match=f"{change}: expected .* in a backward"):
+                CHANGES[change](adapter, tmp_path / "b")
+        finally:
+            go_on.set()
+        assert len(other.result()) > 0
+    CHANGES[change](adapter, tmp_path / "b")  # and now it may
+    torch._dynamo.reset()
+
+
+def test_a_backward_of_another_model_refuses_nothing():
+    _, adapter, _ = adapted()
+    stranger, inside, go_on = nn.Linear(3, 3), threading.Event(), threading.Event()
+
+    def meet(grad):
+        inside.set()
+        assert go_on.wait(60)
+        return grad
+
+    def backward():
+        y = stranger(torch.randn(2, 3))
+        y.register_hook(meet)
+        y.sum().backward()
+
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(backward)
+        assert inside.wait(60)
+        try:
+            adapter.merge()
+        finally:
+            go_on.set()
+        other.result()
+
+
+def test_disabled_until_the_last_thread_is_done():
+    """One that ended had enabled the adapter for all others."""
+    model, adapter, x = adapted()
+    with adapter.disable(), torch.no_grad():
+        plain = model(x)
+    first, second = adapter.disable(), adapter.disable()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    with torch.no_grad():
+        assert torch.equal(model(x), plain)
+        second.__exit__(None, None, None)
+        assert not same_mathematics(model(x), plain)
+
+
+@pytest.mark.parametrize("change", ["merge", "unmerge", "load", "disable", "change_basis"])
+def test_merged_by_another_thread_between_the_question_and_the_change(change, tmp_path):
+    """Whether a model is merged is asked when no other thread can change that any more."""
+    _, adapter, _ = adapted()
+    path = tmp_path / "b"
+    adapter.save(path, "b")
+    if change == "unmerge":
+        adapter.merge()
+    changes = {**CHANGES, "unmerge": lambda adapter, path: adapter.unmerge()}
+    with ThreadPoolExecutor(1) as pool:
+        with adapter._gate().held():
+            other = pool.submit(changes[change], adapter, path)
+            assert not wait([other], timeout=0.2).done  # it has asked, or is about to
+            changes["unmerge" if change == "unmerge" else "merge"](adapter, path)
+        with pytest.raises(ValueError, match=f"{change}: expected an? (un)?merged adapter"):
+            other.result(60)
+
+
 def test_a_call_that_begins_during_a_change_waits_for_it(monkeypatch):
     model, adapter, x = adapted()
     with torch.no_grad():

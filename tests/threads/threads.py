@@ -193,7 +193,12 @@ class Worker:
         y, grads = self.world.by_rows(self.world.stacked, x, ids, needs_grad=True)
         wanted, wanted_grads = self.world.rows[index, first]
         same = all(torch.equal(grads[name], wanted_grads[name]) for name in grads)
-        return same and torch.equal(y, wanted)
+        if not same or not torch.equal(y, wanted):
+            far = {name: float((grads[name] - wanted_grads[name]).abs().max()) for name in grads}
+            far["y"] = float((y - wanted).abs().max())
+            self.wrong.append(f"train of input {index}, first {first}: off by {far}")
+            return False
+        return True
 
     def call(self):
         """A call outside of a batch: by one adapter, whichever is active, in all of its layers."""
