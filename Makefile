@@ -71,9 +71,11 @@ release-check: $(VENV)/.built_tests
 	$(BIN)/python .ci/release.py $(if $(RUN),--run)
 
 # More lengths, ranks, precisions and architectures of the Triton kernels: interpreted, then compiled.
+# And what takes long of the CUDA kernels on the CPU.
 test-matrix: $(VENV)/.built_tests $(VENV)/.oldest_triton
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m matrix tests/conformance
-	$(BIN)/python -m pytest -m matrix tests/test_triton_compile.py tests/test_triton_oldest.py
+	$(BIN)/python -m pytest -m matrix tests/test_triton_compile.py tests/test_triton_oldest.py \
+		tests/test_cuda_host.py
 
 # Far more of everything that could go wrong, one program after another: hours. ONLY="calls files"
 # chooses. The table of docs/trust.md.

@@ -264,6 +264,7 @@ def test_some_processes_run_at_once(tmp_path):
 
     found = dict(process.run([(n, lambda n=n: meet(n)) for n in range(4)], 4))
     assert found == {n: {"n": n} for n in range(4)}
+    begun = time.monotonic()
     running = process.run([(0, dict), (1, lambda: time.sleep(60))], 2)
     next(running)
     running.close()

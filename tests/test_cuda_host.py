@@ -76,7 +76,9 @@ def test_every_rank_with_kernels_of_its_own(n3, rank):
     check_both_transforms(make_case(n3, 33, 68, rank))
 
 
-@pytest.mark.parametrize("n3", [12, 48, 128, 144, 257, 2048])
+@pytest.mark.parametrize(
+    "n3", [12, 48, 128, 144, 257, pytest.param(2048, marks=pytest.mark.matrix)]
+)
 def test_devices_with_little_shared_memory(n3):
     """As of compute capability 8.6: what needs more goes by the kernels for any length.
 
@@ -165,7 +167,17 @@ def test_side_by_side_at_odd_addresses(n3):
     check_side_by_side(case, given=[shifted(matrices[0]), *matrices[1:]])
 
 
-def test_the_order_of_threads_makes_no_difference(host):
+#: What takes long; `.ci/cuda_checks.py` has them, too, where sources have changed.
+LARGE = [s for s in cuda_host.ORDERED if s[0] * s[1] > 10_000 or s[0] > 200]
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [pytest.param(s, marks=pytest.mark.matrix if s in LARGE else ()) for s in cuda_host.ORDERED],
+    ids=str,
+)
+def test_the_order_of_threads_makes_no_difference(host, sizes, monkeypatch):
+    monkeypatch.setattr(cuda_host, "ORDERED", (sizes,))
     assert cuda_host.orders_agree(host)
 
 

@@ -20,8 +20,8 @@ def test_adapters_of_tokens_cost_what_both_cost_alone():
         case = cases.core_grad_ids((5, 16, 16, 4), tokens, adapters)
         return sum(one.instructions for one in count.of_case(case, "sm_90"))
 
-    few, more_tokens = issued(256, 16), issued(1024, 16)
-    more_adapters, both = issued(256, 64), issued(1024, 64)
+    few, more_tokens = issued(128, 8), issued(512, 8)
+    more_adapters, both = issued(128, 32), issued(512, 32)
     assert more_tokens > 2 * few
     assert both - more_adapters < 1.1 * (more_tokens - few)
 
