@@ -22,8 +22,8 @@ export GOMP_SPINCOUNT ?= 1000
 # Python compiles what it imports, so pip need not compile all that it installs.
 export PIP_NO_COMPILE ?= 1
 
-.PHONY: demo build quick test test-families families-table test-cpus test-versions test-builds \
-	test-matrix nightly test-peft wheel wheel-aarch64 release-check lint format clean FORCE
+.PHONY: demo build quick test test-kernels test-families families-table test-cpus test-versions \
+	test-builds test-matrix nightly test-peft wheel wheel-aarch64 release-check lint format clean FORCE
 
 demo: $(VENV)/.built_demo
 	@echo "The demo starts."
@@ -41,8 +41,22 @@ quick: $(VENV)/.tests
 		-k 'test_isa or (cpu_ and not float16 and not float64 and not ids)'
 
 # One process for each core, each with one thread.
-test: $(VENV)/.built_tests $(VENV)/.oldest_peft $(VENV)/.oldest_triton $(VENV)/.quantised
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal --durations 15
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
+TESTED := $(VENV)/.built_tests $(VENV)/.oldest_peft $(VENV)/.oldest_triton $(VENV)/.quantised
+
+# All tests, but for those of kernels for GPUs that have passed and are as they were.
+test: $(TESTED)
+	@if $(BIN)/python .ci/kernel_sources.py; then \
+		echo "The kernels for GPUs have passed their tests as they are; make test-kernels repeats these."; \
+		$(PYTEST) --durations 15 -m 'not matrix and not families and not kernels'; \
+	else \
+		$(PYTEST) --durations 15; \
+	fi
+
+# Tests of the kernels for GPUs, for which no GPU is needed; records that they have passed.
+test-kernels: $(TESTED)
+	$(PYTEST) --durations 15 -m 'kernels and not matrix'
+	$(BIN)/python .ci/kernel_sources.py --record
 
 # Adapters on the models of everybody: all families, with libraries that no other test needs. These lie
 # beside the others, because torchvision from PyPI does not load with a torch for CPUs alone.

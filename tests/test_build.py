@@ -261,3 +261,47 @@ def test_cuda_sources_that_passed_are_known_as_long_as_they_stay(tmp_path):
         assert not has_passed(), name
         (tmp_path / name).write_text(kept)
         assert has_passed(), name
+
+
+@pytest.fixture
+def sources(monkeypatch):
+    """What the tests of the kernels for GPUs depend on."""
+    monkeypatch.syspath_prepend(str(ROOT / ".ci"))
+    import kernel_sources
+
+    return kernel_sources
+
+
+def test_kernels_that_passed_are_known_as_long_as_they_and_their_tests_stay(sources, tmp_path):
+    ignored = shutil.ignore_patterns("*.so", "__pycache__")
+    for name in (*sources.FOLDERS, ".ci"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=ignored)
+    for name in ("constraints.txt", *sources.FILES, *(f"tests/test_{n}.py" for n in sources.TESTS)):
+        shutil.copy(ROOT / name, tmp_path / name)
+    program = tmp_path / ".ci" / "kernel_sources.py"
+
+    def has_passed(*arguments):
+        return subprocess.run([sys.executable, program, *arguments], check=False).returncode == 0
+
+    (tmp_path / ".ci" / "kernels_checked.txt").write_text("of other sources\n")
+    assert not has_passed()
+    assert has_passed("--record")
+    assert has_passed()
+    changed = ("csrc/cuda/launch.h", "tcur_kernels/operators/triton/launch.py", "setup.py")
+    changed += ("tests/conformance/table.py", "tests/test_triton.py", "tests/oldest_triton.txt")
+    for name in changed:
+        kept = (tmp_path / name).read_text()
+        (tmp_path / name).write_text(f"{kept}\n")
+        assert not has_passed(), name
+        (tmp_path / name).write_text(kept)
+        assert has_passed(), name
+    pins = (ROOT / "constraints.txt").read_text()
+    (tmp_path / "constraints.txt").write_text(pins.replace("torch==", "torch==1"))
+    assert not has_passed()
+
+
+def test_tests_that_are_recorded_are_those_of_the_marked_modules(sources):
+    """What is left out where nothing changed must be what the record depends on."""
+    mark = "mark." + "kernels"
+    marked = {p.stem for p in Path(__file__).parent.rglob("test_*.py") if mark in p.read_text()}
+    assert marked == {f"test_{name}" for name in sources.TESTS}

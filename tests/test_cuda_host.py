@@ -18,6 +18,8 @@ from cuda_host import operator, shifted
 from tcur_kernels.operators import cost, reference
 from tolerance import PROMISE, assert_close, relative_error
 
+pytestmark = pytest.mark.kernels
+
 
 @pytest.fixture(scope="module", autouse=True)
 def host():

@@ -12,6 +12,8 @@ from cuda_host import DTYPES, operator, shifted
 from tcur_kernels.operators import contract, reference
 from tolerance import PROMISE, assert_close, relative_error
 
+pytestmark = pytest.mark.kernels
+
 
 @pytest.fixture(scope="module", autouse=True)
 def host():

@@ -12,6 +12,7 @@ CHANGELOG = report.DOCS.parent / "CHANGELOG.md"
 needs_nvcc = pytest.mark.skipif(launches.package_build().find_nvcc() is None, reason="no nvcc")
 
 
+@pytest.mark.kernels
 @needs_nvcc
 def test_adapters_of_tokens_cost_what_both_cost_alone():
     """The work grows with tokens and with adapters, and not with their product."""
@@ -26,6 +27,7 @@ def test_adapters_of_tokens_cost_what_both_cost_alone():
     assert both - more_adapters < 1.1 * (more_tokens - few)
 
 
+@pytest.mark.kernels
 def test_every_kernel_that_is_compiled_is_launched():
     """By some call: no variant is compiled for nobody."""
     _, names = launches._library()
@@ -66,6 +68,7 @@ def test_every_kernel_that_is_compiled_is_launched():
     assert compiled - launched == set()
 
 
+@pytest.mark.kernels
 @needs_nvcc
 @pytest.mark.parametrize("operator", ["core_grad_tokens", "cur_linear", "core_of_packed"])
 def test_kernels_on_tokens_divide_no_64_bits(operator):

@@ -12,7 +12,10 @@ import torch
 
 from tcur_kernels.operators.triton import INTERPRETED
 
-pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+pytestmark = [
+    pytest.mark.kernels,
+    pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing"),
+]
 
 #: TB/s of the second-level cache and of device memory.
 CACHE, MEMORY = 5.5, 4.3

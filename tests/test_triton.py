@@ -18,6 +18,7 @@ from cases import make_case
 TESTS = Path(__file__).parent
 
 
+@pytest.mark.kernels
 @pytest.mark.skipif(
     triton.__version__.startswith("3.6.") and NumpyVersion(numpy.__version__) >= "2.4.0",
     reason="its interpreter does not know numpy 2.4 and later",

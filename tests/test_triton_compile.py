@@ -35,7 +35,10 @@ from tcur_kernels.operators.triton import (
     operators,
 )
 
-pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+pytestmark = [
+    pytest.mark.kernels,
+    pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing"),
+]
 
 ARCHITECTURES = (*launch.NVIDIA, *launch.AMD)
 #: Bytes of shared memory that a program may have.

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.kernels
+
 TESTS = Path(__file__).parent
 MATRIX = pytest.mark.matrix
 OLDEST = Path(sys.prefix) / "oldest_triton"

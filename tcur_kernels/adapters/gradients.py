@@ -172,6 +172,12 @@ def read_gradients(gradients: Gradients) -> Mapping[str, Tensor]:
         with TensorFile(Path(gradients), "gradients") as file:
             found = {name: file.read(name) for name in file.entries}
             file.check_unchanged()
+        for name, gradient in found.items():
+            if not gradient.dtype.is_floating_point:
+                raise TypeError(
+                    f"gradients: expected floating tensors, got {gradient.dtype} in {name} at "
+                    f"{gradients}"
+                )
         return found
     if not isinstance(gradients, Mapping):
         raise TypeError(

@@ -32,6 +32,10 @@ _MAX_NAME = 2000
 _TOKEN = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*(?:"|\\?\Z)|[\[{,\]}]', re.DOTALL)
 
 
+#: The escape of a surrogate, of which a character takes two.
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+
+
 @dataclass(frozen=True)
 class Source:
     """A file that is read, and the argument that named it, both for errors."""
@@ -105,7 +109,8 @@ def decoded(data: bytes, source: Source) -> str:
 def parse(text: str, source: Source, what: str) -> Any:
     """What JSON holds; refuses what is damaged, and what would take much memory or time to read.
 
-    Keys that come twice, NaN, infinite numbers and numbers of very many digits are refused, too.
+    Keys that come twice, NaN, infinite numbers, numbers of very many digits and characters that
+    are none are refused, too.
 
     Raises:
         ValueError: the message says what.
@@ -138,13 +143,18 @@ def parse(text: str, source: Source, what: str) -> Any:
         return held
 
     try:
-        return json.loads(
+        found = json.loads(
             text,
             parse_int=whole,
             parse_float=finite,
             parse_constant=constant,
             object_pairs_hook=checked,
         )
+        if _SURROGATE.search(text):
+            json.dumps(found, ensure_ascii=False).encode()
+        return found
+    except UnicodeEncodeError:
+        raise refuse("half of a pair of surrogates, which is no character") from None
     except json.JSONDecodeError as error:
         raise refuse(f"{error.msg} at {error.pos}") from None
     except RecursionError:  # the caller is itself deep in calls

@@ -42,8 +42,9 @@ class Shards:
 
     Raises:
         FileNotFoundError: there is no such file, or none in the directory.
-        ValueError: a file is truncated or damaged, a name is in two files, or a name of the index
-            is in none. Reading refuses a file that changed since then.
+        ValueError: a file is truncated or damaged, a name is in two files, a name of the index is
+            in none, or a tensor is not in the index. Reading refuses a file that changed since
+            then.
     """
 
     def __init__(self, path: str | Path, argument: str = "weights") -> None:
@@ -65,6 +66,14 @@ class Shards:
                 f"{argument}: expected all tensors of the index in {self.path}, got no {lost[0]} "
                 f"in {indexed[lost[0]]} ({len(lost)} are missing)"
             )
+        for file, names in self.names.items():
+            # transformers would load it with its file, and others would not.
+            left = [name for name in names if indexed is not None and name not in indexed]
+            if left:
+                raise ValueError(
+                    f"{argument}: expected all tensors in the index of {self.path}, got {left[0]} "
+                    f"in {file.name} alone ({len(left)} are left out)"
+                )
 
     def _list(self, file: Path, indexed: Mapping[str, str] | None) -> None:
         """Lists the tensors of one file; with an index, only those that it places there."""
@@ -94,7 +103,10 @@ class Shards:
         """
         found = self._opened[self.files[name]].entries[name].dtype
         if found not in _FLOATING:
-            raise TypeError(f"{self._argument}: expected a floating dtype, got {found} in {name}")
+            raise TypeError(
+                f"{self._argument}: expected a floating dtype, got {found} in {name} at "
+                f"{self.files[name]}"
+            )
         return DTYPES[found]
 
     def read(self, name: str) -> Tensor:

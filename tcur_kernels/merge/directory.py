@@ -255,8 +255,8 @@ def _slices(directory: ModelDirectory, origins: Origins, stored: StoredStack) ->
         if not weight.dtype.is_floating_point:
             raise ValueError(
                 f"model_dir: expected weights in full precision, got {parameter} of "
-                f"{weight.dtype}; load the quantised model and its adapter, and save what "
-                "adapter.merge(inplace=False) returns"
+                f"{weight.dtype} in {directory.shards.path}; load the quantised model and its "
+                "adapter, and save what adapter.merge(inplace=False) returns"
             )
         rows = member.slices * stored.plan.n1
         logical = _matrix(parameter, weight, layout)[first : first + rows]

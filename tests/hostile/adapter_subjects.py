@@ -1,6 +1,7 @@
 """Files of adapters: with metadata, gradients, cores that wait in a store, and LoRA directories."""
 
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -29,6 +30,8 @@ from tcur_kernels.adapters.gradients import read_gradients
 
 class AdapterFile(Subject):
     name, is_sealed = "adapter", True
+    #: Those of `average` and `merge`, which refuse a whole file that is not as another is.
+    arguments = ("path", "weights", "model_dir")
 
     def make(self, folder):
         trained(("head",)).save(folder / "a.safetensors", factors=True)
@@ -79,7 +82,8 @@ class AdapterFile(Subject):
         return computed(adapter.model), adapter.metadata
 
     def inspect(self, folder):
-        return command("inspect", self.file).replace(str(folder), "")
+        told = command("inspect", self.file).replace(str(folder), "")
+        return re.sub(r"[\d,]+ bytes", "", told)  # a number may be written in other digits
 
     def metadata(self, folder):
         return tcur.read_metadata(self.file)

@@ -176,7 +176,7 @@ def run(seed, start, count, folder):
         _, status = os.waitpid(child, 0)
         if os.WIFEXITED(status) and os.WEXITSTATUS(status) == FAILED:
             raise RuntimeError(f"the judge failed at file {done}")
-        if done < start + count:  # it died with the next file
+        if status and done < start + count:  # it died with the next file
             results.append((subjects.kind_of(done), "crash", f"{done}: status {status}"))
             done += 1
     return results

@@ -19,6 +19,7 @@ import tcur_kernels as tcur
 from rewriting import rewritten
 from tcur_kernels.adapters import sealing
 from tcur_kernels.adapters.file import read_contents
+from tcur_kernels.adapters.gradients import read_gradients
 from tcur_kernels.files import parsing
 from tcur_kernels.files.parsing import Source, parse
 from tcur_kernels.files.shards import Shards
@@ -124,6 +125,8 @@ def test_a_version_that_was_damaged_does_not_hide_the_digests(file):
         ('["\\', "Unterminated|Invalid"),
         ("", "Expecting value"),
         ("[1,]", "Expecting value"),
+        (r'["\ud800"]', "half of a pair of surrogates"),
+        (r'{"\uDC00\ud83d": 1}', "half of a pair of surrogates"),
     ],
 )
 def test_json_that_is_refused(text, message, tmp_path):
@@ -131,6 +134,11 @@ def test_json_that_is_refused(text, message, tmp_path):
         parse(text, Source("path", tmp_path / "x.json"), "the header")
     assert type(caught.value) is ValueError
     assert str(caught.value).startswith("path: expected ")
+
+
+def test_characters_of_two_surrogates_are_read(tmp_path):
+    source = Source("path", tmp_path / "x.json")
+    assert parse(r'["\ud83d\ude00", "\\ud800"]', source, "the header") == ["😀", "\\ud800"]
 
 
 def test_json_with_too_many_values(tmp_path, monkeypatch):
@@ -271,7 +279,27 @@ def test_shards_may_be_links_as_in_the_cache_of_hugging_face(tmp_path):
     assert torch.equal(Shards(snapshot).read("a"), torch.ones(2))
 
 
-@pytest.mark.parametrize("name", ["../a", "/etc/passwd", "..", "", "a/b", "a\0b", "\ud800", 3])
+def test_an_index_that_leaves_a_tensor_out_is_refused(tmp_path):
+    """Some would load it with its file, and others would go without."""
+    save_file({"a": torch.ones(2), "b": torch.ones(1)}, tmp_path / "m-1.safetensors")
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "m-1.safetensors", "b": "m-1.safetensors"}}))
+    assert Shards(tmp_path).files.keys() == {"a", "b"}
+    index.write_text(json.dumps({"weight_map": {"a": "m-1.safetensors"}}))
+    with pytest.raises(ValueError, match=r"expected all tensors in the index of .*, got b in m-1"):
+        Shards(tmp_path)
+
+
+def test_gradients_and_weights_of_another_kind_are_told_with_their_file(tmp_path):
+    file = tmp_path / "g.safetensors"
+    save_file({"a": torch.ones(2, dtype=torch.int32)}, file)
+    with pytest.raises(TypeError, match=r"gradients: expected floating .*int32 in a at .*g\.safe"):
+        read_gradients(file)
+    with pytest.raises(TypeError, match=r"weights: expected a floating .* I32 in a at .*g\.safe"):
+        Shards(file).dtype("a")
+
+
+@pytest.mark.parametrize("name", ["../a", "/etc/passwd", "..", "", "a/b", "a\0b", "\u200b", 3])
 def test_names_in_an_index_stay_in_its_folder(tmp_path, name):
     save_file({"a": torch.ones(2)}, tmp_path / "a")
     folder = tmp_path / "model"
