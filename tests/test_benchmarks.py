@@ -129,7 +129,7 @@ def test_memory_is_measured_in_children(benchmarks, monkeypatch):
     peaks = memory.measure("small", 1)
     assert peaks["lora"].ratio == 1
     assert 0 < peaks["tcur"].ratio < 1
-    monkeypatch.setattr(memory, "CONTENDERS", ("lora", "nothing"))
+    monkeypatch.setattr(memory, "CONTENDERS", ("nothing", "lora"))
     with pytest.raises(RuntimeError, match="nothing: the child process failed"):
         memory.measure("small", 1)
 
