@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sys
 from collections.abc import Callable
@@ -117,8 +116,13 @@ def merge_writers(kept: Path) -> list[Writer]:
     contents = read_contents(kept / "merged.safetensors")
 
     def write(folder: Path) -> None:
-        with contextlib.suppress(FileExistsError):  # it is there
-            merge_directory(ModelDirectory(base), contents, folder / "out")
+        out = folder / "out"
+        was_there = out.is_dir() and any(out.iterdir())
+        try:
+            merge_directory(ModelDirectory(base), contents, out)
+        except FileExistsError:
+            if not was_there:
+                raise
 
     def look(folder: Path) -> None:
         if (folder / "out").exists() and any((folder / "out").iterdir()):
