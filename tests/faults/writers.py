@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import tcur_kernels as tcur
 from benchmarks import appending, documents
@@ -241,15 +241,15 @@ def kept_writers(kept: Path) -> list[Writer]:
 
     def keep(folder: Path) -> None:
         def pretrain(place: Path) -> tuple[Path, Report]:
-            torch.save({"a": torch.ones(99)}, place / "weights.pt")
-            return place / "weights.pt", Report(parameters=99)
+            save_file({"a": torch.ones(99)}, place / "weights.safetensors")
+            return place / "weights.safetensors", Report(parameters=99)
 
         kept_pretraining.keep(folder, "a", pretrain)
 
     def look(folder: Path) -> None:
         found = kept_pretraining.find(folder, "a")
         if found is not None:
-            torch.load(found[0], weights_only=True)
+            load_file(found[0])
 
     return [Writer("kept pretraining", keep, nothing, look, apart=True)]
 
