@@ -8,8 +8,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 HOME = ROOT / "build" / "environments"
-#: What torch 2.15 says of itself in `opcheck`.
-IGNORED = "ignore:The .grad attribute of a Tensor:UserWarning:torch._subclasses.meta_utils"
+#: What torch 2.15 says of itself in `opcheck`, and torch of the first Python 3.13.
+IGNORED = (
+    "ignore:The .grad attribute of a Tensor:UserWarning:torch._subclasses.meta_utils",
+    "ignore:Guards may run slower on Python 3.13.0:RuntimeWarning",
+)
 
 
 def run(command, cwd=ROOT, **more):
@@ -79,6 +82,7 @@ class Environment:
     def test(self, files, tree=ROOT, chosen=""):
         """Runs tests of files, or those chosen by ``-k``, with the package of a tree."""
         options = ["-q", "-p", "no:cacheprovider", "-n", "logical", "--maxprocesses", "8"]
+        ignored = " ".join(f"-W '{each}'" for each in IGNORED)
         # By way of variables, because tests start programs, and pytest, too.
-        more = {"PYTHONPATH": str(tree), "PYTEST_ADDOPTS": f"-W '{IGNORED}'", "HF_HUB_OFFLINE": "1"}
+        more = {"PYTHONPATH": str(tree), "PYTEST_ADDOPTS": ignored, "HF_HUB_OFFLINE": "1"}
         return run([self.python, "-m", "pytest", *options, "-k", chosen, *files], tree, **more)
