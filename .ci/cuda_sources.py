@@ -17,13 +17,20 @@ FILES = ("setup.py", "tests/cuda_host.py", ".ci/cuda_checks.py")
 
 def digest():
     """A digest of what the checks depend on: sources, flags, the checks, and torch's version."""
-    found = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*") if path.is_file()]
-    found += [ROOT / name for name in FILES]
+    return digest_of(FOLDERS, FILES, ("torch==",))
+
+
+def digest_of(folders, files, packages):
+    """A digest of all files of folders, of files, and of the versions of pinned packages."""
+    found = [path for folder in folders for path in (ROOT / folder).rglob("*")]
+    found = [path for path in found if path.is_file() and path.suffix not in (".pyc", ".so")]
+    found += [ROOT / name for name in files]
     whole = hashlib.sha256()
     for path in sorted(found):
         whole.update(f"{path.relative_to(ROOT)}\n".encode() + path.read_bytes())
-    pins = (ROOT / "constraints.txt").read_text().splitlines()
-    whole.update(next(line for line in pins if line.startswith("torch==")).encode())
+    for line in (ROOT / "constraints.txt").read_text().splitlines():
+        if line.startswith(packages):
+            whole.update(line.encode())
     return whole.hexdigest()
 
 

@@ -39,6 +39,9 @@ SECONDS, CLOCK = 10, 300
 #: Bytes of memory that reading a file may take beyond what there was.
 BYTES = 512 * 2**20
 
+#: Files that one child judges, before its memory has grown too much.
+FILES = 2000
+
 #: How a child ends in which the judge itself failed.
 FAILED = 77
 
@@ -158,12 +161,13 @@ def run(seed, start, count, folder):
     done = start
     results = []
     while done < start + count:
+        stop = min(start + count, done + FILES)
         reading, writing = os.pipe()
         child = os.fork()
         if child == 0:
             os.close(reading)
             try:
-                _work(judge, done, start + count, writing)
+                _work(judge, done, stop, writing)
             except BaseException:  # the judge itself failed, and must not judge on
                 traceback.print_exc()
             finally:
@@ -176,7 +180,7 @@ def run(seed, start, count, folder):
         _, status = os.waitpid(child, 0)
         if os.WIFEXITED(status) and os.WEXITSTATUS(status) == FAILED:
             raise RuntimeError(f"the judge failed at file {done}")
-        if status and done < start + count:  # it died with the next file
+        if done < stop:  # it died with the next file
             results.append((subjects.kind_of(done), "crash", f"{done}: status {status}"))
             done += 1
     return results
@@ -192,7 +196,7 @@ def _work(judge, start, stop, writing):
     held = watch.address_space()
     resource.setrlimit(resource.RLIMIT_AS, (held + 2 * BYTES, resource.RLIM_INFINITY))
     with os.fdopen(writing, "w") as out:
-        for index in range(start, min(stop, start + 2000)):
+        for index in range(start, stop):
             before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
             name, verdict, told = judge.case(index)
             grown = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
