@@ -183,7 +183,7 @@ REFUSED = [
     (
         "materialize",
         {"weights": lambda t: [t[0][3], t[0][2], t[0][1], t[0][0].half()]},
-        None,
+        "weights has an unexpected dtype",
         r"weights: expected dtype torch\.float",
         None,
     ),
