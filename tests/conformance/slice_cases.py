@@ -63,6 +63,8 @@ def w_eff_cases():
         yield case(name, n3, (16, 32, 3), elements=(dtype, F32), meant_for=ALL_SLOW, weights="odd")
     # A last tile of slices with one in it; more rows than a program of the first step takes.
     yield case(name, 65, (3, 5, 1), meant_for=INTERPRETED, weights="none")
+    # A rank for which a program takes one tile, and its roots as they are.
+    yield case(name, 18, (18, 35, 9), meant_for=INTERPRETED)
     yield case(name, 5, (70, 5, 2), meant_for=INTERPRETED)
     # Weights in fp64 with factors in fp32, which make an update in fp32.
     yield case(name, 5, (6, 9, 2), elements=(F64, F32), meant_for=ALL_SLOW)

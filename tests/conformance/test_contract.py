@@ -230,6 +230,7 @@ REFUSED = [
     ("core_of_packed", {"packed": lambda t: t[0]}, r"packed must be \[m", r"packed: .*\[m", None),
     ("core_of_packed", {"packed": lambda t: t.bfloat16()}, "packed ", "packed: expected f", None),
     ("core_of_packed", {"packed": lambda t: t.half()}, "packed ", "packed: expected f", None),
+    ("core_of_packed", {"packed": lambda t: t.double()}, None, "packed: expected float32", None),
     ("cur_linear", {"x": lambda t: t[:, :8]}, "x has", "x", None),
     (
         "cur_linear",

@@ -76,6 +76,16 @@ def test_layouts(case, backend, layout):
     assert_close(actual, same, exact)
 
 
+@pytest.mark.cases([case("materialize", 12, (9, 36, 3)), case("core_grad_dense", 12, (9, 36, 3))])
+def test_factors_alone_may_be_shifted(case, backend):
+    """Kernels that take the other tensors by vectors may get factors that have to go by numbers."""
+    given = arguments(case)[0]
+    factors = {name: shifted(given[name]) for name in ("lateral_hat", "horizontal_hat")}
+    same, exact = expected(case)
+    actual = compute(case, backend.run_case(case), {**given, **factors}).cpu()
+    assert_close(actual, same, exact)
+
+
 @pytest.mark.cases([each for each in LAID_OUT if each.operator == "materialize"])
 def test_strided_weights_make_no_difference(case, backend):
     given = arguments(case)[0]
