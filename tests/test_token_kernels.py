@@ -133,18 +133,6 @@ def test_the_table_unused_for_longest_is_dropped():
         assert native.plans_made() == before
 
 
-def test_projected_tokens_may_be_strided(isa):
-    """Rows of a larger tensor, given in place of tokens that are projected here."""
-    case = make_case(5, 6, 7, 3)
-    lateral_hat, _ = case.packed
-    z, grad_y = torch.randn(9, 5 * 3 + 4), torch.randn(9, 2 * 6)
-    grads = [
-        torch.ops.tcur.core_grad_tokens(rows, grad_y, lateral_hat, None, 5, 1, 2)
-        for rows in (z[:, 2:-2], z[:, 2:-2].contiguous())
-    ]
-    assert torch.equal(*grads)
-
-
 def test_tables_of_many_lengths():
     """More lengths than are kept, by several threads: results stay right."""
     cases = [make_case(n3, 3, 4, 2) for n3 in range(20, 60)]

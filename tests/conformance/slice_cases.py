@@ -138,7 +138,9 @@ def dense_gradient_cases():
     for n3 in (3, 17):
         yield case(name, n3, (3, 530, 2), meant_for=INTERPRETED)  # several spans
     yield case(name, 12, (36, 40, 34), meant_for=INTERPRETED)  # more ranks than one product takes
-    yield case(name, 3, (18, 35, 17), meant_for=INTERPRETED)  # the same for few slices
+    for rank in (9, 17):
+        yield case(name, 3, (18, 35, rank), meant_for=INTERPRETED)  # the same for few slices
+    yield case(name, 5, (3, 5, 1), meant_for=INTERPRETED)  # fewer rows of R̂ than a program reads
     yield case(name, 32, (3, 5, 1), meant_for=INTERPRETED)  # a last tile of slices with one in it
     for n3, dtype in itertools.product((12, 17), SINGLE):
         yield case(name, n3, (6, 70, 3), elements=(dtype,))

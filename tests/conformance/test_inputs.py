@@ -19,6 +19,7 @@ LAID_OUT = [
     case("core_grad_dense", *SIZES, meant_for=EVERYWHERE),
     case("core_grad_tokens", *SIZES, meant_for=EVERYWHERE, tokens=(7,), first=1),
     case("core_grad_tokens", *SIZES, meant_for=EVERYWHERE, tokens=(7,), first=1, way="dense"),
+    case("core_grad_tokens", *SIZES, meant_for=EVERYWHERE, tokens=(7,), first=1, way="z"),
     case("core_of_packed", *SIZES, meant_for=EVERYWHERE, count=2),
     *[
         case("core_of_packed", n3, (rank, rank, rank), meant_for=EMULATOR, count=48)
@@ -157,7 +158,9 @@ def test_an_id_of_no_core_reads_nothing(case, backend, bad):
     given = arguments(case)[0]
     ids = given["adapter_ids"].clone()
     ids[2] = bad
-    changed = {**given, "adapter_ids": ids}
+    beside = torch.ones_like(given["core"][:1])  # what lies there, so that no NaN comes from there
+    cores = torch.cat([beside, given["core"], beside])[1:-1]
+    changed = {**given, "adapter_ids": ids, "core": cores}
     if backend.bad_id == "refused":
         with pytest.raises((RuntimeError, IndexError)):
             backend.run("cur_linear", **changed)
@@ -218,9 +221,9 @@ def test_strided_ids_make_no_difference(case, backend):
 ROUNDED = [
     case(name, 4, (37, 40, 3), precision="bf16", bf16_operands=True, tokens=(11,), first=2, **how)
     for name, how in (
-        ("cur_linear", {"weight": False}),
+        ("cur_linear", {"weight": False, "meant_for": EVERYWHERE}),
         ("cur_linear", {"weight": False, "transposed": True}),
-        ("core_grad_tokens", {}),
+        ("core_grad_tokens", {"meant_for": EVERYWHERE}),
         ("core_grad_tokens", {"way": "z"}),
     )
 ]
