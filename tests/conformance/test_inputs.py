@@ -146,8 +146,10 @@ def test_nan_in_the_core_is_seen(backend):
     assert backend.run("materialize", **{**given, "core": core}).isnan().all()
 
 
+#: More rows than cores, so that cores are transformed; and fewer, so that those of each row are.
 BAD_IDS = [
-    case("cur_linear", 4, (6, 7, 2), meant_for=ALL_SLOW, tokens=(6, 2), weight=False, ids="mixed")
+    case("cur_linear", 4, (6, 7, 2), meant_for=ALL_SLOW, tokens=tokens, weight=False, ids=ids)
+    for tokens, ids in (((6, 2), "mixed"), ((3, 2), "three"))
 ]
 
 
