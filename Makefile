@@ -89,7 +89,7 @@ release-check: $(VENV)/.built_tests
 test-matrix: $(VENV)/.built_tests $(VENV)/.oldest_triton
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m matrix tests/conformance
 	$(BIN)/python -m pytest -m matrix tests/test_triton_compile.py tests/test_triton_oldest.py \
-		tests/test_cuda_host.py
+		tests/test_cuda_host.py tests/test_sharded.py
 
 # Far more of everything that could go wrong, one program after another: hours. ONLY="calls files"
 # chooses. The table of docs/trust.md.

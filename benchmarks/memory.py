@@ -1,6 +1,6 @@
 """Peak memory of a training step above that of the model, each method in its own process.
 
-``python -m benchmarks.memory METHOD TOKENS`` is such a process; it prints bytes.
+``python -m benchmarks.memory METHOD TOKENS WIDTH`` is such a process; it prints bytes.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+
+from . import methods
 
 #: name -> (tokens,): the MLP stacks of a ViT-B, 12 x 3072 x 768 and 12 x 768 x 3072.
 CASES = {f"vit_b_mlp_{tokens}_tokens": (tokens,) for tokens in (216, 864, 4096)}
@@ -37,7 +39,7 @@ def measure(case: str, rounds: int) -> dict[str, Peak]:
 
 
 def _measure_in_child(method: str, tokens: int) -> int:
-    command = [sys.executable, "-m", "benchmarks.memory", method, str(tokens)]
+    command = [sys.executable, "-m", "benchmarks.memory", method, str(tokens), str(methods.WIDTH)]
     root = Path(__file__).parent.parent
     result = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     if result.returncode != 0:
@@ -55,16 +57,15 @@ def status(field: str) -> int:
 
 def peak_of_step(method: str, tokens: int) -> int:
     """Bytes that a step needs above the prepared model; W_eff counts, since a step makes it."""
-    from .methods import MLP, build, prepared, step_of
-
-    model = prepared(method, build(MLP))
+    model = methods.prepared(method, methods.build(methods.MLP))
     before = status("VmRSS")
-    step_of(model, 16)()  # starts threads, loads libraries, allocates kept buffers
-    step = step_of(model, tokens)
+    methods.step_of(model, 16)()  # starts threads, loads libraries, allocates kept buffers
+    step = methods.step_of(model, tokens)
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak counts from here
     step()
     return status("VmHWM") - before
 
 
 if __name__ == "__main__":
+    methods.WIDTH = int(sys.argv[3])
     print(json.dumps(peak_of_step(sys.argv[1], int(sys.argv[2]))))

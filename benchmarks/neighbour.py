@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from . import methods
 from .methods import build, prepared, step_of
 from .timing import Timing, interleave
 
@@ -35,7 +36,7 @@ def measure(case: str, rounds: int) -> dict[str, Timing]:
     try:
         for name in METHODS:
             step = step_of(prepared(name, base), tokens)
-            arguments = [name, str(tokens)] if is_same else []
+            arguments = [name, str(tokens), str(methods.WIDTH)] if is_same else []
             neighbour = subprocess.Popen(
                 [sys.executable, "-m", "benchmarks.neighbour", *arguments],
                 cwd=Path(__file__).parent.parent,
@@ -76,6 +77,7 @@ def _stop(neighbour: subprocess.Popen[str]) -> None:
 def main() -> None:
     """Runs as the neighbour, until it is killed: the step of a method, or a loop on one core."""
     if len(sys.argv) > 1:
+        methods.WIDTH = int(sys.argv[3])
         step = step_of(prepared(sys.argv[1], build()), int(sys.argv[2]))
         step()
     else:

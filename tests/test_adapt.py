@@ -284,6 +284,7 @@ def test_errors_leave_the_model_as_it_was(x):
         ({"rank": "8"}, TypeError, "rank, mode: expected an int and a str, got '8'"),
         ({"mode": "fast"}, ValueError, "mode: expected one of"),
         ({"alpha": float("nan")}, ValueError, "alpha: expected a finite number"),
+        ({"alpha": "1"}, TypeError, "alpha: expected a number, got str"),
         ({"selection": "best"}, ValueError, "selection: expected one of"),
         ({"selection": ([0, 8], [0, 1])}, ValueError, "rows: expected 0 to n1 - 1"),
         ({"targets": "nothing"}, ValueError, "targets: expected a module that matches"),

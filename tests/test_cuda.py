@@ -162,7 +162,7 @@ def test_a_library_that_does_not_load_says_why(monkeypatch, tmp_path):
 
 def test_what_cuda_is_asked_for(machine):
     machine("90", (9, 0))
-    assert language("cuda", on_gpu()) == ""
+    assert language("cuda", on_gpu()) == language("cuda", on_gpu(n3=2048)) == ""
     assert language("auto", on_gpu()) == ""
     assert language("auto", on_gpu(dtype=torch.float64)) == "reference"
     for factors in (on_gpu(dtype=torch.float64), on_gpu(n3=2049)):

@@ -59,6 +59,12 @@ def test_every_size_of_a_tile(n3, n1, n2, rank):
     check_both_transforms(make_case(n3, n1, n2, rank))
 
 
+@pytest.mark.parametrize("n3", [5, 12])
+def test_blocks_that_take_several_tiles(n3):
+    """More tiles than there are to be blocks, so that each adds up over a few."""
+    check_both_transforms(make_case(n3, 1700, 264, 1))
+
+
 @pytest.mark.parametrize("n3", [n3 for n3 in range(1, 148) if cost.has_codelets(n3)] + [146, 147])
 def test_every_length_of_two_factors(n3):
     """Each outer codelet with each inner one, both directions; and the lengths behind them."""

@@ -22,10 +22,14 @@ def example(job):
     return unetr_segmentation
 
 
+def smoke(folder):
+    """Options of a run that is quick."""
+    return ["--smoke", "--output", str(folder), "--keep", str(folder / "kept")]
+
+
 def run_demo(folder, *arguments):
     """What a smoke run prints, and the lines of its progress."""
-    command = [sys.executable, str(EXAMPLES / "unetr_segmentation.py"), "--smoke", *arguments]
-    command += ["--output", str(folder), "--keep", str(folder / "kept")]
+    command = [sys.executable, str(EXAMPLES / "unetr_segmentation.py"), *arguments, *smoke(folder)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     told = [int(part) for part in re.findall(r"all (\d+)%, \d+:\d\d left", result.stderr)]
@@ -34,7 +38,7 @@ def run_demo(folder, *arguments):
     return result.stdout, result.stderr
 
 
-def test_the_demo_end_to_end(job, tmp_path):
+def test_the_demo_end_to_end(job, example, tmp_path, capfd):
     output, lines = run_demo(tmp_path, "--methods", "tcurlora", "head")
     for text in (
         "HD95",
@@ -71,7 +75,9 @@ def test_the_demo_end_to_end(job, tmp_path):
     }
 
     # The next run has the same base, and pretrains nothing; what is done is not trained again.
-    output, lines = run_demo(tmp_path, "--methods", "head", "--resume")
+    capfd.readouterr()
+    example.main(["--methods", "head", "--resume", *smoke(tmp_path)])
+    output, lines = capfd.readouterr()
     assert "output layer only: done in an earlier run" in output
     (file,) = (tmp_path / "kept").glob("*.safetensors")
     assert f"pretraining: kept from an earlier run, {file}" in output

@@ -139,6 +139,13 @@ def test_absent_backends_are_refused(monkeypatch, case):
     assert "triton" not in tcur.build_info()["backends"]
 
 
+def test_triton_takes_fp32_alone(monkeypatch, case):
+    monkeypatch.setattr(dispatch, "_TRITON_INSTALLED", True)
+    double = case.double()
+    with pytest.raises(TypeError, match=r"factors: expected dtype torch.float32 for 'triton'"):
+        tcur.cur_product(double.factors, double.core, "triton")
+
+
 def test_precisions_of_absent_backends_are_refused(case):
     with pytest.raises(ValueError, match=r"precision: .* for backend 'cpu', got 'tf32'"):
         tcur.cur_product(case.factors, case.core, "cpu", precision="tf32")
@@ -375,6 +382,7 @@ def test_materialize_refuses(case, change, error, message):
         ({"x": torch.ones(3, 9, device="meta")}, ValueError, "x: expected a tensor on cpu"),
         ({"weight": torch.ones(7, 9)}, ValueError, r"weight: expected \[slices \* 6, 9\]"),
         ({"weight": torch.ones(6, 8)}, ValueError, "weight: expected"),
+        ({"weight": torch.ones(0, 9)}, ValueError, "weight: expected"),
         ({"weight": torch.ones(6, 9, requires_grad=True)}, ValueError, "weight: expected a frozen"),
         ({"bias": torch.ones(5)}, ValueError, r"bias: expected \[6\], got \[5\]"),
         ({"bias": torch.ones(6).half()}, TypeError, "bias: expected dtype"),
@@ -426,6 +434,36 @@ def test_slice_update_refuses(case, change, error, message):
     arguments = {"factors": case.factors, "core": case.core, "slice_index": 1, **change}
     with pytest.raises(error, match=message):
         functional.slice_update(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"x": torch.ones(3, 9).int()}, TypeError, "x: expected a floating dtype"),
+        ({"x": torch.ones(3, 8)}, ValueError, r"x: expected \[..., 9\], got \[3, 8\]"),
+        ({"transposed": True, "slices": 2}, ValueError, r"x: expected \[..., 12\], got \[3, 9\]"),
+        ({"slice_index": 3, "slices": 2}, ValueError, "slice_index: expected 0 to 2"),
+        ({"core": torch.ones(2, 4, 2, 3)}, ValueError, r"core: expected \[adapters, 4, 2, 2\]"),
+        ({"core": torch.ones(4, 2, 2)}, ValueError, r"core: expected \[adapters, 4, 2, 2\]"),
+        ({"adapter_ids": torch.tensor([0, 2, 0])}, ValueError, "adapter_ids: expected 0 to 1"),
+    ],
+)
+def test_update_linear_refuses(case, change, error, message):
+    arguments = {
+        "x": torch.ones(3, 9),
+        "factors": case.factors,
+        "core": torch.stack([case.core, case.core]),
+        "slice_index": 1,
+        "adapter_ids": torch.tensor([0, 1, 0]),
+        **change,
+    }
+    with pytest.raises(error, match=message):
+        functional.update_linear(**arguments)
+
+
+def test_project_refuses_tokens_that_are_no_numbers(case):
+    with pytest.raises(TypeError, match="x: expected a floating dtype"):
+        functional.project(torch.ones(3, 9).int(), case.factors)
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])

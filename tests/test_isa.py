@@ -35,6 +35,18 @@ def test_every_length_is_transformed_right(isa):
         )
 
 
+def test_a_long_sum_keeps_what_its_additions_round_off(isa):
+    """A tube of 2^24 and of ones: added one after another, each of these would be lost."""
+    n3 = 2039  # a prime whose transform is a table, and one sum of 1,019 terms
+    core = torch.zeros(n3, 1, 1)
+    core[1], core[17:1020:16] = 2.0**24, 1.0
+    lateral_hat, horizontal_hat = torch.zeros(1, n3), torch.zeros(n3, 1)
+    lateral_hat[0, 0] = horizontal_hat[0, 0] = 1  # of its spectrum, the sum alone
+    w_eff = torch.ops.tcur.materialize([], lateral_hat, horizontal_hat, core, 1.0, torch.float32)
+    exact = (core.double().sum() / n3).expand(n3, 1, 1)
+    assert relative_error(w_eff, exact) < 2 * torch.finfo(torch.float32).eps
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_every_variant_rounds_as_torch_does(isa, dtype):
     """Base and result in half precision: with a zero core, conversions alone are left."""

@@ -291,7 +291,7 @@ def test_modes():
         return cost.choose_mode(mode, tokens=tokens, is_built=is_built, **{**sizes, **change})
 
     assert choose(tokens=10) == "factored"
-    assert choose(tokens=100) == "materialized"
+    assert choose(tokens=100) == choose(tokens=worth) == "materialized"
     assert choose(tokens=10, is_built=True) == "materialized"
     assert choose(tokens=100, weight_dtype=torch.bfloat16) == "factored"
     for mode in ("materialized", "factored"):

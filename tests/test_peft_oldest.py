@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).parent
+#: They take half of the time, and no other way into peft. tests/versions.py runs them, too.
+LEFT_OUT = "not unetr and not compiles and not out_of_range and not offloaded"
 OLDEST = Path(sys.prefix) / "oldest_peft"
 
 
@@ -30,6 +32,6 @@ def test_with_the_oldest_supported_peft():
         str(TESTS / f"test_peft{part}.py")
         for part in ("", "_models", "_errors", "_config", "_layer", "_rows", "_patterns")
     ]
-    result = run("-m", "pytest", "-q", "-p", "no:cacheprovider", *files)
+    result = run("-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", LEFT_OUT, *files)
     assert result.returncode == 0, result.stdout[-5000:]
     assert " passed" in result.stdout

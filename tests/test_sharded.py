@@ -5,7 +5,7 @@ import pytest
 import torchrun
 
 
-@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("processes", [pytest.param(2, marks=pytest.mark.matrix), 3])
 def test_sharded_weights_give_the_same_indices(processes):
     result = torchrun.run("sharded_selection.py", processes)
     for process in range(processes):

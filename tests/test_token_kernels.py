@@ -122,6 +122,17 @@ def test_tables_are_made_once(dtype):
     assert native.plans_made() == before
 
 
+def test_the_table_unused_for_longest_is_dropped():
+    """And not the one made first: a model that is used beside others keeps its tables."""
+    used = make_case(46, 4, 5, 2)
+    step(used, torch.float32)
+    for n3 in range(100, 120):
+        step(make_case(n3, 4, 5, 2), torch.float32)
+        before = native.plans_made()
+        step(used, torch.float32)
+        assert native.plans_made() == before
+
+
 def test_tables_of_many_lengths():
     """More lengths than are kept, by several threads: results stay right."""
     cases = [make_case(n3, 3, 4, 2) for n3 in range(20, 60)]

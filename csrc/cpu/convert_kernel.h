@@ -36,6 +36,8 @@ TCUR_TARGET inline T widen(Half x) {
   return static_cast<T>(static_cast<float>(x));
 }
 
+// Rounds to nearest, ties to even. A NaN that arithmetic gave is a quiet one, so its upper half is
+// one, too.
 template <class O, class T>
 struct Narrow {
   TCUR_TARGET static inline O from(T x) {
@@ -47,9 +49,8 @@ struct Narrow<BFloat16, T> {
   TCUR_TARGET static inline BFloat16 from(T x) {
     const uint32_t bits = float_to_bits(static_cast<float>(x));
     const uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
-    const uint32_t quiet = (bits >> 16) | 0x40u;
     const bool nan = (bits & 0x7FFFFFFFu) > 0x7F800000u;
-    return BFloat16(static_cast<uint16_t>(nan ? quiet : rounded), BFloat16::from_bits());
+    return BFloat16(static_cast<uint16_t>(nan ? bits >> 16 : rounded), BFloat16::from_bits());
   }
 };
 template <class T>
@@ -105,8 +106,7 @@ struct NarrowVec<BFloat16, T> {
     using Bits = typename LanesOf<uint32_t, T>::Vec;
     const Bits bits = (Bits) __builtin_convertvector(v, typename LanesOf<float, T>::Vec);
     const Bits rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
-    const Bits quiet = (bits >> 16) | 0x40u;
-    const Bits kept = (bits & 0x7FFFFFFFu) > 0x7F800000u ? quiet : rounded;
+    const Bits kept = (bits & 0x7FFFFFFFu) > 0x7F800000u ? bits >> 16 : rounded;
     return __builtin_convertvector(kept, Vector);
   }
 };

@@ -258,8 +258,7 @@ def prepare(
 def prepare_update(
     factors: CURFactors, slice_index: int, slices: int, precision: Precision
 ) -> eager.Call:
-    """Like `prepare`, for a layer whose update is computed alone; see `update_linear`."""
-    check_slice(slice_index, slices, factors.n3)
+    """Like `prepare`, for a layer that computes its update alone; see `update_linear`."""
     language = dispatch.language_of("cur_linear", "auto", factors, precision)
     return eager.Call(factors, precision, slice_index, slices, language)
 

@@ -63,6 +63,8 @@ def w_eff_cases():
         yield case(name, n3, (16, 32, 3), elements=(dtype, F32), meant_for=ALL_SLOW, weights="odd")
     # A last tile of slices with one in it; more rows than a program of the first step takes.
     yield case(name, 65, (3, 5, 1), meant_for=INTERPRETED, weights="none")
+    # A rank for which a program takes one tile, and its roots as they are.
+    yield case(name, 18, (18, 35, 9), meant_for=INTERPRETED)
     yield case(name, 5, (70, 5, 2), meant_for=INTERPRETED)
     # Weights in fp64 with factors in fp32, which make an update in fp32.
     yield case(name, 5, (6, 9, 2), elements=(F64, F32), meant_for=ALL_SLOW)
@@ -136,7 +138,9 @@ def dense_gradient_cases():
     for n3 in (3, 17):
         yield case(name, n3, (3, 530, 2), meant_for=INTERPRETED)  # several spans
     yield case(name, 12, (36, 40, 34), meant_for=INTERPRETED)  # more ranks than one product takes
-    yield case(name, 3, (18, 35, 17), meant_for=INTERPRETED)  # the same for few slices
+    for rank in (9, 17):
+        yield case(name, 3, (18, 35, rank), meant_for=INTERPRETED)  # the same for few slices
+    yield case(name, 5, (3, 5, 1), meant_for=INTERPRETED)  # fewer rows of R̂ than a program reads
     yield case(name, 32, (3, 5, 1), meant_for=INTERPRETED)  # a last tile of slices with one in it
     for n3, dtype in itertools.product((12, 17), SINGLE):
         yield case(name, n3, (6, 70, 3), elements=(dtype,))

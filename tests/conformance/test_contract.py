@@ -183,7 +183,7 @@ REFUSED = [
     (
         "materialize",
         {"weights": lambda t: [t[0][3], t[0][2], t[0][1], t[0][0].half()]},
-        None,
+        "weights has an unexpected dtype",
         r"weights: expected dtype torch\.float",
         None,
     ),
@@ -230,6 +230,7 @@ REFUSED = [
     ("core_of_packed", {"packed": lambda t: t[0]}, r"packed must be \[m", r"packed: .*\[m", None),
     ("core_of_packed", {"packed": lambda t: t.bfloat16()}, "packed ", "packed: expected f", None),
     ("core_of_packed", {"packed": lambda t: t.half()}, "packed ", "packed: expected f", None),
+    ("core_of_packed", {"packed": lambda t: t.double()}, None, "packed: expected float32", None),
     ("cur_linear", {"x": lambda t: t[:, :8]}, "x has", "x", None),
     (
         "cur_linear",

@@ -109,6 +109,8 @@ def token_gradient_cases():
         yield case(name, 12, (8, 8, 8), tokens=(5000,), first=5, packed=packed, mean=mean)
         yield case(name, 5, (6, 9, 3), meant_for=FAST, tokens=(50_000,), packed=packed, mean=mean)
     yield case(name, 3, (6, 9, 2), meant_for=ALL_SLOW, tokens=(2500,), mean=3.0)
+    # More tiles than one block takes.
+    yield case(name, 2, (68, 70, 68), tokens=(5,), first=1)
 
 
 def packed_cases():

@@ -17,19 +17,24 @@ from tcur_kernels.operators.triton import blocks, core_grad_dense, cur_linear, m
 from triton_mutants import row
 
 
-def run_materialize(n3):
-    """As few programs as there can be, so that one walks over several tiles."""
-    case = make_case(n3, 18, 35, 3)
+def run_materialize(n3, n1=18, n2=35, enough=1):
+    """By default as few programs as there can be, so that one walks over several tiles."""
+    case = make_case(n3, n1, n2, 3)
 
     def run(weights, lateral_hat, horizontal_hat, core, scale, out_dtype):
-        out = torch.empty(n3, 18, 35, dtype=out_dtype)
+        out = torch.empty(n3, n1, n2, dtype=out_dtype)
         given = MaterializeOut(weights, lateral_hat, horizontal_hat, core, scale, out)
         materialize.run(given, "ieee")
         return out
 
     args = ([case.weight], *case.packed, case.core, 0.5, torch.float32)
-    with mock.patch.object(materialize, "ENOUGH", 1):
+    with mock.patch.object(materialize, "ENOUGH", enough):
         check("materialize", *args, run=run)
+
+
+def test_programs_that_walk_share_the_tiles():
+    """Two programs for four tiles, one below the other."""
+    run_materialize(18, n1=50, n2=5, enough=2)
 
 
 def run_core_grad_dense(n3):

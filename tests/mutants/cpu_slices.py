@@ -297,9 +297,4 @@ DENSE += rows(
         "const Tensor h = «torch::stable::contiguous(a.horizontal_hat)»;",
         "a.horizontal_hat",
     ),
-    (
-        "nothing where no task ran",
-        "«partial.resize(std::max<size_t>(partial.size(), size), T(0));»",
-        "",
-    ),
 )

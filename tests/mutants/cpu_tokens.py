@@ -4,7 +4,7 @@ from .schemata import rows
 
 TOKENS = rows(
     "cpu/tokens_kernel.h",
-    ("last vector of a full plane", "return «(rank - 1) / lanes * lanes»;", "rank / lanes * lanes"),
+    ("last vector of a plane lost", "return «(rank - 1)» / lanes * lanes;", "(rank - lanes)"),
     ("turn: sign", "«re -= turn[1] * y;»", "re += turn[1] * y;"),
     ("turn: conjugate", "«im += turn[1] * x;»", "im -= turn[1] * x;"),
     ("turn of the first slice", "const T* turn = turns + «s * n3» + bin.plane;", "0"),
@@ -215,7 +215,6 @@ CONVERT = rows(
     ("rounds up", "const uint32_t rounded = (bits + «0x7FFFu» + ((bits", "0x8000u"),
     ("ties down", "const uint32_t rounded = (bits + 0x7FFFu + «((bits >> 16) & 1u)»)", "0u"),
     ("NaN rounded", "const bool nan = «(bits & 0x7FFFFFFFu) > 0x7F800000u»;", "false"),
-    ("NaN cut to infinity", "const uint32_t quiet = (bits >> 16) | «0x40u»;", "0u"),
     ("vectors: rounds down", "const Bits rounded = (bits + «0x7FFFu» + ((bits", "0x7FFEu"),
     (
         "vectors: ties down",
@@ -227,7 +226,6 @@ CONVERT = rows(
         "const Bits kept = «(bits & 0x7FFFFFFFu) > 0x7F800000u» ?",
         "(bits & 0u) > 0u",
     ),
-    ("vectors: NaN cut to infinity", "const Bits quiet = (bits >> 16) | «0x40u»;", "0u"),
     ("vectors: a bit too few", "typename LanesOf<uint32_t, T>::Vec) << «16»;", "15"),
     ("fp16: first number for all", "v[i] = widen<T>(p[«i»]);", "0"),
     ("to fp16: first number for all", "bits[i] = Narrow<Half, T>::from(v[«i»]).x;", "0"),

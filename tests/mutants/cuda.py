@@ -1,8 +1,9 @@
 """Mutants of the kernels for GPUs, built for the host by `cuda_host`.
 
 Barriers that are missing are not here: `.ci/cuda_checks.py` leaves out each of them in turn. Nor is
-what the host cannot tell: what is prefetched, banks of shared memory, and addresses that are not
-aligned. What these kernels share with those for CPUs is in `cpu`.
+what the host cannot tell: what is prefetched, banks of shared memory, addresses that are not
+aligned, and numbers written behind a tensor, for which the same program has a sanitizer. What these
+kernels share with those for CPUs is in `cpu`.
 """
 
 from .cuda_kernels import (

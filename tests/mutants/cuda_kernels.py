@@ -354,7 +354,11 @@ ADD = rows(
     ("first update twice", "const Numbers other = delta[«u»].widened();", "0"),
     ("first base twice", "Numbers sum = y[«u»].widened();", "0"),
     ("half of the blocks", "ceil_div(args.size, «8 * kThreads»),", "16 * kThreads"),
-    ("sizes that are no vectors", "const bool vector = «args.size % 4 == 0» &&", "true"),
+    (
+        "small sizes lost",
+        "if («args.size > 0») {\n    launch(\n        vector ? add",
+        "args.size > 999",
+    ),
 )
 
 PRODUCTS = rows(
@@ -395,7 +399,6 @@ PRODUCTS = rows(
     ),
     ("real bins as pairs", "if («of.is_pair») {\n      to[square]", "true"),
     ("columns over each other", "* square + row * rank + «column»;", "0"),
-    ("ranks that are no vectors", "const bool vector = «rank % 4 == 0» && starts", "true"),
 )
 PRODUCTS += rows(
     "cuda/core_grad_tokens.cu",

@@ -77,7 +77,6 @@ GRID = rows(
     ("to the end of all rows", "const int64_t last = («row + 1») * grid.row_length;", "grid.rows"),
     ("beyond the row", "begin + grid.chunk : «last»;", "begin + grid.chunk"),
     ("tiles of the first bin", "tile = share.first_tile + item - «local_bin * grid.tiles»;", "0"),
-    ("beyond the last tile", "&& «tile < grid.tiles_per_bin»;", "true"),
 )
 
 FRAGMENTS = rows(

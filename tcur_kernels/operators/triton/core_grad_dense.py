@@ -23,7 +23,6 @@ import triton.language as tl
 from torch import Tensor
 
 from ..contract import CoreGradDense
-from ..factors import check_floating
 from . import launch
 from .blocks import core_gradient
 from .contract import check_factors, expect
@@ -164,7 +163,6 @@ def run(a: CoreGradDense, precision: str) -> Tensor:
     rank = lateral_hat.shape[1] // n3
     check_factors(lateral_hat, horizontal_hat, n3, rank, None)
     expect("grad", grad, [n3, lateral_hat.shape[0], horizontal_hat.shape[1]])
-    check_floating("grad", grad)
     arch = launch.arch_of(grad.device)
     exact, precision = launch.dot_precisions(arch, precision, lateral_hat.dtype)
     # Ranks are columns of a product here. Their number may be 8, which an inner size may not be.

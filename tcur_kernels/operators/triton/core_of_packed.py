@@ -17,11 +17,9 @@ def run(a: CoreOfPacked, precision: str) -> Tensor:
     The products are exact to fp32, whatever ``precision`` is.
 
     Raises:
-        TypeError, ValueError: ``packed`` is not fp32, or not [m, n3, r, r].
+        TypeError, ValueError: ``packed`` is not fp32, or its last two sizes differ.
     """
     packed = a.packed
-    if packed.ndim != 4:
-        raise ValueError(f"packed: expected [m, n3, r, r], got {list(packed.shape)}")
     expect("packed", packed, [*packed.shape[:3], packed.shape[2]])
     if packed.dtype != torch.float32:
         raise TypeError(f"packed: expected float32, got {packed.dtype}")

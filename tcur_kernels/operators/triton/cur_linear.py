@@ -25,7 +25,6 @@ import triton.language as tl
 from torch import Tensor
 
 from ..contract import CurLinear
-from ..factors import check_floating
 from . import launch
 from .contract import check_factors, check_tokens, expect
 from .launch import wrap_triton
@@ -146,12 +145,6 @@ def run(a: CurLinear, precision: str) -> Tensor:
     tokens = math.prod(x.shape[:-1])
     check_factors(lateral_hat, horizontal_hat, n3, rank, a.core)
     check_tokens(n3, a.slice_index, slices, tokens, a.adapter_ids)
-    if a.core.ndim != (3 if a.adapter_ids is None else 4):
-        expected = f"[{n3}, {rank}, {rank}], or [adapters, {n3}, {rank}, {rank}] with adapter_ids"
-        raise ValueError(f"core: expected {expected}, got {list(a.core.shape)}")
-    if a.dense_grad and a.adapter_ids is not None:
-        raise ValueError("adapter_ids: expected None with dense_grad, got ids")
-    check_floating("x", x)
     expect("x", x, [*x.shape[:-1], slices * n1 if a.transposed else n2])
     if a.z is not None:
         expect("z", a.z, [*x.shape[:-1], q])
