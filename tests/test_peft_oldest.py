@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).parent
-#: They take half of the time, and no other way into peft. tests/versions.py runs them, too.
+#: They are slow, and take no other way into peft. tests/versions.py runs them, too.
 LEFT_OUT = "not unetr and not compiles and not out_of_range and not offloaded"
 OLDEST = Path(sys.prefix) / "oldest_peft"
 
