@@ -176,6 +176,8 @@ def test_autocast_does_not_reach_inside(backend):
 #: there are none, the kernels of that language take it.
 SMALL = (4, (6, 9, 2))
 IDS = torch.zeros(2, dtype=torch.int64)
+#: Tokens to which torch adds a bias by a sum of its own, which takes any dtype.
+OF_A_LAYER = {"x": lambda _: torch.zeros(2, 9, 3).mT, "weight": lambda _: torch.zeros(6, 9)}
 REFUSED = [
     ("materialize", {"core": lambda t: t[:, :1]}, "core", "core", None),
     ("materialize", {"weights": lambda t: [t[0][:, :3]]}, "weights", "weights", None),
@@ -234,6 +236,20 @@ REFUSED = [
     ("cur_linear", {"x": lambda t: t[:, :8]}, "x has", "x", None),
     (
         "cur_linear",
+        {**OF_A_LAYER, "bias": lambda _: torch.zeros(6).half()},
+        "bias has an unexpected dtype",
+        r"bias: expected dtype torch\.float",
+        None,
+    ),
+    (
+        "cur_linear",
+        {**OF_A_LAYER, "weight": lambda _: torch.zeros(6, 9).half()},
+        "weight has an unexpected dtype",
+        r"weight: expected dtype torch\.float",
+        None,
+    ),
+    (
+        "cur_linear",
         {"core": lambda t: t[..., :1]},
         "core has an unexpected shape",
         "core|hat",
@@ -287,6 +303,29 @@ def test_bad_arguments_are_refused(backend, index):
         given[argument] = change(given.get(argument))
     with pytest.raises((RuntimeError, ValueError, TypeError), match=message):
         backend.run(name, **given)
+
+
+@pytest.mark.once
+def test_no_cores_serve_no_rows(backend):
+    """Without rows they are not asked for; a row must not read past the end."""
+    if backend.few == INTERPRETER:
+        pytest.skip("it has no ids")
+    none, ids = torch.zeros(0, 4, 2, 2), torch.zeros(0, dtype=torch.int64)
+    given = arguments(case("cur_linear", *SMALL, tokens=(2,)))[0]
+    of_none = {**given, "core": none, "adapter_ids": ids, "x": given["x"][:0]}
+    assert backend.run("cur_linear", **of_none).shape == (0, 6)
+    back = {**of_none, "x": torch.zeros(0, 6), "weight": None, "transposed": True}
+    assert backend.run("cur_linear", **back).shape == (0, 9)
+    grads = arguments(case("core_grad_tokens", *SMALL, tokens=(2,)))[0]
+    grads |= {"x": grads["x"][:0], "grad_y": grads["grad_y"][:0], "adapter_ids": ids, "adapters": 0}
+    assert backend.run("core_grad_tokens", **grads).shape == (0, 4, 2, 2)
+    whole = arguments(case("core_grad_tokens", *SMALL, tokens=(2,)))[0]
+    for name, rows in (
+        ("cur_linear", {**of_none, "x": given["x"]}),
+        ("core_grad_tokens", {**whole, "adapters": 0}),
+    ):
+        with pytest.raises((RuntimeError, ValueError), match=r"adapter_ids.* out of range"):
+            backend.run(name, **{**rows, "adapter_ids": IDS})
 
 
 @pytest.mark.once
