@@ -505,6 +505,16 @@ def test_bf16_projections_of_a_stack(mode, n1, autocast):
     assert error < PROMISE["bf16"] * (2 if autocast else 1)
 
 
+def test_lengths_with_cuda_kernels_of_their_own():
+    """Up to the longest codelet, and products of two that 4 divides."""
+    longest = cost.LONGEST_OUTER
+    assert all(map(cost.has_tubes, range(1, longest + 1)))
+    assert [cost.has_tubes(n3) for n3 in (48, 96, longest + 1, 2 * longest - 1)] == [
+        True, True, (longest + 1) % 4 == 0 and cost.has_codelets(longest + 1), False
+    ]  # fmt: skip
+    assert not cost.has_tubes(4 * 997)  # without codelets
+
+
 def test_gradients_choose_their_way():
     sizes = {"n1": 768, "n2": 768, "n3": 48, "rank": 8, "at_once": False}
     assert cost.choose_gradient(10**6, **sizes) == "z"  # rho = 1

@@ -7,7 +7,7 @@ from plain import product
 from tolerance import assert_composition_close
 
 from .backends import EMULATED, INTERPRETER
-from .calls import bound, opcheck, prepared, schema
+from .calls import bound, call, opcheck, prepared, schema
 from .cases import case
 from .data import arguments
 from .test_inputs import laid_out, turned
@@ -179,7 +179,15 @@ IDS = torch.zeros(2, dtype=torch.int64)
 #: Tokens to which torch adds a bias by a sum of its own, which takes any dtype.
 OF_A_LAYER = {"x": lambda _: torch.zeros(2, 9, 3).mT, "weight": lambda _: torch.zeros(6, 9)}
 REFUSED = [
-    ("materialize", {"core": lambda t: t[:, :1]}, "core", "core", None),
+    ("materialize", {"core": lambda t: t[:, :1]}, "core", r"core: expected \[4, 2, 2\]", None),
+    ("materialize", {"core": lambda t: t.double()}, "core", r"core: expected dtype", None),
+    (
+        "materialize_out",
+        {"weights": lambda t: [each.flatten() for each in t]},
+        "weights must be",
+        r"weights: expected \[6, slices \* 9\]",
+        None,
+    ),
     ("materialize", {"weights": lambda t: [t[0][:, :3]]}, "weights", "weights", None),
     ("materialize", {"weights": lambda t: list(t[0][:3])}, "tcur: ", "weights: expected 4", None),
     (
@@ -204,8 +212,58 @@ REFUSED = [
         None,
     ),
     ("core_grad_tokens", {"x": lambda t: t.long()}, None, "x: expected a floating dtype", None),
+    (
+        "core_grad_tokens",
+        {"x": lambda t: t.to_sparse()},
+        None,
+        "x: expected a (strided|dense)",
+        None,
+    ),
     ("cur_linear", {"x": lambda t: t.long()}, "x ", "x: expected a floating dtype", None),
     ("core_grad_dense", {"horizontal_hat": lambda t: t[:3]}, "must be", "horizontal_hat", None),
+    (
+        "core_grad_dense",
+        {"horizontal_hat": lambda t: t.to_sparse()},
+        None,
+        "horizontal_hat: expected a strided tensor",
+        None,
+    ),
+    (
+        "core_grad_dense",
+        {"lateral_hat": lambda t: t[:0], "grad": lambda t: t[:, :0]},
+        "no empty axis",
+        "lateral_hat: .*no empty axis",
+        None,
+    ),
+    (
+        "core_grad_tokens",
+        {"adapter_ids": lambda _: torch.zeros(3, dtype=torch.int64)},
+        "adapter_ids must have one entry",
+        "adapter_ids: expected int64 for rows of equal length of 2",
+        None,
+    ),
+    (
+        "cur_linear",
+        {"core": lambda t: t[None], "adapter_ids": lambda _: IDS[None]},
+        r"adapter_ids must be int64 \[rows\]",
+        "adapter_ids: expected int64 for rows",
+        None,
+    ),
+    (
+        "cur_linear",
+        {**OF_A_LAYER, "bias": lambda _: torch.zeros(6, 1)},
+        "bias has an unexpected shape",
+        r"bias: expected \[6\], got \[6, 1\]",
+        None,
+    ),
+    ("w_eff_linear", {"slice_index": lambda _: 4}, "slice_index", "slice_index: expected 0", None),
+    (
+        "w_eff_linear",
+        {"w_eff": lambda t: t[:, :8]},
+        "w_eff",
+        r"w_eff: expected \[6, 9\], got \[6, 8\]",
+        None,
+    ),
     ("core_grad_tokens", {"slice_index": lambda _: 4}, "slice_index", "slice_index", None),
     ("core_grad_tokens", {"grad_y": lambda _: torch.ones(3, 6)}, "same tokens", "grad_y", None),
     (
@@ -303,6 +361,17 @@ def test_bad_arguments_are_refused(backend, index):
         given[argument] = change(given.get(argument))
     with pytest.raises((RuntimeError, ValueError, TypeError), match=message):
         backend.run(name, **given)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_none_is_no_tensor(name):
+    """torch takes it for any tensor."""
+    given = arguments(case(name, *SMALL, tokens=(2,), count=2))[0]
+    tensors = [a.name for a in schema(name, "reference").arguments if str(a.type) == "Tensor"]
+    assert tensors
+    for each in tensors:
+        with pytest.raises(TypeError, match=f"{each}: expected a torch.Tensor, got None"):
+            call(name, "reference", **{**given, each: None})
 
 
 @pytest.mark.once
