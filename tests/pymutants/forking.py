@@ -217,6 +217,8 @@ class Forks:
             )  # fmt: skip
         except subprocess.TimeoutExpired:
             return HUNG, ""
+        told = done.stdout + done.stderr
+        assert "ERROR: not found" not in told, f"{mutant}: {told[-2000:]}"  # a test was renamed
         failed = [line for line in done.stdout.splitlines() if line.startswith("FAILED")]
         if done.returncode == 0:
             return SURVIVED, ""
