@@ -8,6 +8,7 @@ from torch import nn
 
 import tcur_kernels as tcur
 from tcur_kernels import processes
+from tcur_kernels.layers import rows
 from tcur_kernels.layers.base import is_here
 
 
@@ -34,6 +35,17 @@ def test_a_child_does_not_wait_for_a_lock_of_its_parent():
         if child == 0:
             os._exit(0 if stack._lock.acquire(timeout=5) else 1)
     assert os.waitpid(child, 0)[1] == 0
+
+
+def test_a_child_counts_the_batches_of_its_own_thread():
+    everywhere = rows._Everywhere()
+    everywhere.add(2)
+    assert everywhere in processes._told
+    assert everywhere.is_open
+    everywhere.was_forked(False)
+    assert everywhere.is_open
+    everywhere.was_forked(True)  # this thread has none
+    assert not everywhere.is_open
 
 
 def test_a_core_is_set_where_it_is_held():
@@ -96,13 +108,13 @@ def test_weights_redrawn_past_their_version_are_suspected():
 
 def test_other_indices_are_other_slices():
     stack, x = make_stack(), torch.randn(2, 9)
-    rows = [each for each in range(6) if each not in stack.rows][:2]
+    chosen = [each for each in range(6) if each not in stack.rows][:2]
     columns = [each for each in range(9) if each not in stack.columns][:2]
-    stack.base.choose(rows, columns)
+    stack.base.choose(chosen, columns)
     stack.layers[0](x)
     weights = torch.stack([place.base.detach() for place in stack.places])
     assert torch.equal(stack.factors.slices[0], weights[:, :, columns])
-    assert torch.equal(stack.factors.slices[1], weights[:, rows])
+    assert torch.equal(stack.factors.slices[1], weights[:, chosen])
 
 
 def test_w_eff_of_a_build_that_failed_is_not_used(monkeypatch):
