@@ -90,14 +90,14 @@ def t_pinv(a: Tensor, rtol: float | None = None) -> Tensor:
     Args:
         a: floating tensor.
         rtol: singular values below ``rtol`` times the largest singular value of the whole spectrum
-            count as zero. The default is ``max(n1, n2) * eps`` for the dtype of ``a``. If that is 1
-            or more, ``rtol`` must be given.
+            count as zero. The default is ``max(n1, n2) * eps`` of the dtype that is computed in,
+            and at least eps of the dtype of ``a``.
     """
     check_tensor("a", a)
     _check_rtol(rtol)
     x = _computable(a)
     if rtol is None:
-        rtol = _default_rtol(a)
+        rtol = rounding(a.dtype, max(a.shape[1:]))
     # All slices share one threshold, because a slice that is zero up to rounding must not be
     # inverted.
     spectrum = _spectrum(x)
@@ -152,14 +152,14 @@ def multirank(a: Tensor, rtol: float | None = None) -> Tensor:
     Args:
         a: ``[n3, n1, n2]``, floating.
         rtol: singular values up to ``rtol`` times the largest one of the whole spectrum count as
-            zero. The default is ``max(n1, n2) * eps`` for the dtype. If that is 1 or more, ``rtol``
-            must be given.
+            zero. The default is ``max(n1, n2) * eps`` of the dtype that is computed in, and at
+            least eps of the dtype of ``a``.
     """
     check_tensor("a", a)
     _check_rtol(rtol)
     values = torch.linalg.svdvals(_spectrum(_computable(a)))
     if rtol is None:
-        rtol = _default_rtol(a)
+        rtol = rounding(a.dtype, max(a.shape[1:]))
     ranks = (values > rtol * values.max()).sum(1)
     # Bin n3 - k is the conjugate of bin k.
     return torch.cat([ranks, ranks[1 : (a.shape[0] + 1) // 2].flip(0)])
@@ -189,15 +189,16 @@ def _computable(a: Tensor) -> Tensor:
     return a.float() if a.dtype in (torch.float16, torch.bfloat16) else a
 
 
-def _default_rtol(a: Tensor) -> float:
-    """max(n1, n2) * eps; refused if it is 1 or more, which happens for long axes in 16 bits."""
-    rtol = max(a.shape[1], a.shape[2]) * torch.finfo(a.dtype).eps
-    if rtol >= 1:
-        raise ValueError(
-            f"rtol: expected a number for {a.dtype} {list(a.shape)}, where the default, "
-            f"max(n1, n2) * eps = {rtol}, leaves no singular value, got None"
-        )
-    return rtol
+def rounding(dtype: torch.dtype, terms: int) -> float:
+    """What rounding makes of a singular value that is zero, relative to the largest one.
+
+    ``terms`` * eps comes from sums of so many terms in the dtype that is computed in, which is fp32
+    for 16 bits. Numbers of ``dtype`` were rounded, too. These errors are independent of each other,
+    so eps of ``dtype`` bounds their largest singular value, whatever the size of the matrix. For 16
+    bits, ``terms`` times that eps would be 1 or more, and no singular value would be left.
+    """
+    computed = torch.promote_types(dtype, torch.float32)
+    return max(torch.finfo(dtype).eps, terms * torch.finfo(computed).eps)
 
 
 def _check_rtol(rtol: float | None) -> None:

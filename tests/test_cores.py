@@ -143,6 +143,28 @@ def test_singular_intersections_answer_without_a_warning(core):
     assert single.relative_error(a.float()) < 1e-4
 
 
+@pytest.mark.parametrize("core", ["intersection", "projection"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("n1", "n2", "rank", "tubal_rank"), [(70, 70, 70, 70), (80, 70, 66, 40)])
+def test_a_core_of_16_bits_is_as_good_as_the_numbers(core, dtype, n1, n2, rank, tubal_rank):
+    """4 r eps is 1 and more from rank 32 on in bf16, and left a core of zeros."""
+    generator = torch.Generator().manual_seed(rank)
+    sizes = ((3, n1, tubal_rank), (3, tubal_rank, n2))
+    a = tcur.t_product(*(torch.randn(*size, generator=generator) for size in sizes)).to(dtype)
+    d = tcur.tensor_cur(a, rank, "norm2", core)
+    eps = torch.finfo(dtype).eps
+    assert d.core.dtype == torch.float32
+    assert d.relative_error(a) < 2 * eps
+    assert d.reconstruct().dtype == dtype
+    assert relative_error(d.reconstruct(), a.double()) < 3 * eps
+    matrix = (torch.randn(90, 40, generator=generator) @ torch.randn(40, 80)).to(dtype)
+    m = tcur.matrix_cur(matrix, rank, "norm2", core)
+    assert (m.core.dtype, m.reconstruct().dtype) == (torch.float32, dtype)
+    assert relative_error(m.reconstruct(), matrix.double()) < 3 * eps
+    factors = tcur.CURFactors(d.lateral, d.horizontal)  # takes the core as it is
+    assert relative_error(tcur.cur_product(factors, d.core), a.double()) < 3 * eps
+
+
 def test_rcond_decides_what_counts_as_zero():
     """Singular values 1 and 1e-3 in every bin: rcond above the second drops it."""
     generator = torch.Generator().manual_seed(0)

@@ -101,6 +101,10 @@ def test_public_functions(backend, autocast):
         flops, y = counted(lambda: tcur.cur_linear(x, *args, **how))
         assert flops == base + into_z + mix + out_of_p
         assert counted(y.sum().backward)[0] == flops + into_z + mix + out_of_p
+        effective = tcur.materialize(case.weight, factors, core.detach(), **how)[1]
+        flops, y = counted(lambda: tcur.cur_linear(x, *args, effective=effective, **how))
+        assert flops == base
+        assert counted(y.sum().backward)[0] == base + into_z + mix + out_of_p
         z = functional.project(x, factors).detach()
         flops, y = counted(lambda: tcur.cur_linear(x, *args, z=z, **how))
         assert flops == base + mix + out_of_p

@@ -146,6 +146,25 @@ def test_triton_takes_fp32_alone(monkeypatch, case):
         tcur.cur_product(double.factors, double.core, "triton")
 
 
+def test_triton_takes_tensors_on_gpus_alone(case):
+    triton = pytest.importorskip("tcur_kernels.operators.triton")
+    if triton.INTERPRETED:
+        pytest.skip("the interpreter takes tensors on the CPU")
+    with pytest.raises(ValueError, match="backend: expected one for tensors on cpu, got 'triton'"):
+        tcur.cur_product(case.factors, case.core, "triton")
+
+
+def test_nested_tokens_are_refused_with_what_else_is_wrong(case):
+    x = torch.nested.nested_tensor([torch.ones(2, 9), torch.ones(3, 9)], layout=torch.jagged)
+    of_a_layer = {"x": x, "weight": case.weight[1], "bias": None, "slice_index": 1}
+    for wrong, message in (
+        ({"core": case.core[:1]}, r"core: expected \[4, 2, 2\], got \[1, 2, 2\]"),
+        ({"factors": case.core}, "factors: expected CURFactors, got Tensor"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            tcur.cur_linear(**{**of_a_layer, "factors": case.factors, "core": case.core, **wrong})
+
+
 def test_precisions_of_absent_backends_are_refused(case):
     with pytest.raises(ValueError, match=r"precision: .* for backend 'cpu', got 'tf32'"):
         tcur.cur_product(case.factors, case.core, "cpu", precision="tf32")
@@ -381,6 +400,9 @@ def test_materialize_refuses(case, change, error, message):
         ({"x": torch.ones(3, 9).half()}, TypeError, "x: expected dtype torch.float32"),
         ({"x": torch.ones(3, 9, device="meta")}, ValueError, "x: expected a tensor on cpu"),
         ({"weight": torch.ones(7, 9)}, ValueError, r"weight: expected \[slices \* 6, 9\]"),
+        ({"weight": torch.ones(6, 9).int()}, TypeError, "weight: expected a floating dtype"),
+        ({"weight": None}, TypeError, r"weight: expected a torch\.Tensor, got NoneType"),
+        ({"z": torch.ones(3, 7)}, ValueError, r"z: expected \[3, 8\], got \[3, 7\]"),
         ({"weight": torch.ones(6, 8)}, ValueError, "weight: expected"),
         ({"weight": torch.ones(0, 9)}, ValueError, "weight: expected"),
         ({"weight": torch.ones(6, 9, requires_grad=True)}, ValueError, "weight: expected a frozen"),
@@ -446,6 +468,11 @@ def test_slice_update_refuses(case, change, error, message):
         ({"core": torch.ones(2, 4, 2, 3)}, ValueError, r"core: expected \[adapters, 4, 2, 2\]"),
         ({"core": torch.ones(4, 2, 2)}, ValueError, r"core: expected \[adapters, 4, 2, 2\]"),
         ({"adapter_ids": torch.tensor([0, 2, 0])}, ValueError, "adapter_ids: expected 0 to 1"),
+        (
+            {"adapter_ids": torch.zeros(3, dtype=torch.int64, device="meta")},
+            ValueError,
+            "adapter_ids: expected a tensor on cpu, got one on meta",
+        ),
     ],
 )
 def test_update_linear_refuses(case, change, error, message):

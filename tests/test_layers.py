@@ -505,6 +505,16 @@ def test_bf16_projections_of_a_stack(mode, n1, autocast):
     assert error < PROMISE["bf16"] * (2 if autocast else 1)
 
 
+def test_lengths_with_cuda_kernels_of_their_own():
+    """Up to the longest codelet, and products of two that 4 divides."""
+    longest = cost.LONGEST_OUTER
+    assert all(map(cost.has_tubes, range(1, longest + 1)))
+    assert [cost.has_tubes(n3) for n3 in (48, 96, longest + 1, 2 * longest - 1)] == [
+        True, True, (longest + 1) % 4 == 0 and cost.has_codelets(longest + 1), False
+    ]  # fmt: skip
+    assert not cost.has_tubes(4 * 997)  # without codelets
+
+
 def test_gradients_choose_their_way():
     sizes = {"n1": 768, "n2": 768, "n3": 48, "rank": 8, "at_once": False}
     assert cost.choose_gradient(10**6, **sizes) == "z"  # rho = 1
@@ -575,3 +585,24 @@ def test_a_small_update_survives_in_half_precision(dtype, bias, autocast):
 def test_precision_is_checked():
     with pytest.raises(ValueError, match="precision: expected one of ieee, tf32, bf16, got 'fp8'"):
         tcur.TProductStack(make_linears(), rank=2, precision="fp8")
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("mode", ["factored", "materialized", "traced"])
+def test_a_layer_that_was_cast_alone(mode, bias):
+    """C, R and the core stay in fp64, and so do its products; the result has its dtype."""
+    linears = [nn.Linear(9, 6, bias=bias, dtype=torch.float64) for _ in range(3)]
+    how = "auto" if mode == "traced" else mode
+    linears = [each.requires_grad_(False) for each in linears]
+    stack, x = tcur.TProductStack(linears, rank=2, mode=how), torch.randn(4, 9)
+    randomise(stack)
+    layer = stack.layers[1].float()
+    if mode == "traced":
+        layer = torch.compile(layer, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        y = layer(x)
+        assert y.dtype == torch.float32
+        update = tcur.cur_product(stack.factors, stack.core)[1] * stack.scale
+        exact = x.double() @ (linears[1].weight.double() + update).T
+        exact += linears[1].bias.double() if bias else 0
+    assert relative_error(y, exact) < 2 * torch.finfo(torch.float32).eps

@@ -137,6 +137,21 @@ def test_modewise_cur_refuses(change, error, message):
         tcur.modewise_cur(**{"a": torch.randn(3, 4, 5), "ranks": (2, 2, 2), **change})
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("sizes", [(7, 9, 16), (3, 40, 50)])
+def test_modewise_cur_of_16_bits_is_as_good_as_the_numbers(dtype, sizes):
+    """4 r eps is 1 and more from rank 32 on in bf16, and left a core of zeros."""
+    a = normal(*sizes, seed=1).to(dtype)
+    d = tcur.modewise_cur(a, sizes)
+    eps = torch.finfo(dtype).eps
+    assert (d.core.dtype, d.reconstruct().dtype) == (torch.float32, dtype)
+    assert d.relative_error(a) < 3 * eps
+    low = of_multilinear_rank((9, 140, 150), (2, 3, 4), 7).to(dtype)
+    found, same = (tcur.modewise_cur(each, (2, 3, 4)) for each in (low, low.double()))
+    assert all(map(torch.equal, found.fibres, same.fibres))
+    assert tcur.modewise_cur(low, (8, 40, 40)).relative_error(low) < 3 * eps
+
+
 def test_modewise_cur_of_zero_and_equal_numbers():
     for a in (torch.zeros(3, 4, 5), torch.ones(3, 4, 5)):
         d = tcur.modewise_cur(a, (2, 2, 2))

@@ -333,3 +333,19 @@ def test_peft(adapters, reads, x):
     assert all(core.grad.abs().max() > 0 for core in trained)
     with model.disable_adapter():
         checkpoint(model, x, use_reentrant=True)
+
+
+def test_the_update_of_tokens_alone_is_refused_as_well():
+    """Experts take it, whose base is a product of their own."""
+    linears = [nn.Linear(8, 8).requires_grad_(False) for _ in range(2)]
+    stack, x = tcur.TProductStack(linears, rank=2), torch.randn(3, 8)
+
+    def update(x):
+        return stack.update_of_tokens(x, stack.places[0], False)
+
+    with REFUSED:
+        checkpoint(update, x, use_reentrant=True)
+    checkpoint(update, x, use_reentrant=False).sum().backward()
+    assert stack.core.grad.any() or not stack.core.any()
+    stack.core.requires_grad_(False)
+    checkpoint(update, x, use_reentrant=True)

@@ -300,9 +300,27 @@ def test_a_rule_of_ones_own():
 def test_every_rule_in_every_dtype(selection, dtype):
     a = tensor("random", 4, 12, 10, 3).to(dtype)
     d = tcur.tensor_cur(a, 4, selection, "projection")
-    assert (d.lateral.dtype, d.core.dtype, d.horizontal.dtype) == (dtype, dtype, dtype)
+    of_core = torch.promote_types(dtype, torch.float32)
+    assert (d.lateral.dtype, d.core.dtype, d.horizontal.dtype) == (dtype, of_core, dtype)
     exact = tcur.tensor_cur(a.double(), 4, (d.rows, d.columns), "projection")
     if selection != "uniform":
         same = tcur.tensor_cur(a.double(), 4, selection)
         assert torch.equal(same.columns, d.columns)
-    assert torch.equal(d.core, exact.core.to(dtype))  # computed in float64, rounded once
+    assert torch.equal(d.core, exact.core.to(of_core))  # computed in float64, rounded once
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [*decompose.RULES.values(), decompose.Leverage("randomized"), decompose.Deim("randomized")],
+    ids=repr,
+)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_rule_chooses_of_long_axes_in_16_bits_what_it_chooses_of_the_same_numbers(rule, dtype):
+    """With 1 / eps numbers on an axis, no singular value passed for more than rounding."""
+    if rule == decompose.RULES["uniform"]:
+        return  # it looks at no numbers
+    a = tensor("decaying", 3, 300, 260, 5).to(dtype)
+    for rank in (2, 4):
+        found, same = (tcur.tensor_cur(each, rank, rule) for each in (a, a.double()))
+        assert torch.equal(found.columns, same.columns)
+        assert torch.equal(found.rows, same.rows)

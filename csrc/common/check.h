@@ -65,6 +65,13 @@ inline void check_slices_of_layer(int64_t slice_index, int64_t slices, int64_t n
       "tcur: slice_index out of range");
 }
 
+// Ids of cores, of which there must be some. Whether all ids are in range, only the CPU looks.
+inline void check_has_cores(const std::optional<Tensor>& adapter_ids, int64_t cores) {
+  STD_TORCH_CHECK(
+      !adapter_ids.has_value() || adapter_ids->numel() == 0 || cores > 0,
+      "tcur: adapter_ids out of range, because there are no cores");
+}
+
 // A tensor whose numbers the arithmetic reads or writes.
 inline void check_is_floating(const char* name, const Tensor& tensor) {
   STD_TORCH_CHECK(
@@ -123,6 +130,7 @@ inline TokenSizes check_core_grad_tokens(const CoreGradTokensArguments& a) {
     STD_TORCH_CHECK(!a.adapter_ids.has_value(), "tcur: adapter_ids goes without a dense gradient");
   }
   STD_TORCH_CHECK(a.adapters >= 0, "tcur: adapters must not be negative");
+  check_has_cores(a.adapter_ids, a.adapters);
   STD_TORCH_CHECK(
       !a.packed || !a.adapter_ids.has_value(), "tcur: adapter_ids goes without packed gradients");
   return {sizes, tokens};
@@ -159,6 +167,7 @@ inline LinearSizes check_cur_linear(const CurLinearArguments& a) {
       a.core.size(a.core.dim() - 2) == sizes.rank && a.core.size(a.core.dim() - 1) == sizes.rank,
       "tcur: core has an unexpected shape");
   check_dtype("core", a.core, compute_dtype(a.lateral_hat.scalar_type()));
+  check_has_cores(a.adapter_ids, a.core.size(0));
   check_slices_of_layer(a.slice_index, a.slices, n3);
   check_is_floating("x", a.x);
   const int64_t rows = a.slices * sizes.n1;
@@ -171,9 +180,11 @@ inline LinearSizes check_cur_linear(const CurLinearArguments& a) {
       "tcur: bias goes with a weight, forwards");
   if (a.weight.has_value()) {
     check_shape("weight", *a.weight, {rows, sizes.n2});
+    check_dtype("weight", *a.weight, a.x.scalar_type());
   }
-  if (a.bias.has_value()) {  // torch would repeat a shorter one
+  if (a.bias.has_value()) {  // torch would repeat a shorter one, and promote another dtype
     check_shape("bias", *a.bias, {rows});
+    check_dtype("bias", *a.bias, a.x.scalar_type());
   }
   if (a.z.has_value()) {
     STD_TORCH_CHECK(!a.transposed, "tcur: z goes with a forward map");

@@ -7,7 +7,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from ..t_product import t_pinv
+from ..t_product import rounding, t_pinv
 from .slices import Slices, half_spectrum
 
 Core = Literal["intersection", "projection", "zero"]
@@ -37,24 +37,26 @@ def make_core(
     Args:
         rcond: singular values below ``rcond`` times the largest one of the whole spectrum (of the
             intersection, of C, or of R) count as zero. The default is 4 r eps of the dtype of the
-            stack, about the rounding error of the given numbers.
+            core, and at least eps of the dtype of the stack: what rounding makes of a zero.
 
     Returns:
-        ``[n3, r, r]`` in the dtype of the stack.
+        ``[n3, r, r]`` in the dtype of the stack, or in fp32 if that has 16 bits. The condition of
+        C and R multiplies the rounding of the core, and 16 bits would leave nothing of it.
     """
     n3, _, rank = lateral.shape
+    dtype = torch.promote_types(lateral.dtype, torch.float32)
     if core not in CORES:
         raise ValueError(f"core: expected one of {', '.join(CORES)}, got {core!r}")
     if core == "zero":
-        return lateral.new_zeros(n3, rank, rank)
+        return lateral.new_zeros(n3, rank, rank, dtype=dtype)
     if rcond is None:
-        rcond = 4 * rank * torch.finfo(stack.dtype).eps
+        rcond = rounding(stack.dtype, 4 * rank)
     c, r = lateral.double(), horizontal.double()
     if core == "intersection":
-        return t_pinv(c[:, rows.to(c.device)], rcond).to(lateral.dtype)
+        return t_pinv(c[:, rows.to(c.device)], rcond).to(dtype)
     left, right = half_spectrum(t_pinv(c, rcond)), half_spectrum(t_pinv(r, rcond))
     core_hat = left.new_zeros(stack.bins, rank, rank)
     held = 2 * 16 * stack.bins * rank * (stack.n1 + stack.n2)
     for where, columns, block in stack.blocks("core", held):
         core_hat += left[:, :, where] @ half_spectrum(block) @ right[:, columns]
-    return torch.fft.irfft(stack.sum(core_hat), n=n3, dim=0).contiguous().to(lateral.dtype)
+    return torch.fft.irfft(stack.sum(core_hat), n=n3, dim=0).contiguous().to(dtype)

@@ -21,7 +21,7 @@ class MatrixCUR(HoldsTensors):
 
     Attributes:
         lateral: C = a[:, columns], ``[n1, r]``.
-        core: U, ``[r, r]``.
+        core: U, ``[r, r]``, in fp32 if the slices have 16 bits.
         horizontal: R = a[rows], ``[r, n2]``.
         columns, rows: int64 ``[r]``, ascending.
     """
@@ -33,9 +33,11 @@ class MatrixCUR(HoldsTensors):
     rows: Tensor
 
     def reconstruct(self) -> Tensor:
-        """C U R, ``[n1, n2]``."""
+        """C U R, ``[n1, n2]``, in the dtype of the slices."""
+        dtype = self.core.dtype
         with without_autocast():
-            return self.lateral @ self.core @ self.horizontal
+            product = self.lateral.to(dtype) @ self.core @ self.horizontal.to(dtype)
+        return product.to(self.lateral.dtype)
 
     def relative_error(self, a: Tensor) -> float:
         """‖a − C U R‖ / ‖a‖ in the Frobenius norm."""

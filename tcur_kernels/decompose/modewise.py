@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..autocast import without_autocast
-from ..t_product import check_tensor
+from ..t_product import check_tensor, rounding
 from ..values import HoldsTensors
 from .rules import pick
 from .slices import HeldSlices
@@ -20,7 +20,7 @@ class ModewiseCUR(HoldsTensors):
     """Result of `modewise_cur`: a ≈ core ×_0 C_0 ×_1 C_1 ×_2 C_2.
 
     Attributes:
-        core: G, ``[c0, c1, c2]``.
+        core: G, ``[c0, c1, c2]``, in fp32 if the factors have 16 bits.
         factors: C_m, ``[size of axis m, c_m]``: fibres of ``a`` along axis m.
         fibres: per axis m, int64 ``[c_m]``: the chosen columns of the unfolding along m. These
             columns run over the other two axes in their order.
@@ -31,12 +31,12 @@ class ModewiseCUR(HoldsTensors):
     fibres: tuple[Tensor, Tensor, Tensor]
 
     def reconstruct(self) -> Tensor:
-        """G ×_0 C_0 ×_1 C_1 ×_2 C_2, in the shape of the tensor."""
+        """G ×_0 C_0 ×_1 C_1 ×_2 C_2, in the shape and dtype of the tensor."""
         product = self.core
         for axis, factor in enumerate(self.factors):
             with without_autocast():
-                product = _along(product, factor, axis)
-        return product
+                product = _along(product, factor.to(product.dtype), axis)
+        return product.to(self.factors[0].dtype)
 
     def relative_error(self, a: Tensor) -> float:
         """‖a − reconstruction‖ / ‖a‖ in the Frobenius norm; 0 if both are zero."""
@@ -90,21 +90,24 @@ def modewise_cur(
             raise TypeError(f"ranks: expected ints, got {type(rank).__name__}")
         if not 1 <= rank <= most:
             raise ValueError(f"ranks: expected 1 to {most} for axis {axis}, got {rank}")
-        chosen = pick(_scores(unfolded, rank, torch.finfo(a.dtype).eps), rank, generator)
+        chosen = pick(_scores(unfolded, rank, a.dtype), rank, generator)
         chosen = chosen.sort().values
         factor = unfolded[:, chosen.to(a.device)]
         fibres.append(chosen)
         factors.append(factor.to(a.dtype))
-        rcond = 4 * rank * torch.finfo(a.dtype).eps
-        core = _along(core, torch.linalg.pinv(factor, rtol=rcond), axis)
-    return ModewiseCUR(core.to(a.dtype), (*factors,), (*fibres,))  # type: ignore[arg-type]
+        inverse = torch.linalg.pinv(factor, rtol=rounding(a.dtype, 4 * rank))
+        core = _along(core, inverse, axis)
+    core = core.to(torch.promote_types(a.dtype, torch.float32))
+    return ModewiseCUR(core, (*factors,), (*fibres,))  # type: ignore[arg-type]
 
 
-def _scores(unfolded: Tensor, rank: int, eps: float) -> Tensor:
+def _scores(unfolded: Tensor, rank: int, dtype: torch.dtype) -> Tensor:
     """‖V(j, 1:r)‖² of every column j of a wide matrix, computed from its leading left vectors."""
     squares, vectors = torch.linalg.eigh(unfolded @ unfolded.mT)
     squares, vectors = squares[-rank:], vectors[:, -rank:]
-    real = squares > squares.max() * len(unfolded) * eps
+    # What is rounding of the numbers, or of the squares, has no direction.
+    rounded, of_squares = (rounding(each, len(unfolded)) for each in (dtype, squares.dtype))
+    real = squares > squares.max() * max(rounded**2, of_squares)
     weights = torch.where(real, squares, torch.inf).rsqrt()
     return ((vectors * weights).mT @ unfolded).square().sum(0)
 

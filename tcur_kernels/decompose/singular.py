@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..t_product import rounding
 from ..values import HoldsTensors
 from .slices import BYTES_PER_ELEMENT, Slices, half_spectrum
 
@@ -66,7 +67,7 @@ def leading_subspaces(
         found = _randomized(stack, min(rank + oversample, stack.n1, stack.n2), power_iterations)
     left, values, right = (part[..., :rank] for part in found)
     # Singular values below the rounding error of the given numbers say nothing about the stack.
-    tol = max(stack.n1, stack.n2) * torch.finfo(stack.dtype).eps * values.max()
+    tol = rounding(stack.dtype, max(stack.n1, stack.n2)) * values.max()
     real = (values > tol)[:, None, :]
     return Subspaces(left * real, values * real[:, 0], right * real)
 

@@ -23,7 +23,7 @@ class TensorCUR(HoldsTensors):
 
     Attributes:
         lateral: C = a[:, :, columns], ``[n3, n1, r]``.
-        core: U, ``[n3, r, r]``.
+        core: U, ``[n3, r, r]``, in fp32 if the slices have 16 bits.
         horizontal: R = a[:, rows, :], ``[n3, r, n2]``.
         columns: int64 ``[r]``, ascending.
         rows: int64 ``[r]``, ascending.
@@ -36,8 +36,10 @@ class TensorCUR(HoldsTensors):
     rows: Tensor
 
     def reconstruct(self) -> Tensor:
-        """C * U * R, ``[n3, n1, n2]``."""
-        return t_product(t_product(self.lateral, self.core), self.horizontal)
+        """C * U * R, ``[n3, n1, n2]``, in the dtype of the slices."""
+        dtype = self.core.dtype
+        product = t_product(t_product(self.lateral.to(dtype), self.core), self.horizontal.to(dtype))
+        return product.to(self.lateral.dtype)
 
     def relative_error(self, a: Tensor | Slices, max_workspace: int = MAX_WORKSPACE) -> float:
         """‖a - C * U * R‖ / ‖a‖ in the Frobenius norm; 0 if both are zero.

@@ -126,13 +126,12 @@ class _Batches:
     """
 
     def __init__(self) -> None:
-        self.rows: Every | None = None
-        self.is_tangled = False
         self.batches: list[_Batch] = []
+        self.settle()
 
     def settle(self) -> None:
         """Finds out what the open batches mean for traced code."""
-        self.rows = self.batches[-1].every if self.batches else None
+        self.rows: Every | None = self.batches[-1].every if self.batches else None
         # In one task each batch is opened within the one before it, and the first within none.
         within: _Batch | None = None
         self.is_tangled = False

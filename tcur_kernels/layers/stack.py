@@ -215,7 +215,6 @@ class TProductStack(QuantisedRoute):
 
     def was_misused(self, place: Place) -> None:
         """Called when W_eff, as read from a weight, was written through a view."""
-        self._kept.invalidate()
         self.base.misuse = (
             f"weight: expected a view of W_eff that is not written to, got a write in place to a "
             f"part of the weight of {place.name or 'a layer'}, which would be lost; write to its "

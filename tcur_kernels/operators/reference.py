@@ -19,11 +19,16 @@ from torch import Tensor
 
 def half_spectrum(a: Tensor) -> Tensor:
     """Computes the DFT along axis 0: ``[n3, n1, n2]`` real -> ``[n3 // 2 + 1, n1, n2]`` complex."""
+    if 0 in a.shape:  # of no adapters; torch's FFT on the CPU refuses it
+        nothing = a[: a.shape[0] // 2 + 1]
+        return torch.complex(nothing, nothing)
     return torch.fft.rfft(a, dim=0)
 
 
 def from_half_spectrum(a_hat: Tensor, n3: int) -> Tensor:
     """Inverts `half_spectrum`. It needs ``n3``, because an even n3 and n3 + 1 have as many bins."""
+    if 0 in a_hat.shape:  # as in `half_spectrum`
+        return a_hat.real.new_zeros(n3, *a_hat.shape[1:])
     # Over axis 0, irfft returns permuted strides. Callers expect a contiguous tensor.
     return torch.fft.irfft(a_hat, n=n3, dim=0).contiguous()
 

@@ -43,7 +43,7 @@ class Backend:
         sums_in_blocks: whether long sums keep their digits; plain torch is a yardstick, no promise.
         rounds: whether it rounds operands itself at a precision below fp32.
         bad_id: what becomes of a row whose id no core has: it is refused, or "nan".
-        checks: the words of its refusals, "compiled" or "triton"; plain torch has torch's own.
+        checks: the words of its refusals, "compiled", or "python" where `given` makes them.
         gradcheck: whether derivatives can be checked by differences, which needs fp64.
         traced: whether `torch.compile` sees one whole graph, and quickly enough for a test.
     """
@@ -122,7 +122,7 @@ PLAIN = Backend(
     {"ieee": "reference", "bf16": "reference"},
     narrow=(*ON_TOKENS, *ON_SLICES),
     sums_in_blocks=False,
-    checks="torch",
+    checks="python",
 )
 CPU = [Backend(f"cpu_{isa}", {"ieee": "", "bf16": ""}, isa=isa) for isa in native.compiled_isas()]
 ON_GPU = {
@@ -156,7 +156,7 @@ TRITON = Backend(
     {"ieee": "triton", "bf16": "triton", "tf32": "triton_tf32"},
     device="cuda",
     rounds=True,
-    checks="triton",
+    checks="python",
     **ON_GPU,
 )
 INTERPRETED = Backend(
@@ -164,7 +164,7 @@ INTERPRETED = Backend(
     TRITON.languages,
     few=INTERPRETER,
     rounds=True,
-    checks="triton",
+    checks="python",
     traced=False,
     **ON_GPU,
 )

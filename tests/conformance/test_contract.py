@@ -7,7 +7,7 @@ from plain import product
 from tolerance import assert_composition_close
 
 from .backends import EMULATED, INTERPRETER
-from .calls import bound, opcheck, prepared, schema
+from .calls import bound, call, opcheck, prepared, schema
 from .cases import case
 from .data import arguments
 from .test_inputs import laid_out, turned
@@ -172,93 +172,146 @@ def test_autocast_does_not_reach_inside(backend):
 
 
 #: Calls past the Python layer, which are refused and not read out of bounds: the operator, what is
-#: changed of a good call, and the words of compiled kernels, of Triton's and of plain torch. Where
-#: there are none, the kernels of that language take it.
+#: changed of a good call, and the words of compiled kernels and of all others. Where there are
+#: none, the kernels of that language take it.
 SMALL = (4, (6, 9, 2))
 IDS = torch.zeros(2, dtype=torch.int64)
+#: Tokens to which torch adds a bias by a sum of its own, which takes any dtype.
+OF_A_LAYER = {"x": lambda _: torch.zeros(2, 9, 3).mT, "weight": lambda _: torch.zeros(6, 9)}
 REFUSED = [
-    ("materialize", {"core": lambda t: t[:, :1]}, "core", "core", None),
-    ("materialize", {"weights": lambda t: [t[0][:, :3]]}, "weights", "weights", None),
-    ("materialize", {"weights": lambda t: list(t[0][:3])}, "tcur: ", "weights: expected 4", None),
+    ("materialize", {"core": lambda t: t[:, :1]}, "core", r"core: expected \[4, 2, 2\]"),
+    ("materialize", {"core": lambda t: t.double()}, "core", r"core: expected dtype"),
+    (
+        "materialize_out",
+        {"weights": lambda t: [each.flatten() for each in t]},
+        "weights must be",
+        r"weights: expected \[6, slices \* 9\]",
+    ),
+    ("materialize", {"weights": lambda t: [t[0][:, :3]]}, "weights", "weights"),
+    ("materialize", {"weights": lambda t: list(t[0][:3])}, "tcur: ", "weights: expected 4"),
     (
         "materialize",
         {"weights": lambda t: [t[0][3], t[0][2], t[0][1], t[0][0].half()]},
         "weights has an unexpected dtype",
         r"weights: expected dtype torch\.float",
-        None,
     ),
     (
         "materialize",
         {"weights": lambda t: [t[0].long()]},
         "weights",
         "weights: expected a floating dtype",
-        None,
     ),
     (
         "core_grad_dense",
         {"grad": lambda t: t.long()},
         "grad",
         "grad: expected a floating dtype",
-        None,
     ),
-    ("core_grad_tokens", {"x": lambda t: t.long()}, None, "x: expected a floating dtype", None),
-    ("cur_linear", {"x": lambda t: t.long()}, "x ", "x: expected a floating dtype", None),
-    ("core_grad_dense", {"horizontal_hat": lambda t: t[:3]}, "must be", "horizontal_hat", None),
-    ("core_grad_tokens", {"slice_index": lambda _: 4}, "slice_index", "slice_index", None),
-    ("core_grad_tokens", {"grad_y": lambda _: torch.ones(3, 6)}, "same tokens", "grad_y", None),
+    ("core_grad_tokens", {"x": lambda t: t.long()}, None, "x: expected a floating dtype"),
+    (
+        "core_grad_tokens",
+        {"x": lambda t: t.to_sparse()},
+        None,
+        "x: expected a (strided|dense)",
+    ),
+    ("cur_linear", {"x": lambda t: t.long()}, "x ", "x: expected a floating dtype"),
+    ("core_grad_dense", {"horizontal_hat": lambda t: t[:3]}, "must be", "horizontal_hat"),
+    (
+        "core_grad_dense",
+        {"horizontal_hat": lambda t: t.to_sparse()},
+        None,
+        "horizontal_hat: expected a strided tensor",
+    ),
+    (
+        "core_grad_dense",
+        {"lateral_hat": lambda t: t[:0], "grad": lambda t: t[:, :0]},
+        "no empty axis",
+        "lateral_hat: .*no empty axis",
+    ),
+    (
+        "core_grad_tokens",
+        {"adapter_ids": lambda _: torch.zeros(3, dtype=torch.int64)},
+        "adapter_ids must have one entry",
+        "adapter_ids: expected int64 for rows of equal length of 2",
+    ),
+    (
+        "cur_linear",
+        {"core": lambda t: t[None], "adapter_ids": lambda _: IDS[None]},
+        r"adapter_ids must be int64 \[rows\]",
+        "adapter_ids: expected int64 for rows",
+    ),
+    (
+        "cur_linear",
+        {**OF_A_LAYER, "bias": lambda _: torch.zeros(6, 1)},
+        "bias has an unexpected shape",
+        r"bias: expected \[6\], got \[6, 1\]",
+    ),
+    ("w_eff_linear", {"slice_index": lambda _: 4}, "slice_index", "slice_index: expected 0"),
+    (
+        "w_eff_linear",
+        {"w_eff": lambda t: t[:, :8]},
+        "w_eff",
+        r"w_eff: expected \[6, 9\], got \[6, 8\]",
+    ),
+    ("core_grad_tokens", {"slice_index": lambda _: 4}, "slice_index", "slice_index"),
+    ("core_grad_tokens", {"grad_y": lambda _: torch.ones(3, 6)}, "same tokens", "grad_y"),
     (
         "core_grad_tokens",
         {"adapter_ids": lambda _: IDS, "packed": lambda _: True},
         "adapter_ids goes without packed gradients",
         "packed: expected False with adapter_ids",
-        "adapter_ids goes without packed gradients",
     ),
     (
         "core_grad_tokens",
         {"x": lambda _: torch.ones(6, 9), "grad_y": lambda _: None, "adapter_ids": lambda _: IDS},
         r"adapter_ids goes .*without a dense gradient",
         "adapter_ids: expected None without grad_y",
-        r"adapter_ids goes .*without a dense gradient",
     ),
     (
         "core_of_packed",
         {"packed": lambda _: torch.ones(2, 4, 2, 3)},
         r"packed must be \[m",
         r"packed: expected \[2, 4, 2, 2\]",
-        None,
     ),
-    ("core_of_packed", {"packed": lambda t: t[0]}, r"packed must be \[m", r"packed: .*\[m", None),
-    ("core_of_packed", {"packed": lambda t: t.bfloat16()}, "packed ", "packed: expected f", None),
-    ("core_of_packed", {"packed": lambda t: t.half()}, "packed ", "packed: expected f", None),
-    ("core_of_packed", {"packed": lambda t: t.double()}, None, "packed: expected float32", None),
-    ("cur_linear", {"x": lambda t: t[:, :8]}, "x has", "x", None),
+    ("core_of_packed", {"packed": lambda t: t[0]}, r"packed must be \[m", r"packed: .*\[m"),
+    ("core_of_packed", {"packed": lambda t: t.bfloat16()}, "packed ", "packed: expected f"),
+    ("core_of_packed", {"packed": lambda t: t.half()}, "packed ", "packed: expected f"),
+    ("cur_linear", {"x": lambda t: t[:, :8]}, "x has", "x"),
+    (
+        "cur_linear",
+        {**OF_A_LAYER, "bias": lambda _: torch.zeros(6).half()},
+        "bias has an unexpected dtype",
+        r"bias: expected dtype torch\.float",
+    ),
+    (
+        "cur_linear",
+        {**OF_A_LAYER, "weight": lambda _: torch.zeros(6, 9).half()},
+        "weight has an unexpected dtype",
+        r"weight: expected dtype torch\.float",
+    ),
     (
         "cur_linear",
         {"core": lambda t: t[..., :1]},
         "core has an unexpected shape",
         "core|hat",
-        None,
     ),
     (
         "cur_linear",
         {"core": lambda t: t[None], "adapter_ids": lambda _: torch.zeros(3, dtype=torch.int64)},
         "adapter_ids must have one entry",
         "adapter_ids",
-        None,
     ),
     (
         "cur_linear",
         {"core": lambda t: t[None], "adapter_ids": lambda _: torch.tensor([0.5])},
         r"adapter_ids must be int64 \[rows\]",
         "adapter_ids",
-        None,
     ),
     (
         "cur_linear",
         {"adapter_ids": lambda _: IDS[:1]},
         r"core must be \[n3",
         r"core: expected \[4, 2, 2\], or \[adapters, ",
-        None,
     ),
     (
         "cur_linear",
@@ -269,7 +322,6 @@ REFUSED = [
         },
         "adapter_ids goes by the factors",
         "adapter_ids: expected None with dense_grad",
-        "adapter_ids goes by the factors",
     ),
 ]
 
@@ -278,7 +330,7 @@ REFUSED = [
 @pytest.mark.parametrize("index", range(len(REFUSED)), ids=lambda i: f"{REFUSED[i][0]}-{i}")
 def test_bad_arguments_are_refused(backend, index):
     name, changes, *words = REFUSED[index]
-    message = dict(zip(("compiled", "triton", "torch"), words, strict=True))[backend.checks]
+    message = dict(zip(("compiled", "python"), words, strict=True))[backend.checks]
     if message is None:
         pytest.skip("not looked at in this language")
     sizes = {"tokens": (2,), "count": 2}
@@ -287,6 +339,49 @@ def test_bad_arguments_are_refused(backend, index):
         given[argument] = change(given.get(argument))
     with pytest.raises((RuntimeError, ValueError, TypeError), match=message):
         backend.run(name, **given)
+
+
+@pytest.mark.once
+def test_triton_sums_fp32_alone(backend):
+    if not backend.languages["ieee"].startswith("triton"):
+        pytest.skip("other languages sum fp64, too")
+    packed = arguments(case("core_of_packed", *SMALL, count=2))[0]["packed"].double()
+    with pytest.raises(TypeError, match="packed: expected float32"):
+        backend.run("core_of_packed", packed=packed, scale=1.0)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_none_is_no_tensor(name):
+    """torch takes it for any tensor."""
+    given = arguments(case(name, *SMALL, tokens=(2,), count=2))[0]
+    tensors = [a.name for a in schema(name, "reference").arguments if str(a.type) == "Tensor"]
+    assert tensors
+    for each in tensors:
+        with pytest.raises(TypeError, match=f"{each}: expected a torch.Tensor, got None"):
+            call(name, "reference", **{**given, each: None})
+
+
+@pytest.mark.once
+def test_no_cores_serve_no_rows(backend):
+    """Without rows they are not asked for; a row must not read past the end."""
+    if backend.few == INTERPRETER:
+        pytest.skip("it has no ids")
+    none, ids = torch.zeros(0, 4, 2, 2), torch.zeros(0, dtype=torch.int64)
+    given = arguments(case("cur_linear", *SMALL, tokens=(2,)))[0]
+    of_none = {**given, "core": none, "adapter_ids": ids, "x": given["x"][:0]}
+    assert backend.run("cur_linear", **of_none).shape == (0, 6)
+    back = {**of_none, "x": torch.zeros(0, 6), "weight": None, "transposed": True}
+    assert backend.run("cur_linear", **back).shape == (0, 9)
+    grads = arguments(case("core_grad_tokens", *SMALL, tokens=(2,)))[0]
+    grads |= {"x": grads["x"][:0], "grad_y": grads["grad_y"][:0], "adapter_ids": ids, "adapters": 0}
+    assert backend.run("core_grad_tokens", **grads).shape == (0, 4, 2, 2)
+    whole = arguments(case("core_grad_tokens", *SMALL, tokens=(2,)))[0]
+    for name, rows in (
+        ("cur_linear", {**of_none, "x": given["x"]}),
+        ("core_grad_tokens", {**whole, "adapters": 0}),
+    ):
+        with pytest.raises((RuntimeError, ValueError), match=r"adapter_ids.* out of range"):
+            backend.run(name, **{**rows, "adapter_ids": IDS})
 
 
 @pytest.mark.once

@@ -21,7 +21,7 @@ from pathlib import Path
 
 TESTS = Path(__file__).resolve().parent.parent
 #: A call that takes longer hangs. The emulator of a GPU is slow on a busy machine.
-LIMIT = 120
+LIMIT = 400
 #: Bytes that a process may have, address space that torch reserves included.
 MEMORY = 12 << 30
 #: The backend that needs a process of its own, and which part of the calls it gets besides.

@@ -28,7 +28,7 @@ CAUGHT, SURVIVED, HUNG, UNREACHED = "caught", "survived", "hung", "unreached"
 #: The compiler refuses it, or makes the same code of it: no mutant.
 NONE = "none"
 #: Seconds of tests for mutants of what runs at import; each starts an interpreter.
-AT_IMPORT = 10.0
+AT_IMPORT = 30.0
 
 
 class Reach:
@@ -190,11 +190,16 @@ class Forks:
             at_import = not is_swappable(mutant.path, mutant.text)
         except (SyntaxError, LookupError):
             return NONE, ""
-        if at_import:
-            return self._imported(mutant, self._chosen(reach, lambda of: path in of, AT_IMPORT))
         lines = mutant.lines()
         chosen = self._chosen(reach, lambda of: lines & set(of.get(path, ())), self.budget)
-        return self._broken(session, mutant, [items[n] for n in chosen if n in items])
+        of_file = self._chosen(reach, lambda of: path in of, AT_IMPORT)
+        if at_import:  # or a method that would lose its `super`
+            return self._imported(mutant, list(dict.fromkeys([*chosen, *of_file])))
+        found = self._broken(session, mutant, [items[n] for n in chosen if n in items])
+        if found[0] in (SURVIVED, UNREACHED):  # it may have done its work at import
+            again = self._imported(mutant, of_file)
+            return again if again[0] == CAUGHT else found
+        return found
 
     def _imported(self, mutant, nodeids):
         file = self.folder / f"{mutant.path.stem}_imported.py"
@@ -212,6 +217,8 @@ class Forks:
             )  # fmt: skip
         except subprocess.TimeoutExpired:
             return HUNG, ""
+        told = done.stdout + done.stderr
+        assert "ERROR: not found" not in told, f"{mutant}: {told[-2000:]}"  # a test was renamed
         failed = [line for line in done.stdout.splitlines() if line.startswith("FAILED")]
         if done.returncode == 0:
             return SURVIVED, ""

@@ -28,9 +28,10 @@ TESTS = [f"test_{name}.py" for name in (
     "named_adapters", "switching", "in_place", "outputs_in_place", "transforms", "reentrant",
     "checkpoint", "autocast", "graph", "flops", "no_tokens", "token_cores", "kernels_issue",
     "bf16_products", "meta_and_nested", "caches", "training", "merged_state", "device",
-    "together", "tenants", "offload", "cuda", "selection", "adapt",
+    "together", "tenants", "offload", "cuda", "selection", "adapt", "stack_cores", "quantised",
+    "experts", "convolution",
 )]  # fmt: skip
-TESTS += ["conformance", "-k", "not cudahost and not capabilities"]
+TESTS += ["threads/test_threads.py", "conformance", "-k", "not cudahost and not capabilities"]
 
 NEAREST = {
     "Add": ("Sub",), "Sub": ("Add",), "Mul": ("Div",), "Div": ("Mul",),

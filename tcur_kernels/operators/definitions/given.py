@@ -112,7 +112,7 @@ def check_core_grad_tokens(a: CoreGradTokens) -> None:
         )
     if _is_false(a.adapters >= 0):
         raise ValueError(f"adapters: expected a number of cores, got {a.adapters}")
-    _check_ids(a.adapter_ids, tokens, a.lateral_hat)
+    _check_ids(a.adapter_ids, tokens, a.lateral_hat, a.adapters)
 
 
 def check_core_of_packed(a: CoreOfPacked) -> None:
@@ -189,7 +189,7 @@ def _check_linear(
             raise ValueError("z: expected None in a transposed map, got one")
         _check_element("z", a.z, a.lateral_hat)
         _check_shape("z", a.z, [*a.x.shape[:-1], n3 * rank])
-    _check_ids(adapter_ids, tokens, a.lateral_hat)
+    _check_ids(adapter_ids, tokens, a.lateral_hat, a.core.shape[0])
 
 
 def _check_packed(
@@ -248,7 +248,7 @@ def _check_tokens(name: str, tensor: Tensor, width: int, lateral_hat: Tensor) ->
     return math.prod(tensor.shape[:-1])
 
 
-def _check_ids(adapter_ids: Tensor | None, tokens: int, lateral_hat: Tensor) -> None:
+def _check_ids(adapter_ids: Tensor | None, tokens: int, lateral_hat: Tensor, cores: int) -> None:
     if adapter_ids is None:
         return
     _check_strided("adapter_ids", adapter_ids, lateral_hat)
@@ -259,6 +259,8 @@ def _check_ids(adapter_ids: Tensor | None, tokens: int, lateral_hat: Tensor) -> 
             f"adapter_ids: expected int64 for rows of equal length of {tokens} tokens, "
             f"got {adapter_ids.dtype} {list(adapter_ids.shape)}"
         )
+    if _is_false(cores >= 1) and _is_false(rows == 0):
+        raise ValueError(f"adapter_ids: expected no ids without cores, got {rows} out of range")
 
 
 def _check_element(name: str, tensor: Tensor, like: Tensor) -> None:
