@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import tcur_kernels as tcur
 from models import Tiny
@@ -218,6 +219,18 @@ def test_rows_of_groups_may_repeat_and_tokens_may_have_ids(repeat, tmp_path):
         y = large.model.first(x.view(-1, 6)[:5])
     for row, model in ((0, large), (1, small), (2, small), (3, large)):
         assert same_mathematics(y[row : row + 1], model.model.first(x.view(-1, 6)[row : row + 1]))
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+def test_groups_refuse_a_checkpoint_that_loses_gradients(tmp_path):
+    large, _, cores = guided(tmp_path, "each")
+    x, ids = torch.randn(3, 4, 6), torch.tensor([1, 0, 1])
+    cores.groups[0]["6x6"].requires_grad_()
+    with large.batch(cores, ids, repeat="each"):
+        with pytest.raises(RuntimeError, match="checkpoint: expected use_reentrant=False"):
+            checkpoint(large.model, x, use_reentrant=True)
+        checkpoint(large.model, x, use_reentrant=False).sum().backward()
+    assert cores.groups[0]["6x6"].grad.any()
 
 
 def test_groups_compile_whole(tmp_path):

@@ -10,6 +10,7 @@ import tcur_kernels as tcur
 from tcur_kernels import processes
 from tcur_kernels.layers import rows
 from tcur_kernels.layers.base import is_here
+from tolerance import relative_error
 
 
 def make_stack(out_features=6):
@@ -135,4 +136,33 @@ def test_w_eff_of_a_build_that_failed_is_not_used(monkeypatch):
             with pytest.raises(KeyboardInterrupt):
                 stack.layers[1](x)
         stack.core.copy_(first)
+        assert torch.equal(stack.layers[1](x), wanted)
+
+
+def make_materialized(**how):
+    linears = [nn.Linear(9, 6, **how).requires_grad_(False) for _ in range(3)]
+    stack = tcur.TProductStack(linears, rank=2, mode="materialized")
+    nn.init.normal_(stack.core)
+    return stack
+
+
+def test_a_weight_is_read_anew_after_its_base_changed():
+    stack, x = make_materialized(), torch.randn(2, 9)
+    layer = stack.layers[1]
+    with torch.no_grad():
+        layer(x)
+        layer.base_weight.copy_(torch.randn(6, 9))
+        read = layer.weight + 0.0  # before anything else looks at the base
+        update = stack.scale * tcur.cur_product(stack.factors, stack.core)[1]
+        assert relative_error(read, layer.base_weight.double() + update) < 1e-6
+
+
+def test_w_eff_that_somebody_asked_for_is_not_used_in_16_bits():
+    """Its rounding loses small updates, so "auto" goes through the factors in any case."""
+    linears = [nn.Linear(9, 6, dtype=torch.bfloat16).requires_grad_(False) for _ in range(3)]
+    stack, x = tcur.TProductStack(linears, rank=2), torch.randn(40, 9).bfloat16()
+    nn.init.normal_(stack.core, std=1e-3)
+    with torch.no_grad():
+        wanted = stack.layers[1](x)
+        stack.effective(torch.bfloat16)
         assert torch.equal(stack.layers[1](x), wanted)
