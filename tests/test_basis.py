@@ -576,3 +576,18 @@ def test_training_does_not_depend_on_the_norms_of_columns():
 
     assert relative_error(losses(100.0, "orthonormal"), losses(1.0, "orthonormal").double()) < 1e-5
     assert relative_error(losses(100.0, "slices"), losses(1.0, "slices").double()) > 1e-2
+
+
+@pytest.mark.parametrize("mode", ["factored", "materialized", "auto"])
+def test_a_model_that_ran_follows_a_change_of_basis(mode):
+    """What its calls have in common was made of the former C and R."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*[nn.Linear(9, 9) for _ in range(4)]).double()
+    adapter, x = tcur.adapt(model, rank=2, mode=mode), torch.randn(3, 9, dtype=torch.float64)
+    for core in adapter.parameters():
+        nn.init.normal_(core, std=0.3)
+    with torch.no_grad():
+        wanted = model(x)
+        for basis in ("slices", "orthonormal"):
+            adapter.change_basis(basis)
+            assert relative_error(model(x), wanted) < 1e-12

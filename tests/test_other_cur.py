@@ -59,6 +59,11 @@ def test_matrix_cur_by_the_book():
         tcur.matrix_cur(torch.ones(2, 3, 4), 1)
     with pytest.raises(TypeError, match=r"a: expected a torch\.Tensor, got list"):
         tcur.matrix_cur([[1.0]], 1)
+    with (
+        torch.inference_mode(),
+        pytest.raises(ValueError, match=r"a: expected a dense tensor, got layout torch\.sparse"),
+    ):
+        tcur.matrix_cur(torch.ones(3, 4).to_sparse(), 1)
     with pytest.raises(ValueError, match="rank: expected 1 to"):
         tcur.matrix_cur(a, 16)
 

@@ -66,5 +66,7 @@ def matrix_cur(
         raise TypeError(f"a: expected a torch.Tensor, got {type(a).__name__}")
     if a.ndim != 2:
         raise ValueError(f"a: expected [n1, n2], got {list(a.shape)}")
+    if a.layout != torch.strided:  # of which torch may refuse to make a view
+        raise ValueError(f"a: expected a dense tensor, got layout {a.layout}")
     d = tensor_cur(a[None], rank, selection, core, generator, rcond, max_workspace)
     return MatrixCUR(d.lateral[0], d.core[0], d.horizontal[0], d.columns, d.rows)

@@ -101,9 +101,7 @@ class Effective:
         key = (layer.slice_index, layer.slices)  # the first expert begins where all experts do
         view = self._views.get(key)
         if view is None:
-            with torch.inference_mode(False):
-                view = self._part(layer)
-            self._views[key] = view
+            view = self._views[key] = self._part(layer)
         if self._mark is not None:
             stream = streams.current(self.buffer.device)
             if stream not in self._users:

@@ -361,6 +361,13 @@ def test_none_is_no_tensor(name):
             call(name, "reference", **{**given, each: None})
 
 
+@pytest.mark.parametrize("language", ["reference", ""])
+def test_numbers_that_are_elsewhere_are_refused(language):
+    given = arguments(case("core_grad_dense", *SMALL))[0]
+    with pytest.raises(ValueError, match="grad: expected a tensor on cpu, got one on meta"):
+        call("core_grad_dense", language, **{**given, "grad": given["grad"].to("meta")})
+
+
 @pytest.mark.once
 def test_no_cores_serve_no_rows(backend):
     """Without rows they are not asked for; a row must not read past the end."""
