@@ -35,6 +35,19 @@ def test_every_length_is_transformed_right(isa):
         )
 
 
+@pytest.mark.parametrize("n3", [67, 101, 129, 131, 173, 197, 211, 251, 255, 257, 263, 509])
+def test_sums_of_terms_of_one_sign(n3, isa):
+    """A spectrum that is the same everywhere: its sines add up to much, and no term cancels."""
+    for seed in range(4):
+        generator = torch.Generator().manual_seed(seed)
+        packed = torch.randn(3, 1, 32, 32, generator=generator).expand(3, n3, 32, 32).contiguous()
+        assert_close(
+            torch.ops.tcur.core_of_packed(packed, 1.0),
+            reference.core_of_packed(packed, 1.0),
+            reference.core_of_packed(packed.double(), 1.0),
+        )
+
+
 def test_a_long_sum_keeps_what_its_additions_round_off(isa):
     """A tube of 2^24 and of ones: added one after another, each of these would be lost."""
     n3 = 2039  # a prime whose transform is a table, and one sum of 1,019 terms

@@ -605,4 +605,8 @@ def test_a_layer_that_was_cast_alone(mode, bias):
         update = tcur.cur_product(stack.factors, stack.core)[1] * stack.scale
         exact = x.double() @ (linears[1].weight.double() + update).T
         exact += linears[1].bias.double() if bias else 0
-    assert relative_error(y, exact) < 2 * torch.finfo(torch.float32).eps
+        assert relative_error(y, exact) < 2 * torch.finfo(torch.float32).eps
+        y = stack.layers[0](x.double())  # W_eff of all is not to be had
+        update = tcur.cur_product(stack.factors, stack.core)[0] * stack.scale
+        exact = nn.functional.linear(x.double(), linears[0].weight + update, linears[0].bias)
+    assert relative_error(y, exact) < 1e-14

@@ -246,3 +246,12 @@ def test_a_product_without_a_gradient_is_refused(x):
     with pytest.raises(RuntimeError, match=r"gradient by blocks.0.q, whose input .*torchao Int8Te"):
         model(x.requires_grad_())
     assert adapter.stacks["64x64"].core.grad is None
+
+
+@SOME
+def test_w_eff_that_somebody_asked_for_is_not_kept(name):
+    """No layer computes with it, and it takes the memory that quantisation has saved."""
+    _, adapter = adapted(name)
+    (stack,) = adapter.stacks.values()
+    assert stack.effective(torch.float32).shape == (stack.n3, stack.n1, stack.n2)
+    assert stack._kept._eager is None

@@ -167,3 +167,15 @@ def test_w_eff_that_somebody_asked_for_is_not_used_in_16_bits():
         wanted = stack.layers[1](x)
         stack.effective(torch.bfloat16)
         assert torch.equal(stack.layers[1](x), wanted)
+
+
+def test_a_base_that_a_merged_layer_loads_is_merged():
+    """Without an adapter around it, the next call finds out."""
+    stack, x = make_materialized(), torch.randn(2, 9)
+    stack.merge()
+    layer, weight = stack.layers[1], torch.randn(6, 9)
+    layer.load_state_dict({"weight": weight, "bias": torch.zeros(6)})
+    with torch.no_grad():
+        y = layer(x)
+        update = stack.scale * tcur.cur_product(stack.factors, stack.core)[1]
+    assert relative_error(y, x.double() @ (weight + update).double().T) < 1e-6

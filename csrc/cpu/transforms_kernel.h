@@ -102,7 +102,7 @@ TCUR_TARGET inline LevelRows<T> rows_of(const DftLevel<T>& level, const FoldedRo
 // Levels of more terms are long. Added up one after another, terms of one sign would lose more
 // digits than a fast transform does. So their sums are those of few terms, with the errors of
 // adding these.
-constexpr int64_t kLongLevel = 128, kTermsOfSum = 16;
+constexpr int64_t kLongLevel = 64, kTermsOfSum = 16;
 
 // A sum that keeps what its additions round off.
 template <class T>

@@ -26,7 +26,8 @@ UNCLEAR = re.compile(
 #: And what a model says of a batch that does not fit it.
 TORCHS = re.compile(
     r"calculation overflowed|allocate memory|negative dimension|accelerator device|"
-    r"mat1 and mat2|size of tensor|expected input|is not on the expected device"
+    r"mat1 and mat2|size of tensor|expected input|is not on the expected device|"
+    r"Expected 2D \(unbatched\)|need to be at least 1D"
 )
 #: What numpy says of numbers without an end, by which Triton's interpreter computes.
 OF_NUMPY = re.compile("(overflow|invalid value|divide by zero) encountered")
