@@ -28,7 +28,8 @@ def without_autocast() -> Any:
 
 def outside_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """Context without autocast that can be traced."""
-    if torch.amp.is_autocast_available(device.type):
+    # Of other devices torch is asked, which the compilers of torch 2.10 and 2.11 cannot trace.
+    if device.type in ("cpu", "cuda") or torch.amp.is_autocast_available(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
 

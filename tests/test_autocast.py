@@ -5,6 +5,7 @@ import torch
 
 import tcur_kernels as tcur
 from cases import make_case
+from tcur_kernels.autocast import outside_autocast
 from tcur_kernels.operators import functional
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -94,3 +95,17 @@ def test_nothing_changes_where_functions_are_transformed(dtype, autocast):
         wanted = batched(torch.zeros(2))
         with torch.autocast("cpu", autocast):
             assert torch.equal(batched(torch.zeros(2)), wanted), name
+
+
+def test_usual_devices_are_not_asked_for(monkeypatch):
+    """Compilers of torch 2.10 and 2.11 cannot trace the question."""
+
+    def asked(device_type):
+        raise AssertionError(device_type)
+
+    monkeypatch.setattr(torch.amp, "is_autocast_available", asked)
+    for device_type in ("cpu", "cuda"):
+        with torch.autocast("cpu"), outside_autocast(torch.device(device_type)):
+            assert torch.is_autocast_enabled("cpu") == (device_type == "cuda")
+    with pytest.raises(AssertionError, match="xpu"):
+        outside_autocast(torch.device("xpu"))

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 import tcur_kernels as tcur
 from adapted import randomise
-from hf_models import IS_FOUR
+from hf_models import IS_FOUR, PEFT_SAYS
 from plain import Plain
 from tcur_kernels import cli
 from tcur_kernels.layers import expert_weights
@@ -20,7 +20,9 @@ peft = pytest.importorskip("peft")
 
 from tcur_kernels.peft import TCURConfig  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::FutureWarning", "ignore::DeprecationWarning", *PEFT_SAYS
+)
 
 TARGETS = ["*.experts.gate_up_proj", "*.experts.down_proj"]
 PARAMETERS = ["experts.gate_up_proj", "experts.down_proj"]
