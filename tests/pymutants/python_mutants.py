@@ -29,7 +29,7 @@ TESTS = [f"test_{name}.py" for name in (
     "checkpoint", "autocast", "graph", "flops", "no_tokens", "token_cores", "kernels_issue",
     "bf16_products", "meta_and_nested", "caches", "training", "merged_state", "device",
     "together", "tenants", "offload", "cuda", "selection", "adapt", "stack_cores", "quantised",
-    "experts", "convolution",
+    "experts", "convolution", "cost",
 )]  # fmt: skip
 TESTS += ["threads/test_threads.py", "conformance", "-k", "not cudahost and not capabilities"]
 
