@@ -362,10 +362,16 @@ def test_none_is_no_tensor(name):
 
 
 @pytest.mark.parametrize("language", ["reference", ""])
-def test_numbers_that_are_elsewhere_are_refused(language):
-    given = arguments(case("core_grad_dense", *SMALL))[0]
-    with pytest.raises(ValueError, match="grad: expected a tensor on cpu, got one on meta"):
-        call("core_grad_dense", language, **{**given, "grad": given["grad"].to("meta")})
+@pytest.mark.parametrize(
+    ("name", "elsewhere"),
+    [("core_grad_dense", "grad"), ("core_grad_dense", "panels"), ("materialize", "panels")],
+)
+def test_numbers_that_are_elsewhere_are_refused(name, elsewhere, language):
+    """On meta, where a result on the CPU would be memory that nobody has written."""
+    given = arguments(case(name, *SMALL))[0]
+    given[elsewhere] = given.get(elsewhere, torch.ones(9)).to("meta")
+    with pytest.raises(ValueError, match=f"{elsewhere}: expected a tensor on cpu, got one on meta"):
+        call(name, language, **given)
 
 
 @pytest.mark.once

@@ -82,6 +82,7 @@ def check_core_grad_dense(a: CoreGradDense) -> None:
     if a.grad.ndim != 3:
         raise ValueError(f"grad: expected [n3, n1, n2], got {list(a.grad.shape)}")
     n1, n2, _ = _check_packed(a.lateral_hat, a.horizontal_hat, a.grad.shape[0])
+    _check_panels(a.panels, a.lateral_hat)
     _check_element("grad", a.grad, a.lateral_hat)
     _check_shape("grad", a.grad, [a.grad.shape[0], n1, n2])
 
@@ -151,6 +152,7 @@ def _check_stack(a: Materialize | MaterializeOut) -> tuple[int, int, int]:
     n3 = a.core.shape[0]
     n1, n2, rank = _check_packed(a.lateral_hat, a.horizontal_hat, n3)
     _check_core(a.core, [n3, rank, rank], a.lateral_hat)
+    _check_panels(a.panels, a.lateral_hat)
     for weight in a.weights:
         _check_element("weights", weight, a.lateral_hat)
         check_dtype("weights", weight, a.weights[0].dtype)
@@ -216,6 +218,12 @@ def _check_packed(
     _check_strided("horizontal_hat", horizontal_hat, lateral_hat)
     check_dtype("horizontal_hat", horizontal_hat, lateral_hat.dtype)
     return n1, across[1], q // n3
+
+
+def _check_panels(panels: Tensor | None, lateral_hat: Tensor) -> None:
+    """Their sizes are the kernels' own; on meta they would make a result without numbers."""
+    if panels is not None:
+        _check_strided("panels", panels, lateral_hat)
 
 
 def _check_operands(lateral_hat: Tensor, bf16_operands: bool) -> None:
