@@ -106,7 +106,9 @@ def test_models_compute_with_w_eff(case, mode, monkeypatch):
     assert torch.equal(logits(model), start)
     assert [stack.n3 for stack in adapter.stacks.values()] == [8, 8]
     randomise(adapter, 0.1)
-    if mode == "factored":  # using the numbers of a weight fails
+    # Using the numbers of a weight fails. Under torch 2.10, transformers asks a weight that
+    # grouped_mm takes for its address, which needs the numbers.
+    if mode == "factored" and (implementation != "grouped_mm" or torch.__version__ >= "2.11"):
         monkeypatch.setattr(expert_weights.EffectiveWeight, "numbers", None)
     y = logits(model)
     loss(y).backward()
