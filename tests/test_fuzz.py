@@ -1,5 +1,6 @@
 """The fuzzer: some thousand calls of it, and whether it finds what is wrong on purpose."""
 
+import functools
 import os
 import signal
 import sys
@@ -12,7 +13,7 @@ import torch
 
 import tcur_kernels as tcur
 from tcur_kernels import decompose
-from tolerance import assert_close
+from tolerance import assert_close, assert_equal_in_float64
 
 sys.path.append(str(Path(__file__).parent / "fuzz"))
 
@@ -20,8 +21,19 @@ import fuzz
 import fuzz_functions
 import fuzz_models
 import fuzz_operators
+from conformance import calls
 from fuzz_draw import Draw
-from fuzz_judge import REFUSED, RIGHT, Call, Wrong, expect_close, expect_like, verdict
+from fuzz_judge import (
+    REFUSED,
+    RIGHT,
+    Call,
+    Wrong,
+    expect_close,
+    expect_like,
+    is_of_few,
+    renewed,
+    verdict,
+)
 
 #: Calls of each of the tests below.
 COUNT = 520
@@ -194,6 +206,43 @@ def test_the_bound_refuses_an_error_of_a_wrong_sum():
     expect_close(same, same, exact)
     with pytest.raises(Wrong):
         expect_close(same * (1 + 1e-5), same, exact)
+
+
+def test_the_judge_looks_again_at_few_numbers_in_the_same_places():
+    whole = torch.arange(12.0).reshape(3, 4)
+    expanded = whole[1:2, ::2].expand(5, 2)
+    other = renewed(expanded)
+    assert (other.shape, other.stride()) == (expanded.shape, expanded.stride())
+    assert other.storage_offset() == expanded.storage_offset()
+    assert not torch.equal(other, expanded)
+    many = torch.zeros(65)
+    assert is_of_few(torch.zeros(64), {})
+    assert is_of_few(many, {"a": many, "b": [whole, None]})
+    assert not is_of_few(many, {"a": many, "b": torch.zeros(2, dtype=torch.int64)})
+
+
+@pytest.mark.parametrize("is_transposed", [False, True])
+@pytest.mark.parametrize("n3", [1, 2, 5, 6])
+@pytest.mark.parametrize("adapter_ids", [None, torch.tensor([1, 0])])
+def test_one_sum_over_all_planes_is_the_same_product(n3, is_transposed, adapter_ids):
+    n1, n2, rank, slices = 4, 3, 2, min(2, n3)
+    numbers = functools.partial(torch.randn, dtype=torch.float64)
+    given = {
+        "lateral_hat": numbers(n1, n3 * rank),
+        "horizontal_hat": numbers(n3 * rank, n2),
+        "core": numbers(*(() if adapter_ids is None else (2,)), n3, rank, rank),
+        "x": numbers(2, 3, slices * n1 if is_transposed else n2),
+        "weight": numbers(slices * n1, n2),
+        "bias": None if is_transposed else numbers(slices * n1),
+        "slice_index": n3 - slices,
+        "slices": slices,
+        "scale": 0.7,
+        "transposed": is_transposed,
+        "adapter_ids": adapter_ids,
+    }
+    for one in (given, {**given, "weight": None, "bias": None}):
+        found = fuzz_operators.linear_by_planes(**one)
+        assert_equal_in_float64(found, calls.plain("cur_linear", **one))
 
 
 def test_crashes_and_hangs_are_reported_and_the_rest_goes_on(tmp_path, monkeypatch):

@@ -185,24 +185,39 @@ def expect_like(actual, same, *, is_contiguous=True):
         raise Wrong(f"not contiguous: {list(actual.shape)} with strides {actual.stride()}")
 
 
-#: Of results of so few numbers, one sample says little: terms may cancel, or torch be exact.
+#: Of results of so few numbers, or made of so few, one sample says little: terms may cancel, or
+#: torch be exact.
 FEW = 64
 #: How many calls with other numbers are then looked at as one.
 SAMPLES = 64
+
+
+def renewed(value):
+    """Other numbers in the same places of memory."""
+    there = value.untyped_storage().nbytes() // value.element_size()
+    numbers = torch.randn(there, dtype=torch.float64).to(value.dtype)
+    return numbers.as_strided(value.shape, value.stride(), value.storage_offset())
+
+
+def is_of_few(result, given):
+    """Whether a result or a tensor that it was made of has few numbers."""
+    made_of = (each for each in tensors_in([*given.values()]) if each.is_floating_point())
+    return min(each.numel() for each in (result, *made_of)) <= FEW
 
 
 def expect_close(actual, same, exact, plain=None, fresh=None):
     """The bound of one operator, or of a composition where chance makes that too strict.
 
     ``same`` is plain torch at the dtypes of the call, and ``plain`` computes it again, in as many
-    orders as are asked for. Both bounds are those of norms of many numbers. Where a result has few
-    and exceeds both, the very call is repeated with other numbers: ``fresh`` gives the three
-    results of each, which are compared as one result of many numbers.
+    orders as are asked for. Both bounds are those of norms of many numbers. Where there are few
+    (`is_of_few`), callers give ``fresh``: a result that exceeds both bounds is then looked at once
+    more, with other numbers. ``fresh`` repeats the very call with them, and gives its three
+    results. Those of all repetitions are compared as one result of many numbers.
     """
     try:
         _expect_close(actual, same, exact, plain)
     except Wrong:
-        if fresh is None or actual.numel() > FEW:
+        if fresh is None:
             raise
         made = [fresh() for _ in range(SAMPLES)]
         of_all = zip(*made, strict=True)
