@@ -219,10 +219,13 @@ def expect_close(actual, same, exact, plain=None, fresh=None):
     except Wrong:
         if fresh is None:
             raise
-        made = [fresh() for _ in range(SAMPLES)]
-        of_all = zip(*made, strict=True)
-        together = [torch.cat([one.detach().flatten() for one in each]) for each in of_all]
-        _expect_close(*together)
+        _expect_close(*repeated(fresh))
+
+
+def repeated(fresh):
+    """The three results of so many repetitions, each as one result."""
+    of_all = zip(*(fresh() for _ in range(SAMPLES)), strict=True)
+    return [torch.cat([one.detach().flatten() for one in each]) for each in of_all]
 
 
 def _expect_close(actual, same, exact, plain=None):

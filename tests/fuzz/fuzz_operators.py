@@ -13,7 +13,16 @@ from conformance import backends as table
 from conformance import calls, data
 from conformance.cases import IDS, Case
 from fuzz_draw import CONTEXTS, LAYOUTS, WITHOUT_GRADIENTS, wrong_value
-from fuzz_judge import Call, Wrong, expect_close, expect_like, is_of_few, renewed, upstream
+from fuzz_judge import (
+    Call,
+    Wrong,
+    expect_close,
+    expect_like,
+    is_of_few,
+    renewed,
+    repeated,
+    upstream,
+)
 from tcur_kernels.operators import contract, layout, native, reference
 from tcur_kernels.operators.definitions.spectra import unpacked
 from tolerance import PROMISE, relative_error
@@ -429,15 +438,10 @@ class Attempt:
                 limit = PROMISE[self.case.precision] + 2 * torch.finfo(one.dtype).eps
             error = relative_error(one, wide)
             if error > limit and is_of_few(one, self.given):  # whose terms may cancel
-                error = relative_error(*self.many(index))
+                many, _, wide = repeated(functools.partial(self.fresh, index))
+                error = relative_error(many, wide)
             if error > limit:
                 raise Wrong(f"relative error {error:.3g} of {self.case.precision}")
-
-    def many(self, index):
-        """One of the results for many other numbers, and in float64."""
-        made = [self.fresh(index) for _ in range(fuzz_judge.SAMPLES)]
-        found, _, exact = zip(*made, strict=True)
-        return tuple(torch.cat([one.detach().flatten() for one in each]) for each in (found, exact))
 
     # -- what is taken or refused of wrong arguments must be the same in every language
 
