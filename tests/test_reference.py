@@ -21,6 +21,18 @@ def test_pack_and_unpack_are_inverse(n3):
     assert relative_error(reference.from_half_spectrum(a_hat, n3), a) < LIMIT
 
 
+@pytest.mark.parametrize("columns", [1, 2])
+@pytest.mark.parametrize("n3", N3)
+def test_the_gradient_of_packing_is_unpacked(n3, columns):
+    """Wherever in memory it lies."""
+    a_hat = reference.half_spectrum(torch.randn(n3, 1, columns, dtype=torch.float64))
+    a_hat.requires_grad_()
+    grad = torch.randn(n3, 1, columns, dtype=torch.float64)
+    for laid_out in (grad, grad.movedim(0, -1).contiguous().movedim(-1, 0)):
+        (found,) = torch.autograd.grad(reference.pack(a_hat, n3), a_hat, laid_out)
+        assert torch.equal(found, reference.unpack(grad))
+
+
 @pytest.mark.parametrize("n3", N3)
 def test_products(n3):
     case = make_case(n3, 5, 6, 3, torch.float64)

@@ -40,7 +40,8 @@ def pack(a_hat: Tensor, n3: int) -> Tensor:
     the last plane is bin n3/2. Bins 0 and n3/2 are real, so these are exactly n3 real numbers.
     """
     pairs = (n3 - 1) // 2
-    inner = torch.view_as_real(a_hat[1 : pairs + 1]).movedim(-1, 1).flatten(0, 1)
+    # Not `view_as_real`: torch's backward of it refuses a gradient that starts at an odd place.
+    inner = torch.stack([a_hat[1 : pairs + 1].real, a_hat[1 : pairs + 1].imag], 1).flatten(0, 1)
     ends = [a_hat[:1].real, inner] + ([a_hat[-1:].real] if n3 % 2 == 0 else [])
     return torch.cat(ends)
 

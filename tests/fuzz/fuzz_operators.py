@@ -526,7 +526,7 @@ def linear_by_planes(**given):
         of_slice = cores * reference._phases(lateral, n3, a.slice_index + s)
         mixed = (z @ (of_slice if is_transposed else of_slice.mT)).flatten(1, 2)
         # The real part of a product is that of the real planes, minus that of the imaginary ones.
-        each.append(reference.pack(mixed.conj_physical(), n3).movedim(0, 1).flatten(1) @ last)
+        each.append(reference.pack(mixed.conj(), n3).movedim(0, 1).flatten(1) @ last)
     update = sum(each) if is_transposed else torch.cat(each, 1)
     update = update.reshape(*a.x.shape[:-1], update.shape[1])
     if a.weight is None:
