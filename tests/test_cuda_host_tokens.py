@@ -82,7 +82,7 @@ def test_projected_tokens_of_another_dtype(dtype, factors):
         (2, 2, 5000, 40, 3),
         (3, 2, 1, 700, 2),  # one core has all rows
         (12, 3, 9, 20, 70),
-        (4, 1, 3, 32, 900),  # three parts of a row, which 32 groups of threads share
+        (8, 1, 3, 32, 900),  # five parts of a row, which 8 groups of threads share
     ],
 )
 def test_many_cores(n3, rank, cores, rows, length):
