@@ -151,7 +151,7 @@ def test_what_rounding_leaves_of_a_dependent_column_is_no_direction():
     assert factors.lateral[:, :, 2].norm() > 0.5
 
 
-@pytest.mark.parametrize("apart", [1.0, 1e-3, 4 * DEPENDENT])
+@pytest.mark.parametrize("apart", [1.0, 1e-3, 4 * DEPENDENT], ids=["far", "near", "nearest"])
 def test_the_order_of_sums_decides_no_more_than_a_last_bit(apart):
     """Householder's QR has other sums than Gram-Schmidt, as another machine would have."""
     lateral, _ = slices(8, n1=200, rank=6, dtype=torch.float64)

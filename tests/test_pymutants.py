@@ -12,7 +12,8 @@ import equivalent
 import pymutants
 import python_mutants
 import triton_mutants
-from mutant import PACKAGE, functions
+from forking import SURVIVED, UNREACHED, Forks
+from mutant import PACKAGE, Mutant, functions
 from swapping import NotSwappable, broken, changed, is_swappable
 from tcur_kernels.operators import checks, cost
 from triton_table import TABLE
@@ -87,3 +88,14 @@ def test_what_runs_at_import_is_told_apart():
         is_swappable(path, text + "\n\n# the same\n")
     with pytest.raises(NotSwappable):
         changed(compile("x = 1", "a", "exec"), compile("x = 2", "a", "exec"))
+
+
+def test_tests_that_a_mutant_gives_another_name_are_left_out(tmp_path):
+    path = Path(cost.__file__)
+    text = path.read_text(encoding="utf-8") + "\nLIMIT = 1\n"
+    mutant = Mutant(path, "", "a line more", text, 1, 1)
+    forks = Forks([mutant], [path], tmp_path, 1.0, None, None, None)
+    here = "tests/test_pymutants.py::test_what_runs_at_import_is_told_apart"
+    gone = "tests/test_pymutants.py::test_of_no_such_name[1]"
+    assert forks._imported(mutant, [gone, here]) == (SURVIVED, "")
+    assert forks._imported(mutant, [gone]) == (UNREACHED, "")

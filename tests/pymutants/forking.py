@@ -10,6 +10,7 @@ import builtins
 import contextlib
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -218,7 +219,12 @@ class Forks:
         except subprocess.TimeoutExpired:
             return HUNG, ""
         told = done.stdout + done.stderr
-        assert "ERROR: not found" not in told, f"{mutant}: {told[-2000:]}"  # a test was renamed
+        # Tests whose arguments are numbers of the module have other names under a mutant of them.
+        gone = set(re.findall(r"ERROR: not found: \S*/(tests/\S+)", told))
+        if gone:
+            kept = [nodeid for nodeid in nodeids if nodeid.split("[")[0] not in gone]
+            assert len(kept) < len(nodeids), f"{mutant}: {told[-2000:]}"
+            return self._imported(mutant, kept) if kept else (UNREACHED, "")
         failed = [line for line in done.stdout.splitlines() if line.startswith("FAILED")]
         if done.returncode == 0:
             return SURVIVED, ""

@@ -47,7 +47,7 @@ class Mutant:
         while tail < min(len(old), len(new)) - head and old[-1 - tail] == new[-1 - tail]:
             tail += 1
         parts = (old[head : len(old) - tail], new[head : len(new) - tail])
-        return tuple(" ".join(line.strip() for line in part) for part in parts)
+        return tuple(" ".join(filter(None, map(str.strip, part))) for part in parts)
 
     def lines(self):
         """Lines of the smallest statement that the change is in, or of its head."""
