@@ -10,6 +10,7 @@ from torch import nn
 import tcur_kernels as tcur
 from models import Tiny
 from plain import by_plain_torch
+from tcur_kernels.decompose import RULES
 from tolerance import assert_composition_close
 
 MODES = pytest.mark.parametrize("mode", ["auto", "materialized", "factored"])
@@ -259,6 +260,16 @@ def test_adapted_models_compile_whole(mode, x):
             assert_composition_close(model(inputs), *expected)
             compiled(inputs).sum().backward()
     assert all(p.grad.abs().max() > 0 for p in adapter.parameters())
+
+
+@pytest.mark.parametrize("selection", [*RULES, ([0, 1], [0, 1])], ids=str)
+def test_numbers_outside_of_c_and_r_must_be_finite_too(selection):
+    model = Tiny()
+    weight = model.blocks[2].mlp[2].weight.data
+    for fault in (torch.nan, torch.inf):
+        weight[-1, -1] = fault
+        with pytest.raises(ValueError, match=r"stack 8x32: linears: expected finite numbers"):
+            tcur.adapt(model, rank=2, selection=selection)
 
 
 def test_errors_leave_the_model_as_it_was(x):

@@ -108,6 +108,47 @@ def _in_a_row():
     return nn.Sequential(*[nn.Linear(WIDTH, WIDTH) for _ in range(3)])
 
 
+@pytest.mark.parametrize("index", [0, 1])
+def test_one_layer_that_changed_past_the_counters_is_noticed_in_turn(index, x):
+    """Every pass looks at another layer."""
+    model = _in_a_row()[:2]
+    adapter = tcur.adapt(model, rank=3)
+    for stack in adapter.stacks.values():
+        nn.init.normal_(stack.core, std=0.5)
+    assert_of_its_base(model, adapter, x)
+    model[index].base_weight.data.normal_()
+    model(x), model(x)
+    assert_of_its_base(model, adapter, x)
+
+
+@pytest.mark.parametrize("mode", ["materialized", "factored"])
+def test_a_base_that_is_noticed_in_inference_mode_is_trained_with(mode, x):
+    model, adapter = adapted(mode=mode)
+    model(x)
+    CHANGES["no_grad"](model)
+    with torch.inference_mode():
+        model(x)
+    model(x).square().sum().backward()
+    assert all(core.grad.any() for core in adapter.parameters())
+    for stack in adapter.stacks.values():  # nor has autograd anything against C and R themselves
+        assert not stack.lateral.is_inference()
+        assert not stack.horizontal.is_inference()
+    assert_of_its_base(model, adapter, x)
+
+
+@torch.inference_mode()
+def test_a_checkpoint_reaches_weights_without_version_counters(x):
+    """Inference tensors have none, and a pass looks at one number of one layer alone."""
+    model = _in_a_row()
+    adapter = tcur.adapt(model, rank=3)
+    for stack in adapter.stacks.values():
+        stack.core.normal_(std=0.5)
+    assert_of_its_base(model, adapter, x)
+    for index in range(3):
+        model.load_state_dict({f"{index}.weight": torch.randn(WIDTH, WIDTH)}, strict=False)
+        assert_of_its_base(model, adapter, x)
+
+
 @pytest.mark.parametrize("make", [Fused, _in_a_row])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_cores_keep_their_numbers_where_a_model_is_emptied(make, dtype):

@@ -104,6 +104,26 @@ def test_a_map_by_w_eff_and_its_gradients(language, transposed, slices):
     assert_equal_in_float64(next(grads), next(grads))
 
 
+@pytest.mark.parametrize("language", [name for name in contract.LANGUAGES if name])
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"core": torch.ones(1, 5, 2, 2)}, r"core: expected \[5, 2, 2\], or \[adapters, 5, 2, 2\]"),
+        ({"core": torch.ones(2, 2)}, r"core: expected \[n3, rank, rank\], or \[adapters, n3, "),
+        ({"z": torch.ones(3, 9)}, r"z: expected \[3, 10\], got \[3, 9\]"),
+        ({"z": torch.ones(4, 10)}, r"z: expected \[3, 10\], got \[4, 10\]"),
+        ({"z": torch.ones(30)}, r"z: expected \[3, 10\], got \[30\]"),
+    ],
+)
+def test_what_does_not_fit_a_layer_is_told_with_its_sizes(language, wrong, words):
+    case = make_case(5, 4, 6, 2)
+    a = by_w_eff(case.packed, torch.ones(3, 6), None, case.core, 1, 1)._asdict()
+    del a["w_eff"]
+    a = CurLinear(**{**a, "weight": None, **wrong})
+    with pytest.raises((ValueError, RuntimeError), match=words):
+        contract.operator("cur_linear", language)(*a)
+
+
 @LANGUAGES
 def test_second_derivatives_by_w_eff(language):
     case = make_case(3, 3, 4, 2, torch.float64)

@@ -83,8 +83,8 @@ def smoke(root, site, wheel, folder):
     run([sys.executable, "-m", "zipfile", "-e", wheel, target])
     for name in ("smoke.py", "tolerance.py"):
         shutil.copy(ROOT / "tests" / name, folder)
-    python = [EMULATOR, "-L", root, root / "usr" / "bin" / PYTHON]
-    environment = {**os.environ, "PYTHONPATH": f"{target}{os.pathsep}{site}"}
+    python = [shutil.which(EMULATOR), "-L", root, root / "usr" / "bin" / PYTHON]
+    environment = {**os.environ, "PYTHONPATH": f"{target}{os.pathsep}{site}", "PATH": str(folder)}
     output = run([*python, "smoke.py", *python], env=environment, cwd=folder)
     return json.loads(output.splitlines()[-1])
 

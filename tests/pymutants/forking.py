@@ -203,6 +203,8 @@ class Forks:
         return found
 
     def _imported(self, mutant, nodeids):
+        if not nodeids:  # pytest would run all there are
+            return UNREACHED, ""
         file = self.folder / f"{mutant.path.stem}_imported.py"
         file.write_text(mutant.text, encoding="utf-8")
         module = "tcur_kernels." + mutant.module.replace("/", ".")
@@ -224,7 +226,7 @@ class Forks:
         if gone:
             kept = [nodeid for nodeid in nodeids if nodeid.split("[")[0] not in gone]
             assert len(kept) < len(nodeids), f"{mutant}: {told[-2000:]}"
-            return self._imported(mutant, kept) if kept else (UNREACHED, "")
+            return self._imported(mutant, kept)
         failed = [line for line in done.stdout.splitlines() if line.startswith("FAILED")]
         if done.returncode == 0:
             return SURVIVED, ""
