@@ -121,6 +121,35 @@ def test_one_layer_that_changed_past_the_counters_is_noticed_in_turn(index, x):
     assert_of_its_base(model, adapter, x)
 
 
+def test_who_holds_a_part_of_w_eff_keeps_its_numbers(x):
+    model = _in_a_row()
+    adapter = tcur.adapt(model, rank=3, mode="materialized")
+    (stack,) = adapter.stacks.values()
+    with torch.no_grad():
+        model(x)
+        part = stack.effective_value(stack.places[1])[2:5]
+        before = part.clone()
+        stack.core.normal_(std=0.5)
+        model(x)
+        assert torch.equal(part, before)
+        assert not torch.equal(stack.effective_value(stack.places[1])[2:5], before)
+
+
+def test_a_write_into_w_eff_itself_is_refused_until_it_is_built_again(x):
+    model = _in_a_row()
+    adapter = tcur.adapt(model, rank=3, mode="materialized")
+    (stack,) = adapter.stacks.values()
+    nn.init.normal_(stack.core, std=0.5)
+    with torch.no_grad():
+        stack.effective_value(stack.places[0]).mul_(2)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"weight: expected W_eff as it was built, got one"):
+            model(x)
+    adapter.invalidate()
+    model(x)  # all layers have run
+    assert_of_its_base(model, adapter, x)
+
+
 @pytest.mark.parametrize("mode", ["materialized", "factored"])
 def test_a_base_that_is_noticed_in_inference_mode_is_trained_with(mode, x):
     model, adapter = adapted(mode=mode)
